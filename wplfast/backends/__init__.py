@@ -1,0 +1,77 @@
+"""Backends of the op contract: each registers its functions for one dispatch key, and the dispatcher chooses.
+
+The plain-PyTorch backend stands behind every device, so a backend that is missing (no compiler when the package was
+built, no Triton) is simply not registered: nothing else in the package asks which one runs.
+
+Environment:
+    WPLFAST_BACKEND: ``auto`` (default) or the one backend to register beside ``reference``: ``reference``, ``cpp`` or
+        ``triton``. Under ``TRITON_INTERPRET=1``, ``triton`` serves CPU tensors too (slowly; for tests).
+    WPLFAST_REQUIRE: comma-separated backends whose absence is an ImportError instead of a fall-back (for CI).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+from ..ops.contract import SCHEMAS, library
+
+#: name -> (module, dispatch keys it serves, in order of preference over earlier rows)
+_KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "reference": (".reference", ("CompositeExplicitAutograd",)),
+    "cpp": (".cpp", ("CPU",)),
+    "triton": (".triton", ("CUDA",)),
+}
+_available: dict[str, ModuleType] = {}
+_missing: dict[str, str] = {}
+_serving: dict[str, str] = {}
+
+
+def available() -> dict[str, ModuleType]:
+    """Return the backends that can run on this machine, by name."""
+    return dict(_available)
+
+
+def missing() -> dict[str, str]:
+    """Return the backends that could not be imported, with the reason."""
+    return dict(_missing)
+
+
+def serving(device_type: str) -> str:
+    """Return the name of the backend that serves tensors of a device type such as ``cpu`` or ``cuda``."""
+    return _serving.get(device_type.upper(), "reference")
+
+
+def _load() -> None:
+    """Import every backend and register it; called once, by the package."""
+    choice = os.environ.get("WPLFAST_BACKEND", "auto")
+    if choice != "auto" and choice not in _KNOWN:
+        raise ImportError(f"WPLFAST_BACKEND must be 'auto' or one of {sorted(_KNOWN)}, got {choice!r}")
+    for name, (module, keys) in _KNOWN.items():
+        try:
+            _available[name] = importlib.import_module(module, __name__)
+        except ImportError as error:
+            _missing[name] = str(error)
+            continue
+        if choice not in ("auto", name) and name != "reference":
+            continue
+        if name == "triton" and choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+            keys = ("CUDA", "CPU")
+        _register(name, keys)
+    required = {name for name in os.environ.get("WPLFAST_REQUIRE", "").split(",") if name}
+    required |= {choice} - {"auto"}
+    absent = {name: _missing.get(name, "unknown backend") for name in required - _available.keys()}
+    if absent:
+        raise ImportError(f"required backends are missing: {absent}")
+
+
+def _register(name: str, keys: tuple[str, ...]) -> None:
+    """Register one backend's functions for its dispatch keys."""
+    for key in keys:
+        for op in SCHEMAS:
+            library.impl(op, getattr(_available[name], op), key)
+        _serving[key] = name
+
+
+_load()

@@ -1,0 +1,60 @@
+"""Memory layout shared by the op contract, its backends and autograd.
+
+Backends see every tensor as one run of ``numel`` elements that starts at its data pointer. That holds when the tensor
+is dense (its elements fill a range of memory without gaps or overlaps, in any order of dimensions) and when theta,
+theta_hat, offset, fisher and grad of one parameter agree in their strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Tensors packed into one buffer start at multiples of this many elements: at least 32 bytes in bf16, 64 in fp32.
+ALIGNMENT = 16
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Tell whether the elements fill one range of memory without gaps or overlaps."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_order(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two dense tensors of one shape keep their elements in the same order."""
+    return first.stride() == second.stride() or (first.is_contiguous() and second.is_contiguous())
+
+
+def packed_starts(numels: Sequence[int]) -> tuple[list[int], int]:
+    """Return the first element of each tensor in a packed buffer, and the buffer's length."""
+    starts, end = [], 0
+    for numel in numels:
+        starts.append(end)
+        end += -(-numel // ALIGNMENT) * ALIGNMENT
+    return starts, end
+
+
+def packed_view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+    """View ``like.numel()`` elements of a packed buffer in the shape and memory order of the dense tensor ``like``."""
+    return buffer.as_strided(like.shape, like.stride(), buffer.storage_offset() + start)
+
+
+def packed_views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """View a packed buffer as one tensor per dense tensor of ``tensors``."""
+    starts, _ = packed_starts([t.numel() for t in tensors])
+    return [packed_view(buffer, start, t) for start, t in zip(starts, tensors, strict=True)]
+
+
+def flat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that values, Fisher entries and offsets of parameters of ``dtype`` are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
