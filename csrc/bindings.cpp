@@ -1,0 +1,142 @@
+// The Python module wplfast._C: addresses and sizes in, nothing of torch. wplfast/backends/cpp.py is its only caller and
+// has checked every argument through the op contract; tensors must stay alive during a call.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "fisher_linear.h"
+#include "isa.h"
+#include "parallel.h"
+#include "penalty.h"
+#include "squares.h"
+
+namespace py = pybind11;
+
+namespace wplfast {
+namespace {
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// Reads integers of a list without pybind11's per-element casters, which cost more than a small tensor's arithmetic.
+struct Integers {
+  PyObject* list;
+
+  explicit Integers(const py::list& integers) : list(integers.ptr()) {}
+  int64_t size() const { return PyList_GET_SIZE(list); }
+  uint64_t operator[](int64_t index) const {
+    const uint64_t value = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(list, index));
+    if (value == static_cast<uint64_t>(-1) && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  void* pointer_at(int64_t index) const { return pointer(static_cast<uintptr_t>((*this)[index])); }
+};
+
+void check_lengths(int64_t expected, const Integers& list, const char* what, bool may_be_empty) {
+  if (list.size() != expected && !(may_be_empty && list.size() == 0)) {
+    throw py::value_error(std::string(what) + " must have " + std::to_string(expected) + " entries, got " +
+                          std::to_string(list.size()));
+  }
+}
+
+void penalty_binding(int mode, int dtype, const py::list& numels, const py::list& theta, const py::list& theta_hat,
+                     const py::list& offset, const py::list& fisher, const py::list& grad, uintptr_t alpha,
+                     bool alpha_per_parameter, uintptr_t l2, uintptr_t scale, int64_t padding, uintptr_t value,
+                     int threads) {
+  const Integers sizes(numels), thetas(theta), hats(theta_hat), offsets(offset), fishers(fisher), grads(grad);
+  const int64_t n = sizes.size();
+  check_lengths(n, thetas, "theta", false);
+  check_lengths(n, hats, "theta_hat", false);
+  check_lengths(n, offsets, "offset", true);
+  check_lengths(n, fishers, "fisher", false);
+  check_lengths(n, grads, "grad", mode == static_cast<int>(PenaltyMode::value));
+  const double* alphas = static_cast<const double*>(pointer(alpha));
+  std::vector<Anchor> anchors(n);
+  for (int64_t p = 0; p < n; ++p) {
+    anchors[p] = {thetas.pointer_at(p),
+                  hats.pointer_at(p),
+                  offsets.size() > 0 ? offsets.pointer_at(p) : nullptr,
+                  fishers.pointer_at(p),
+                  grads.size() > 0 ? grads.pointer_at(p) : nullptr,
+                  static_cast<int64_t>(sizes[p]),
+                  alphas[alpha_per_parameter ? p : 0]};
+  }
+  PenaltyCall call{anchors.data(),
+                   n,
+                   static_cast<Dtype>(dtype),
+                   static_cast<PenaltyMode>(mode),
+                   *static_cast<const double*>(pointer(l2)),
+                   scale == 0 ? 1.0 : *static_cast<const double*>(pointer(scale)),
+                   padding,
+                   threads};
+  double sum;
+  {
+    py::gil_scoped_release release;
+    sum = penalty(call);
+  }
+  if (call.dtype == Dtype::f64) {
+    *static_cast<double*>(pointer(value)) = sum;
+  } else {
+    *static_cast<float*>(pointer(value)) = static_cast<float>(sum);
+  }
+}
+
+// (address, size of the last dimension, stride of n, stride of t)
+SampleMatrix sample_matrix(const py::tuple& matrix) {
+  return {pointer(matrix[0].cast<uintptr_t>()), matrix[1].cast<int64_t>(), matrix[2].cast<int64_t>(),
+          matrix[3].cast<int64_t>()};
+}
+
+void fisher_linear_binding(int dtype, uintptr_t fisher, uintptr_t gradient, const py::tuple& grad_outputs,
+                           const py::tuple& activations, uintptr_t weights, int64_t n_samples, int64_t n_steps,
+                           int threads) {
+  const FisherLinearCall call{pointer(fisher),
+                              pointer(gradient),
+                              sample_matrix(grad_outputs),
+                              sample_matrix(activations),
+                              static_cast<const double*>(pointer(weights)),
+                              n_samples,
+                              n_steps,
+                              static_cast<Dtype>(dtype),
+                              threads};
+  py::gil_scoped_release release;
+  fisher_linear(call);
+}
+
+void accumulate_squares_binding(int dtype, uintptr_t fisher, uintptr_t grads, uintptr_t weights, int64_t n_samples,
+                                int64_t numel, int threads) {
+  const SquaresCall call{pointer(fisher),
+                         pointer(grads),
+                         static_cast<const double*>(pointer(weights)),
+                         n_samples,
+                         numel,
+                         static_cast<Dtype>(dtype),
+                         threads};
+  py::gil_scoped_release release;
+  accumulate_squares(call);
+}
+
+}  // namespace
+}  // namespace wplfast
+
+PYBIND11_MODULE(_C, m) {
+  using namespace wplfast;
+  m.doc() = "CPU kernels of wplfast over raw addresses; see wplfast/backends/cpp.py.";
+  m.def("penalty", &penalty_binding, "Value of the penalty, optionally storing or adding its gradient.");
+  m.def("fisher_linear", &fisher_linear_binding, "Fisher diagonal of a linear layer.");
+  m.def("accumulate_squares", &accumulate_squares_binding, "Weighted sum of squared per-sample gradients.");
+  m.def("isa", [] { return isa_name(selected_isa()); }, "Instruction set in use: avx512, avx2 or portable.");
+  m.def("max_threads", &max_threads, "Most threads OpenMP would use; 1 in a serial build.");
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  m.attr("compiler") =
+#if defined(__clang__)
+      "clang " __clang_version__;
+#else
+      "g++ " __VERSION__;
+#endif
+}

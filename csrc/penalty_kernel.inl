@@ -1,0 +1,107 @@
+// One block of one parameter: fp32 (fp64 for doubles) vectors, summed to one double. Included by for_each_isa.inl.
+
+// Two vectors per step keep enough loads in flight; more would spill on AVX2 with an offset and l2.
+constexpr int UNROLL = 2;
+
+template <class T, class C, PenaltyMode MODE, bool OFFSET, bool L2, bool STREAMING>
+struct PenaltyBlock {
+  using V = Vector<C>;
+  static constexpr int64_t LANES = lanes<C>;
+
+  static WPLFAST_INLINE void step(const T* theta, const T* theta_hat, const C* offset, const C* fisher, T* grad,
+                                  C alpha, C l2, C scale, V& fisher_sum, V& square_sum) {
+    const V p = load(theta);
+    V d = p - load(theta_hat);
+    if constexpr (OFFSET) d -= load(offset);
+    const V fd = load(fisher) * d;
+    fisher_sum += fd * d;
+    if constexpr (L2) square_sum += p * p;
+    if constexpr (MODE != PenaltyMode::value) {
+      V gradient = alpha * fd;
+      if constexpr (L2) gradient += l2 * p;
+      if constexpr (MODE == PenaltyMode::add) gradient = load(grad) + scale * gradient;
+      if constexpr (STREAMING) {
+        store_streaming(grad, gradient);
+      } else {
+        store(grad, gradient);
+      }
+    }
+  }
+
+  static double run(const Anchor& anchor, int64_t begin, int64_t count, double l2_wide, double scale_wide) {
+    const T* theta = static_cast<const T*>(anchor.theta) + begin;
+    const T* theta_hat = static_cast<const T*>(anchor.theta_hat) + begin;
+    const C* offset = OFFSET ? static_cast<const C*>(anchor.offset) + begin : nullptr;
+    const C* fisher = static_cast<const C*>(anchor.fisher) + begin;
+    T* grad = MODE == PenaltyMode::value ? nullptr : static_cast<T*>(anchor.grad) + begin;
+    const C alpha = static_cast<C>(anchor.alpha), l2 = static_cast<C>(l2_wide), scale = static_cast<C>(scale_wide);
+
+    V fisher_sum[UNROLL] = {}, square_sum[UNROLL] = {};
+    int64_t i = 0;
+    for (; i + UNROLL * LANES <= count; i += UNROLL * LANES) {
+      WPLFAST_UNROLL
+      for (int u = 0; u < UNROLL; ++u) {
+        const int64_t at = i + u * LANES;
+        step(theta + at, theta_hat + at, OFFSET ? offset + at : nullptr, fisher + at, grad ? grad + at : nullptr, alpha,
+             l2, scale, fisher_sum[u], square_sum[u]);
+      }
+    }
+    for (; i + LANES <= count; i += LANES) {
+      step(theta + i, theta_hat + i, OFFSET ? offset + i : nullptr, fisher + i, grad ? grad + i : nullptr, alpha, l2,
+           scale, fisher_sum[0], square_sum[0]);
+    }
+    if (i < count) {  // a last partial vector, padded with zeros, which add nothing
+      const int64_t rest = count - i;
+      alignas(64) T tail_theta[LANES] = {}, tail_hat[LANES] = {}, tail_grad[LANES] = {};
+      alignas(64) C tail_offset[LANES] = {}, tail_fisher[LANES] = {};
+      std::memcpy(tail_theta, theta + i, rest * sizeof(T));
+      std::memcpy(tail_hat, theta_hat + i, rest * sizeof(T));
+      std::memcpy(tail_fisher, fisher + i, rest * sizeof(C));
+      if constexpr (OFFSET) std::memcpy(tail_offset, offset + i, rest * sizeof(C));
+      if constexpr (MODE == PenaltyMode::add) std::memcpy(tail_grad, grad + i, rest * sizeof(T));
+      step(tail_theta, tail_hat, tail_offset, tail_fisher, tail_grad, alpha, l2, scale, fisher_sum[0], square_sum[0]);
+      if constexpr (MODE != PenaltyMode::value) std::memcpy(grad + i, tail_grad, rest * sizeof(T));
+    }
+    if constexpr (STREAMING) fence_streaming();
+
+    double fisher_total = 0, square_total = 0;
+    for (int u = 0; u < UNROLL; ++u) fisher_total += sum_lanes(fisher_sum[u]);
+    if constexpr (L2) {
+      for (int u = 0; u < UNROLL; ++u) square_total += sum_lanes(square_sum[u]);
+    }
+    return 0.5 * (anchor.alpha * fisher_total + (L2 ? l2_wide * square_total : 0.0));
+  }
+};
+
+template <class T, class C, PenaltyMode MODE, bool STREAMING>
+PenaltyBlockFunction choose_terms(bool offset, bool l2) {
+  if (offset) {
+    return l2 ? PenaltyBlock<T, C, MODE, true, true, STREAMING>::run
+              : PenaltyBlock<T, C, MODE, true, false, STREAMING>::run;
+  }
+  return l2 ? PenaltyBlock<T, C, MODE, false, true, STREAMING>::run
+            : PenaltyBlock<T, C, MODE, false, false, STREAMING>::run;
+}
+
+template <class T, class C>
+PenaltyBlockFunction choose_mode(PenaltyMode mode, bool offset, bool l2, bool streaming) {
+  if (mode == PenaltyMode::value) return choose_terms<T, C, PenaltyMode::value, false>(offset, l2);
+  if (mode == PenaltyMode::add) return choose_terms<T, C, PenaltyMode::add, false>(offset, l2);
+  if constexpr (sizeof(T) >= 4) {
+    if (streaming) return choose_terms<T, C, PenaltyMode::store, true>(offset, l2);
+  }
+  return choose_terms<T, C, PenaltyMode::store, false>(offset, l2);
+}
+
+PenaltyBlockFunction penalty_block(Dtype dtype, PenaltyMode mode, bool offset, bool l2, bool streaming) {
+  switch (dtype) {
+    case Dtype::f64:
+      return choose_mode<double, double>(mode, offset, l2, streaming);
+    case Dtype::bf16:
+      return choose_mode<BFloat16, float>(mode, offset, l2, streaming);
+    case Dtype::f16:
+      return choose_mode<Half, float>(mode, offset, l2, streaming);
+    default:
+      return choose_mode<float, float>(mode, offset, l2, streaming);
+  }
+}
