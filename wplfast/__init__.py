@@ -1,1 +1,20 @@
-from . import backends, ops
+"""wplfast: the exact per-sample diagonal Fisher and the Weight Plasticity Loss, fused."""
+
+from __future__ import annotations
+
+from . import backends, errors, losses, ops
+from .accumulate import FisherAccumulator
+from .estimate import fisher_diagonal
+from .fisher import Fisher
+from .version import __version__
+
+__all__ = [
+    "Fisher",
+    "FisherAccumulator",
+    "__version__",
+    "backends",
+    "errors",
+    "fisher_diagonal",
+    "losses",
+    "ops",
+]

@@ -1,0 +1,343 @@
+"""``FisherAccumulator``: the context manager in which a model's losses are squared sample by sample."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .capture.session import Session
+from .capture.watched import check_supported, watch
+from .errors import CoupledSamplesError, NonFiniteError, WplfastError
+from .fisher import Fisher, Report
+from .log import logger
+from .ops.layout import flat_dtype
+from .parameters import Params, named
+
+
+class FisherAccumulator:
+    """Accumulate ``F = sum_n w_n g_n^2 / sum_n w_n`` over any number of batches.
+
+    Inside the context, run the model as usual and hand its per-sample losses to :meth:`backward`. Ordinary weight
+    gradients are not computed; ``.grad``, ``requires_grad`` and the parameters are afterwards what they were before.
+    The caller chooses the module's mode (``model.eval()``) and device.
+
+    Args:
+        model: the module; its parameters outside ``params`` are frozen for the pass.
+        params: what to accumulate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
+            all of the model's parameters that require grad.
+        with_grad: also accumulate the mean gradient, ``Fisher.mean_grad``.
+        verify: check the first batch against ordinary autograd, at the price of about one more backward pass.
+        on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf (costs one more Fisher of memory).
+
+    Raises:
+        UnsupportedParameterError: if a parameter is a tensor subclass such as DTensor.
+
+    Example:
+        >>> import torch, wplfast
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with wplfast.FisherAccumulator(model) as acc:
+        ...     for _ in range(2):
+        ...         acc.backward(model(torch.randn(5, 3)).square().sum(1))
+        >>> acc.result()
+        Fisher(2 parameters, 8 elements, 10 samples)
+
+    Source: the mean of squared per-sample gradients, arXiv:1612.00796 (EWC) and arXiv:1902.08232 (WPL).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params | None = None,
+        *,
+        with_grad: bool = False,
+        verify: bool = True,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        """See the class."""
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
+        self.model = model
+        self._named = named(model if params is None else params)
+        check_supported(self._named)
+        self._verify, self._skip = verify, on_nonfinite == "skip"
+        self._fisher = _Buffers(self._named)
+        self._gradient = _Buffers(self._named) if with_grad else None
+        self._staged = _Buffers(self._named) if self._skip else None
+        self._staged_gradient = _Buffers(self._named) if self._skip and with_grad else None
+        self._session: Session | None = None
+        self._stack = ExitStack()
+        self._n_samples = 0
+        self._total_weight = 0.0
+        self._skipped = 0
+        self._seconds = 0.0
+        self._invalid: str | None = None
+
+    # ---- the context -----------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> FisherAccumulator:
+        """Start to watch the parameters.
+
+        Raises:
+            WplfastError: if another pass watches one of them.
+        """
+        if self._session is not None:
+            raise WplfastError("this FisherAccumulator is open already, or was closed; make a new one")
+        watched = {id(p) for p in self._named.values()}
+        others = [p for p in self.model.parameters() if id(p) not in watched]
+        target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
+        self._session = Session(
+            list(self._named),
+            list(self._named.values()),
+            [*others, *self.model.buffers()],
+            target.views,
+            None if gradient is None else gradient.views,
+        )
+        with ExitStack() as stack:
+            for parameter in (*self._named.values(), *others):
+                stack.callback(_restore, parameter, parameter.grad, parameter.requires_grad)
+            stack.enter_context(watch(self._named, self._session.interception))
+            for parameter in self._named.values():
+                parameter.grad = None
+                parameter.requires_grad_(True)
+            for parameter in others:
+                parameter.requires_grad_(False)
+            if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give everything back as it was."""
+        self._stack.close()
+
+    # ---- accumulation ----------------------------------------------------------------------------------------------
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples accumulated so far."""
+        return self._n_samples
+
+    def backward(self, losses: Tensor, weights: Tensor | None = None, *, retain_graph: bool = False) -> None:
+        """Accumulate one batch; do not reduce the losses and do not call ``losses.backward`` yourself.
+
+        Args:
+            losses: one loss per sample, [N], floating point, with a graph.
+            weights: optional non-negative weights [N]; they enter outside the square.
+            retain_graph: keep the graph for further losses of the same forward pass.
+
+        Raises:
+            ValueError: if losses is not [N], or weights do not fit.
+            NonFiniteError: if a loss or a Fisher entry is NaN or infinite (unless ``on_nonfinite="skip"``).
+            CoupledSamplesError: if a sample's loss depends on other samples.
+            VerificationError: if captured gradients disagree with autograd on the first batch.
+        """
+        self._accumulate(losses, weights, retain_graph=retain_graph)
+
+    def _accumulate(
+        self,
+        losses: Tensor,
+        weights: Tensor | None = None,
+        *,
+        retain_graph: bool = False,
+        may_replay: bool = False,
+        count: int | None = None,
+    ) -> bool:
+        """Accumulate one batch; False asks the caller to run the same forward pass again (see Session.backward)."""
+        session = self._usable()
+        _check_losses(losses)
+        weights = _check_weights(weights, losses)
+        self._check_batch_statistics()
+        if not len(losses):
+            return True
+        if not bool(torch.isfinite(losses.detach()).all()):
+            bad = int((~torch.isfinite(losses.detach())).nonzero()[0])
+            return self._nonfinite(f"the loss of sample {bad} is {losses[bad].item()}", len(losses))
+        started = time.perf_counter()
+        try:
+            done = session.backward(
+                losses,
+                weights,
+                verify=self._verify and session.batches == 0,
+                retain_graph=retain_graph,
+                may_replay=may_replay,
+            )
+        except BaseException as error:
+            self._invalid = f"an earlier batch failed: {error}"
+            raise
+        self._seconds += time.perf_counter() - started
+        if not done:
+            return False
+        if session.batches == 1:
+            self._log_slow(session)
+        name = (self._staged or self._fisher).first_nonfinite()
+        if name is not None:
+            return self._nonfinite(f"a squared gradient of {name!r} is NaN or infinite", len(losses))
+        for main, staged in ((self._fisher, self._staged), (self._gradient, self._staged_gradient)):
+            if main is not None and staged is not None:
+                main.add_and_clear(staged)
+        self._n_samples += len(losses) if count is None else count
+        self._total_weight += len(losses) if weights is None else float(weights.sum())
+        return True
+
+    def result(self) -> Fisher:
+        """Return the Fisher of all samples so far; accumulation may go on.
+
+        Raises:
+            WplfastError: if nothing was accumulated or a batch failed.
+        """
+        return self._result(final=False)
+
+    def _result(self, final: bool) -> Fisher:
+        """Normalise; ``final`` does so in place and ends the accumulation."""
+        session = self._usable()
+        if not self._n_samples:
+            raise WplfastError("nothing was accumulated: call backward(losses) at least once")
+        if not self._total_weight > 0:
+            raise WplfastError("the weights of all samples are zero")
+        if final:
+            self._invalid = "its result was taken"
+        gradient = None if self._gradient is None else self._gradient.divided(self._total_weight, final)
+        rules = {name: tuple(sorted(session.rules[i])) for i, name in enumerate(self._named)}
+        numels = {name: p.numel() for name, p in self._named.items()}
+        report = Report(rules, dict(session.seconds), self._seconds, self._skipped, numels)
+        return Fisher(
+            self._fisher.divided(self._total_weight, final),
+            self._n_samples,
+            total_weight=self._total_weight,
+            mean_grad=gradient,
+            report=report,
+        )
+
+    # ---- checks ----------------------------------------------------------------------------------------------------
+
+    def _usable(self) -> Session:
+        """Return the session, or tell why there is none."""
+        if self._session is None:
+            raise WplfastError("use FisherAccumulator as a context manager: `with FisherAccumulator(model) as acc:`")
+        if self._invalid is not None:
+            raise WplfastError(f"this FisherAccumulator cannot be used any more: {self._invalid}")
+        return self._session
+
+    def _nonfinite(self, what: str, n_samples: int) -> bool:
+        """Skip the batch or raise."""
+        if not self._skip:
+            self._invalid = what
+            raise NonFiniteError(f"{what}; look for overflow in the model, or pass on_nonfinite='skip'")
+        for staged in (self._staged, self._staged_gradient):
+            if staged is not None:
+                staged.clear()
+        self._skipped += n_samples
+        logger.warning("left out a batch of %d samples: %s", n_samples, what)
+        return True
+
+    def _check_batch_statistics(self) -> None:
+        """Refuse normalisation over the batch, which the gradients alone cannot show in a first layer."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+                how = "is in training mode" if module.training else "has no running statistics"
+                raise CoupledSamplesError(
+                    f"{name or 'the model'} ({type(module).__name__}) {how}: it normalises over the batch, so samples "
+                    "are coupled; use model.eval() and running statistics"
+                )
+
+    def _log_slow(self, session: Session) -> None:
+        """Name the parameters that no fast rule serves, once."""
+        slow = [n for i, n in enumerate(self._named) if session.rules[i] & {"generic", "one by one"}]
+        if slow:
+            shown = ", ".join(slow[:6]) + (f" and {len(slow) - 6} more" if len(slow) > 6 else "")
+            logger.info("served by the exact per-sample path (slower): %s", shown)
+
+
+class _Buffers:
+    """One zeroed accumulator per parameter; they share one flat buffer where device and dtype are the same."""
+
+    def __init__(self, parameters: dict[str, Tensor]) -> None:
+        self.names = list(parameters)
+        kinds = {(p.device, flat_dtype(p.dtype)) for p in parameters.values()}
+        self.flats: list[Tensor] = []
+        self.views: list[Tensor] = []
+        sizes = [p.numel() for p in parameters.values()]
+        if len(kinds) == 1:
+            ((device, dtype),) = kinds
+            self.flats = [torch.zeros(sum(sizes), dtype=dtype, device=device)]
+            parts = self.flats[0].split(sizes)
+            self.views = [part.view(p.shape) for part, p in zip(parts, parameters.values(), strict=True)]
+        else:
+            self.views = [
+                torch.zeros(p.shape, dtype=flat_dtype(p.dtype), device=p.device) for p in parameters.values()
+            ]
+            self.flats = self.views
+
+    def first_nonfinite(self) -> str | None:
+        """Name the first accumulator with a NaN or inf; one look at a device flag when there is none."""
+        if all(bool(torch.isfinite(flat.amax())) for flat in self.flats if flat.numel()):
+            return None
+        return next(n for n, view in zip(self.names, self.views, strict=True) if not bool(view.isfinite().all()))
+
+    def add_and_clear(self, staged: _Buffers) -> None:
+        """Take over a staged batch."""
+        for flat, other in zip(self.flats, staged.flats, strict=True):
+            flat += other
+            other.zero_()
+
+    def clear(self) -> None:
+        """Set all to zero."""
+        for flat in self.flats:
+            flat.zero_()
+
+    def divided(self, total: float, in_place: bool) -> dict[str, Tensor]:
+        """Return the accumulators divided by a number."""
+        if in_place:
+            for flat in self.flats:
+                flat /= total
+            return dict(zip(self.names, self.views, strict=True))
+        return {name: view / total for name, view in zip(self.names, self.views, strict=True)}
+
+
+def _restore(parameter: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
+    """Give a parameter its gradient and flag back."""
+    parameter.requires_grad_(requires_grad)
+    parameter.grad = grad
+
+
+def _check_losses(losses: Tensor) -> None:
+    """Check that losses hold one value per sample and a graph.
+
+    Raises:
+        TypeError: if losses is no tensor.
+        ValueError: if it is not [N] or has no graph.
+    """
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"losses must be a tensor of shape [N], got {type(losses).__name__}")
+    if losses.dim() != 1 or not losses.is_floating_point():
+        hint = {
+            0: "a scalar: compute the loss with reduction='none' (wplfast.losses.cross_entropy does), so that every "
+            "sample keeps its own",
+            2: "one value per token: sum (or average) over the tokens of each sample, losses.sum(1)",
+        }.get(losses.dim(), "")
+        raise ValueError(
+            f"losses must have one value per sample, shape [N], got {str(losses.dtype).removeprefix('torch.')}"
+            f"{list(losses.shape)}" + (f", {hint}" if hint else "")
+        )
+    if not losses.requires_grad:
+        raise ValueError("losses must depend on the parameters through a graph: was the model run under no_grad?")
+
+
+def _check_weights(weights: Tensor | None, losses: Tensor) -> Tensor | None:
+    """Check sample weights and bring them to float64 on the losses' device."""
+    if weights is None:
+        return None
+    if weights.shape != losses.shape:
+        raise ValueError(f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}")
+    weights = weights.detach().to(losses.device, torch.float64)
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError("weights must be finite and not negative")
+    return weights.contiguous()

@@ -1,0 +1,122 @@
+"""One torch call that consumes parameters and data: what it was, so that it can be run again on other tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .watched import map_tensors
+
+
+@dataclass(eq=False)
+class Source:
+    """Where a per-sample gradient goes: a watched parameter, or a tensor derived from some."""
+
+    leaf: Tensor  # requires grad; ordinary gradients accumulate in its .grad
+    value: Tensor  # the same memory without grad
+    parameters: tuple[int, ...]  # indices of the watched parameters it depends on
+    graph: Tensor | None = None  # for derived tensors: the value with its parameter-only graph
+    leaves: tuple[Tensor, ...] = ()  # for derived tensors: the parameters' leaves in that graph
+    region: tuple[int, torch.Size, tuple[int, ...], int] | None = None  # a pure view: parameter, size, stride, offset
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Identify the source across batches."""
+        return (self.parameters, self.graph is not None, tuple(self.value.shape))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands in a call's arguments for the index-th tensor of a kind: 'source', 'data' or 'constant'."""
+
+    kind: str
+    index: int
+
+
+@dataclass(eq=False)
+class Call:
+    """A call with its tensors taken out: sources, data (saved by autograd) and constants (the model's own tensors)."""
+
+    func: Callable[..., Any]
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sources: list[Source]
+    constants: list[Tensor]
+    differentiable_data: bool
+    in_place: bool
+    autocast: tuple[str, torch.dtype] | None
+
+    def argument(self, position: int, name: str) -> Any:
+        """Return an argument by position or keyword; tensors are Slots."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name)
+
+    def source_at(self, position: int, name: str) -> Source | None:
+        """Return the source that stands at an argument, if one does."""
+        slot = self.argument(position, name)
+        return self.sources[slot.index] if isinstance(slot, Slot) and slot.kind == "source" else None
+
+    def result(self, sources: Sequence[Tensor], data: Sequence[Tensor]) -> Any:
+        """Run the call on these tensors and return its result as it is."""
+        tensors = {"source": sources, "data": data, "constant": self.constants}
+        return self.func(*_fill(self.args, tensors), **_fill(self.kwargs, tensors))
+
+    def run(self, sources: Sequence[Tensor], data: Sequence[Tensor]) -> list[Tensor]:
+        """Run the call again, out of place and as autocast ran it; return its floating point outputs."""
+        tensors = {"source": sources, "data": data, "constant": self.constants}
+        args = _fill(self.args, tensors)
+        if self.in_place:
+            args = (args[0].clone(), *args[1:])
+        with self.casting():
+            result = self.func(*args, **_fill(self.kwargs, tensors))
+        return floating(args[0] if result is None else result)
+
+    def casting(self) -> AbstractContextManager[Any]:
+        """Restore the autocast state that the call ran under."""
+        if self.autocast is None:
+            return nullcontext()
+        device, dtype = self.autocast
+        return torch.autocast(device, dtype=dtype, cache_enabled=False)
+
+
+def _fill(tree: Any, tensors: dict[str, Sequence[Tensor]]) -> Any:
+    """Put tensors back where slots stand."""
+    if isinstance(tree, Slot):
+        return tensors[tree.kind][tree.index]
+    if type(tree) in (tuple, list):
+        return type(tree)(_fill(item, tensors) for item in tree)
+    if isinstance(tree, dict):
+        return {key: _fill(item, tensors) for key, item in tree.items()}
+    return tree
+
+
+def floating(tree: Any) -> list[Tensor]:
+    """List the floating point tensors of a call's result."""
+    found: list[Tensor] = []
+
+    def visit(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            found.append(tensor)
+        return tensor
+
+    map_tensors(visit, tree)
+    return found
+
+
+def autocast_state(device_type: str) -> tuple[str, torch.dtype] | None:
+    """Return the device type and dtype of the autocast region the caller is in."""
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return device_type, torch.get_autocast_dtype(device_type)
+
+
+def is_in_place(name: str, args: tuple[Any, ...]) -> bool:
+    """Tell whether a torch function writes to its first argument."""
+    if name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"):
+        return True
+    return name.endswith("_") and not name.endswith("__") and bool(args) and isinstance(args[0], Tensor)

@@ -1,0 +1,226 @@
+"""What happens when a torch function meets a watched parameter: pass through, derive, or tap."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import WplfastError
+from .call import Call, Slot, Source, autocast_state, floating, is_in_place
+from .rules import rule_for
+from .tap import Listener, Site
+from .watched import Derived, map_tensors, tensors_in
+
+#: Functions that read or set something about a parameter itself; they run natively on the parameter.
+_ABOUT_ITSELF = frozenset(
+    "__delete__ __dir__ __format__ __hash__ __len__ __reduce_ex__ __repr__ __set__ __str__ _is_view apply_ backward "
+    "data_ptr detach detach_ dim element_size get_device is_complex is_conj is_contiguous is_floating_point is_inference "
+    "is_neg is_pinned is_same_size is_set_to is_shared is_signed item ndimension nelement numel numpy ones_like "
+    "register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad share_memory_ size storage "
+    "storage_offset stride tolist type untyped_storage".split()
+)
+#: Properties that are operations on the value.
+_VIEW_PROPERTIES = frozenset({"T", "H", "mT", "mH", "real", "imag"})
+
+
+def _see_through(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Copy a composite Python function so that it runs instead of dispatching itself; its inner calls still dispatch.
+
+    ``F.multi_head_attention_forward`` reaches ``__torch_function__`` as one call, which would hide its projections.
+    """
+    assert isinstance(func, types.FunctionType)
+    scope = {**func.__globals__, "has_torch_function": lambda *_: False}
+    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+_SEEN_THROUGH = {F.multi_head_attention_forward: _see_through(F.multi_head_attention_forward)}
+
+
+class Interception:
+    """The forward half of a pass: it turns calls into derived tensors and tapped sites."""
+
+    def __init__(self, parameters: list[Tensor], constants: list[Tensor], listener: Listener) -> None:
+        """Watch ``parameters``; ``constants`` are the model's other parameters and its buffers."""
+        self._index = {id(p): i for i, p in enumerate(parameters)}
+        self._leaves = [p.detach().requires_grad_() for p in parameters]
+        self._constants = {t.untyped_storage().data_ptr() for t in constants if t.numel()}
+        self._listener = listener
+        self._counts: dict[tuple[Any, ...], int] = {}
+        self.derive: set[tuple[Any, ...]] = set()  # calls that were measured to have no sample axis
+        self.sites: list[Site] = []
+        self.in_backward = False
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The plain leaves that stand for the parameters in parameter-only graphs and take ordinary gradients."""
+        return self._leaves
+
+    def start_batch(self) -> None:
+        """Forget the sites of the last forward pass."""
+        self.sites, self._counts = [], {}
+
+    def start_backward(self) -> None:
+        """Begin a backward pass: sites that it creates (reentrant checkpoints) are numbered from zero again."""
+        self._counts = {key: n for key, n in self._counts.items() if not key[0]}
+        self.sites = [site for site in self.sites if not site.late]
+        for site in self.sites:
+            site.fired = False
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a torch function some of whose arguments are watched or derived."""
+        if func in _SEEN_THROUGH:
+            return _SEEN_THROUGH[func](*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in _ABOUT_ITSELF or self._reads_property(func, name):
+                return func(*args, **kwargs)
+            if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors_in((args, kwargs))):
+                return func(*args, **kwargs)  # a transform inside the model: the gradient arrives at the parameter
+            return self._call(func, name, args, kwargs)
+
+    @staticmethod
+    def _reads_property(func: Callable[..., Any], name: str) -> bool:
+        """Tell whether a call reads an attribute rather than computes a view."""
+        if name != "__get__":
+            return False
+        return getattr(getattr(func, "__self__", None), "__name__", "") not in _VIEW_PROPERTIES
+
+    def _call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Sort the tensors of a call, then derive or tap."""
+        call, data, key = self._take_apart(func, name, args, kwargs)
+        if not call.sources:
+            return func(*args, **kwargs)
+        if call.in_place and call.source_at(0, "self") is not None:
+            return self._update_derived(call, data, args)
+        if key in self.derive or not data:
+            return self._derive(call, data)
+        return self._tap(call, data, key, args)
+
+    def _take_apart(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Call, list[Tensor], tuple[Any, ...]]:
+        """Replace tensors by slots."""
+        sources: list[Source] = []
+        data: list[Tensor] = []
+        constants: list[Tensor] = []
+        slots: dict[int, Slot] = {}
+
+        def slot(tensor: Tensor) -> Slot:
+            if id(tensor) not in slots:
+                source = self._source(tensor)
+                if source is not None:
+                    slots[id(tensor)] = Slot("source", len(sources))
+                    sources.append(source)
+                elif self._is_constant(tensor):
+                    slots[id(tensor)] = Slot("constant", len(constants))
+                    constants.append(tensor)
+                else:
+                    slots[id(tensor)] = Slot("data", len(data))
+                    data.append(tensor)
+            return slots[id(tensor)]
+
+        args, kwargs = map_tensors(slot, args), map_tensors(slot, kwargs)
+        call = Call(
+            func,
+            name,
+            args,
+            kwargs,
+            sources,
+            constants,
+            differentiable_data=any(t.requires_grad for t in data),
+            in_place=is_in_place(name, args),
+            autocast=autocast_state(sources[0].value.device.type) if sources else None,
+        )
+        counter = (self.in_backward, tuple(source.key for source in sources), name)
+        count = self._counts.get(counter, 0)
+        self._counts[counter] = count + 1
+        return call, data, (*counter, count)
+
+    def _source(self, tensor: Tensor) -> Source | None:
+        """Return the source that a tensor is, if it is one."""
+        if isinstance(tensor, Derived):
+            return self._derived_source(tensor) if tensor._pass is self else None
+        index = self._index.get(id(tensor))
+        if index is None:
+            return None
+        leaf = self._leaves[index]
+        if leaf.data_ptr() != tensor.data_ptr() or leaf.shape != tensor.shape:  # `p.data = ...` during the pass
+            leaf = self._leaves[index] = tensor.detach().requires_grad_()
+        return Source(leaf, leaf.detach(), (index,))
+
+    def _derived_source(self, tensor: Derived) -> Source:
+        """Describe a derived tensor: the parameters below it, and the region if it is a pure view of one."""
+        graph = tensor._graph
+        indices = tensor._parameters
+        leaves = tuple(self._leaves[i] for i in indices)
+        region = None
+        leaf = leaves[0]
+        if len(leaves) == 1 and graph._base is leaf and leaf.is_contiguous() and graph.dtype == leaf.dtype:
+            region = (indices[0], graph.size(), graph.stride(), graph.storage_offset() - leaf.storage_offset())
+        return Source(tensor, graph.detach(), indices, graph, leaves, region)
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor cannot carry samples: a scalar, a parameter that is not watched, a buffer."""
+        if tensor.requires_grad and not tensor.is_leaf:
+            return False
+        if tensor.dim() == 0 or tensor.layout != torch.strided:
+            return tensor.dim() == 0
+        return tensor.untyped_storage().data_ptr() in self._constants
+
+    def _derive(self, call: Call, data: list[Tensor]) -> Any:
+        """Compute on parameters alone, in a graph that leads to their leaves."""
+        graphs, indices = self._below(call)
+
+        def wrap(tensor: Tensor) -> Tensor:
+            return Derived.wrap(tensor, indices, self) if tensor.requires_grad else tensor
+
+        return map_tensors(wrap, call.result(graphs, data))
+
+    def _update_derived(self, call: Call, data: list[Tensor], args: tuple[Any, ...]) -> Any:
+        """Run an in-place operation on a derived tensor out of place, then store the result in it."""
+        target = args[0]
+        if not isinstance(target, Derived):
+            return call.func(*args)  # in place on a leaf that requires grad: PyTorch's own error
+        if data:
+            raise WplfastError(
+                f"{call.name} writes data into a tensor that was computed from parameters; use the out-of-place form"
+            )
+        graphs, indices = self._below(call)
+        (graph,) = call.run(graphs, [])
+        with torch.no_grad():
+            target.copy_(graph)
+        target._graph, target._parameters = graph, indices
+        return None if call.name == "__setitem__" else target
+
+    @staticmethod
+    def _below(call: Call) -> tuple[list[Tensor], tuple[int, ...]]:
+        """Return the sources in their parameter-only graphs, and the parameters below them."""
+        graphs = [source.leaf if source.graph is None else source.graph for source in call.sources]
+        return graphs, tuple(sorted({index for source in call.sources for index in source.parameters}))
+
+    def _tap(self, call: Call, data: list[Tensor], key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+        """Run a call natively with its sources as constants and tap its floating point outputs."""
+        values = [source.value for source in call.sources]
+        site = Site(call, rule_for(call), key, self.in_backward, self._listener)
+        if call.in_place:  # out of place, tapped, and written back
+            target = args[0]
+            data = [tensor.clone() if tensor is target else tensor for tensor in data]
+            (tapped,) = site.tap(call.run(values, data), data)
+            target.copy_(tapped)
+            result = None if call.name == "__setitem__" else target
+        else:
+            result = call.result(values, data)
+            outputs = floating(result)
+            if not outputs:
+                return result
+            queue = iter(site.tap(outputs, data))
+            result = map_tensors(lambda t: next(queue) if t.is_floating_point() else t, result)
+        self.sites.append(site)
+        return result

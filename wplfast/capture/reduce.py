@@ -1,0 +1,146 @@
+"""Sum the uses of one parameter per sample, square, and accumulate over samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.layout import flat_dtype
+from .call import Source
+from .uses import FactoredUse, SummedUse, Use, chunks
+
+
+def accumulate(
+    parameter: int, uses: Sequence[Use], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None
+) -> None:
+    """Add ``sum_n w_n (sum_uses g_n)^2`` to ``fisher`` and, if wanted, ``sum_n w_n sum_uses g_n`` to ``gradient``.
+
+    Args:
+        parameter: index of the parameter; sources derived from several parameters hold uses of each.
+        uses: all uses that one batch made of it.
+        fisher: contiguous accumulator of the parameter's shape.
+        gradient: optional accumulator likewise.
+        weights: optional weights [N], float64 on the parameter's device.
+    """
+    for region, group in _regions(uses, fisher).items():
+        target = fisher if region is None else fisher.as_strided(*region)
+        plain = gradient if gradient is None or region is None else gradient.as_strided(*region)
+        if not _fused(group, target, plain, weights):
+            _materialised(parameter, group, target, plain, weights, direct=region is not None)
+
+
+def weighted_sum(parameter: int, uses: Sequence[Use], weights: Tensor, like: Tensor) -> Tensor:
+    """Return ``sum_n weights[n] sum_uses g_n`` in the shape of ``like``."""
+    total = torch.zeros_like(like)
+    for use in uses:
+        total += _push(use.source, parameter, use.weighted_sum(weights).unsqueeze(0))[0]
+    return total
+
+
+_Region = tuple[torch.Size, tuple[int, ...], int]
+
+
+def _regions(uses: Sequence[Use], fisher: Tensor) -> dict[_Region | None, list[Use]]:
+    """Group uses of disjoint views of a parameter (chunks of a packed projection); else one group, under None."""
+    regions: dict[_Region | None, list[Use]] = {}
+    for use in uses:
+        view = use.source.region
+        regions.setdefault(None if view is None else view[1:], []).append(use)
+    if None in regions:
+        return {None: list(uses)}
+    spans = []
+    for size, stride, offset in (region for region in regions if region is not None):
+        numel, extent = size.numel(), 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+        if numel == 0 or extent != numel:
+            return {None: list(uses)}  # has gaps or overlaps
+        spans.append((offset, offset + extent))
+    spans.sort()
+    disjoint = all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    return regions if disjoint else {None: list(uses)}
+
+
+def _fused(group: Sequence[Use], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
+    """Serve uses that share the target's shape without materialising [N, D_out, D_in]; tell whether that was so."""
+    if any(use.source.graph is not None and use.source.region is None for use in group):
+        return False
+    if any(use.source.value.shape != fisher.shape for use in group):
+        return False
+    if all(isinstance(use, FactoredUse) for use in group):
+        a = _concatenate([use.activations for use in group if isinstance(use, FactoredUse)])
+        g = _concatenate([use.grad_outputs for use in group if isinstance(use, FactoredUse)])
+        if fisher.is_contiguous():
+            _fisher_linear(fisher, a, g, weights, gradient)
+        elif fisher.t().is_contiguous():
+            _fisher_linear(fisher.t(), g, a, weights, None if gradient is None else gradient.t())
+        else:
+            return False
+        return True
+    if all(isinstance(use, SummedUse) for use in group) and fisher.is_contiguous():
+        total = sum(use.per_sample(range(use.n_samples)) for use in group)
+        assert isinstance(total, Tensor)
+        _add(total, fisher, gradient, weights)
+        return True
+    return False
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    """Join the rows of several uses along T: their products then sum before the square."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _fisher_linear(
+    fisher: Tensor, a: Tensor, g: Tensor, weights: Tensor | None, gradient: Tensor | None
+) -> None:
+    """Call the fused operator on tensors of any dtype and stride."""
+    if flat_dtype(a.dtype) != fisher.dtype:  # an operation in a narrower or wider type than its parameter
+        a, g = a.to(fisher.dtype), g.to(fisher.dtype)
+    a, g = (t if t.stride(2) == 1 or t.shape[2] <= 1 else t.contiguous() for t in (a, g))
+    ops.fisher_linear_(fisher, a, g, weights, gradient)
+
+
+def _add(grads: Tensor, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> None:
+    """Square and accumulate per-sample gradients [N, *S]."""
+    grads = grads.to(fisher.dtype).contiguous()
+    ops.accumulate_squares_(fisher, grads, weights)
+    if gradient is not None:
+        ones = torch.ones(len(grads), dtype=grads.dtype, device=grads.device)
+        gradient += torch.tensordot(ones if weights is None else weights.to(grads.dtype), grads, 1)
+
+
+def _materialised(
+    parameter: int,
+    group: Sequence[Use],
+    fisher: Tensor,
+    gradient: Tensor | None,
+    weights: Tensor | None,
+    direct: bool,
+) -> None:
+    """Materialise the per-sample gradients of a few samples at a time; ``direct`` if uses have the target's shape."""
+    total_fisher = fisher if fisher.is_contiguous() else torch.zeros_like(fisher, memory_format=torch.contiguous_format)
+    for samples in chunks(group[0].n_samples, fisher.numel()):
+        total = fisher.new_zeros((len(samples), *fisher.shape))
+        for use in group:
+            grads = use.per_sample(samples)
+            total += grads if direct else _push(use.source, parameter, grads)
+        chosen = None if weights is None else weights[samples.start : samples.stop].contiguous()
+        _add(total, total_fisher, gradient, chosen)
+    if total_fisher is not fisher:
+        fisher += total_fisher
+
+
+def _push(source: Source, parameter: int, grads: Tensor) -> Tensor:
+    """Send gradients [n, *source.shape] down the parameter-only graph to one parameter."""
+    if source.graph is None:
+        return grads
+    leaf = source.leaves[source.parameters.index(parameter)]
+    found = grads.new_zeros((len(grads), *leaf.shape))
+    for row, gradient in zip(found, grads, strict=True):
+        (down,) = torch.autograd.grad(
+            source.graph, leaf, gradient.to(source.graph.dtype), retain_graph=True, allow_unused=True
+        )
+        if down is not None:
+            row.copy_(down)
+    return found

@@ -1,0 +1,18 @@
+"""The rules in order of preference; the last one serves every call."""
+
+from __future__ import annotations
+
+from ..call import Call
+from .base import Rule
+from .generic import GENERIC
+from .linear import LINEAR
+from .shift import SHIFT
+
+__all__ = ["GENERIC", "RULES", "Rule", "rule_for"]
+
+RULES: list[Rule] = [LINEAR, SHIFT, GENERIC]
+
+
+def rule_for(call: Call) -> Rule:
+    """Return the first rule that matches a call."""
+    return next(rule for rule in RULES if rule.matches(call))

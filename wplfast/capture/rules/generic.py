@@ -1,0 +1,88 @@
+"""Any other call, exactly: the local backward pass of the call alone, once for each sample.
+
+No loop over the model and no second forward pass of it: the call is run again on its saved data, and the gradient of
+sample n's own elements is sent through it. Right under dropout and routing, since those happened before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...ops.layout import flat_dtype
+from ..call import Call, Source
+from ..local import LocalBackward
+from ..ownership import Ownership
+from ..uses import Use
+from .base import Rule
+
+
+class LocalUse(Use):
+    """Gradients that a local backward pass computes when they are asked for."""
+
+    def __init__(
+        self,
+        source: Source,
+        index: int,
+        local: LocalBackward,
+        grads: Sequence[Tensor | None],
+        owners: Sequence[Ownership | None],
+        n_samples: int,
+    ) -> None:
+        """Keep what is needed for the source that stands at ``index``."""
+        super().__init__(source, n_samples, GENERIC.name)
+        self.index, self.local, self.grads, self.owners = index, local, grads, owners
+
+    def per_sample(self, samples: range) -> Tensor:
+        """Send each sample's own gradient through the call."""
+        wide = flat_dtype(self.source.value.dtype)
+        found = self.source.value.new_zeros((len(samples), *self.source.value.shape), dtype=wide)
+        for row, sample in zip(found, samples, strict=True):
+            gradient = self._backward([o.only(g, sample) for g, o in self._owned()])
+            if gradient is not None:
+                row.copy_(gradient)
+        return found
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Weigh the outputs' gradients: one backward pass."""
+        gradient = self._backward([o.scale(g, weights.to(g.device)) for g, o in self._owned()])
+        return torch.zeros_like(self.source.value) if gradient is None else gradient
+
+    def _owned(self) -> list[tuple[Tensor, Ownership]]:
+        """List the gradients that are not zero, with their owners."""
+        pairs = zip(self.grads, self.owners, strict=True)
+        return [(gradient, owner) for gradient, owner in pairs if gradient is not None and owner is not None]
+
+    def _backward(self, owned: list[Tensor]) -> Tensor | None:
+        """Run the local backward pass with gradients for the owned outputs."""
+        given = iter(owned)
+        pairs = zip(self.grads, self.owners, strict=True)
+        return self.local([None if g is None or o is None else next(given) for g, o in pairs])[self.index]
+
+
+class GenericRule(Rule):
+    """Serves every call."""
+
+    name = "generic"
+    fast = False
+
+    def matches(self, call: Call) -> bool:
+        """Match everything."""
+        return True
+
+    def uses(
+        self,
+        call: Call,
+        data: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        owners: Sequence[Ownership | None],
+    ) -> list[Use]:
+        """Return lazy uses that share one local graph."""
+        local = LocalBackward(call, data)
+        n_samples = next(owner.n_samples for owner in owners if owner is not None)
+        return [LocalUse(source, i, local, grads, owners, n_samples) for i, source in enumerate(call.sources)]
+
+
+GENERIC = GenericRule()

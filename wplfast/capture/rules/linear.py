@@ -1,0 +1,51 @@
+"""``F.linear`` over any leading dimensions: the weight as factors for the fused kernel, the bias as a sum over T."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...ops.layout import flat_dtype
+from ..call import Call, Slot
+from ..ownership import Ownership
+from ..uses import FactoredUse, SummedUse, Use
+from .base import Rule
+
+
+class LinearRule(Rule):
+    """y = x W^T + b: row r of y belongs to the sample that owns row r of x."""
+
+    name = "linear"
+
+    def matches(self, call: Call) -> bool:
+        """Match F.linear with data as its input."""
+        x = call.argument(0, "input")
+        return call.func is F.linear and isinstance(x, Slot) and x.kind == "data"
+
+    def uses(
+        self,
+        call: Call,
+        data: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        owners: Sequence[Ownership | None],
+    ) -> list[Use] | None:
+        """Return (A, G) for the weight and G summed over T for the bias."""
+        gradient, owner = grads[0], owners[0]
+        if gradient is None or owner is None or not owner.has_rows(gradient.dim()):
+            return None
+        found: list[Use] = []
+        rows = owner.rows(gradient)
+        weight, bias = call.source_at(1, "weight"), call.source_at(2, "bias")
+        if weight is not None:
+            x = data[call.argument(0, "input").index]
+            found.append(FactoredUse(weight, self.name, owner.rows(x.to(gradient.dtype)), rows))
+        if bias is not None:
+            wide = flat_dtype(gradient.dtype)
+            summed = rows[:, 0].to(wide) if rows.shape[1] == 1 else rows.sum(1, dtype=wide)
+            found.append(SummedUse(bias, self.name, summed))
+        return found
+
+
+LINEAR = LinearRule()

@@ -1,0 +1,64 @@
+"""A parameter added to or subtracted from data: position embeddings without a batch axis, biases written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..call import Call, Slot
+from ..ownership import Ownership, sum_to
+from ..uses import SummedUse, Use
+from .base import Rule
+
+#: function name -> signs of its first and second operand
+_SIGNS = {
+    **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), (1.0, 1.0)),
+    **dict.fromkeys(("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"), (1.0, -1.0)),
+    **dict.fromkeys(("rsub", "__rsub__"), (-1.0, 1.0)),
+}
+
+
+class ShiftRule(Rule):
+    """y = x + p: the gradient of p is that of y, summed over what p was broadcast along."""
+
+    name = "shift"
+
+    def matches(self, call: Call) -> bool:
+        """Match additions and subtractions of one source and one data tensor."""
+        kinds = sorted(slot.kind for slot in call.args[:2] if isinstance(slot, Slot))
+        return call.name in _SIGNS and len(call.args) == 2 and kinds == ["data", "source"] and "out" not in call.kwargs
+
+    def needs_data(self, call: Call) -> bool:
+        """The gradient of a sum does not depend on its terms."""
+        return False
+
+    def uses(
+        self,
+        call: Call,
+        data: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        owners: Sequence[Ownership | None],
+    ) -> list[Use]:
+        """Return the summed gradients."""
+        gradient, owner = grads[0], owners[0]
+        if gradient is None or owner is None:
+            return []
+        source = call.sources[0]
+        summed = sum_to(owner, gradient, source.value.shape)
+        return [SummedUse(source, self.name, self._signed(call, summed))]
+
+    def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Sum over what was broadcast."""
+        gradient, source = grads[0], call.sources[0]
+        return [None if gradient is None else self._signed(call, gradient.sum_to_size(source.value.shape))]
+
+    @staticmethod
+    def _signed(call: Call, gradient: Tensor) -> Tensor:
+        """Apply the operand's sign and the factor ``alpha`` of the second operand."""
+        position = next(i for i, slot in enumerate(call.args) if isinstance(slot, Slot) and slot.kind == "source")
+        factor = _SIGNS[call.name][position] * (call.kwargs.get("alpha", 1) if position == 1 else 1)
+        return gradient if factor == 1 else gradient * factor
+
+
+SHIFT = ShiftRule()

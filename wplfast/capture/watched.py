@@ -1,0 +1,159 @@
+"""Watched parameters: their class is swapped in place, so that every torch call that consumes one is seen.
+
+``UninitializedParameter.materialize`` of PyTorch swaps classes in the same way. Object identity, storage, hooks,
+optimizer state, tied names and lists such as ``nn.LSTM._flat_weights`` all stay as they are, and recomputation inside
+a backward pass is seen too. Not seen: custom ``autograd.Function.apply``, TorchScript and C++ code that calls ATen
+directly; there the gradient arrives at the parameter's ``.grad``, which is how :mod:`.session` notices.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedParameterError, WplfastError
+
+
+class Interceptor(Protocol):
+    """What handles the calls: one for each pass."""
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a torch function some of whose arguments are watched."""
+
+
+_interceptors: dict[int, Interceptor] = {}  # id(parameter) -> the pass that watches it
+_lock = threading.Lock()
+
+
+def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    """Hand a call to the pass that watches one of its arguments."""
+    kwargs = kwargs or {}
+    if torch.is_grad_enabled():
+        for tensor in tensors_in((args, kwargs)):
+            interceptor = tensor._pass if isinstance(tensor, Derived) else _interceptors.get(id(tensor))
+            if interceptor is not None:
+                return interceptor.call(func, args, kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+class WatchedParameter(nn.Parameter):
+    """An ``nn.Parameter`` during a pass."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Intercept a torch function."""
+        return _dispatch(func, args, kwargs)
+
+
+class WatchedTensor(Tensor):
+    """A leaf tensor that is no ``nn.Parameter`` during a pass."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Intercept a torch function."""
+        return _dispatch(func, args, kwargs)
+
+
+class Derived(Tensor):
+    """The result of an operation on parameters alone (a view, W + BA, a masked weight): it has no sample axis.
+
+    It is a leaf of the model's graph; ``_graph`` is the same value in a graph of its own that leads to the parameters.
+    """
+
+    _pass: Interceptor
+    _graph: Tensor
+    _parameters: tuple[int, ...]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Intercept a torch function."""
+        return _dispatch(func, args, kwargs)
+
+    @staticmethod
+    def wrap(graph: Tensor, parameters: tuple[int, ...], interceptor: Interceptor) -> Derived:
+        """Wrap a tensor that was computed from the parameters with these indices alone."""
+        derived = graph.detach().as_subclass(Derived)
+        with torch._C.DisableTorchFunctionSubclass():
+            derived.requires_grad_()
+        derived._graph, derived._parameters, derived._pass = graph, parameters, interceptor
+        return derived
+
+
+_SWAPS: dict[type, type] = {nn.Parameter: WatchedParameter, Tensor: WatchedTensor}
+
+
+def check_supported(parameters: dict[str, Tensor]) -> None:
+    """Check that every parameter can be watched.
+
+    Raises:
+        UnsupportedParameterError: if a parameter is of a subclass (DTensor, quantised, uninitialised, ...).
+    """
+    for name, parameter in parameters.items():
+        if type(parameter) not in _SWAPS and id(parameter) not in _interceptors:
+            raise UnsupportedParameterError(
+                f"{name!r} is a {type(parameter).__name__}; per-sample gradients can be captured for plain "
+                "nn.Parameter and Tensor only (gather or dequantise it, or leave it out of params)"
+            )
+
+
+@contextmanager
+def watch(parameters: dict[str, Tensor], interceptor: Interceptor) -> Iterator[None]:
+    """Send every call that consumes one of the parameters to ``interceptor`` while the context is open.
+
+    Raises:
+        WplfastError: if another pass watches one of them already.
+        UnsupportedParameterError: if the class of one cannot be swapped.
+    """
+    check_supported(parameters)
+    with _lock:
+        for name, parameter in parameters.items():
+            if id(parameter) in _interceptors:
+                raise WplfastError(f"{name!r} is being watched by another Fisher pass; run one pass at a time")
+        classes = [type(p) for p in parameters.values()]
+        for parameter, cls in zip(parameters.values(), classes, strict=True):
+            parameter.__class__ = _SWAPS[cls]
+            _interceptors[id(parameter)] = interceptor
+    try:
+        yield
+    finally:
+        with _lock:
+            for parameter, cls in zip(parameters.values(), classes, strict=True):
+                parameter.__class__ = cls
+                del _interceptors[id(parameter)]
+
+
+def tensors_in(tree: Any) -> Iterable[Tensor]:
+    """Yield the tensors of nested tuples, lists and dicts, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from tensors_in(item)
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Replace the tensors of nested tuples (named ones too), lists and dicts."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, tuple):
+        items = [map_tensors(function, item) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else _rebuild_tuple(tree, items)
+    if isinstance(tree, list):
+        return [map_tensors(function, item) for item in tree]
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, item) for key, item in tree.items()}
+    return tree
+
+
+def _rebuild_tuple(tree: tuple[Any, ...], items: list[Any]) -> Any:
+    """Rebuild a tuple; torch.return_types take one sequence, torch.Size holds no tensors."""
+    return tuple(items) if type(tree) is tuple else type(tree)(items)

@@ -1,0 +1,100 @@
+"""What callers may pass as ``params``, and how names of two mappings are matched."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .errors import NameMismatchError
+from .ops.contract import FLOATING
+
+#: A module (its parameters that require grad), a mapping from names to tensors, or pairs of name and tensor.
+Params: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+
+def named(params: Params, what: str = "params") -> dict[str, Tensor]:
+    """Return the parameters by name.
+
+    Args:
+        params: a module (those of its parameters that require grad), a mapping, or (name, tensor) pairs.
+        what: the argument's name, for error messages.
+
+    Raises:
+        TypeError: if an entry is not a (str, Tensor) pair.
+        ValueError: if there are none, a name or a tensor occurs twice, or a tensor is not a floating point leaf.
+    """
+    if isinstance(params, nn.Module):
+        pairs = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
+        if not pairs:
+            raise ValueError(f"{what}: {type(params).__name__} has no parameters that require grad")
+    elif isinstance(params, Mapping):
+        pairs = list(params.items())
+    elif isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(f"{what} must be a Module, a mapping or (name, tensor) pairs, got {type(params).__name__}")
+    else:
+        pairs = []
+        for entry in params:
+            if not (isinstance(entry, tuple) and len(entry) == 2):
+                raise TypeError(f"{what} must hold (name, tensor) pairs, got an entry of {type(entry).__name__}")
+            pairs.append(entry)
+    found: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    for name, tensor in pairs:
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise TypeError(f"{what} must map str to Tensor, got {type(name).__name__} -> {type(tensor).__name__}")
+        if name in found:
+            raise ValueError(f"{what}: the name {name!r} occurs twice")
+        if id(tensor) in names:
+            raise ValueError(f"{what}: {names[id(tensor)]!r} and {name!r} are the same tensor; pass it under one name")
+        if not tensor.is_leaf:
+            raise ValueError(f"{what}[{name!r}] must be a leaf tensor (a parameter), got the result of an operation")
+        if tensor.dtype not in FLOATING:
+            raise ValueError(f"{what}[{name!r}] must be of a floating point type, got {tensor.dtype}")
+        found[name], names[id(tensor)] = tensor, name
+    if not found:
+        raise ValueError(f"{what} is empty")
+    return found
+
+
+def check_names(given: Iterable[str], wanted: Iterable[str], what: str) -> None:
+    """Require that every wanted name is given.
+
+    Raises:
+        NameMismatchError: if one is missing; the message lists both sides and suggests a prefix that would match.
+    """
+    given, wanted = list(given), list(wanted)
+    missing = [name for name in wanted if name not in set(given)]
+    if not missing:
+        return
+    lines = [f"{what} lacks {len(missing)} of {len(wanted)} names: {_some(missing)}; it has {_some(given)}"]
+    prefix = suggest_prefix(given, wanted)
+    if prefix is not None:
+        lines.append(f"prefix={prefix!r} would match them")
+    elif close := difflib.get_close_matches(missing[0], given, n=1):
+        lines.append(f"did you mean {close[0]!r}?")
+    raise NameMismatchError("; ".join(lines))
+
+
+def suggest_prefix(given: list[str], wanted: list[str]) -> str | None:
+    """Return the prefix that, put before every wanted name, gives a given name; None if there is no such one."""
+    have = set(given)
+    for name in given:
+        prefix = name.removesuffix(wanted[0]) if wanted and name.endswith(wanted[0]) else ""
+        if prefix and all(prefix + w in have for w in wanted):
+            return prefix
+    return None
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    """List a few names for a message."""
+    shown = ", ".join(map(repr, names[:most]))
+    return f"[{shown}{', ...' if len(names) > most else ''}]"
+
+
+def device_of(tensors: Iterable[Tensor]) -> torch.device:
+    """Return the device of the first tensor."""
+    return next(iter(tensors)).device

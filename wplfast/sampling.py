@@ -1,0 +1,43 @@
+"""Targets drawn from the model, for the Monte-Carlo Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .losses import logits_of
+
+#: A likelihood by name, or ``sampler(outputs, generator) -> targets``.
+Likelihood: TypeAlias = Literal["categorical", "bernoulli", "gaussian"] | Callable[[Any, torch.Generator], Any]
+
+
+def draw(outputs: Any, given: Any, likelihood: Likelihood, generator: torch.Generator) -> Any:
+    """Draw targets from the distribution that the outputs describe.
+
+    Args:
+        outputs: categorical: logits [N, ..., C]; bernoulli: logits of any shape; gaussian: means, unit variance.
+        given: the batch's targets; where they are a class index below zero (padding), categorical keeps them.
+        likelihood: the distribution, or a sampler.
+        generator: source of randomness, on the outputs' device.
+
+    Raises:
+        ValueError: if the likelihood is unknown.
+    """
+    if callable(likelihood):
+        return likelihood(outputs, generator)
+    logits = logits_of(outputs).detach()
+    if likelihood == "categorical":
+        probabilities = logits.float().softmax(-1).reshape(-1, logits.shape[-1])
+        drawn = torch.multinomial(probabilities, 1, generator=generator).view(logits.shape[:-1])
+        if isinstance(given, Tensor) and given.shape == drawn.shape and not given.is_floating_point():
+            drawn = torch.where(given < 0, given, drawn)
+        return drawn
+    if likelihood == "bernoulli":
+        return torch.bernoulli(logits.float().sigmoid(), generator=generator).to(logits.dtype)
+    if likelihood == "gaussian":
+        noise = torch.randn(logits.shape, generator=generator, device=logits.device, dtype=torch.float32)
+        return logits + noise.to(logits.dtype)
+    raise ValueError(f"likelihood must be 'categorical', 'bernoulli', 'gaussian' or a sampler, got {likelihood!r}")
