@@ -1,0 +1,354 @@
+"""The Triton backend against the plain-PyTorch backend in float64.
+
+With a GPU these tests run on it. Without one they run in Triton's interpreter, which must be chosen before the first
+import of Triton: ``TRITON_INTERPRET=1 pytest tests/test_triton.py``, or by ``test_under_interpreter``, which does that in
+a process of its own so that a plain ``pytest`` covers them too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("triton")
+torch = pytest.importorskip("torch")
+
+from torch import Tensor  # noqa: E402
+
+from wplfast.backends import reference  # noqa: E402
+from wplfast.backends import triton as backend  # noqa: E402
+from wplfast.backends.triton import fisher_linear as fisher_module  # noqa: E402
+from wplfast.backends.triton import launch, reduce, tables  # noqa: E402
+from wplfast.backends.triton import penalty_kernel as penalty_module  # noqa: E402
+from wplfast.ops.layout import flat_dtype, packed_starts, packed_views  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() and not launch.INTERPRETED else "cpu"
+RUNS_HERE = DEVICE == "cuda" or launch.INTERPRETED
+on_device = pytest.mark.skipif(not RUNS_HERE, reason="test_under_interpreter runs it")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+#: Error of a gradient's element relative to the terms it sums: a few roundings of float32, or one of the storage type.
+#: The interpreter truncates to bfloat16 where a GPU rounds to nearest.
+TRUNCATES = launch.INTERPRETED
+GRADIENT = {torch.float32: 3e-7, torch.bfloat16: 2**-7 if TRUNCATES else 2**-8, torch.float16: 2**-10, torch.float64: 1e-15}
+SIZES = [(0,), (1,), (3, 5), (16,), (2048,), (2049,), (70, 131), (8192 + 3,)]
+
+
+@pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
+def test_under_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Fill every new uninitialised tensor with NaN, and draw fresh inputs (the seed is printed on failure)."""
+    seed = int(os.environ.get("WPLFAST_TEST_SEED", "0")) or torch.seed() % 2**31
+    print(f"WPLFAST_TEST_SEED={seed}")
+    torch.manual_seed(seed)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def guarded(size: tuple[int, ...], dtype: torch.dtype, shift: int = 0) -> Tensor:
+    """Return a random tensor with 64 elements of other memory on both sides, ``shift`` elements off alignment."""
+    numel = int(torch.tensor(size).prod())
+    buffer = torch.randn(numel + 128 + shift, dtype=torch.float32).to(DEVICE, dtype)
+    return buffer[64 + shift : 64 + shift + numel].view(size)
+
+
+def surroundings(tensor: Tensor) -> Tensor:
+    """Return a copy of the memory on both sides of a guarded tensor."""
+    start = tensor.storage_offset()
+    base = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+    return torch.cat([base[:start], base[start + tensor.numel() :]])
+
+
+def anchors(dtype: torch.dtype, shift: int = 0, offset: bool = True, sizes: list[tuple[int, ...]] = SIZES) -> dict:
+    """Return the tensors of a penalty call; every other one misaligned by ``shift`` elements, one transposed."""
+    wide = flat_dtype(dtype)
+
+    def column(column_dtype: torch.dtype) -> list[Tensor]:
+        tensors = [guarded(size, column_dtype, shift * (index % 2)) for index, size in enumerate(sizes)]
+        return [t.t() if t.dim() == 2 else t for t in tensors]
+
+    return {
+        "theta": column(dtype),
+        "theta_hat": column(dtype),
+        "offset": [0.1 * t for t in column(wide)] if offset else [],
+        "fisher": [t.square() for t in column(wide)],
+    }
+
+
+def scalars(per_tensor: bool, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return alpha, l2 and scale."""
+    alpha = torch.rand(count if per_tensor else (), dtype=torch.float64) + 1.0
+    return alpha.to(DEVICE), torch.tensor(0.3, dtype=torch.float64).to(DEVICE), torch.rand((), dtype=torch.float64).to(DEVICE)
+
+
+def exact(arguments):  # type: ignore[no-untyped-def]
+    """Return arguments in float64 on the CPU."""
+    if isinstance(arguments, Tensor):
+        return arguments.detach().cpu().double()
+    return [exact(a) for a in arguments]
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    """Return the relative error in norm."""
+    difference = (result.detach().cpu().double() - expected).norm()
+    return float(difference / expected.norm()) if difference else 0.0
+
+
+def terms(call: tuple) -> list[Tensor]:
+    """Return for each parameter the size of what its gradient's elements sum: where they cancel, errors do not."""
+    theta, theta_hat, offset, fisher, *coefficients = exact(call)
+    positive = [t.abs() for t in theta]
+    negative = [[-t.abs() for t in tensors] for tensors in (theta_hat, offset)]
+    _, packed = reference.penalty_with_grad(positive, *negative, fisher, *coefficients)
+    return packed_views(packed, positive)
+
+
+def close(result: Tensor, expected: Tensor, size: Tensor) -> bool:
+    """Tell whether a gradient is within rounding of the expected one."""
+    difference = (result.detach().cpu().double() - expected).abs()
+    return bool((difference <= GRADIENT[result.dtype] * size + 1e-7).all())
+
+
+def same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Tell whether tensors are equal bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@on_device
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_penalty(dtype: torch.dtype, offset: bool, per_tensor: bool, shift: int) -> None:
+    tensors = anchors(dtype, shift, offset)
+    alpha, l2, scale = scalars(per_tensor, len(SIZES))
+    call = (*tensors.values(), alpha, l2)
+    value_bound = 1e-14 if dtype == torch.float64 else 2e-7
+
+    value, packed = backend.penalty_with_grad(*call)
+    expected_value, expected = reference.penalty_with_grad(*exact(call))
+    assert value.dtype == flat_dtype(dtype) and packed.dtype == dtype
+    assert error(value, expected_value) < value_bound
+    assert error(backend.penalty(*call), expected_value) < value_bound
+    sizes = terms(call)
+    views = [packed_views(p, tensors["theta"]) for p in (packed, expected)]
+    assert all(close(*row) for row in zip(*views, sizes, strict=True))
+    assert not packed.isnan().any(), "the gaps of the packed buffer must be zero"
+
+    grad = [guarded(size, dtype, shift) for size in SIZES]
+    grad = [g.t() if g.dim() == 2 else g for g in grad]
+    untouched = [surroundings(g) for g in grad]
+    second = [g.clone() for g in grad]
+    expected_grad = [g.clone() for g in exact(grad)]
+    added = backend.penalty_add_grad_(grad, *call, scale)
+    reference.penalty_add_grad_(expected_grad, *exact(call), exact(scale))
+    assert error(added, expected_value) < value_bound
+    sizes = [s + g.cpu().double().abs() for s, g in zip(sizes, second, strict=True)]
+    assert all(close(*row) for row in zip(grad, expected_grad, sizes, strict=True))
+    assert same_bits([surroundings(g) for g in grad], untouched)
+
+    again = backend.penalty_add_grad_(second, *call, scale)
+    value_again, packed_again = backend.penalty_with_grad(*call)
+    assert same_bits([added, value, packed, *grad], [again, value_again, packed_again, *second])
+
+
+@on_device
+def test_penalty_of_large_models_takes_long_chunks_and_a_middle_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(penalty_module, "MANY_FROM", 0)
+    monkeypatch.setattr(reduce, "SPAN", 2)
+    tensors = anchors(torch.float32, sizes=[(5,), (8192,), (30_001,), (8191,)])
+    call = (*tensors.values(), *scalars(True, 4)[:2])
+    value, packed = backend.penalty_with_grad(*call)
+    expected_value, expected = reference.penalty_with_grad(*exact(call))
+    assert error(value, expected_value) < 2e-7
+    views = [packed_views(p, tensors["theta"]) for p in (packed, expected)]
+    assert all(close(*row) for row in zip(*views, terms(call), strict=True))
+
+
+@on_device
+@pytest.mark.parametrize("sizes", [[(0,)], [(0,), (0, 3)]])
+def test_penalty_of_nothing_is_zero(sizes: list[tuple[int, ...]]) -> None:
+    tensors = anchors(torch.bfloat16, sizes=sizes)
+    alpha, l2, scale = scalars(False, 1)
+    value, packed = backend.penalty_with_grad(*tensors.values(), alpha, l2)
+    assert value.item() == 0.0 and value.dtype == torch.float32 and packed.numel() == packed_starts([0])[1]
+    assert backend.penalty_add_grad_(tensors["theta"], *tensors.values(), alpha, l2, scale).item() == 0.0
+
+
+@on_device
+def test_penalty_by_hand() -> None:
+    wide = {"device": DEVICE, "dtype": torch.float64}
+    theta, theta_hat = [torch.tensor([1.0, 2.0], device=DEVICE)], [torch.tensor([0.0, 4.0], device=DEVICE)]
+    fisher, grad = [torch.tensor([3.0, 0.5], device=DEVICE)], [torch.tensor([10.0, 20.0], device=DEVICE)]
+    alpha, l2, scale = torch.tensor(2.0, **wide), torch.tensor(0.5, **wide), torch.tensor(10.0, **wide)
+    value = backend.penalty_add_grad_(grad, theta, theta_hat, [], fisher, alpha, l2, scale)
+    assert value.item() == 2 / 2 * (3 * 1 + 0.5 * 4) + 0.5 / 2 * (1 + 4)
+    assert grad[0].tolist() == [10 + 10 * (2 * 3 * 1 + 0.5 * 1), 20 + 10 * (2 * 0.5 * -2 + 0.5 * 2)]
+
+
+@on_device
+def test_penalty_tables_are_found_again_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    chunks, grads = tables.TableCache(2), tables.TableCache(2)
+    monkeypatch.setattr(penalty_module, "_chunk_tables", chunks)
+    monkeypatch.setattr(penalty_module, "_grad_tables", grads)
+    original = tables.DeviceTable.__init__
+    monkeypatch.setattr(tables.DeviceTable, "__init__", lambda *args: (built.append(1), original(*args))[1])
+    alpha, l2, scale = scalars(False, 1)
+    cases = [anchors(torch.float32, sizes=[(40,)]) for _ in range(3)]
+    grad = [guarded((40,), torch.float32)]
+    for tensors in cases[:2] * 3:
+        backend.penalty_add_grad_(grad, *tensors.values(), alpha, l2, scale)
+    assert len(built) == 3, "two chunk tables and one of gradients"
+    backend.penalty_add_grad_([grad[0].clone()], *cases[0].values(), alpha, l2, scale)
+    assert len(built) == 4, "moved gradients cost their own table alone"
+    backend.penalty(*cases[2].values(), alpha, l2)
+    assert len(built) == 5 and len(chunks) == 2
+
+
+def layer(n: int, t: int, d_in: int, d_out: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return random activations and output gradients."""
+    return torch.randn(n, t, d_in).to(DEVICE, dtype), torch.randn(n, t, d_out).to(DEVICE, dtype)
+
+
+def check_fisher(a: Tensor, g: Tensor, weights: Tensor | None, gradient: bool, bound: float) -> None:
+    """Compare one call of fisher_linear_ with the float64 oracle, and a second call with the first."""
+    shape = (g.shape[2], a.shape[2])
+    start = torch.rand(2, *shape, dtype=flat_dtype(a.dtype), device=DEVICE)
+    results = []
+    for _ in range(2):
+        fisher, mean = start.clone()
+        backend.fisher_linear_(fisher, a, g, weights, mean if gradient else None)
+        results.append([fisher, mean])
+    assert same_bits(*results)
+    fisher, mean = exact(start).clone()
+    inputs = exact((a, g)) + [None if weights is None else exact(weights), mean if gradient else None]
+    reference.fisher_linear_(fisher, *inputs)
+    assert error(results[0][0], fisher) < bound
+    assert error(results[0][1], mean) < bound
+
+
+SHAPES = [
+    (3, 5, 7, 9), (5, 33, 70, 45), (7, 1, 17, 130), (33, 2, 65, 24), (2, 70, 72, 136), (1, 1, 1, 1), (70, 1, 16, 24),
+    (1, 100, 1, 66),
+]  # fmt: skip
+
+
+@on_device
+@pytest.mark.parametrize(("gradient", "weighted"), [(False, None), (True, None), (True, torch.float64)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fisher_linear(dtype: torch.dtype, shape: tuple[int, ...], gradient: bool, weighted: torch.dtype | None) -> None:
+    weights = None if weighted is None else torch.rand(shape[0], dtype=weighted).to(DEVICE)
+    check_fisher(*layer(*shape, dtype), weights, gradient, bound=1e-6)
+
+
+@on_device
+@pytest.mark.parametrize("mode", ["bf16x6", "bf16x3", "tf32", "ieee"])
+@pytest.mark.parametrize("t", [1, 20, 70])
+def test_fisher_linear_float32_modes(mode: str, t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WPLFAST_TRITON_FP32", mode)
+    bound = {"bf16x6": 1e-6, "bf16x3": 2e-4 if TRUNCATES else 2e-5, "tf32": 3e-3, "ieee": 1e-6}[mode]
+    check_fisher(*layer(5, t, 72, 40), None, True, bound)
+    monkeypatch.setenv("WPLFAST_TRITON_FP32", "fp8")
+    with pytest.raises(ValueError, match="WPLFAST_TRITON_FP32 must be one of"):
+        check_fisher(*layer(1, 2, 3, 4), None, False, bound)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("t", [1, 37])
+def test_fisher_linear_strides(dtype: torch.dtype, t: int) -> None:
+    n, d_in, d_out = 6, 24, 40
+    a, g = layer(n, t, d_in, d_out, dtype)
+    time_first = a.transpose(0, 1).contiguous().transpose(0, 1), g.transpose(0, 1).contiguous().transpose(0, 1)
+    wider = layer(n, t, d_in + 9, d_out + 8, dtype)
+    columns = wider[0][:, :, 9:], wider[1][:, :, :d_out]
+    one_sample = layer(1, t, d_in, 1, dtype)[0].expand(n, t, d_in)
+    one_step = layer(n, 1, d_in, 1, dtype)[0].expand(n, t, d_in)
+    for activations, grad_outputs in (time_first, columns, (one_sample, g), (one_step, g), (a[::2], g[1::2])):
+        check_fisher(activations, grad_outputs, None, True, bound=1e-6)
+
+
+@on_device
+def test_fisher_linear_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fisher_module, "WORKSPACE", 4000)
+    for t in (1, 3):
+        check_fisher(*layer(7, t, 9, 20), torch.rand(7).to(DEVICE), True, bound=1e-6)
+
+
+@on_device
+@pytest.mark.parametrize("t", [2, 64])
+def test_fisher_linear_keeps_float32_accuracy_where_gradients_cancel(t: int) -> None:
+    a, g = layer(4, t, 64, 64)
+    g[:, 1::2] = -g[:, ::2] * (1 + 1e-3 * torch.randn(4, t // 2, 1, device=DEVICE))
+    a[:, 1::2] = a[:, ::2]
+    fisher = torch.zeros(64, 64, device=DEVICE)
+    backend.fisher_linear_(fisher, a, g, None, None)
+    loop = sum((g[n].cpu().t() @ a[n].cpu()).square() for n in range(4))
+    expected = torch.zeros(64, 64, dtype=torch.float64)
+    reference.fisher_linear_(expected, *exact((a, g)), None, None)
+    assert error(fisher, expected) < max(1e-6, 4 * error(loop, expected))
+
+
+@on_device
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (3, 0, 4, 5), (3, 4, 0, 5), (3, 4, 5, 0)])
+def test_fisher_linear_of_nothing_adds_nothing(shape: tuple[int, ...]) -> None:
+    a, g = layer(*shape)
+    fisher = torch.rand(shape[3], shape[2], device=DEVICE)
+    before = fisher.clone()
+    backend.fisher_linear_(fisher, a, g, None, None)
+    assert torch.equal(fisher, before)
+
+
+@on_device
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(5, 7), (1, 1), (0, 4), (4, 0), (700, 300), (1000, 3), (3, 2, 5)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accumulate_squares(dtype: torch.dtype, shape: tuple[int, ...], weighted: bool) -> None:
+    grads = torch.randn(shape).to(DEVICE, dtype)
+    weights = torch.rand(shape[0]).to(DEVICE) if weighted else None
+    start = torch.rand(shape[1:], dtype=flat_dtype(dtype), device=DEVICE)
+    results = [start.clone(), start.clone()]
+    for fisher in results:
+        backend.accumulate_squares_(fisher, grads, weights)
+    assert same_bits(results[:1], results[1:])
+    expected = exact(start).clone()
+    reference.accumulate_squares_(expected, exact(grads), None if weights is None else exact(weights))
+    assert error(results[0], expected) < (1e-14 if dtype == torch.float64 else 2e-7)
+
+
+@on_device
+def test_accumulate_squares_of_many_samples() -> None:
+    n_samples = 100_000 if DEVICE == "cuda" else 20_000
+    grads = torch.rand(n_samples, 3).to(DEVICE) + 0.5
+    fisher = torch.zeros(3, device=DEVICE)
+    backend.accumulate_squares_(fisher, grads, None)
+    assert error(fisher, exact(grads).square().sum(0)) < 2e-7
+
+
+@on_device
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs 40 GB of GPU memory")
+def test_penalty_beyond_two_to_the_31_elements() -> None:
+    numel = 2**31 + 5
+    theta = torch.zeros(numel, dtype=torch.bfloat16, device=DEVICE)
+    theta[-1] = 3.0
+    fisher = torch.ones(numel, device=DEVICE)
+    alpha, l2, _ = scalars(False, 1)
+    value, packed = backend.penalty_with_grad([theta], [torch.zeros_like(theta)], [], [fisher], alpha, l2)
+    assert value.item() == pytest.approx(4.5 * (alpha + l2).item(), rel=1e-6)
+    assert packed[numel - 1].item() == pytest.approx(3 * (alpha + l2).item(), rel=8e-3) and not packed[:-100].any()

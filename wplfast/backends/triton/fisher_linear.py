@@ -1,0 +1,245 @@
+"""The Fisher diagonal of a linear layer without per-sample gradients in memory.
+
+    fisher[o, i] += sum_n w_n (sum_t G[n, t, o] A[n, t, i])^2,   gradient[o, i] += sum_n w_n sum_t G[n, t, o] A[n, t, i]
+
+Each program owns a tile of (o, i) and walks one flat loop over all samples and their chunks of t, so that the loads of
+the next sample are in flight while the last one is squared; at a sample's last chunk its product is squared into the
+Fisher accumulator. For T = 1 the sum of squared products is a product of squares, (G^2)^T A^2: one plain GEMM.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from .fisher_config import Operands, Tile, choose_operands, choose_splits, choose_tile
+from .launch import INTERPRETED, OPTIONS, capability, on_device
+from .reduce import fold_partials
+from .split import OCTET, split
+
+#: Bytes that split or padded operands of one launch may take; more samples go in several launches.
+WORKSPACE = 1 << 28
+#: Tiles that share columns of the activations run side by side, for the L2 cache.
+_GROUP = 8
+
+_SIZES = ("n_samples", "n_steps", "d_out", "d_in", "g_octets", "a_octets")
+_STRIDES = ("g_sample", "g_step", "g_plane", "a_sample", "a_step", "a_plane")
+
+
+@triton.jit
+def _dot(g, a, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + g^T a; UPCAST is for the interpreter, which multiplies bfloat16 as integers."""
+    if UPCAST:
+        g = g.to(tl.float32)
+        a = a.to(tl.float32)
+    return tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _product(
+    g_ptr, a_ptr, g_plane, a_plane, g_mask, a_mask, acc,
+    TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """acc + G^T A over one chunk of t; with several terms the small products come first."""
+    g0 = tl.load(g_ptr, mask=g_mask, other=0.0)
+    a0 = tl.load(a_ptr, mask=a_mask, other=0.0)
+    if TERMS > 1:
+        g1 = tl.load(g_ptr + g_plane, mask=g_mask, other=0.0)
+        a1 = tl.load(a_ptr + a_plane, mask=a_mask, other=0.0)
+        if TERMS > 2:
+            g2 = tl.load(g_ptr + 2 * g_plane, mask=g_mask, other=0.0)
+            a2 = tl.load(a_ptr + 2 * a_plane, mask=a_mask, other=0.0)
+            acc = _dot(g2, a0, acc, PRECISION, UPCAST)
+            acc = _dot(g0, a2, acc, PRECISION, UPCAST)
+            acc = _dot(g1, a1, acc, PRECISION, UPCAST)
+        acc = _dot(g1, a0, acc, PRECISION, UPCAST)
+        acc = _dot(g0, a1, acc, PRECISION, UPCAST)
+    return _dot(g0, a0, acc, PRECISION, UPCAST)
+
+
+@triton.jit
+def _add_tile(out, offsets, mask, tile, ADD: tl.constexpr):
+    """Add a tile to the accumulator, or store it as a partial result."""
+    if ADD:
+        tile += tl.load(out + offsets, mask=mask, other=0.0)
+    tl.store(out + offsets, tile, mask=mask)
+
+
+@triton.jit(do_not_specialize=_SIZES + _STRIDES)
+def fisher_linear_kernel(
+    fisher, gradient, grad_outputs, activations, weights,
+    n_samples, n_steps, d_out, d_in, g_octets, a_octets, g_sample, g_step, g_plane, a_sample, a_step, a_plane,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SQUARE: tl.constexpr, ONE: tl.constexpr,
+    ADD: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """One tile of the Fisher of one split of the samples; widths and strides of G and A come in octets.
+
+    Counting in octets is what tells the compiler that rows start on 16-byte boundaries. ONE: T <= BK, one product for
+    each sample. Without SQUARE the plain products are summed. ADD: into ``fisher``, else partials [split, d_out, d_in].
+    """
+    split, n_splits = tl.program_id(1), tl.num_programs(1)
+    tiles_m, tiles_n = tl.cdiv(d_out, BM), tl.cdiv(d_in, BN)
+    group = tl.program_id(0) // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * tiles_n)
+    rm = (group * GROUP + within % height) * BM + tl.arange(0, BM)
+    rn = (within // height) * BN + tl.arange(0, BN)
+    rk = tl.arange(0, BK)
+    # A tile's offsets fit 32 bits and never change; sample and chunk move the 64-bit base.
+    g_offsets = rk[:, None] * (g_step * 8) + rm[None, :]
+    a_offsets = rk[:, None] * (a_step * 8) + rn[None, :]
+    g_columns = (rm < g_octets * 8)[None, :]
+    a_columns = (rn < a_octets * 8)[None, :]
+    g_skip, a_skip = tl.cast(g_plane, tl.int64) * 8, tl.cast(a_plane, tl.int64) * 8
+    first = (n_samples * split.to(tl.int64) // n_splits).to(tl.int32)
+    last = (n_samples * (split + 1).to(tl.int64) // n_splits).to(tl.int32)
+    f_acc = tl.zeros((BM, BN), tl.float32)
+    if HAS_GRADIENT:
+        d_acc = tl.zeros((BM, BN), tl.float32)
+    if ONE:
+        steps = (rk < n_steps)[:, None]
+        for n in range(first, last):
+            sample = tl.cast(n, tl.int64)
+            g_ptr = grad_outputs + sample * g_sample * 8 + g_offsets
+            a_ptr = activations + sample * a_sample * 8 + a_offsets
+            g_mask, a_mask = steps & g_columns, steps & a_columns
+            if SQUARE or HAS_WEIGHTS:
+                acc = tl.zeros((BM, BN), tl.float32)
+                acc = _product(g_ptr, a_ptr, g_skip, a_skip, g_mask, a_mask, acc, TERMS, PRECISION, UPCAST)
+                scaled = acc
+                if HAS_WEIGHTS:
+                    scaled = acc * tl.load(weights + n).to(tl.float32)
+                if SQUARE:
+                    f_acc += scaled * acc
+                else:
+                    f_acc += scaled
+                if HAS_GRADIENT:
+                    d_acc += scaled
+            else:
+                f_acc = _product(g_ptr, a_ptr, g_skip, a_skip, g_mask, a_mask, f_acc, TERMS, PRECISION, UPCAST)
+    else:
+        chunks = tl.cdiv(n_steps, BK)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for index in range(0, (last - first) * chunks):
+            n = first + index // chunks
+            chunk = index % chunks
+            sample, step = tl.cast(n, tl.int64), tl.cast(chunk * BK, tl.int64)
+            steps = (rk < n_steps - chunk * BK)[:, None]
+            g_ptr = grad_outputs + (sample * g_sample + step * g_step) * 8 + g_offsets
+            a_ptr = activations + (sample * a_sample + step * a_step) * 8 + a_offsets
+            g_mask, a_mask = steps & g_columns, steps & a_columns
+            acc = _product(g_ptr, a_ptr, g_skip, a_skip, g_mask, a_mask, acc, TERMS, PRECISION, UPCAST)
+            if chunk == chunks - 1:
+                scaled = acc
+                if HAS_WEIGHTS:
+                    scaled = acc * tl.load(weights + n).to(tl.float32)
+                if SQUARE:
+                    f_acc += scaled * acc
+                else:
+                    f_acc += scaled
+                if HAS_GRADIENT:
+                    d_acc += scaled
+                acc = tl.zeros((BM, BN), tl.float32)
+    offsets = split.to(tl.int64) * d_out * d_in + rm[:, None].to(tl.int64) * d_in + rn[None, :]
+    mask = (rm < d_out)[:, None] & (rn < d_in)[None, :]
+    _add_tile(fisher, offsets, mask, f_acc, ADD)
+    if HAS_GRADIENT:
+        _add_tile(gradient, offsets, mask, d_acc, ADD)
+
+
+def _wide(x: Tensor, step_limit: int) -> bool:
+    """Tell whether rows of x [N, T, D] can be loaded 16 bytes at a time, with 32-bit offsets within a tile."""
+    octets = x.shape[2] % OCTET == 0 and x.stride(0) % OCTET == 0 and x.stride(1) % OCTET == 0
+    near = x.stride(1) * step_limit + x.shape[2] < 1 << 31
+    return octets and near and (x.shape[2] == 1 or x.stride(2) == 1) and x.data_ptr() % 16 == 0
+
+
+def _as_operand(x: Tensor, operands: Operands) -> Tensor:
+    """Return x [N, T, D] as [terms, N, T, pitch]: a view where the kernel can read it in place."""
+    if operands.terms == 1 and _wide(x, step_limit=128):
+        return x.unsqueeze(0)
+    n, t, _ = x.shape
+    terms = split(x, operands.terms, operands.dtype)
+    return terms.view(operands.terms, n, t, -1)
+
+
+def _launch(
+    fisher: Tensor,
+    g: Tensor,
+    a: Tensor,
+    operands: Operands,
+    *,
+    weights: Tensor | None = None,
+    gradient: Tensor | None = None,
+    square: bool = True,
+) -> None:
+    """Run the kernel over operands [terms, N, T, pitch] and add its result to fisher and gradient."""
+    _, n, t, _ = g.shape
+    d_out, d_in = fisher.shape
+    tile: Tile = choose_tile(fisher.device, operands, d_out, d_in, t, gradient is not None)
+    tiles = triton.cdiv(d_out, tile.m) * triton.cdiv(d_in, tile.n)
+    splits = choose_splits(fisher.device, tile, tiles, n, fisher.numel())
+    shape = (splits, d_out, d_in)
+    f_out = fisher if splits == 1 else fisher.new_empty(shape)
+    d_out_buffer = gradient if gradient is None or splits == 1 else gradient.new_empty(shape)
+    strides = [x.stride(dim) // OCTET for x in (g, a) for dim in (1, 2, 0)]
+    fisher_linear_kernel[(tiles, splits)](
+        f_out, d_out_buffer, g, a, weights, n, t, d_out, d_in, g.shape[3] // OCTET, a.shape[3] // OCTET, *strides,
+        BM=tile.m, BN=tile.n, BK=tile.k, GROUP=_GROUP,
+        TERMS=operands.terms, PRECISION=operands.precision, UPCAST=INTERPRETED and g.dtype == torch.bfloat16,
+        SQUARE=square, ONE=t <= tile.k, ADD=splits == 1,
+        HAS_WEIGHTS=weights is not None, HAS_GRADIENT=gradient is not None,
+        num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+    )  # fmt: skip
+    if splits > 1:
+        fold_partials(f_out, fisher)
+        if gradient is not None and d_out_buffer is not None:
+            fold_partials(d_out_buffer, gradient)
+
+
+def _one_step(fisher: Tensor, a: Tensor, g: Tensor, weights: Tensor | None, gradient: Tensor | None) -> None:
+    """T = 1: fisher += (w G^2)^T A^2, a GEMM of float32 squares, on our own kernel whatever TF32 switches are set."""
+    operands = choose_operands(torch.float32)  # a half type cannot hold the squares
+    # Groups of 64 rows stand for samples, so that the splits over samples serve here too; the padding adds zeros.
+    rows = triton.cdiv(len(a), 64) * 64
+    g_squared = split(g, operands.terms, operands.dtype, square=True, weights=weights, rows=rows)
+    a_squared = split(a, operands.terms, operands.dtype, square=True, rows=rows)
+    groups = [x.view(operands.terms, rows // 64, 64, -1) for x in (g_squared, a_squared)]
+    _launch(fisher, *groups, operands, square=False)
+    if gradient is not None:
+        operands = choose_operands(a.dtype)
+        if weights is None:  # all samples as the steps of one
+            a, g = a.transpose(0, 1), g.transpose(0, 1)
+        _launch(
+            gradient, _as_operand(g, operands), _as_operand(a, operands), operands, weights=weights, square=False
+        )
+
+
+def fisher_linear_(
+    fisher: Tensor, activations: Tensor, grad_outputs: Tensor, weights: Tensor | None, gradient: Tensor | None
+) -> None:
+    """Fisher += sum_n w_n (G_n^T A_n)^2, and the plain gradient beside it where wanted."""
+    n, t, _ = activations.shape
+    device = fisher.device
+    if n == 0 or t == 0 or fisher.numel() == 0:
+        return
+    if activations.dtype == torch.float64 or capability(device) < 80:  # no tensor cores to write for
+        reference.fisher_linear_(fisher, activations, grad_outputs, weights, gradient)
+        return
+    with on_device(device):
+        operands = choose_operands(activations.dtype)
+        row_bytes = 8 * operands.terms * operands.dtype.itemsize  # of one octet, one step of one sample
+        octets = triton.cdiv(activations.shape[2], OCTET) + triton.cdiv(grad_outputs.shape[2], OCTET)
+        step = max(1, WORKSPACE // (row_bytes * octets * t))
+        for start in range(0, n, step):
+            chunk = slice(start, start + step)
+            a, g, w = activations[chunk], grad_outputs[chunk], None if weights is None else weights[chunk]
+            if t == 1:
+                _one_step(fisher, a, g, w, gradient)
+            else:
+                a, g = _as_operand(a, operands), _as_operand(g, operands)
+                _launch(fisher, g, a, operands, weights=w, gradient=gradient)

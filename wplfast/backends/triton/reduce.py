@@ -1,0 +1,56 @@
+"""Deterministic sums of partial results: fixed order, no atomics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import OPTIONS
+
+#: Partials that one program sums; more than this many take a middle stage.
+SPAN = 1 << 16
+_BLOCK = 1024
+_FOLD_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def sum_partials_kernel(partials, out, n_partials, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+    """out[program] = sum of the program's span of float64 partials."""
+    first = tl.program_id(0).to(tl.int64) * SPAN
+    count = tl.minimum(n_partials - first, SPAN).to(tl.int32)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        total += tl.load(partials + first + start + lanes, mask=start + lanes < count, other=0.0)
+    tl.store(out + tl.program_id(0), tl.sum(total).to(out.dtype.element_ty))
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum of float64 partials [C] as a 0-d tensor."""
+    while len(partials) > SPAN:
+        middle = partials.new_empty(triton.cdiv(len(partials), SPAN))
+        sum_partials_kernel[(len(middle),)](partials, middle, len(partials), SPAN, _BLOCK, **OPTIONS)
+        partials = middle
+    out = partials.new_empty((), dtype=dtype)
+    sum_partials_kernel[(1,)](partials, out, len(partials), SPAN, _BLOCK, **OPTIONS)
+    return out
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def fold_partials_kernel(partials, out, n_partials, numel, BLOCK: tl.constexpr):
+    """out[i] += sum over s of partials[s, i]."""
+    columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < numel
+    total = tl.zeros((BLOCK,), out.dtype.element_ty)
+    for s in range(n_partials):
+        total += tl.load(partials + tl.cast(s, tl.int64) * numel + columns, mask=mask, other=0.0)
+    tl.store(out + columns, tl.load(out + columns, mask=mask, other=0.0) + total, mask=mask)
+
+
+def fold_partials(partials: Tensor, out: Tensor) -> None:
+    """Add partials [S, *shape] to the contiguous ``out`` [*shape], in the order of S."""
+    numel = out.numel()
+    grid = (triton.cdiv(numel, _FOLD_BLOCK),)
+    fold_partials_kernel[grid](partials, out, len(partials), numel, _FOLD_BLOCK, **OPTIONS)
