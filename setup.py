@@ -16,7 +16,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+# GCC 12 warns inside its own intrinsics (https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593), and about the calling
+# convention of vectors that only inlined functions pass.
+FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 NO_COMPILER = """
 The C++ extension of wplfast could not be built (see the compiler's message above).
 Either install a C++17 compiler (GCC 9 or newer, or clang; e.g. `apt install g++`), or install without the extension:

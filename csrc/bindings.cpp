@@ -1,5 +1,5 @@
-// The Python module wplfast._C: addresses and sizes in, nothing of torch. wplfast/backends/cpp.py is its only caller and
-// has checked every argument through the op contract; tensors must stay alive during a call.
+// The Python module wplfast._C: addresses and sizes in, nothing of torch. wplfast/backends/cpp.py is its only caller
+// and has checked every argument through the op contract; tensors must stay alive during a call.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -106,12 +106,8 @@ void fisher_linear_binding(int dtype, uintptr_t fisher, uintptr_t gradient, cons
 
 void accumulate_squares_binding(int dtype, uintptr_t fisher, uintptr_t grads, uintptr_t weights, int64_t n_samples,
                                 int64_t numel, int threads) {
-  const SquaresCall call{pointer(fisher),
-                         pointer(grads),
-                         static_cast<const double*>(pointer(weights)),
-                         n_samples,
-                         numel,
-                         static_cast<Dtype>(dtype),
+  const SquaresCall call{pointer(fisher), pointer(grads), static_cast<const double*>(pointer(weights)),
+                         n_samples,       numel,          static_cast<Dtype>(dtype),
                          threads};
   py::gil_scoped_release release;
   accumulate_squares(call);

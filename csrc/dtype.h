@@ -17,9 +17,7 @@ struct Half {
   uint16_t bits;
 };
 
-inline int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-}
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 inline uint32_t bits_of(float value) {
   uint32_t bits;

@@ -1,6 +1,7 @@
 #include "fisher_linear.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <memory>
 #include <new>
 #include <vector>
@@ -49,19 +50,35 @@ void choose_blocks(FisherLinearPlan& plan, const FisherLinearKernel& kernel, int
   }
 }
 
-struct AlignedDelete {
-  void operator()(char* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+// Memory that a calling thread keeps between calls: about a megabyte per worker, whose pages would otherwise be
+// returned and faulted in again by each call, which costs more than a small product.
+class Scratch {
+ public:
+  char* at_least(int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset(static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})));
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Delete {
+    void operator()(char* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+  };
+  std::unique_ptr<char, Delete> memory_;
+  int64_t size_ = 0;
 };
 
 void run(const FisherLinearPlan& plan, const FisherLinearKernel& kernel, int threads) {
+  thread_local Scratch scratch;
   const int64_t n_blocks = plan.row_blocks * plan.column_blocks;
   threads = static_cast<int>(std::min<int64_t>(threads, n_blocks));
-  const std::unique_ptr<char, AlignedDelete> workspace(
-      static_cast<char*>(::operator new(threads * kernel.workspace_bytes, std::align_val_t{64})));
+  const int64_t bytes = (kernel.workspace_bytes(plan) + 63) / 64 * 64;
+  char* workspace = scratch.at_least(threads * bytes);
   // Each block is computed by one thread from first sample to last, so who takes it does not change the result.
-  parallel_each(threads, n_blocks, [&](int thread, int64_t block) {
-    kernel.run_block(plan, block, workspace.get() + thread * kernel.workspace_bytes);
-  });
+  parallel_each(threads, n_blocks,
+                [&](int thread, int64_t block) { kernel.run_block(plan, block, workspace + thread * bytes); });
 }
 
 }  // namespace

@@ -16,8 +16,8 @@ struct Chunk {
   bool begins, ends;  // false where a sample continues from the previous chunk, or into the next
 };
 
-// Each sample's product of a packed row panel [rows][TILE_ROWS] and column panel [rows][TILE_COLUMNS], and its epilogue.
-// sums, gradient and carry are tiles [TILE_ROWS][TILE_COLUMNS]; gradient and weights may be null.
+// Each sample's product of a packed row panel [rows][TILE_ROWS] and column panel [rows][TILE_COLUMNS], and its
+// epilogue. sums, gradient and carry are tiles [TILE_ROWS][TILE_COLUMNS]; gradient and weights may be null.
 template <class C>
 void multiply_tile(const C* row_panel, const C* column_panel, const Chunk& chunk, Epilogue epilogue, const C* weights,
                    C* sums, C* gradient, C* carry) {
@@ -142,12 +142,35 @@ void flush(const FisherLinearPlan& plan, PanelRange rows, PanelRange columns, C*
   }
 }
 
-constexpr int64_t MOST_SUMS = BLOCK_ROWS * BLOCK_COLUMNS;
-constexpr int64_t LINE = BLOCK_COLUMNS + 64;
+// Where the arrays of one block lie in a thread's workspace, in elements; every start is aligned to 64 bytes.
+template <class C>
+struct Workspace {
+  int64_t sums, gradient, carry, packed_rows, packed_columns, line, end;
+
+  explicit Workspace(const FisherLinearPlan& plan) {
+    constexpr int64_t WIDTH = TILE_COLUMNS<C>;
+    const int64_t row_panels = (plan.row_panels + plan.row_blocks - 1) / plan.row_blocks;
+    const int64_t column_panels = (plan.column_panels + plan.column_blocks - 1) / plan.column_blocks;
+    const int64_t tiles = row_panels * column_panels * TILE_ROWS * WIDTH;
+    const int64_t rows = plan.n_samples * plan.n_steps < CHUNK_ROWS ? plan.n_samples * plan.n_steps : CHUNK_ROWS;
+    const int64_t widest =
+        row_panels * TILE_ROWS < column_panels * WIDTH ? column_panels * WIDTH : row_panels * TILE_ROWS;
+    sums = 0;
+    gradient = aligned(sums + tiles);
+    carry = aligned(gradient + (plan.gradient == nullptr ? 0 : tiles));
+    packed_rows = aligned(carry + (plan.n_steps > CHUNK_ROWS ? tiles : 0));
+    packed_columns = aligned(packed_rows + rows * row_panels * TILE_ROWS);
+    line = aligned(packed_columns + rows * column_panels * WIDTH);
+    end = aligned(line + widest + lanes<C>);
+  }
+
+  static int64_t aligned(int64_t element) { return (element + 15) / 16 * 16; }
+};
 
 template <class C>
-constexpr int64_t workspace_bytes =
-    sizeof(C) * (3 * MOST_SUMS + CHUNK_ROWS * (BLOCK_ROWS + BLOCK_COLUMNS) + LINE);
+int64_t workspace_bytes(const FisherLinearPlan& plan) {
+  return Workspace<C>(plan).end * static_cast<int64_t>(sizeof(C));
+}
 
 template <class T, class C>
 void run_block(const FisherLinearPlan& plan, int64_t block, void* workspace) {
@@ -155,12 +178,14 @@ void run_block(const FisherLinearPlan& plan, int64_t block, void* workspace) {
   const PanelRange rows = panels_of_block(block % plan.row_blocks, plan.row_blocks, plan.row_panels);
   const PanelRange columns = panels_of_block(block / plan.row_blocks, plan.column_blocks, plan.column_panels);
   const int64_t n_rows = rows.end - rows.begin, n_columns = columns.end - columns.begin;
-  C* sums = static_cast<C*>(workspace);
-  C* gradient = plan.gradient == nullptr ? nullptr : sums + MOST_SUMS;
-  C* carry = sums + 2 * MOST_SUMS;
-  C* packed_rows = sums + 3 * MOST_SUMS;
-  C* packed_columns = packed_rows + CHUNK_ROWS * BLOCK_ROWS;
-  C* line = packed_columns + CHUNK_ROWS * BLOCK_COLUMNS;
+  const Workspace<C> at(plan);
+  C* base = static_cast<C*>(workspace);
+  C* sums = base + at.sums;
+  C* gradient = plan.gradient == nullptr ? nullptr : base + at.gradient;
+  C* carry = base + at.carry;
+  C* packed_rows = base + at.packed_rows;
+  C* packed_columns = base + at.packed_columns;
+  C* line = base + at.line;
   const C* weights = static_cast<const C*>(plan.weights);
   const bool weighs_rows = plan.epilogue != Epilogue::square;
   const bool squared = plan.epilogue == Epilogue::square_packed;
@@ -190,7 +215,7 @@ void run_block(const FisherLinearPlan& plan, int64_t block, void* workspace) {
           const int64_t tile = (c * n_rows + r) * TILE;
           multiply_tile(packed_rows + r * chunk_rows * TILE_ROWS, packed_columns + c * chunk_rows * WIDTH, chunk,
                         plan.epilogue, weights, sums + tile, gradient == nullptr ? nullptr : gradient + tile,
-                        carry + tile);
+                        pieces == 1 ? nullptr : carry + tile);
         }
       }
     }

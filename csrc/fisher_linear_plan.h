@@ -33,8 +33,8 @@ struct FisherLinearPlan {
   int64_t row_stride, column_stride;   // of the output
   int64_t n_samples, n_steps;
   const void* weights;  // [n_samples] in the compute type, or null
-  void* output;    // receives the sums of the epilogue
-  void* gradient;  // null, or receives the plain sums (Epilogue::square only)
+  void* output;         // receives the sums of the epilogue
+  void* gradient;       // null, or receives the plain sums (Epilogue::square only)
   Epilogue epilogue;
   int64_t row_panels, column_panels;  // register tiles along each side
   int64_t row_blocks, column_blocks;  // blocks along each side
@@ -52,7 +52,7 @@ inline PanelRange panels_of_block(int64_t block, int64_t n_blocks, int64_t n_pan
 // Tile shape and entry points of one instruction set and dtype.
 struct FisherLinearKernel {
   int64_t tile_rows, tile_columns;
-  int64_t workspace_bytes;
+  int64_t (*workspace_bytes)(const FisherLinearPlan& plan);  // of one thread
   void (*run_block)(const FisherLinearPlan& plan, int64_t block, void* workspace);
 };
 

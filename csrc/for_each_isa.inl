@@ -1,4 +1,5 @@
-// Compiles the file named by WPLFAST_KERNEL once per instruction set, in namespaces wplfast::avx512, ::avx2, ::portable.
+// Compiles the file named by WPLFAST_KERNEL once per instruction set, in namespaces wplfast::avx512, ::avx2,
+// ::portable.
 //
 // Everything inside is in unnamed namespaces, and kernels use no standard library templates: an inline function that
 // was compiled for AVX-512 could otherwise be the copy which the linker keeps for the whole program, and stop it on

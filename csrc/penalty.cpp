@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "huge_pages.h"
 #include "parallel.h"
 #include "simd_prelude.h"
 
@@ -17,7 +18,8 @@ constexpr int64_t BLOCK = 4096;
 // Below this many elements per thread, waking it costs more than it saves.
 constexpr int64_t GRAIN = 32768;
 
-// Gradient buffers above this size do not stay in the last-level cache until they are read.
+// Gradient buffers above this size do not stay in the last-level cache until they are read, and are fresh memory from
+// the operating system.
 constexpr int64_t STREAMING_BYTES = int64_t{16} << 20;
 
 }  // namespace
@@ -65,6 +67,11 @@ double penalty(const PenaltyCall& call) {
   const Schedule schedule(call);
   const int64_t total = schedule.elements.back();
   bool streaming = call.mode == PenaltyMode::store && total * size_of(call.dtype) >= STREAMING_BYTES;
+  if (streaming && total > 0) {  // the gradients lie one behind the other in one fresh buffer
+    const Anchor& last = call.anchors[call.n_anchors - 1];
+    char* begin = static_cast<char*>(call.anchors[0].grad);
+    advise_huge_pages(begin, static_cast<char*>(last.grad) + last.numel * size_of(call.dtype) - begin);
+  }
   bool offset = false;
   for (int64_t p = 0; p < call.n_anchors; ++p) {
     const Anchor& anchor = call.anchors[p];

@@ -1,5 +1,5 @@
-// Vectors of WPLFAST_VECTOR_BYTES bytes: loads that widen to the compute type and stores that round to the storage type.
-// Pointers need no more than element alignment. Included by for_each_isa.inl.
+// Vectors of WPLFAST_VECTOR_BYTES bytes: loads that widen to the compute type and stores that round to the storage
+// type. Pointers need no more than element alignment. Included by for_each_isa.inl.
 
 typedef float F32 __attribute__((vector_size(WPLFAST_VECTOR_BYTES)));
 typedef double F64 __attribute__((vector_size(WPLFAST_VECTOR_BYTES)));

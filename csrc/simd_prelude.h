@@ -20,9 +20,9 @@
 
 // The kernel table of the instruction set in use: `function` has one definition per namespace.
 #if WPLFAST_X86_DISPATCH
-#  define WPLFAST_PICK(isa, function)                     \
-    ((isa) == ::wplfast::Isa::avx512 ? avx512::function   \
-     : (isa) == ::wplfast::Isa::avx2 ? avx2::function     \
+#  define WPLFAST_PICK(isa, function)                   \
+    ((isa) == ::wplfast::Isa::avx512 ? avx512::function \
+     : (isa) == ::wplfast::Isa::avx2 ? avx2::function   \
                                      : portable::function)
 #else
 #  define WPLFAST_PICK(isa, function) ((void)(isa), portable::function)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .. import _C
+import wplfast._C as _C
+
 from ..ops.layout import ALIGNMENT, flat_dtype, packed_starts
 
 #: Codes of storage types, as in csrc/dtype.h.

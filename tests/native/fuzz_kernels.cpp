@@ -1,0 +1,228 @@
+// Fuzzes the kernels without Python against naive double loops; meant for -fsanitize=address,undefined.
+// Every array is a heap block of exactly the size it needs, shifted by a random number of elements, so that a read or
+// write beyond it is caught. Usage: fuzz_kernels [rounds] [seed]
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "fisher_linear.h"
+#include "isa.h"
+#include "penalty.h"
+#include "squares.h"
+
+namespace {
+
+using namespace wplfast;
+
+std::mt19937_64 generator;
+
+int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+double normal() { return std::normal_distribution<double>()(generator); }
+bool coin() { return integer(0, 1) == 1; }
+
+bool is_wide(Dtype dtype) { return dtype == Dtype::f64; }
+Dtype compute_type(Dtype dtype) { return is_wide(dtype) ? Dtype::f64 : Dtype::f32; }
+
+float from_bfloat16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
+
+uint16_t to_bfloat16(float value) {
+  const uint32_t bits = bits_of(value);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// A typed array at an element-aligned address.
+class Array {
+ public:
+  Array(Dtype dtype, int64_t size, const std::function<double()>& fill)
+      : dtype_(dtype), size_(size), shift_(integer(0, 3)), bytes_((size + shift_) * size_of(dtype)) {
+    for (int64_t i = 0; i < size; ++i) set(i, fill());
+  }
+  int64_t size() const { return size_; }
+  void* data() { return bytes_.data() + shift_ * size_of(dtype_); }
+  double get(int64_t i) const {
+    const char* at = bytes_.data() + (shift_ + i) * size_of(dtype_);
+    if (dtype_ == Dtype::f64) return read<double>(at);
+    if (dtype_ == Dtype::f32) return read<float>(at);
+    if (dtype_ == Dtype::bf16) return from_bfloat16(read<uint16_t>(at));
+    return to_float(Half{read<uint16_t>(at)});
+  }
+
+ private:
+  template <class T>
+  static T read(const char* at) {
+    T value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+  }
+  template <class T>
+  static void write(char* at, T value) {
+    std::memcpy(at, &value, sizeof value);
+  }
+  void set(int64_t i, double value) {
+    char* at = bytes_.data() + (shift_ + i) * size_of(dtype_);
+    if (dtype_ == Dtype::f64) {
+      write(at, value);
+    } else if (dtype_ == Dtype::f32) {
+      write(at, static_cast<float>(value));
+    } else if (dtype_ == Dtype::bf16) {
+      write(at, to_bfloat16(static_cast<float>(value)));
+    } else {
+      write(at, to_half(static_cast<float>(value)).bits);
+    }
+  }
+
+  Dtype dtype_;
+  int64_t size_, shift_;
+  std::vector<char> bytes_;
+};
+
+double zero() { return 0; }
+
+void expect(bool ok, const char* what, double got, double want) {
+  if (ok) return;
+  std::fprintf(stderr, "%s: got %.9g, want %.9g\n", what, got, want);
+  std::exit(1);
+}
+
+// Compares with an error relative to the sum of magnitudes, which cancellation does not shrink.
+void expect_close(const char* what, double got, double want, double magnitude, double tolerance) {
+  expect(std::abs(got - want) <= tolerance * magnitude + 1e-30, what, got, want);
+}
+
+double storage_epsilon(Dtype dtype) {
+  return dtype == Dtype::f64 ? 1e-15 : dtype == Dtype::f32 ? 5e-7 : dtype == Dtype::bf16 ? 5e-3 : 7e-4;
+}
+
+void fuzz_penalty() {
+  const Dtype dtype = static_cast<Dtype>(integer(0, 3)), wide = compute_type(dtype);
+  const PenaltyMode mode = static_cast<PenaltyMode>(integer(0, 2));
+  const bool has_offset = coin();
+  const double l2 = coin() ? 0.0 : 0.25, scale = 0.5;
+  std::vector<Array> theta, theta_hat, offset, fisher, grad;
+  std::vector<Anchor> anchors;
+  const int64_t n_anchors = integer(1, 6);
+  for (int64_t p = 0; p < n_anchors; ++p) {
+    const int64_t numel = coin() ? integer(0, 70) : integer(0, 50000);
+    theta.emplace_back(dtype, numel, normal);
+    theta_hat.emplace_back(dtype, numel, normal);
+    offset.emplace_back(wide, numel, normal);
+    fisher.emplace_back(wide, numel, [] { return std::abs(normal()); });
+    grad.emplace_back(dtype, mode == PenaltyMode::store ? (numel + 15) / 16 * 16 : numel, normal);
+  }
+  const std::vector<Array> before = grad;
+  for (int64_t p = 0; p < n_anchors; ++p) {
+    anchors.push_back({theta[p].data(), theta_hat[p].data(), has_offset ? offset[p].data() : nullptr, fisher[p].data(),
+                       grad[p].data(), theta[p].size(), 1.0 + 0.5 * static_cast<double>(p)});
+  }
+  const double got = penalty({anchors.data(), n_anchors, dtype, mode, l2, scale, 16, static_cast<int>(integer(1, 4))});
+
+  double want = 0;
+  for (int64_t p = 0; p < n_anchors; ++p) {
+    for (int64_t i = 0; i < theta[p].size(); ++i) {
+      const double value = theta[p].get(i), f = fisher[p].get(i);
+      const double d = value - theta_hat[p].get(i) - (has_offset ? offset[p].get(i) : 0.0);
+      want += 0.5 * (anchors[p].alpha * f * d * d + l2 * value * value);
+      double gradient = anchors[p].alpha * f * d + l2 * value;
+      double size = std::abs(gradient) + f * (std::abs(value) + std::abs(theta_hat[p].get(i))) + std::abs(value);
+      if (mode == PenaltyMode::add) {
+        gradient = before[p].get(i) + scale * gradient;
+        size += std::abs(before[p].get(i));
+      }
+      if (mode == PenaltyMode::value) gradient = before[p].get(i);
+      expect_close("gradient", grad[p].get(i), gradient, 4 * size, storage_epsilon(dtype));
+    }
+    for (int64_t i = theta[p].size(); i < grad[p].size(); ++i) expect(grad[p].get(i) == 0, "padding", 1, 0);
+  }
+  expect_close("value", got, want, want, is_wide(dtype) ? 1e-13 : 1e-6);
+}
+
+void fuzz_fisher_linear() {
+  const Dtype dtype = static_cast<Dtype>(integer(0, 3)), wide = compute_type(dtype);
+  const int64_t n = integer(0, 9), t = coin() ? 1 : coin() ? integer(0, 12) : integer(1, 400);
+  const int64_t limit = t > 50 ? 40 : 320;
+  const int64_t d_in = integer(0, coin() ? limit : 3), d_out = integer(0, coin() ? limit : 15);
+  const bool swapped = coin(), broadcast = integer(0, 7) == 0;  // time first; one sample's rows for all
+  auto strides = [&](int64_t size) {
+    const int64_t gap = size + integer(0, 2);
+    const int64_t stride_n = broadcast ? 0 : swapped ? gap : gap * t;
+    return std::pair<int64_t, int64_t>(stride_n, swapped ? gap * (broadcast ? 1 : n) : gap);
+  };
+  const auto [g_n, g_t] = strides(d_out);
+  const auto [a_n, a_t] = strides(d_in);
+  const bool empty = n == 0 || t == 0;
+  Array g(dtype, empty || d_out == 0 ? 0 : (n - 1) * g_n + (t - 1) * g_t + d_out, normal);
+  Array a(dtype, empty || d_in == 0 ? 0 : (n - 1) * a_n + (t - 1) * a_t + d_in, normal);
+  Array weights(Dtype::f64, n, [] { return std::abs(normal()); });
+  Array fisher(wide, d_out * d_in, zero), gradient(wide, d_out * d_in, zero);
+  const bool weighted = coin(), with_gradient = coin();
+  std::vector<double> aligned_weights;
+  for (int64_t k = 0; k < n; ++k) aligned_weights.push_back(weights.get(k));
+  fisher_linear({fisher.data(),
+                 with_gradient ? gradient.data() : nullptr,
+                 {g.data(), d_out, g_n, g_t},
+                 {a.data(), d_in, a_n, a_t},
+                 weighted ? aligned_weights.data() : nullptr,
+                 n,
+                 t,
+                 dtype,
+                 static_cast<int>(integer(1, 4))});
+  const double tolerance = is_wide(dtype) ? 1e-13 : 3e-6;
+  for (int64_t o = 0; o < d_out; ++o) {
+    for (int64_t i = 0; i < d_in; ++i) {
+      double want = 0, want_gradient = 0, magnitude = 0, gradient_magnitude = 0;
+      for (int64_t k = 0; k < n; ++k) {
+        const double w = weighted ? aligned_weights[k] : 1.0;
+        double sum = 0, absolute = 0;
+        for (int64_t s = 0; s < t; ++s) {
+          const double term = g.get(k * g_n + s * g_t + o) * a.get(k * a_n + s * a_t + i);
+          sum += term;
+          absolute += std::abs(term);
+        }
+        want += w * sum * sum;
+        want_gradient += w * sum;
+        magnitude += w * std::abs(sum) * absolute + 1e-7 * w * absolute * absolute;
+        gradient_magnitude += w * absolute;
+      }
+      expect_close("fisher", fisher.get(o * d_in + i), want, magnitude, tolerance);
+      if (with_gradient) {
+        expect_close("plain gradient", gradient.get(o * d_in + i), want_gradient, gradient_magnitude, tolerance);
+      }
+    }
+  }
+}
+
+void fuzz_squares() {
+  const Dtype dtype = static_cast<Dtype>(integer(0, 3)), wide = compute_type(dtype);
+  const bool tall = coin();
+  const int64_t n = integer(0, tall ? 6000 : 70), m = integer(0, tall ? 40 : 3000);
+  Array grads(dtype, n * m, normal);
+  Array fisher(wide, m, zero);
+  std::vector<double> weights;
+  for (int64_t k = 0; k < n; ++k) weights.push_back(std::abs(normal()));
+  const bool weighted = coin();
+  accumulate_squares(
+      {fisher.data(), grads.data(), weighted ? weights.data() : nullptr, n, m, dtype, static_cast<int>(integer(1, 4))});
+  for (int64_t j = 0; j < m; ++j) {
+    double want = 0;
+    for (int64_t k = 0; k < n; ++k) want += (weighted ? weights[k] : 1.0) * grads.get(k * m + j) * grads.get(k * m + j);
+    expect_close("squares", fisher.get(j), want, want, is_wide(dtype) ? 1e-13 : 1e-6);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int64_t rounds = argc > 1 ? std::atoll(argv[1]) : 50;
+  generator.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0);
+  for (int64_t round = 0; round < rounds; ++round) {
+    fuzz_penalty();
+    fuzz_fisher_linear();
+    fuzz_squares();
+  }
+  std::printf("%s: %lld rounds passed\n", isa_name(selected_isa()), static_cast<long long>(rounds));
+  return 0;
+}

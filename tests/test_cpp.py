@@ -1,0 +1,265 @@
+"""What only the C++ backend has: threads, instruction sets, raw addresses, and a run of its kernels under sanitizers.
+
+That its results are right is checked beside the other backends in ``test_ops.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from wplfast import backends
+from wplfast.backends import reference
+
+if "cpp" not in backends.available():
+    pytest.skip(f"the C++ backend is missing: {backends.missing().get('cpp')}", allow_module_level=True)
+
+from wplfast.backends import cpp
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ISAS = ["portable", "avx2", "avx512"]
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads() -> Iterator[None]:
+    """Leave torch's number of threads as it was."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_anchors(sizes: list[int], dtype: torch.dtype) -> dict[str, list[Tensor]]:
+    return {
+        "theta": [torch.randn(size).to(dtype) for size in sizes],
+        "theta_hat": [torch.randn(size).to(dtype) for size in sizes],
+        "offset": [0.01 * torch.randn(size, dtype=wide(dtype)) for size in sizes],
+        "fisher": [torch.rand(size, dtype=wide(dtype)) for size in sizes],
+    }
+
+
+def all_results(dtype: torch.dtype) -> list[Tensor]:
+    """Run every operator on inputs that only the seed decides."""
+    torch.manual_seed(0)
+    anchors = random_anchors([100_003, 0, 1, 7, 4096, 65_537, 300], dtype)
+    coefficients = (torch.rand(7, dtype=torch.float64), scalar(0.01))
+    value, packed = cpp.penalty_with_grad(**anchors, alpha=coefficients[0], l2=coefficients[1])
+    grad = [torch.randn(t.shape).to(dtype) for t in anchors["theta"]]
+    added = cpp.penalty_add_grad_(grad, *anchors.values(), *coefficients, scalar(0.5))
+    results = [value, packed, added, *grad, cpp.penalty(*anchors.values(), *coefficients)]
+    for n, t, d_in, d_out in ((40, 1, 300, 130), (9, 33, 250, 301), (2, 500, 100, 70), (64, 5, 784, 10)):
+        a, g = torch.randn(n, t, d_in).to(dtype), torch.randn(n, t, d_out).to(dtype)
+        fisher = torch.rand(d_out, d_in, dtype=wide(dtype))
+        gradient = torch.zeros_like(fisher)
+        cpp.fisher_linear_(fisher, a, g, torch.rand(n), gradient)
+        results += [fisher, gradient]
+    for n, numel in ((10_000, 33), (50, 70_000)):
+        squares = torch.zeros(numel, dtype=wide(dtype))
+        cpp.accumulate_squares_(squares, torch.randn(n, numel).to(dtype), torch.rand(n))
+        results.append(squares)
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    torch.set_num_threads(1)
+    expected = all_results(dtype)
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        for index, (got, want) in enumerate(zip(all_results(dtype), expected, strict=True)):
+            assert torch.equal(got, want), f"result {index} differs with {threads} threads"
+
+
+def as_float64(arguments: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    return {name: [t.to(torch.float64, copy=True) for t in tensors] for name, tensors in arguments.items()}
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm().clamp_min(1e-300)).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [1, 3])
+def test_misaligned_and_empty_tensors(dtype: torch.dtype, shift: int) -> None:
+    sizes = [0, 1, 5, 16, 63, 1000, 4097, 0]
+    torch.manual_seed(shift)
+    anchors = {
+        name: [torch.cat([t.new_full((shift,), torch.nan), t, t.new_full((9,), torch.nan)])[shift:-9] for t in tensors]
+        for name, tensors in random_anchors(sizes, dtype).items()
+    }
+    coefficients = (scalar(1.5), scalar(0.1))
+    value, packed = cpp.penalty_with_grad(**anchors, alpha=coefficients[0], l2=coefficients[1])
+    want_value, want_packed = reference.penalty_with_grad(**as_float64(anchors), alpha=coefficients[0], l2=scalar(0.1))
+    assert relative_error(value, want_value) < 1e-6
+    assert packed.shape == want_packed.shape
+    assert relative_error(packed, want_packed) < 2 * torch.finfo(dtype).eps
+
+    memory = [torch.full((size + 2 * shift,), 3.0, dtype=dtype) for size in sizes]
+    grad = [block[shift : shift + size] for block, size in zip(memory, sizes, strict=True)]
+    cpp.penalty_add_grad_(grad, *anchors.values(), *coefficients, scalar(1.0))
+    for block, size in zip(memory, sizes, strict=True):
+        assert (block[:shift] == 3).all()
+        assert (block[shift + size :] == 3).all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4, 5), (3, 0, 4, 5), (3, 2, 0, 5), (3, 2, 4, 0)])
+def test_empty_fisher_inputs_add_nothing(sizes: tuple[int, int, int, int]) -> None:
+    n_samples, steps, d_in, d_out = sizes
+    fisher = torch.ones(d_out, d_in)
+    cpp.fisher_linear_(fisher, torch.randn(n_samples, steps, d_in), torch.randn(n_samples, steps, d_out), None, None)
+    assert (fisher == 1).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nonfinite_values_come_through(bad: float, dtype: torch.dtype) -> None:
+    for position in (0, 17, 99):
+        anchors = random_anchors([100], dtype)
+        anchors["theta"][0][position] = bad
+        grad = [torch.zeros(100, dtype=dtype)]
+        value = cpp.penalty_add_grad_(grad, *anchors.values(), scalar(1.0), scalar(0.0), scalar(1.0))
+        assert not value.isfinite()
+        assert grad[0].isfinite().logical_not().nonzero().flatten().tolist() == [position]
+        fisher, grads = torch.zeros(100, dtype=wide(dtype)), torch.zeros(3, 100, dtype=dtype)
+        grads[1, position] = bad
+        cpp.accumulate_squares_(fisher, grads, None)
+        assert fisher.isfinite().logical_not().nonzero().flatten().tolist() == [position]
+
+
+def test_in_place_operators_advance_the_version_counter() -> None:
+    fisher, gradient = torch.zeros(3, 2), torch.zeros(3, 2)
+    before = fisher._version, gradient._version
+    cpp.fisher_linear_(fisher, torch.randn(4, 2, 2), torch.randn(4, 2, 3), None, gradient)
+    assert (fisher._version, gradient._version) > before
+    before = (fisher._version,)
+    cpp.accumulate_squares_(fisher, torch.randn(4, 3, 2), None)
+    assert (fisher._version,) > before
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_agrees_with_float64(isa: str) -> None:
+    """Each path runs in its own process; a machine without it falls back to the next one below."""
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch, test_cpp
+from wplfast.backends import cpp
+assert test_cpp.ISAS.index(cpp.ISA) <= test_cpp.ISAS.index({isa!r})
+for dtype in test_cpp.DTYPES:
+    test_cpp.check_against_float64(dtype)
+print(cpp.ISA)
+"""
+    result = run_python(code, WPLFAST_ISA=isa)
+    assert result.returncode == 0, result.stderr
+    if result.stdout.strip() != isa:
+        pytest.skip(f"this machine has no {isa}; {result.stdout.strip()} was tested")
+
+
+def check_against_float64(dtype: torch.dtype) -> None:
+    """Compare every operator, at ragged sizes, with the reference in float64."""
+    torch.manual_seed(1)
+    for n, t, d_in, d_out in ((5, 33, 70, 45), (7, 1, 17, 130), (2, 401, 40, 61), (300, 2, 33, 12), (5, 5, 90, 3)):
+        a, g, w = torch.randn(n, t, d_in).to(dtype), torch.randn(n, t, d_out).to(dtype), torch.rand(n)
+        got = torch.zeros(2, d_out, d_in, dtype=wide(dtype))
+        want = torch.zeros(2, d_out, d_in, dtype=torch.float64)
+        cpp.fisher_linear_(got[0], a, g, w, got[1])
+        reference.fisher_linear_(want[0], a.double(), g.double(), w, want[1])
+        assert relative_error(got[0], want[0]) < 2e-6, (n, t, d_in, d_out)
+        assert relative_error(got[1], want[1]) < 2e-6, (n, t, d_in, d_out)
+    anchors = random_anchors([0, 1, 31, 1000, 70_001], dtype)
+    value, packed = cpp.penalty_with_grad(**anchors, alpha=scalar(2.0), l2=scalar(0.1))
+    expected = reference.penalty_with_grad(**as_float64(anchors), alpha=scalar(2.0), l2=scalar(0.1))
+    assert relative_error(value, expected[0]) < 1e-6
+    assert relative_error(packed, expected[1]) < 2 * torch.finfo(dtype).eps
+    grads = torch.randn(3000, 37).to(dtype)
+    squares, expected_squares = torch.zeros(37, dtype=wide(dtype)), torch.zeros(37, dtype=torch.float64)
+    cpp.accumulate_squares_(squares, grads, None)
+    reference.accumulate_squares_(expected_squares, grads.double(), None)
+    assert relative_error(squares, expected_squares) < 1e-6
+
+
+def test_bf16_gradient_is_rounded_once() -> None:
+    """Equal to fp32 arithmetic followed by one rounding, also where fp32 lies on a tie."""
+    torch.manual_seed(0)
+    anchors = random_anchors([5000], torch.bfloat16)
+    grad = torch.randn(5000).bfloat16()
+    fd = anchors["fisher"][0] * (anchors["theta"][0].float() - anchors["theta_hat"][0].float())
+    want = (
+        (grad.double() + 0.5 * fd.double()).float().bfloat16()
+    )  # 0.5 * fd is exact: one rounding to fp32, one to bf16
+    cpp.penalty_add_grad_(
+        [grad], anchors["theta"], anchors["theta_hat"], [], anchors["fisher"], scalar(1.0), scalar(0.0), scalar(0.5)
+    )
+    assert torch.equal(grad, want)
+
+
+def test_every_half_and_bfloat16_survives() -> None:
+    """Adding nothing to a gradient returns it, for all 65,536 values (NaN stays NaN)."""
+    pattern = torch.arange(1 << 16).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        grad = pattern.view(dtype).clone()
+        zeros = [torch.zeros(1 << 16, dtype=dtype)]
+        fisher = [torch.zeros(1 << 16)]
+        cpp.penalty_add_grad_([grad], zeros, zeros, [], fisher, scalar(1.0), scalar(0.0), scalar(1.0))
+        assert torch.equal(grad.float().nan_to_num(7.0), pattern.view(dtype).float().nan_to_num(7.0))
+
+
+def test_unknown_isa_is_an_error() -> None:
+    result = run_python("import wplfast", WPLFAST_ISA="sse9")
+    assert result.returncode != 0
+    assert "ValueError: WPLFAST_ISA must be 'avx512', 'avx2' or 'portable', got 'sse9'" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
+def test_kernels_under_address_and_undefined_behaviour_sanitizers(isa: str, sanitized_harness: Path) -> None:
+    for seed in ("1", "2"):
+        result = subprocess.run(
+            [str(sanitized_harness), "100", seed],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"WPLFAST_ISA": isa},
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def sanitized_harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compile tests/native/fuzz_kernels.cpp with the kernels, or skip where that is impossible."""
+    required = "cpp" in os.environ.get("WPLFAST_REQUIRE", "").split(",")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or not (ROOT / "csrc").is_dir():
+        reason = "no C++ compiler" if compiler is None else "no csrc/ beside the tests"
+        pytest.fail(reason) if required else pytest.skip(reason)
+    program = tmp_path_factory.mktemp("native") / "fuzz_kernels"
+    kernels = [ROOT / "csrc" / f"{name}.cpp" for name in ("isa", "penalty", "fisher_linear", "squares")]
+    flags = ["-std=c++17", "-O1", "-g", "-fopenmp", "-Wno-psabi", "-fsanitize=address,undefined"]
+    command = [*compiler.split(), *flags, "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
+    command += [str(path) for path in (ROOT / "tests" / "native" / "fuzz_kernels.cpp", *kernels)]
+    result = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        reason = f"the harness does not compile: {result.stderr[-2000:]}"
+        pytest.fail(reason) if required else pytest.skip(reason)
+    return program
