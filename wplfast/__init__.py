@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from . import backends, errors, losses, ops
+from . import backends, errors, functional, losses, ops
 from .accumulate import FisherAccumulator
 from .estimate import fisher_diagonal
 from .fisher import Fisher
+from .penalty import WeightPlasticityLoss
 from .version import __version__
 
 __all__ = [
     "Fisher",
     "FisherAccumulator",
+    "WeightPlasticityLoss",
     "__version__",
     "backends",
     "errors",
     "fisher_diagonal",
+    "functional",
     "losses",
     "ops",
 ]

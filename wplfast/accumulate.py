@@ -214,6 +214,7 @@ class FisherAccumulator:
             total_weight=self._total_weight,
             mean_grad=gradient,
             report=report,
+            parameters=self._named,
         )
 
     # ---- checks ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -81,9 +82,11 @@ class Fisher(Mapping[str, Tensor]):
         mean_grad: Mapping[str, Tensor] | None = None,
         report: Report | None = None,
         metadata: Mapping[str, str] | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Wrap diagonals; see the class."""
+        """Wrap diagonals; see the class. ``parameters`` are remembered weakly, for matching by identity."""
         self._tensors = dict(tensors)
+        self._parameters = {name: weakref.ref(p) for name, p in (parameters or {}).items()}
         self.n_samples = n_samples
         self.total_weight = float(n_samples) if total_weight is None else total_weight
         self.mean_grad = None if mean_grad is None else dict(mean_grad)
@@ -106,6 +109,15 @@ class Fisher(Mapping[str, Tensor]):
         """Summarise."""
         numel = sum(t.numel() for t in self.values())
         return f"Fisher({len(self)} parameters, {numel:,} elements, {self.n_samples:,} samples)"
+
+    def names_of(self, parameters: Sequence[Tensor]) -> dict[int, str]:
+        """Return, by position, the names of those of the given tensors that this Fisher was computed for."""
+        names = {id(p): name for name, reference in self._parameters.items() if (p := reference()) is not None}
+        return {index: names[id(p)] for index, p in enumerate(parameters) if id(p) in names}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Pickle and copy without the references to parameters."""
+        return {**self.__dict__, "_parameters": {}}
 
     @property
     def flat(self) -> Tensor:
@@ -223,7 +235,7 @@ class Fisher(Mapping[str, Tensor]):
     def _map(self, function: Callable[[Tensor], Tensor]) -> Fisher:
         """Apply a function to every tensor."""
         grad = None if self.mean_grad is None else {name: function(t) for name, t in self.mean_grad.items()}
-        return self._with({name: function(t) for name, t in self.items()}, grad, self.report)
+        return self._with({name: function(t) for name, t in self.items()}, grad, self.report, {n: n for n in self})
 
     def _rename(self, names: Mapping[str, str]) -> Fisher:
         """Take some names under new ones."""
@@ -232,10 +244,13 @@ class Fisher(Mapping[str, Tensor]):
         numels = {new: self.report.numels[old] for old, new in names.items() if old in self.report.numels}
         old = self.report
         report = Report(rules, dict(old.seconds), old.total_seconds, old.skipped_samples, numels)
-        return self._with({new: self[old] for old, new in names.items()}, grad, report)
+        return self._with({new: self[old] for old, new in names.items()}, grad, report, names)
 
-    def _with(self, tensors: dict[str, Tensor], grad: dict[str, Tensor] | None, report: Report) -> Fisher:
-        """Copy with other tensors."""
+    def _with(
+        self, tensors: dict[str, Tensor], grad: dict[str, Tensor] | None, report: Report, names: Mapping[str, str]
+    ) -> Fisher:
+        """Copy with other tensors; ``names`` maps old names to new ones."""
+        references = {new: p for old, new in names.items() if old in self._parameters and (p := self._parameters[old]())}
         return Fisher(
             tensors,
             self.n_samples,
@@ -243,4 +258,5 @@ class Fisher(Mapping[str, Tensor]):
             mean_grad=grad,
             report=report,
             metadata=self.metadata,
+            parameters=references,
         )

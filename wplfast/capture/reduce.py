@@ -26,8 +26,8 @@ def accumulate(
         weights: optional weights [N], float64 on the parameter's device.
     """
     for region, group in _regions(uses, fisher).items():
-        target = fisher if region is None else fisher.as_strided(*region)
-        plain = gradient if gradient is None or region is None else gradient.as_strided(*region)
+        target = _view(fisher, region)
+        plain = None if gradient is None else _view(gradient, region)
         if not _fused(group, target, plain, weights):
             _materialised(parameter, group, target, plain, weights, direct=region is not None)
 
@@ -41,6 +41,14 @@ def weighted_sum(parameter: int, uses: Sequence[Use], weights: Tensor, like: Ten
 
 
 _Region = tuple[torch.Size, tuple[int, ...], int]
+
+
+def _view(accumulator: Tensor, region: _Region | None) -> Tensor:
+    """View the part of a parameter's accumulator that corresponds to a view of the parameter."""
+    if region is None:
+        return accumulator
+    size, stride, offset = region
+    return accumulator.as_strided(size, stride, accumulator.storage_offset() + offset)
 
 
 def _regions(uses: Sequence[Use], fisher: Tensor) -> dict[_Region | None, list[Use]]:

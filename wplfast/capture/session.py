@@ -109,6 +109,10 @@ class Session:
         for attempt in range(4):
             for digit in range(digits):
                 self._probe(losses, digit, ordinary=verify and attempt == digit == 0)
+            if digits and self.batches and may_replay:
+                self._collect(losses, keep, dry=True)  # find out about replays before anything is accumulated
+                if self._mixed and not self._escalate(may_replay):
+                    return False
             self._collect(losses, keep)
             blocked |= self._find_unseen()
             if self._mixed:
@@ -203,9 +207,10 @@ class Session:
 
     # ---- collecting ------------------------------------------------------------------------------------------------
 
-    def _collect(self, losses: Tensor, keep: bool) -> None:
-        """Run the collecting pass and accumulate all that can be."""
+    def _collect(self, losses: Tensor, keep: bool, dry: bool = False) -> None:
+        """Run the collecting pass and accumulate all that can be; a dry one only measures."""
         self._clear()
+        self._dry = dry
         for site in self.interception.sites:
             for index in site.parameters if not site.late else ():
                 self._pending[index] += 1
@@ -221,7 +226,7 @@ class Session:
             owners = self._owners(site, grads)
             if owners is None:
                 self._retry |= parameters
-            elif any(owner is not None for owner in owners):
+            elif any(owner is not None for owner in owners) and not self._dry:
                 pairs = zip(grads, owners, strict=True)
                 grads = [None if g is None or owner is None else _rows(g) for g, owner in pairs]
                 uses = site.rule.uses(site.call, data, grads, owners)
@@ -348,9 +353,10 @@ class Session:
         if not bare:
             raise CoupledSamplesError(self._coupling(coupled[0]))
         self.interception.derive |= bare
-        if may_replay and self.batches == 0:
-            for accumulator in (*self.fisher, *(self.gradient or ())):
-                accumulator.zero_()
+        if may_replay and (self._dry or self.batches == 0):
+            if self.batches == 0:
+                for accumulator in (*self.fisher, *(self.gradient or ())):
+                    accumulator.zero_()
             self.interception.start_batch()
             return False
         if coupled:

@@ -128,24 +128,25 @@ def check_anchors(
     if dtype not in FLOATING:
         raise ValueError(f"theta[0] must be of a floating point type, got {_describe(theta[0])}")
     columns = [("theta_hat", theta_hat, dtype), ("fisher", fisher, wide), ("offset", offset, wide)]
+    columns = [column for column in columns if column[1]]
     for index, parameter in enumerate(theta):
-        ok = parameter.dtype == dtype and parameter.device == device
-        _expect(ok, f"theta[{index}]", f"of dtype {dtype} on {device}, as theta[0] is", parameter)
-        _expect(is_dense(parameter), f"theta[{index}]", "dense in memory", parameter)
+        if parameter.dtype != dtype or parameter.device != device:
+            _expect(False, f"theta[{index}]", f"of dtype {dtype} on {device}, as theta[0] is", parameter)
+        if not is_dense(parameter):
+            _expect(False, f"theta[{index}]", "dense in memory", parameter)
         for what, tensors, expected in columns:
-            if tensors:
-                _check_like(f"{what}[{index}]", tensors[index], parameter, expected)
+            _check_like(what, index, tensors[index], parameter, expected)
     check_scalar("alpha", alpha, device, len(theta))
     check_scalar("l2", l2, device)
 
 
-def _check_like(what: str, tensor: Tensor, like: Tensor, dtype: torch.dtype) -> None:
+def _check_like(what: str, index: int, tensor: Tensor, like: Tensor, dtype: torch.dtype) -> None:
     """Check that a tensor has the shape, device and memory order of a parameter, and the given dtype."""
-    ok = tensor.shape == like.shape and tensor.device == like.device and tensor.dtype == dtype
-    name = str(dtype).removeprefix("torch.")
-    _expect(ok, what, f"{name}{list(like.shape)} on {like.device}", tensor)
+    if tensor.shape != like.shape or tensor.device != like.device or tensor.dtype != dtype:
+        name = str(dtype).removeprefix("torch.")
+        _expect(False, f"{what}[{index}]", f"{name}{list(like.shape)} on {like.device}", tensor)
     if not same_order(tensor, like):
-        raise ValueError(f"{what} must have strides {like.stride()} as its parameter, got {tensor.stride()}")
+        raise ValueError(f"{what}[{index}] must have strides {like.stride()} as its parameter, got {tensor.stride()}")
 
 
 def check_grads(grad: Sequence[Tensor], theta: Sequence[Tensor]) -> None:
@@ -153,7 +154,7 @@ def check_grads(grad: Sequence[Tensor], theta: Sequence[Tensor]) -> None:
     if len(grad) != len(theta):
         raise ValueError(f"grad must hold {len(theta)} tensors, as theta does, got {len(grad)}")
     for index, (tensor, parameter) in enumerate(zip(grad, theta, strict=True)):
-        _check_like(f"grad[{index}]", tensor, parameter, parameter.dtype)
+        _check_like("grad", index, tensor, parameter, parameter.dtype)
 
 
 def _value_like(theta: Sequence[Tensor]) -> Tensor:

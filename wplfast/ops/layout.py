@@ -46,7 +46,8 @@ def packed_starts(numels: Sequence[int]) -> tuple[list[int], int]:
 
 def packed_view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
     """View ``like.numel()`` elements of a packed buffer in the shape and memory order of the dense tensor ``like``."""
-    return buffer.as_strided(like.shape, like.stride(), buffer.storage_offset() + start)
+    part = buffer.narrow(0, start, like.numel())
+    return part.view(like.shape) if like.is_contiguous() else part.as_strided(like.shape, like.stride())
 
 
 def packed_views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -12,7 +12,7 @@ Environment:
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -63,18 +63,18 @@ def choose_operands(dtype: torch.dtype) -> Operands:
     return Operands(1, torch.float32, mode)
 
 
-#: (generation, kind of operands) -> (tile where the layer is large, tile where it is small). With a plain-gradient
-#: accumulator, a thread holds three accumulators of its tile instead of two, and the second table applies.
-_TILES: dict[tuple[int, str], tuple[Tile, Tile]] = {
-    (8, "half"): (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 32, 4, 4, 2)),
-    (8, "terms"): (Tile(128, 128, 32, 8, 2, 1), Tile(64, 64, 32, 4, 2, 2)),
-    (8, "float"): (Tile(64, 64, 32, 4, 2, 2), Tile(64, 64, 32, 4, 2, 2)),
-    (9, "half"): (Tile(128, 128, 64, 8, 4, 1), Tile(64, 64, 64, 4, 4, 3)),
-    (9, "terms"): (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 32, 4, 3, 2)),
-    (9, "float"): (Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2)),
-    (10, "half"): (Tile(128, 128, 64, 8, 4, 1), Tile(64, 64, 64, 4, 4, 3)),
-    (10, "terms"): (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 32, 4, 3, 2)),
-    (10, "float"): (Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2)),
+#: (generation, kind of operands) -> tiles of a large layer, of a small one, and of a large one with a plain-gradient
+#: accumulator: a thread then holds three accumulators of its tile instead of two, and spills from 256 values on.
+_TILES: dict[tuple[int, str], tuple[Tile, Tile, Tile]] = {
+    (8, "half"): (Tile(128, 128, 32, 8, 4, 1), Tile(64, 64, 32, 4, 4, 2), Tile(64, 128, 32, 8, 3, 1)),
+    (8, "terms"): (Tile(128, 128, 16, 8, 3, 1), Tile(64, 64, 32, 4, 3, 2), Tile(64, 128, 32, 8, 2, 1)),
+    (8, "float"): (Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2)),
+    (9, "half"): (Tile(128, 128, 64, 8, 4, 1), Tile(64, 64, 64, 4, 4, 3), Tile(64, 128, 64, 8, 4, 1)),
+    (9, "terms"): (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 32, 4, 3, 3), Tile(64, 128, 32, 8, 3, 1)),
+    (9, "float"): (Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2)),
+    (10, "half"): (Tile(128, 128, 64, 8, 4, 1), Tile(64, 64, 64, 4, 4, 3), Tile(64, 128, 64, 8, 4, 1)),
+    (10, "terms"): (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 32, 4, 3, 3), Tile(64, 128, 32, 8, 3, 1)),
+    (10, "float"): (Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2)),
 }
 
 
@@ -82,10 +82,9 @@ def choose_tile(device: torch.device, operands: Operands, d_out: int, d_in: int,
     """Return the tile for a layer's shape; short samples take a chunk that holds one of them whole."""
     generation = min(10, max(8, capability(device) // 10))
     kind = "terms" if operands.terms > 1 else ("float" if operands.dtype == torch.float32 else "half")
-    large, small = _TILES[generation, kind]
-    tile = small if min(d_out, d_in) <= small.m or (gradient and generation == 8) else large
-    k = min(tile.k, max(16, triton.next_power_of_2(n_steps)))
-    return tile if k == tile.k else Tile(tile.m, tile.n, k, tile.warps, tile.stages, tile.resident)
+    large, small, with_gradient = _TILES[generation, kind]
+    tile = small if min(d_out, d_in) <= small.m else (with_gradient if gradient else large)
+    return replace(tile, k=min(tile.k, max(16, triton.next_power_of_2(n_steps))))
 
 
 def choose_splits(device: torch.device, tile: Tile, tiles: int, n_samples: int, numel: int) -> int:

@@ -22,6 +22,8 @@ from .split import OCTET, split
 
 #: Bytes that split or padded operands of one launch may take; more samples go in several launches.
 WORKSPACE = 1 << 28
+#: Wider layers are left to the reference: offsets within a tile of at most 128 rows must fit 32 bits.
+MAX_WIDTH = 1 << 24
 #: Tiles that share columns of the activations run side by side, for the L2 cache.
 _GROUP = 8
 
@@ -31,11 +33,11 @@ _STRIDES = ("g_sample", "g_step", "g_plane", "a_sample", "a_step", "a_plane")
 
 @triton.jit
 def _dot(g, a, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + g^T a; UPCAST is for the interpreter, which multiplies bfloat16 as integers."""
+    """acc + g a; UPCAST is for the interpreter, which multiplies bfloat16 as integers."""
     if UPCAST:
         g = g.to(tl.float32)
         a = a.to(tl.float32)
-    return tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+    return tl.dot(g, a, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def fisher_linear_kernel(
     n_samples, n_steps, d_out, d_in, g_octets, a_octets, g_sample, g_step, g_plane, a_sample, a_step, a_plane,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SQUARE: tl.constexpr, ONE: tl.constexpr,
-    ADD: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+    ADD: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_GRADIENT: tl.constexpr, WIDE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the Fisher of one split of the samples; widths and strides of G and A come in octets.
 
@@ -86,13 +88,16 @@ def fisher_linear_kernel(
     group = tl.program_id(0) // (GROUP * tiles_n)
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * tiles_n)
-    rm = (group * GROUP + within % height) * BM + tl.arange(0, BM)
-    rn = (within // height) * BN + tl.arange(0, BN)
+    m_start = (group * GROUP + within % height) * BM
+    n_start = (within // height) * BN
+    rm = m_start + tl.arange(0, BM)
+    rn = n_start + tl.arange(0, BN)
     rk = tl.arange(0, BK)
     # A tile's offsets fit 32 bits and never change; sample and chunk move the 64-bit base.
-    g_offsets = rk[:, None] * (g_step * 8) + rm[None, :]
+    # G is read as its transpose: a transposition in registers would keep it out of the asynchronous copies on sm_80.
+    g_offsets = rk[None, :] * (g_step * 8) + rm[:, None]
     a_offsets = rk[:, None] * (a_step * 8) + rn[None, :]
-    g_columns = (rm < g_octets * 8)[None, :]
+    g_columns = (rm < g_octets * 8)[:, None]
     a_columns = (rn < a_octets * 8)[None, :]
     g_skip, a_skip = tl.cast(g_plane, tl.int64) * 8, tl.cast(a_plane, tl.int64) * 8
     first = (n_samples * split.to(tl.int64) // n_splits).to(tl.int32)
@@ -101,12 +106,12 @@ def fisher_linear_kernel(
     if HAS_GRADIENT:
         d_acc = tl.zeros((BM, BN), tl.float32)
     if ONE:
-        steps = (rk < n_steps)[:, None]
+        steps = rk < n_steps
         for n in range(first, last):
             sample = tl.cast(n, tl.int64)
             g_ptr = grad_outputs + sample * g_sample * 8 + g_offsets
             a_ptr = activations + sample * a_sample * 8 + a_offsets
-            g_mask, a_mask = steps & g_columns, steps & a_columns
+            g_mask, a_mask = steps[None, :] & g_columns, steps[:, None] & a_columns
             if SQUARE or HAS_WEIGHTS:
                 acc = tl.zeros((BM, BN), tl.float32)
                 acc = _product(g_ptr, a_ptr, g_skip, a_skip, g_mask, a_mask, acc, TERMS, PRECISION, UPCAST)
@@ -128,10 +133,10 @@ def fisher_linear_kernel(
             n = first + index // chunks
             chunk = index % chunks
             sample, step = tl.cast(n, tl.int64), tl.cast(chunk * BK, tl.int64)
-            steps = (rk < n_steps - chunk * BK)[:, None]
+            steps = rk < n_steps - chunk * BK
             g_ptr = grad_outputs + (sample * g_sample + step * g_step) * 8 + g_offsets
             a_ptr = activations + (sample * a_sample + step * a_step) * 8 + a_offsets
-            g_mask, a_mask = steps & g_columns, steps & a_columns
+            g_mask, a_mask = steps[None, :] & g_columns, steps[:, None] & a_columns
             acc = _product(g_ptr, a_ptr, g_skip, a_skip, g_mask, a_mask, acc, TERMS, PRECISION, UPCAST)
             if chunk == chunks - 1:
                 scaled = acc
@@ -144,11 +149,14 @@ def fisher_linear_kernel(
                 if HAS_GRADIENT:
                     d_acc += scaled
                 acc = tl.zeros((BM, BN), tl.float32)
-    offsets = split.to(tl.int64) * d_out * d_in + rm[:, None].to(tl.int64) * d_in + rn[None, :]
-    mask = (rm < d_out)[:, None] & (rn < d_in)[None, :]
-    _add_tile(fisher, offsets, mask, f_acc, ADD)
+    # Rows of the result lie on 16-byte boundaries where d_in is a multiple of 8, and the stores are as wide as the loads.
+    pitch = a_octets * 8 if WIDE_ROWS else d_in
+    base = (split.to(tl.int64) * d_out + m_start) * pitch + n_start
+    offsets = tl.arange(0, BM)[:, None] * pitch + tl.arange(0, BN)[None, :]
+    mask = (rm < d_out)[:, None] & (rn < pitch)[None, :]
+    _add_tile(fisher + base, offsets, mask, f_acc, ADD)
     if HAS_GRADIENT:
-        _add_tile(gradient, offsets, mask, d_acc, ADD)
+        _add_tile(gradient + base, offsets, mask, d_acc, ADD)
 
 
 def _wide(x: Tensor, step_limit: int) -> bool:
@@ -192,7 +200,7 @@ def _launch(
         BM=tile.m, BN=tile.n, BK=tile.k, GROUP=_GROUP,
         TERMS=operands.terms, PRECISION=operands.precision, UPCAST=INTERPRETED and g.dtype == torch.bfloat16,
         SQUARE=square, ONE=t <= tile.k, ADD=splits == 1,
-        HAS_WEIGHTS=weights is not None, HAS_GRADIENT=gradient is not None,
+        HAS_WEIGHTS=weights is not None, HAS_GRADIENT=gradient is not None, WIDE_ROWS=d_in % OCTET == 0,
         num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
     )  # fmt: skip
     if splits > 1:
@@ -214,9 +222,7 @@ def _one_step(fisher: Tensor, a: Tensor, g: Tensor, weights: Tensor | None, grad
         operands = choose_operands(a.dtype)
         if weights is None:  # all samples as the steps of one
             a, g = a.transpose(0, 1), g.transpose(0, 1)
-        _launch(
-            gradient, _as_operand(g, operands), _as_operand(a, operands), operands, weights=weights, square=False
-        )
+        _launch(gradient, _as_operand(g, operands), _as_operand(a, operands), operands, weights=weights, square=False)
 
 
 def fisher_linear_(
@@ -227,7 +233,8 @@ def fisher_linear_(
     device = fisher.device
     if n == 0 or t == 0 or fisher.numel() == 0:
         return
-    if activations.dtype == torch.float64 or capability(device) < 80:  # no tensor cores to write for
+    fits = activations.shape[2] < MAX_WIDTH and grad_outputs.shape[2] < MAX_WIDTH
+    if activations.dtype == torch.float64 or capability(device) < 80 or not fits:
         reference.fisher_linear_(fisher, activations, grad_outputs, weights, gradient)
         return
     with on_device(device):

@@ -5,7 +5,8 @@
 
 A table gives each program one chunk of one tensor. Full chunks on 16-byte boundaries, nearly all of them, take a branch
 without masks, where every stream moves 16 bytes a thread; tails and misaligned tensors take a masked one. Each program
-leaves one float64 partial of the value, which a second kernel sums in fixed order.
+leaves one float64 partial of the value, which a second kernel sums in fixed order. The value's terms are summed in
+float64 throughout: a few double-precision operations an element hide behind its 16 bytes even on consumer GPUs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .tables import TableCache
 
 #: 8 elements a thread keep two 16-byte loads of each float32 stream in flight and leave room for full occupancy.
 BLOCK, WARPS = 2048, 8
+#: The masked branch takes smaller blocks: its scalar loads need an address and a predicate each, in registers.
+TAIL = 512
 #: Blocks a program walks through: large models take more, which spreads the cost of the table and of the reduction.
 FEW_BLOCKS, MANY_BLOCKS, MANY_FROM = 1, 4, 1 << 24
 
@@ -81,13 +84,30 @@ def _block(
     return fd * d, p * p
 
 
+@triton.jit
+def _chunk(
+    theta, theta_hat, fisher, offset, grad, count, n_blocks, slope, decay, alpha, l2,
+    TYPE: tl.constexpr, WIDE: tl.constexpr, MODE: tl.constexpr, HAS_OFFSET: tl.constexpr, FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Process the blocks of a chunk; return alpha sum F d^2 + l2 sum theta^2, summed in float64."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for block in range(n_blocks):
+        lanes = block * BLOCK + tl.arange(0, BLOCK)
+        f_term, p_term = _block(
+            theta, theta_hat, fisher, offset, grad, lanes, count, slope, decay, TYPE, WIDE, MODE, HAS_OFFSET, FULL
+        )
+        total += alpha * f_term.to(tl.float64) + l2 * p_term.to(tl.float64)
+    return tl.sum(total)
+
+
 @triton.jit(do_not_specialize_on_alignment=_POINTERS)
 def penalty_kernel(
     chunks, grads, packed, partials, alpha, l2, scale,
     TYPE: tl.constexpr, WIDE: tl.constexpr, MODE: tl.constexpr, HAS_OFFSET: tl.constexpr, PER_TENSOR: tl.constexpr,
-    BLOCK: tl.constexpr, N_BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr, N_BLOCKS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Process one chunk; MODE is 0 for the value alone, 1 to store the gradient in ``packed``, 2 to add to ``grads``."""
+    """Process one chunk; MODE 0: the value alone, 1: store the gradient in ``packed``, 2: add it to ``grads``."""
     pid = tl.program_id(0).to(tl.int64)
     row = chunks + pid * 8
     theta, theta_hat, fisher, offset = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
@@ -107,33 +127,22 @@ def penalty_kernel(
         slope, decay = factor * alpha_p, factor * l2_value
     slope, decay = slope.to(WIDE), decay.to(WIDE)
     addresses |= grad
-    f_sum = tl.zeros((BLOCK,), WIDE)
-    p_sum = tl.zeros((BLOCK,), WIDE)
-    # The branch is the same for the whole program; offsets within a chunk fit 32 bits, addresses hold the rest.
+    # The branch is the same for the whole program.
     if (count == BLOCK * N_BLOCKS) & (addresses % 16 == 0):
-        for block in range(N_BLOCKS):
-            lanes = block * BLOCK + tl.arange(0, BLOCK)
-            f_term, p_term = _block(
-                theta, theta_hat, fisher, offset, grad, lanes, count, slope, decay, TYPE, WIDE, MODE, HAS_OFFSET, True
-            )
-            f_sum += f_term
-            p_sum += p_term
+        total = _chunk(
+            theta, theta_hat, fisher, offset, grad, count, N_BLOCKS, slope, decay, alpha_p, l2_value,
+            TYPE, WIDE, MODE, HAS_OFFSET, True, BLOCK,
+        )  # fmt: skip
     else:
-        for block in range(tl.cdiv(count, BLOCK)):
-            lanes = block * BLOCK + tl.arange(0, BLOCK)
-            f_term, p_term = _block(
-                theta, theta_hat, fisher, offset, grad, lanes, count, slope, decay, TYPE, WIDE, MODE, HAS_OFFSET, False
-            )
-            f_sum += f_term
-            p_sum += p_term
-    total = tl.sum(alpha_p * f_sum.to(tl.float64) + l2_value * p_sum.to(tl.float64))
+        total = _chunk(
+            theta, theta_hat, fisher, offset, grad, count, tl.cdiv(count, TAIL), slope, decay, alpha_p, l2_value,
+            TYPE, WIDE, MODE, HAS_OFFSET, False, TAIL,
+        )  # fmt: skip
     tl.store(partials + pid, 0.5 * total)
 
 
-def _chunk_rows(
-    columns: Sequence[Sequence[int]], numels: Sequence[int], sizes: Sequence[int], chunk: int
-) -> Tensor:
-    """Return the chunk table [C, 8] from four columns of addresses, sizes in elements and the streams' bytes a element."""
+def _chunk_rows(columns: Sequence[Sequence[int]], numels: Sequence[int], sizes: Sequence[int], chunk: int) -> Tensor:
+    """Return the chunk table [C, 8] of tensors of ``numels`` elements; four streams have addresses and element sizes."""
     numel = torch.tensor(numels, dtype=torch.int64)
     n_chunks = (numel + chunk - 1) // chunk
     tensor = torch.repeat_interleave(torch.arange(len(numels)), n_chunks)
@@ -183,14 +192,12 @@ def _launch(
         grads = None
         if grad:
             addresses = _addresses(grad)
-            grads = _grad_tables.get(
-                (device, addresses), device, lambda: torch.tensor(addresses, dtype=torch.int64)
-            )
+            grads = _grad_tables.get((device, addresses), device, lambda: torch.tensor(addresses, dtype=torch.int64))
         partials = torch.empty(len(chunks), dtype=torch.float64, device=device)
         penalty_kernel[(len(chunks),)](
             chunks, grads, packed, partials, alpha, l2, scale,
             TYPE=_TYPES[dtype], WIDE=_TYPES[wide], MODE=mode, HAS_OFFSET=bool(offset), PER_TENSOR=alpha.dim() == 1,
-            BLOCK=BLOCK, N_BLOCKS=n_blocks, num_warps=WARPS, **OPTIONS,
+            BLOCK=BLOCK, N_BLOCKS=n_blocks, TAIL=TAIL, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
         return sum_partials(partials, wide)
 

@@ -1,0 +1,35 @@
+"""Every way in which a per-sample Fisher goes wrong, against the one-sample loop in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import assert_close, fisher_loop
+from zoo import CASES
+
+import wplfast
+
+
+def batches(case, sizes):
+    """Batches of the given (N, T), at least one of which is short."""
+    return [(case.inputs(n, t), case.targets(n, t)) for n, t in sizes]
+
+
+@pytest.mark.parametrize("sizes", [[(5, 4), (5, 4), (3, 4)], [(4, 4), (2, 4)], [(1, 4), (3, 4), (6, 6)]], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_fisher_is_that_of_the_loop(name, sizes):
+    torch.manual_seed(hash_of(name))
+    case = CASES[name]
+    model = case.build()
+    model(case.inputs(2, 4))  # materialise lazy modules
+    model = model.double().eval()
+    data = [(x.double() if x.is_floating_point() else x, y) for x, y in batches(case, sizes)]
+    fisher = wplfast.fisher_diagonal(model, data, case.loss)
+    assert_close(fisher, fisher_loop(model, data, case.loss, axes=case.axes), rtol=1e-11, model_rtol=1e-12)
+    if case.rules:
+        assert any(case.rules in rules for rules in fisher.report.rules.values()), fisher.report.rules
+
+
+def hash_of(name):
+    """A seed that does not change between runs."""
+    return sum(map(ord, name))
