@@ -5,14 +5,15 @@ The rows were chosen by the compiler's resource use (no spills, tensor-core inst
 ``tests/test_triton_aot.py``, which checks every one of them.
 
 Environment:
-    WPLFAST_TRITON_FP32: how float32 operands are multiplied. ``bf16x6`` (default; as exact as float32), ``bf16x3`` (half
-        the work, F to about 2e-6), ``tf32`` (F to about 2e-4) or ``ieee`` (no tensor cores).
+    WPLFAST_TRITON_FP32: how float32 operands are multiplied. ``bf16x6`` (default; as exact as float32), ``bf16x3``
+        (half the work, F to about 2e-6), ``tf32`` (F to about 2e-4) or ``ieee`` (no tensor cores).
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -78,6 +79,7 @@ _TILES: dict[tuple[int, str], tuple[Tile, Tile, Tile]] = {
 }
 
 
+@lru_cache(maxsize=1024)
 def choose_tile(device: torch.device, operands: Operands, d_out: int, d_in: int, n_steps: int, gradient: bool) -> Tile:
     """Return the tile for a layer's shape; short samples take a chunk that holds one of them whole."""
     generation = min(10, max(8, capability(device) // 10))
@@ -87,12 +89,13 @@ def choose_tile(device: torch.device, operands: Operands, d_out: int, d_in: int,
     return replace(tile, k=min(tile.k, max(16, triton.next_power_of_2(n_steps))))
 
 
+@lru_cache(maxsize=1024)
 def choose_splits(device: torch.device, tile: Tile, tiles: int, n_samples: int, numel: int) -> int:
     """Return over how many programs the samples of one tile are spread: the fewest of those that finish first."""
     slots = n_processors(device) * tile.resident
     most = max(1, min(n_samples, triton.cdiv(3 * slots, tiles), MAX_PARTIALS // (4 * numel)))
 
     def rounds(splits: int) -> int:
-        return triton.cdiv(tiles * splits, slots) * triton.cdiv(n_samples, splits)
+        return int(triton.cdiv(tiles * splits, slots) * triton.cdiv(n_samples, splits))
 
     return min(range(1, most + 1), key=lambda splits: (rounds(splits), splits))

@@ -24,6 +24,8 @@ from .split import OCTET, split
 WORKSPACE = 1 << 28
 #: Wider layers are left to the reference: offsets within a tile of at most 128 rows must fit 32 bits.
 MAX_WIDTH = 1 << 24
+#: No tile's chunk of t is longer.
+_MAX_CHUNK = 64
 #: Tiles that share columns of the activations run side by side, for the L2 cache.
 _GROUP = 8
 
@@ -33,7 +35,7 @@ _STRIDES = ("g_sample", "g_step", "g_plane", "a_sample", "a_step", "a_plane")
 
 @triton.jit
 def _dot(g, a, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + g a; UPCAST is for the interpreter, which multiplies bfloat16 as integers."""
+    """Return acc + g a; UPCAST is for the interpreter, which multiplies bfloat16 as integers."""
     if UPCAST:
         g = g.to(tl.float32)
         a = a.to(tl.float32)
@@ -45,7 +47,7 @@ def _product(
     g_ptr, a_ptr, g_plane, a_plane, g_mask, a_mask, acc,
     TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc + G^T A over one chunk of t; with several terms the small products come first."""
+    """Return acc + G^T A over one chunk of t; with several terms the small products come first."""
     g0 = tl.load(g_ptr, mask=g_mask, other=0.0)
     a0 = tl.load(a_ptr, mask=a_mask, other=0.0)
     if TERMS > 1:
@@ -129,7 +131,7 @@ def fisher_linear_kernel(
     else:
         chunks = tl.cdiv(n_steps, BK)
         acc = tl.zeros((BM, BN), tl.float32)
-        for index in range(0, (last - first) * chunks):
+        for index in range((last - first) * chunks):
             n = first + index // chunks
             chunk = index % chunks
             sample, step = tl.cast(n, tl.int64), tl.cast(chunk * BK, tl.int64)
@@ -149,7 +151,7 @@ def fisher_linear_kernel(
                 if HAS_GRADIENT:
                     d_acc += scaled
                 acc = tl.zeros((BM, BN), tl.float32)
-    # Rows of the result lie on 16-byte boundaries where d_in is a multiple of 8, and the stores are as wide as the loads.
+    # Where d_in is a multiple of 8, rows of the result lie on 16-byte boundaries and stores are as wide as loads.
     pitch = a_octets * 8 if WIDE_ROWS else d_in
     base = (split.to(tl.int64) * d_out + m_start) * pitch + n_start
     offsets = tl.arange(0, BM)[:, None] * pitch + tl.arange(0, BN)[None, :]
@@ -159,16 +161,16 @@ def fisher_linear_kernel(
         _add_tile(gradient + base, offsets, mask, d_acc, ADD)
 
 
-def _wide(x: Tensor, step_limit: int) -> bool:
-    """Tell whether rows of x [N, T, D] can be loaded 16 bytes at a time, with 32-bit offsets within a tile."""
+def _readable(x: Tensor, operands: Operands) -> bool:
+    """Tell whether the kernel can read x [N, T, D] in place: 16 bytes at a time, a tile within 32-bit offsets."""
     octets = x.shape[2] % OCTET == 0 and x.stride(0) % OCTET == 0 and x.stride(1) % OCTET == 0
-    near = x.stride(1) * step_limit + x.shape[2] < 1 << 31
-    return octets and near and (x.shape[2] == 1 or x.stride(2) == 1) and x.data_ptr() % 16 == 0
+    near = x.stride(1) * _MAX_CHUNK + x.shape[2] < 1 << 31
+    return operands.terms == 1 and octets and near and x.data_ptr() % 16 == 0
 
 
 def _as_operand(x: Tensor, operands: Operands) -> Tensor:
-    """Return x [N, T, D] as [terms, N, T, pitch]: a view where the kernel can read it in place."""
-    if operands.terms == 1 and _wide(x, step_limit=128):
+    """Return x [N, T, D] as [terms, N, T, pitch], a view if the kernel can read it in place."""
+    if _readable(x, operands):
         return x.unsqueeze(0)
     n, t, _ = x.shape
     terms = split(x, operands.terms, operands.dtype)
@@ -216,8 +218,8 @@ def _one_step(fisher: Tensor, a: Tensor, g: Tensor, weights: Tensor | None, grad
     rows = triton.cdiv(len(a), 64) * 64
     g_squared = split(g, operands.terms, operands.dtype, square=True, weights=weights, rows=rows)
     a_squared = split(a, operands.terms, operands.dtype, square=True, rows=rows)
-    groups = [x.view(operands.terms, rows // 64, 64, -1) for x in (g_squared, a_squared)]
-    _launch(fisher, *groups, operands, square=False)
+    groups = (operands.terms, rows // 64, 64, -1)
+    _launch(fisher, g_squared.view(groups), a_squared.view(groups), operands, square=False)
     if gradient is not None:
         operands = choose_operands(a.dtype)
         if weights is None:  # all samples as the steps of one
@@ -239,9 +241,10 @@ def fisher_linear_(
         return
     with on_device(device):
         operands = choose_operands(activations.dtype)
-        row_bytes = 8 * operands.terms * operands.dtype.itemsize  # of one octet, one step of one sample
-        octets = triton.cdiv(activations.shape[2], OCTET) + triton.cdiv(grad_outputs.shape[2], OCTET)
-        step = max(1, WORKSPACE // (row_bytes * octets * t))
+        step = n
+        if t == 1 or not (_readable(activations, operands) and _readable(grad_outputs, operands)):
+            width = activations.shape[2] + grad_outputs.shape[2] + 2 * OCTET
+            step = max(1, WORKSPACE // (3 * torch.bfloat16.itemsize * width * t))
         for start in range(0, n, step):
             chunk = slice(start, start + step)
             a, g, w = activations[chunk], grad_outputs[chunk], None if weights is None else weights[chunk]

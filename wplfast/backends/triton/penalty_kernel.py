@@ -43,20 +43,18 @@ _grad_tables = TableCache(capacity=32)
 @triton.jit
 def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Turn an address into a pointer; ALIGNED tells the compiler, truthfully, that it is a multiple of 16 bytes."""
-    if ALIGNED:
-        return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(TYPE)), 16)
-    else:
-        return address.to(tl.pointer_type(TYPE))
+    if ALIGNED:  # a value of its own: the hint must not reach the pointers of the other branch
+        address = address // 16 * 16
+    pointer = address.to(tl.pointer_type(TYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 @triton.jit
 def _load(address, lanes, count, TYPE: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr):
     """Load lanes of one stream in the wide type; beyond ``count``, zeros."""
     pointer = _pointer(address, TYPE, FULL)
-    if FULL:
-        return tl.load(pointer + lanes).to(WIDE)
-    else:
-        return tl.load(pointer + lanes, mask=lanes < count, other=0.0).to(WIDE)
+    value = tl.load(pointer + lanes) if FULL else tl.load(pointer + lanes, mask=lanes < count, other=0.0)
+    return value.to(WIDE)
 
 
 @triton.jit

@@ -1,0 +1,214 @@
+"""What the compiler makes of the Triton kernels, without a GPU: spills, vector widths, tensor-core instructions.
+
+Kernels are compiled ahead of time for three generations. The resource table is printed (``pytest -s``).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+torch = pytest.importorskip("torch")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from wplfast.backends.triton import fisher_config, launch, penalty_kernel, reduce, split, squares  # noqa: E402
+from wplfast.backends.triton.fisher_linear import fisher_linear_kernel  # noqa: E402
+
+pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing")
+
+ARCHITECTURES = [80, 90, 100]
+TENSOR_CORES = {80: r"\bmma\.sync", 90: r"\bwgmma\.mma_async", 100: r"\btcgen05\.mma"}
+#: Shared memory a program may take. Consumer GPUs of a generation have less than its server GPU.
+SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+def compile_kernel(kernel: Callable, arch: int, pointers: dict, constants: dict, **options: int):  # type: ignore[no-untyped-def]
+    """Compile a kernel: ``pointers`` name the types of the pointer arguments, integers are 32 bits wide."""
+    names = kernel.arg_names
+    signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in names}
+    # A launch finds its tensors on 16-byte boundaries, and tells the compiler so except where the kernel forbids it.
+    unspecialised = set(kernel.do_not_specialize_on_alignment)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers and n not in unspecialised}
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**launch.OPTIONS, **options})
+
+
+def resources(compiled) -> dict[str, int]:  # type: ignore[no-untyped-def]
+    """Return registers a thread, bytes a thread that spill to memory, and shared memory of a program."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout))
+    return {"registers": int(found["REG"]), "spills": int(found["STACK"]), "shared": compiled.metadata.shared}
+
+
+def report(name: str, arch: int, used: dict[str, int], remark: str) -> None:
+    """Print one row of the resource table."""
+    print(f"{name:44} sm_{arch:<4} {used['registers']:4} regs {used['spills']:4} spills {used['shared']:7} B  {remark}")
+
+
+def vector_widths(ptx: str, instruction: str) -> dict[int, int]:
+    """Return how many global loads or stores of each width in bytes the code has."""
+    widths: dict[int, int] = {}
+    pattern = rf"{instruction}\.global(?:\.[a-zA-Z_0-9:]+)*?(?:\.v(\d))?\.[bfsu](\d+)\s"
+    for count, bits in re.findall(pattern, ptx):
+        width = int(count or 1) * int(bits) // 8
+        widths[width] = widths.get(width, 0) + 1
+    return widths
+
+
+PENALTY = {"chunks": "*i64", "partials": "*fp64", "alpha": "*fp64", "l2": "*fp64"}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("n_blocks", [penalty_kernel.FEW_BLOCKS, penalty_kernel.MANY_BLOCKS])
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("mode", [penalty_kernel.VALUE, penalty_kernel.STORE, penalty_kernel.ACCUMULATE])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_penalty_moves_16_bytes_a_thread(dtype: str, mode: int, offset: bool, n_blocks: int, arch: int) -> None:
+    pointers, types = dict(PENALTY), {"fp32": triton.language.float32, "bf16": triton.language.bfloat16}
+    constants = {
+        "TYPE": types[dtype], "WIDE": types["fp32"], "MODE": mode, "HAS_OFFSET": offset, "PER_TENSOR": True,
+        "BLOCK": penalty_kernel.BLOCK, "N_BLOCKS": n_blocks, "TAIL": penalty_kernel.TAIL,
+        "grads": None, "packed": None, "scale": None,
+    }  # fmt: skip
+    if mode == penalty_kernel.STORE:
+        pointers["packed"] = f"*{dtype}"
+        del constants["packed"]
+    if mode == penalty_kernel.ACCUMULATE:
+        pointers |= {"grads": "*i64", "scale": "*fp64"}
+        del constants["grads"], constants["scale"]
+    compiled = compile_kernel(penalty_kernel.penalty_kernel, arch, pointers, constants, num_warps=penalty_kernel.WARPS)
+    used = resources(compiled)
+    loads, stores = vector_widths(compiled.asm["ptx"], "ld"), vector_widths(compiled.asm["ptx"], "st")
+    report(f"penalty {dtype} mode {mode} offset {int(offset)} blocks {n_blocks}", arch, used, f"ld {loads} st {stores}")
+    assert used["spills"] == 0
+    assert used["registers"] <= 80, "three programs of 8 warps must fit a multiprocessor"
+    elements = penalty_kernel.BLOCK // (32 * penalty_kernel.WARPS)
+    wide_streams = 1 + offset  # fisher and offset
+    streams = 2 + (mode == penalty_kernel.ACCUMULATE)  # theta, theta_hat, grad
+    size = {"fp32": 4, "bf16": 2}[dtype]
+    assert loads.get(16, 0) >= elements * (4 * wide_streams + size * streams) // 16
+    assert (stores.get(16, 0) >= elements * size // 16) == (mode != penalty_kernel.VALUE)
+
+
+def fisher_cases() -> list[tuple]:
+    """Return every row of the tile table, with and without a gradient, as one case for each kind of operand."""
+    cases = []
+    for arch in ARCHITECTURES:
+        for operands in (
+            fisher_config.Operands(1, torch.bfloat16),
+            fisher_config.Operands(3, torch.bfloat16),
+            fisher_config.Operands(1, torch.float32, "tf32"),
+            fisher_config.Operands(1, torch.float32, "ieee"),
+        ):
+            for size, steps, gradient in (
+                (4096, 512, False), (4096, 512, True), (4096, 16, False), (64, 512, False), (64, 512, True),
+            ):  # fmt: skip
+                cases.append((arch, operands, size, steps, gradient))
+    return cases
+
+
+def compile_fisher(arch: int, operands, tile, steps: int, gradient: bool, **changes: bool):  # type: ignore[no-untyped-def]
+    """Compile the Fisher kernel for one configuration."""
+    element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[operands.dtype]
+    pointers = {"fisher": "*fp32", "grad_outputs": f"*{element}", "activations": f"*{element}", "gradient": "*fp32"}
+    constants = {
+        "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": 8, "TERMS": operands.terms, "PRECISION": operands.precision,
+        "UPCAST": False, "SQUARE": True, "ONE": steps <= tile.k, "ADD": True, "HAS_WEIGHTS": False,
+        "HAS_GRADIENT": gradient, "WIDE_ROWS": True, "weights": None,
+    }  # fmt: skip
+    constants |= changes
+    if constants["HAS_WEIGHTS"]:
+        pointers["weights"] = "*fp32"
+        del constants["weights"]
+    if not gradient:
+        constants["gradient"] = None
+        del pointers["gradient"]
+    return compile_kernel(fisher_linear_kernel, arch, pointers, constants, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def tile_for(monkeypatch, arch: int, operands, size: int, steps: int, gradient: bool):  # type: ignore[no-untyped-def]
+    """Return the tile that a GPU of another architecture would get."""
+    monkeypatch.setattr(fisher_config, "capability", lambda device: arch)
+    choose = fisher_config.choose_tile.__wrapped__  # past the cache
+    return choose(torch.device("cpu"), operands, size, size, steps, gradient)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "operands", "size", "steps", "gradient"), fisher_cases())
+def test_fisher_linear_resources(arch, operands, size, steps, gradient, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    tile = tile_for(monkeypatch, arch, operands, size, steps, gradient)
+    compiled = compile_fisher(arch, operands, tile, steps, gradient)
+    used, ptx = resources(compiled), compiled.asm["ptx"]
+    products = len(re.findall(TENSOR_CORES[arch], ptx))
+    copies = {
+        int(b): len(re.findall(rf"cp\.async\.c[ag]\.shared\.global .*?, 0x{int(b):x}\b", ptx)) for b in (4, 8, 16)
+    }
+    kind = f"{operands.terms} {str(operands.dtype).removeprefix('torch.')} {operands.precision}"
+    name = f"fisher {kind} {tile.m}x{tile.n}x{tile.k} w{tile.warps} s{tile.stages} T{steps} grad {int(gradient)}"
+    report(name, arch, used, f"mma {products} cp.async {copies}")
+    assert used["spills"] == 0
+    assert used["shared"] <= SHARED[arch]
+    if operands.precision == "ieee" and operands.dtype == torch.float32:
+        return
+    assert products > 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("terms", "steps", "changes"),
+    [
+        (3, 64, {"SQUARE": False}),  # T = 1, the squares of float32 as one GEMM
+        (1, 512, {"HAS_WEIGHTS": True}),
+        (1, 512, {"ADD": False}),
+        (1, 512, {"WIDE_ROWS": False}),
+    ],
+)
+def test_fisher_linear_variants(terms: int, steps: int, changes: dict[str, bool], arch: int, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    operands = fisher_config.Operands(terms, torch.bfloat16)
+    tile = tile_for(monkeypatch, arch, operands, 4096, steps, False)
+    compiled = compile_fisher(arch, operands, tile, steps, False, **changes)
+    used = resources(compiled)
+    report(f"fisher {terms} T{steps} {changes}", arch, used, "")
+    assert re.search(TENSOR_CORES[arch], compiled.asm["ptx"])
+    # Odd rows take scalar stores, each with an address of its own: what spills there is outside the loop.
+    assert used["spills"] == 0 or "WIDE_ROWS" in changes
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_small_kernels_do_not_spill(arch: int) -> None:
+    cases = {
+        "sum_partials": (
+            reduce.sum_partials_kernel,
+            {"partials": "*fp64", "out": "*fp32"},
+            {"SPAN": reduce.SPAN, "BLOCK": 1024},
+        ),
+        "fold_partials": (reduce.fold_partials_kernel, {"partials": "*fp32", "out": "*fp32"}, {"BLOCK": 1024}),
+        "split": (
+            split.split_kernel,
+            {"x": "*fp32", "out": "*bf16"},
+            {"weights": None, "TERMS": 3, "SQUARE": False, "HAS_WEIGHTS": False, "BLOCK": 1024},
+        ),
+        "accumulate_squares": (
+            squares.accumulate_squares_kernel,
+            {"out": "*fp32", "grads": "*bf16", "weights": "*fp32"},
+            {"ADD": True, "HAS_WEIGHTS": True, "ROWS": squares.ROWS, "BLOCK": squares.BLOCK},
+        ),
+    }
+    for name, (kernel, pointers, constants) in cases.items():
+        compiled = compile_kernel(kernel, arch, pointers, constants, num_warps=4)
+        used = resources(compiled)
+        widths = f"ld {vector_widths(compiled.asm['ptx'], 'ld')} st {vector_widths(compiled.asm['ptx'], 'st')}"
+        report(name, arch, used, widths)
+        assert used["spills"] == 0
