@@ -140,7 +140,7 @@ def penalty_kernel(
 
 
 def _chunk_rows(columns: Sequence[Sequence[int]], numels: Sequence[int], sizes: Sequence[int], chunk: int) -> Tensor:
-    """Return the chunk table [C, 8] of tensors of ``numels`` elements; four streams have addresses and element sizes."""
+    """Return the chunk table [C, 8] of tensors of ``numels`` elements, from four streams' addresses and sizes."""
     numel = torch.tensor(numels, dtype=torch.int64)
     n_chunks = (numel + chunk - 1) // chunk
     tensor = torch.repeat_interleave(torch.arange(len(numels)), n_chunks)
