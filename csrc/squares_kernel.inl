@@ -17,6 +17,7 @@ void square_strip(const void* grads, int64_t row_stride, const double* weights, 
       const C weight = weights == nullptr ? C{1} : static_cast<C>(weights[sample]);
       int64_t j = 0;
       for (; j + L <= columns; j += L) {
+        __builtin_prefetch(row + 2 * row_stride + j);  // rows are pages apart, which hardware prefetch does not follow
         const Vector<C> value = load(row + j);
         store(sums + j, load(sums + j) + weight * value * value);
       }
