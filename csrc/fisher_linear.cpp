@@ -17,7 +17,7 @@ namespace wplfast {
 namespace {
 
 // Multiply-adds per thread below which waking the thread costs more than it saves.
-constexpr int64_t GRAIN = 1 << 19;
+constexpr int64_t GRAIN = 1 << 20;
 
 // Packing a block costs about as much as this many rows or columns more of its product.
 constexpr double PACKING = 8;
