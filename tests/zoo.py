@@ -244,10 +244,17 @@ EMB = {"embedding": lambda: nn.Embedding(V, D)}
 
 CASES: dict[str, Case] = {
     "mlp, in-place relu": Case(mlp, rows, rules="linear"),
-    "mlp on [N, T, D]": Case(lambda: Lambda(lambda m, x: pooled(m, m.fc(x)), fc=nn.Linear(D, D), head=head()), sequence),
-    "module used twice": Case(lambda: Lambda(lambda m, x: m.head(m.fc(torch.tanh(m.fc(x)))), fc=nn.Linear(D, D), head=head()), rows),
+    "mlp on [N, T, D]": Case(
+        lambda: Lambda(lambda m, x: pooled(m, m.fc(x)), fc=nn.Linear(D, D), head=head()), sequence
+    ),
+    "module used twice": Case(
+        lambda: Lambda(lambda m, x: m.head(m.fc(torch.tanh(m.fc(x)))), fc=nn.Linear(D, D), head=head()), rows
+    ),
     "module used on both ranks": Case(
-        lambda: Lambda(lambda m, x: m.head(torch.tanh(m.fc(x)).mean(1) + m.fc(x[:, 0])), fc=nn.Linear(D, D), head=head()), sequence
+        lambda: Lambda(
+            lambda m, x: m.head(torch.tanh(m.fc(x)).mean(1) + m.fc(x[:, 0])), fc=nn.Linear(D, D), head=head()
+        ),
+        sequence,
     ),
     "rnn cell, raw matmul": Case(lambda: Lambda(rnn_cell, w=par(D, D), u=par(D, D), b=par(D), head=head()), sequence),
     "rnn cell, linear": Case(
@@ -257,7 +264,13 @@ CASES: dict[str, Case] = {
         **LM,
     ),
     "tied head": Case(
-        lambda: Lambda(tied_lm, embedding=nn.Embedding(V, D), position=nn.Embedding(9, D), mix=nn.Linear(D, D), norm=nn.LayerNorm(D)),
+        lambda: Lambda(
+            tied_lm,
+            embedding=nn.Embedding(V, D),
+            position=nn.Embedding(9, D),
+            mix=nn.Linear(D, D),
+            norm=nn.LayerNorm(D),
+        ),
         **LM,
     ),
     "positions [1, T], normalised": Case(
@@ -271,53 +284,172 @@ CASES: dict[str, Case] = {
         **LM,
     ),
     "position parameter, in place": Case(
-        lambda: Lambda(inplace_position, embedding=nn.Embedding(V, D), position=par(1, 9, D), head=nn.Linear(D, V)), **LM
+        lambda: Lambda(inplace_position, embedding=nn.Embedding(V, D), position=par(1, 9, D), head=nn.Linear(D, V)),
+        **LM,
     ),
-    "class token": Case(lambda: Lambda(cls_token, cls=par(1, 1, D), block=nn.TransformerEncoderLayer(D, 2, 8, 0.0, batch_first=True), head=head()), sequence),
+    "class token": Case(
+        lambda: Lambda(
+            cls_token, cls=par(1, 1, D), block=nn.TransformerEncoderLayer(D, 2, 8, 0.0, batch_first=True), head=head()
+        ),
+        sequence,
+    ),
     "flattened [N*T, D]": Case(lambda: Lambda(flattened, fc=nn.Linear(D, D), head=head()), sequence, rules="linear"),
-    "flattened [T*N, D]": Case(lambda: Lambda(flattened_time_major, fc=nn.Linear(D, D), head=head()), sequence, rules="linear"),
-    "windows [2*N*T/2, D]": Case(lambda: Lambda(windows, fc=nn.Linear(D, D), head=head()), lambda n, t: torch.randn(n, 4, D), rules="linear"),
+    "flattened [T*N, D]": Case(
+        lambda: Lambda(flattened_time_major, fc=nn.Linear(D, D), head=head()), sequence, rules="linear"
+    ),
+    "windows [2*N*T/2, D]": Case(
+        lambda: Lambda(windows, fc=nn.Linear(D, D), head=head()), lambda n, t: torch.randn(n, 4, D), rules="linear"
+    ),
     "conv1d of HF (addmm)": Case(lambda: Lambda(addmm, weight=par(D, D), bias=par(D), head=head()), sequence),
-    "routed experts": Case(lambda: Lambda(routed, first=nn.Linear(D, D), second=nn.Linear(D, D), head=head()), sequence, rules="linear"),
+    "routed experts": Case(
+        lambda: Lambda(routed, first=nn.Linear(D, D), second=nn.Linear(D, D), head=head()), sequence, rules="linear"
+    ),
     "checkpoint, reentrant": Case(
-        lambda: Lambda(checkpointed(True), first=nn.Linear(D, D), second=nn.Linear(D, D), scale=par(D), head=head()), sequence
+        lambda: Lambda(checkpointed(True), first=nn.Linear(D, D), second=nn.Linear(D, D), scale=par(D), head=head()),
+        sequence,
     ),
     "checkpoint, non-reentrant": Case(
-        lambda: Lambda(checkpointed(False), first=nn.Linear(D, D), second=nn.Linear(D, D), scale=par(D), head=head()), sequence
+        lambda: Lambda(checkpointed(False), first=nn.Linear(D, D), second=nn.Linear(D, D), scale=par(D), head=head()),
+        sequence,
     ),
-    "attention, batch first": Case(lambda: Lambda(mha(True), attention=nn.MultiheadAttention(D, 2, batch_first=True), head=head()), sequence, rules="linear"),
+    "attention, batch first": Case(
+        lambda: Lambda(mha(True), attention=nn.MultiheadAttention(D, 2, batch_first=True), head=head()),
+        sequence,
+        rules="linear",
+    ),
     "attention, time first": Case(
-        lambda: Lambda(mha(False), attention=nn.MultiheadAttention(D, 2), head=head()), time_first, axes=(1, 0), rules="linear"
+        lambda: Lambda(mha(False), attention=nn.MultiheadAttention(D, 2), head=head()),
+        time_first,
+        axes=(1, 0),
+        rules="linear",
     ),
-    "attention, cross": Case(lambda: Lambda(cross_mha, attention=nn.MultiheadAttention(D, 2, batch_first=True), head=head()), sequence),
-    "encoder layer": Case(lambda: Lambda(lambda m, x: pooled(m, m.block(x)), block=nn.TransformerEncoderLayer(D, 2, 8, 0.1, batch_first=True), head=head()), sequence),
+    "attention, cross": Case(
+        lambda: Lambda(cross_mha, attention=nn.MultiheadAttention(D, 2, batch_first=True), head=head()), sequence
+    ),
+    "encoder layer": Case(
+        lambda: Lambda(
+            lambda m, x: pooled(m, m.block(x)),
+            block=nn.TransformerEncoderLayer(D, 2, 8, 0.1, batch_first=True),
+            head=head(),
+        ),
+        sequence,
+    ),
     "lstm": Case(lambda: Lambda(lstm, rnn=nn.LSTM(D, D, 2, batch_first=True), head=head()), sequence),
     "gru, time first": Case(lambda: Lambda(gru, rnn=nn.GRU(D, D), head=head()), time_first, axes=(1, 0)),
     "conv, strided and padded": Case(conv(lambda: (nn.Conv2d(2, 4, 3, stride=2, padding=1),)), image),
-    "conv, dilated, circular": Case(conv(lambda: (nn.Conv2d(2, 4, 3, padding=2, dilation=2, padding_mode="circular"),)), image),
-    "conv, grouped and depthwise": Case(conv(lambda: (nn.Conv2d(2, 4, 3, groups=2), nn.Conv2d(4, 4, 3, groups=4, bias=False),)), image),
-    "conv, transposed": Case(conv(lambda: (nn.ConvTranspose2d(2, 4, 3, stride=2),)), image),
-    "conv1d": Case(lambda: nn.Sequential(nn.Conv1d(D, 4, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, C)), lambda n, t: torch.randn(n, D, t)),
-    "batch norm in eval": Case(conv(lambda: (nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True),)), image),
-    "group and instance norm": Case(conv(lambda: (nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True),)), image),
-    "layer and rms norm": Case(lambda: Lambda(lambda m, x: pooled(m, m.rms(torch.tanh(m.ln(x)))), ln=nn.LayerNorm(D), rms=nn.RMSNorm(D), head=head()), sequence),
-    "weight norm": Case(lambda: nn.Sequential(weight_norm(nn.Linear(D, D)), nn.Tanh(), head()), rows),
-    "lora, W + BA": Case(lambda: Lambda(lora, w=par(D, D), a=par(2, D), b=par(D, 2), bias=par(D), head=head()), sequence, lambda n, t: torch.randint(0, C, (n, t))),
-    "mask on a weight, local": Case(lambda: Lambda(masked_local, w=par(D, D), head=head()), rows),
-    "cat of weights": Case(lambda: Lambda(lambda m, x: m.head(torch.tanh(F.linear(x, torch.cat([m.a, m.b])))), a=par(2, D), b=par(D - 2, D), head=head()), rows),
-    "transposed weight": Case(lambda: Lambda(lambda m, x: m.head(torch.tanh(F.linear(x, m.w.t()))), w=par(D, D), head=head()), sequence, lambda n, t: torch.randint(0, C, (n, t))),
-    "chunks of a packed weight": Case(
-        lambda: Lambda(lambda m, x: pooled(m, F.linear(x, m.w.chunk(2)[0]) * torch.sigmoid(F.linear(x, m.w.chunk(2)[1]))), w=par(2 * D, D), head=head()), sequence
+    "conv, dilated, circular": Case(
+        conv(lambda: (nn.Conv2d(2, 4, 3, padding=2, dilation=2, padding_mode="circular"),)), image
     ),
-    "overlapping views": Case(lambda: Lambda(lambda m, x: m.head(F.linear(x, m.w[:D]) * F.linear(x, m.w[1:])), w=par(D + 1, D), head=head()), rows),
-    "einsum": Case(lambda: Lambda(lambda m, x: pooled(m, torch.tanh(torch.einsum("ntd,dk->ntk", x, m.w))), w=par(D, D), head=head()), sequence),
-    "scale and shift": Case(lambda: Lambda(lambda m, x: pooled(m, 2 - (x * m.scale - m.shift)), scale=par(D), shift=par(1), head=head()), sequence),
-    "custom autograd.Function": Case(lambda: Lambda(lambda m, x: m.head(torch.tanh(Double.apply(x, m.w)) + m.w[0]), w=par(D, D), head=head()), rows, rules="one by one"),
-    "torch.jit.script": Case(lambda: Lambda(lambda m, x: m.head(torch.tanh(m.scripted(x))), scripted=torch.jit.script(nn.Linear(D, D)), head=head()), rows, rules="one by one"),
-    "vmap inside": Case(lambda: Lambda(lambda m, x: m.head(torch.vmap(lambda r: torch.tanh(m.fc(r)))(x)), fc=nn.Linear(D, D), head=head()), rows),
+    "conv, grouped and depthwise": Case(
+        conv(
+            lambda: (
+                nn.Conv2d(2, 4, 3, groups=2),
+                nn.Conv2d(4, 4, 3, groups=4, bias=False),
+            )
+        ),
+        image,
+    ),
+    "conv, transposed": Case(conv(lambda: (nn.ConvTranspose2d(2, 4, 3, stride=2),)), image),
+    "conv1d": Case(
+        lambda: nn.Sequential(
+            nn.Conv1d(D, 4, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, C)
+        ),
+        lambda n, t: torch.randn(n, D, t),
+    ),
+    "batch norm in eval": Case(
+        conv(
+            lambda: (
+                nn.Conv2d(2, 4, 3),
+                nn.BatchNorm2d(4),
+                nn.ReLU(inplace=True),
+            )
+        ),
+        image,
+    ),
+    "group and instance norm": Case(
+        conv(
+            lambda: (
+                nn.Conv2d(2, 4, 3),
+                nn.GroupNorm(2, 4),
+                nn.InstanceNorm2d(4, affine=True),
+            )
+        ),
+        image,
+    ),
+    "layer and rms norm": Case(
+        lambda: Lambda(
+            lambda m, x: pooled(m, m.rms(torch.tanh(m.ln(x)))), ln=nn.LayerNorm(D), rms=nn.RMSNorm(D), head=head()
+        ),
+        sequence,
+    ),
+    "weight norm": Case(lambda: nn.Sequential(weight_norm(nn.Linear(D, D)), nn.Tanh(), head()), rows),
+    "lora, W + BA": Case(
+        lambda: Lambda(lora, w=par(D, D), a=par(2, D), b=par(D, 2), bias=par(D), head=head()),
+        sequence,
+        lambda n, t: torch.randint(0, C, (n, t)),
+    ),
+    "mask on a weight, local": Case(lambda: Lambda(masked_local, w=par(D, D), head=head()), rows),
+    "cat of weights": Case(
+        lambda: Lambda(
+            lambda m, x: m.head(torch.tanh(F.linear(x, torch.cat([m.a, m.b])))),
+            a=par(2, D),
+            b=par(D - 2, D),
+            head=head(),
+        ),
+        rows,
+    ),
+    "transposed weight": Case(
+        lambda: Lambda(lambda m, x: m.head(torch.tanh(F.linear(x, m.w.t()))), w=par(D, D), head=head()),
+        sequence,
+        lambda n, t: torch.randint(0, C, (n, t)),
+    ),
+    "chunks of a packed weight": Case(
+        lambda: Lambda(
+            lambda m, x: pooled(m, F.linear(x, m.w.chunk(2)[0]) * torch.sigmoid(F.linear(x, m.w.chunk(2)[1]))),
+            w=par(2 * D, D),
+            head=head(),
+        ),
+        sequence,
+    ),
+    "overlapping views": Case(
+        lambda: Lambda(lambda m, x: m.head(F.linear(x, m.w[:D]) * F.linear(x, m.w[1:])), w=par(D + 1, D), head=head()),
+        rows,
+    ),
+    "einsum": Case(
+        lambda: Lambda(
+            lambda m, x: pooled(m, torch.tanh(torch.einsum("ntd,dk->ntk", x, m.w))), w=par(D, D), head=head()
+        ),
+        sequence,
+    ),
+    "scale and shift": Case(
+        lambda: Lambda(lambda m, x: pooled(m, 2 - (x * m.scale - m.shift)), scale=par(D), shift=par(1), head=head()),
+        sequence,
+    ),
+    "custom autograd.Function": Case(
+        lambda: Lambda(lambda m, x: m.head(torch.tanh(Double.apply(x, m.w)) + m.w[0]), w=par(D, D), head=head()),
+        rows,
+        rules="one by one",
+    ),
+    "torch.jit.script": Case(
+        lambda: Lambda(
+            lambda m, x: m.head(torch.tanh(m.scripted(x))), scripted=torch.jit.script(nn.Linear(D, D)), head=head()
+        ),
+        rows,
+        rules="one by one",
+    ),
+    "vmap inside": Case(
+        lambda: Lambda(
+            lambda m, x: m.head(torch.vmap(lambda r: torch.tanh(m.fc(r)))(x)), fc=nn.Linear(D, D), head=head()
+        ),
+        rows,
+    ),
     "dead branch": Case(lambda: Lambda(dead_branch, used=nn.Linear(D, D), unused=nn.Linear(D, D), head=head()), rows),
-    "bilinear": Case(lambda: Lambda(lambda m, x: m.head(m.bi(x, torch.tanh(x))), bi=nn.Bilinear(D, D, D), head=head()), rows),
-    "prelu": Case(lambda: Lambda(lambda m, x: m.head(m.act(m.fc(x))), fc=nn.Linear(D, D), act=nn.PReLU(D), head=head()), rows),
+    "bilinear": Case(
+        lambda: Lambda(lambda m, x: m.head(m.bi(x, torch.tanh(x))), bi=nn.Bilinear(D, D, D), head=head()), rows
+    ),
+    "prelu": Case(
+        lambda: Lambda(lambda m, x: m.head(m.act(m.fc(x))), fc=nn.Linear(D, D), act=nn.PReLU(D), head=head()), rows
+    ),
     "set item": Case(lambda: Lambda(set_item, cls=par(D), head=head()), sequence),
 }
 

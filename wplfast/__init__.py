@@ -7,6 +7,7 @@ from .accumulate import FisherAccumulator
 from .estimate import fisher_diagonal
 from .fisher import Fisher
 from .penalty import WeightPlasticityLoss
+from .verify import verify_fisher
 from .version import __version__
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "functional",
     "losses",
     "ops",
+    "verify_fisher",
 ]

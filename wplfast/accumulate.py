@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture.session import Session
-from .capture.watched import check_supported, watch
+from .capture.watched import Derived, check_supported, watch
 from .errors import CoupledSamplesError, NonFiniteError, WplfastError
 from .fisher import Fisher, Report
 from .log import logger
@@ -34,6 +34,11 @@ class FisherAccumulator:
         with_grad: also accumulate the mean gradient, ``Fisher.mean_grad``.
         verify: check the first batch against ordinary autograd, at the price of about one more backward pass.
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf (costs one more Fisher of memory).
+
+    Attributes:
+        n_samples: number of samples accumulated so far.
+        n_skipped: number of samples left out as not finite.
+        parameters: the watched parameters by name.
 
     Raises:
         UnsupportedParameterError: if a parameter is a tensor subclass such as DTensor.
@@ -63,18 +68,18 @@ class FisherAccumulator:
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
         self.model = model
-        self._named = named(model if params is None else params)
-        check_supported(self._named)
+        self.parameters = named(model if params is None else params)
+        check_supported(self.parameters)
         self._verify, self._skip = verify, on_nonfinite == "skip"
-        self._fisher = _Buffers(self._named)
-        self._gradient = _Buffers(self._named) if with_grad else None
-        self._staged = _Buffers(self._named) if self._skip else None
-        self._staged_gradient = _Buffers(self._named) if self._skip and with_grad else None
+        self._fisher = _Buffers(self.parameters)
+        self._gradient = _Buffers(self.parameters) if with_grad else None
+        self._staged = _Buffers(self.parameters) if self._skip else None
+        self._staged_gradient = _Buffers(self.parameters) if self._skip and with_grad else None
         self._session: Session | None = None
         self._stack = ExitStack()
-        self._n_samples = 0
+        self.n_samples = 0
         self._total_weight = 0.0
-        self._skipped = 0
+        self.n_skipped = 0
         self._seconds = 0.0
         self._invalid: str | None = None
 
@@ -88,21 +93,21 @@ class FisherAccumulator:
         """
         if self._session is not None:
             raise WplfastError("this FisherAccumulator is open already, or was closed; make a new one")
-        watched = {id(p) for p in self._named.values()}
+        watched = {id(p) for p in self.parameters.values()}
         others = [p for p in self.model.parameters() if id(p) not in watched]
         target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
         self._session = Session(
-            list(self._named),
-            list(self._named.values()),
+            list(self.parameters),
+            list(self.parameters.values()),
             [*others, *self.model.buffers()],
             target.views,
             None if gradient is None else gradient.views,
         )
         with ExitStack() as stack:
-            for parameter in (*self._named.values(), *others):
+            for parameter in (*self.parameters.values(), *others):
                 stack.callback(_restore, parameter, parameter.grad, parameter.requires_grad)
-            stack.enter_context(watch(self._named, self._session.interception))
-            for parameter in self._named.values():
+            stack.enter_context(watch(self.parameters, self._session.interception))
+            for parameter in self.parameters.values():
                 parameter.grad = None
                 parameter.requires_grad_(True)
             for parameter in others:
@@ -120,11 +125,6 @@ class FisherAccumulator:
 
     # ---- accumulation ----------------------------------------------------------------------------------------------
 
-    @property
-    def n_samples(self) -> int:
-        """Number of samples accumulated so far."""
-        return self._n_samples
-
     def backward(self, losses: Tensor, weights: Tensor | None = None, *, retain_graph: bool = False) -> None:
         """Accumulate one batch; do not reduce the losses and do not call ``losses.backward`` yourself.
 
@@ -139,9 +139,9 @@ class FisherAccumulator:
             CoupledSamplesError: if a sample's loss depends on other samples.
             VerificationError: if captured gradients disagree with autograd on the first batch.
         """
-        self._accumulate(losses, weights, retain_graph=retain_graph)
+        self.accumulate(losses, weights, retain_graph=retain_graph)
 
-    def _accumulate(
+    def accumulate(
         self,
         losses: Tensor,
         weights: Tensor | None = None,
@@ -149,10 +149,23 @@ class FisherAccumulator:
         retain_graph: bool = False,
         may_replay: bool = False,
         count: int | None = None,
+        independent: bool | None = None,
     ) -> bool:
-        """Accumulate one batch; False asks the caller to run the same forward pass again (see Session.backward)."""
+        """Accumulate one batch, for callers that can run its forward pass again.
+
+        Args:
+            losses: as in :meth:`backward`.
+            weights: as in :meth:`backward`.
+            retain_graph: as in :meth:`backward`.
+            may_replay: the caller can run the same forward pass again.
+            count: how many samples these losses stand for (0 for further terms of the same samples).
+            independent: whether the caller found that a sample's loss is the same in a batch of its own.
+
+        Returns:
+            False if nothing was accumulated and the forward pass must be run again.
+        """
         session = self._usable()
-        _check_losses(losses)
+        check_losses(losses)
         weights = _check_weights(weights, losses)
         self._check_batch_statistics()
         if not len(losses):
@@ -168,7 +181,13 @@ class FisherAccumulator:
                 verify=self._verify and session.batches == 0,
                 retain_graph=retain_graph,
                 may_replay=may_replay,
+                independent=independent,
             )
+            if done and independent is False:
+                raise CoupledSamplesError(
+                    "a sample's loss is another one in a batch of its own: samples are coupled, though not through a "
+                    "parameter's output (statistics of the inputs over the batch?)"
+                )
         except BaseException as error:
             self._invalid = f"an earlier batch failed: {error}"
             raise
@@ -183,7 +202,7 @@ class FisherAccumulator:
         for main, staged in ((self._fisher, self._staged), (self._gradient, self._staged_gradient)):
             if main is not None and staged is not None:
                 main.add_and_clear(staged)
-        self._n_samples += len(losses) if count is None else count
+        self.n_samples += len(losses) if count is None else count
         self._total_weight += len(losses) if weights is None else float(weights.sum())
         return True
 
@@ -195,26 +214,30 @@ class FisherAccumulator:
         """
         return self._result(final=False)
 
+    def finish(self) -> Fisher:
+        """Return the Fisher without a copy; the accumulator cannot be used afterwards."""
+        return self._result(final=True)
+
     def _result(self, final: bool) -> Fisher:
-        """Normalise; ``final`` does so in place and ends the accumulation."""
+        """Normalise, in place if ``final``."""
         session = self._usable()
-        if not self._n_samples:
+        if not self.n_samples:
             raise WplfastError("nothing was accumulated: call backward(losses) at least once")
         if not self._total_weight > 0:
             raise WplfastError("the weights of all samples are zero")
         if final:
             self._invalid = "its result was taken"
         gradient = None if self._gradient is None else self._gradient.divided(self._total_weight, final)
-        rules = {name: tuple(sorted(session.rules[i])) for i, name in enumerate(self._named)}
-        numels = {name: p.numel() for name, p in self._named.items()}
-        report = Report(rules, dict(session.seconds), self._seconds, self._skipped, numels)
+        rules = {name: tuple(sorted(session.rules[i])) for i, name in enumerate(self.parameters)}
+        numels = {name: p.numel() for name, p in self.parameters.items()}
+        report = Report(rules, dict(session.seconds), self._seconds, self.n_skipped, numels)
         return Fisher(
             self._fisher.divided(self._total_weight, final),
-            self._n_samples,
+            self.n_samples,
             total_weight=self._total_weight,
             mean_grad=gradient,
             report=report,
-            parameters=self._named,
+            parameters=self.parameters,
         )
 
     # ---- checks ----------------------------------------------------------------------------------------------------
@@ -235,7 +258,7 @@ class FisherAccumulator:
         for staged in (self._staged, self._staged_gradient):
             if staged is not None:
                 staged.clear()
-        self._skipped += n_samples
+        self.n_skipped += n_samples
         logger.warning("left out a batch of %d samples: %s", n_samples, what)
         return True
 
@@ -251,7 +274,7 @@ class FisherAccumulator:
 
     def _log_slow(self, session: Session) -> None:
         """Name the parameters that no fast rule serves, once."""
-        slow = [n for i, n in enumerate(self._named) if session.rules[i] & {"generic", "one by one"}]
+        slow = [n for i, n in enumerate(self.parameters) if session.rules[i] & {"generic", "one by one"}]
         if slow:
             shown = ", ".join(slow[:6]) + (f" and {len(slow) - 6} more" if len(slow) > 6 else "")
             logger.info("served by the exact per-sample path (slower): %s", shown)
@@ -272,9 +295,7 @@ class _Buffers:
             parts = self.flats[0].split(sizes)
             self.views = [part.view(p.shape) for part, p in zip(parts, parameters.values(), strict=True)]
         else:
-            self.views = [
-                torch.zeros(p.shape, dtype=flat_dtype(p.dtype), device=p.device) for p in parameters.values()
-            ]
+            self.views = [torch.zeros(p.shape, dtype=flat_dtype(p.dtype), device=p.device) for p in parameters.values()]
             self.flats = self.views
 
     def first_nonfinite(self) -> str | None:
@@ -309,7 +330,7 @@ def _restore(parameter: Tensor, grad: Tensor | None, requires_grad: bool) -> Non
     parameter.grad = grad
 
 
-def _check_losses(losses: Tensor) -> None:
+def check_losses(losses: Tensor) -> None:
     """Check that losses hold one value per sample and a graph.
 
     Raises:
@@ -328,6 +349,8 @@ def _check_losses(losses: Tensor) -> None:
             f"losses must have one value per sample, shape [N], got {str(losses.dtype).removeprefix('torch.')}"
             f"{list(losses.shape)}" + (f", {hint}" if hint else "")
         )
+    if isinstance(losses, Derived):
+        raise ValueError("losses must depend on data, got a function of the parameters alone")
     if not losses.requires_grad:
         raise ValueError("losses must depend on the parameters through a graph: was the model run under no_grad?")
 

@@ -1,29 +1,23 @@
 """What consolidation left: theta_hat, F, offset and constant of every parameter, in flat buffers per device and dtype.
 
-K anchors cost what one does, exactly: sum_k F_k (theta - theta_k)^2 = F (theta - theta_bar)^2 + c with F = sum_k F_k and
-theta_bar = sum_k F_k theta_k / F. The newest anchor is kept in the parameters' dtype and theta_bar as its float32 offset
-from there: theta_bar alone would lose what theta - theta_bar is made of (measured for K = 50: gradient error 1.5e-7 with
+K anchors cost what one does, exactly: sum_k F_k (theta - theta_k)^2 = F (theta - theta_bar)^2 + c with F = sum_k F_k
+and
+theta_bar = sum_k F_k theta_k / F. The newest anchor is kept in the parameters' dtype and theta_bar as its float32
+offset
+from there: theta_bar alone would lose what theta - theta_bar is made of (measured for K = 50: gradient error 1.5e-7
+with
 the offset, 8.6e-5 with theta_bar in float32, 57% in bfloat16).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .ops.layout import flat_dtype, is_dense, packed_starts, packed_views
-
-#: Address, dtype, device, shape and stride: what a table was built on.
-Signature: TypeAlias = tuple[int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
-
-
-def signature(parameter: Tensor) -> Signature:
-    """Return what must not have changed since a table was built."""
-    return (parameter.data_ptr(), parameter.dtype, parameter.device, parameter.shape, parameter.stride())
 
 
 @dataclass
@@ -46,22 +40,6 @@ class Anchor:
         constant = decay * self.constant + float((share * new * gap.square()).sum())
         offset = (share * gap).to(self.fisher.dtype)
         return Anchor(theta_hat, total.to(self.fisher.dtype), offset, constant)
-
-
-@dataclass
-class Group:
-    """Parameters of one device and dtype: the lists that the penalty operators take."""
-
-    indices: list[int]
-    theta: list[Tensor]
-    theta_hat: list[Tensor]
-    offset: list[Tensor]
-    fisher: list[Tensor]
-    alpha: Tensor
-    l2: Tensor
-    constant: Tensor | None  # sum of alpha_p c_p needs alpha: c, 0-d or per parameter as alpha is
-    signatures: list[Signature]
-    sparse: list[int] = field(default_factory=list)  # positions of parameters with gaps in memory
 
 
 def pack(anchors: Sequence[Anchor], parameters: Sequence[Tensor]) -> list[Anchor]:
@@ -111,3 +89,72 @@ def dense_like(parameter: Tensor) -> Tensor:
     """Return the parameter, or a dense copy where it has gaps in memory."""
     parameter = parameter.detach()
     return parameter if is_dense(parameter) else parameter.contiguous()
+
+
+def nothing(parameter: Tensor) -> Anchor:
+    """Return an anchor that does not hold: F = 0 at the current value."""
+    return Anchor(parameter.detach(), torch.zeros_like(parameter, dtype=flat_dtype(parameter.dtype)))
+
+
+#: Version of the keys that ``to_state`` writes.
+STATE_VERSION = 1
+
+
+def to_state(names: Sequence[str], anchors: Sequence[Anchor], n_anchors: int) -> dict[str, Tensor]:
+    """Return anchors as named tensors: what a state_dict or a file holds."""
+    state = {"version": torch.tensor(STATE_VERSION), "n_anchors": torch.tensor(n_anchors)}
+    for name, anchor in zip(names, anchors, strict=False):
+        state[f"fisher.{name}"] = anchor.fisher
+        state[f"theta_hat.{name}"] = anchor.theta_hat
+        if anchor.offset is not None:
+            state[f"offset.{name}"] = anchor.offset
+    if anchors:
+        state["constant"] = torch.tensor([anchor.constant for anchor in anchors], dtype=torch.float64)
+    return state
+
+
+@dataclass
+class Restored:
+    """What a state held: anchors (None if there were none), or what is wrong with it."""
+
+    anchors: list[Anchor] | None
+    n_anchors: int
+    missing: list[str]
+    unexpected: list[str]
+    errors: list[str]
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether it can be taken over."""
+        return not (self.missing or self.unexpected or self.errors)
+
+
+def from_state(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Restored:
+    """Read what ``to_state`` wrote, strictly by name and shape.
+
+    Args:
+        state: the named tensors.
+        shapes: the parameters' shapes by name.
+    """
+    wanted = {"version", "n_anchors"}
+    if "constant" in state or int(state.get("n_anchors", torch.tensor(0))):
+        wanted |= {f"{kind}.{name}" for kind in ("fisher", "theta_hat") for name in shapes} | {"constant"}
+    missing = sorted(wanted - state.keys())
+    unexpected = sorted(state.keys() - wanted - {f"offset.{name}" for name in shapes})
+    errors = []
+    if "version" in state and int(state["version"]) != STATE_VERSION:
+        errors.append(f"the penalty's state must be of version {STATE_VERSION}, got {int(state['version'])}")
+    for name, shape in shapes.items():
+        for kind in ("fisher", "theta_hat", "offset"):
+            tensor = state.get(f"{kind}.{name}")
+            if tensor is not None and tensor.shape != shape:
+                errors.append(
+                    f"{kind}[{name!r}] must have shape {list(shape)} as its parameter, got {list(tensor.shape)}"
+                )
+    restored = Restored(None, int(state.get("n_anchors", torch.tensor(0))), missing, unexpected, errors)
+    if restored.whole and "constant" in state:
+        restored.anchors = [
+            Anchor(state[f"theta_hat.{n}"], state[f"fisher.{n}"], state.get(f"offset.{n}"), float(c))
+            for n, c in zip(shapes, state["constant"], strict=True)
+        ]
+    return restored

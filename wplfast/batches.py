@@ -32,7 +32,9 @@ class Batch:
         if unpack is not None:
             parts = unpack(item)
             if not (isinstance(parts, tuple) and len(parts) in (2, 3)):
-                raise TypeError(f"unpack must return (inputs, targets) or (inputs, targets, weights), got {_form(parts)}")
+                raise TypeError(
+                    f"unpack must return (inputs, targets) or (inputs, targets, weights), got {_form(parts)}"
+                )
         elif isinstance(item, Mapping) and "labels" in item:
             parts = ({key: value for key, value in item.items() if key != "labels"}, item["labels"])
         elif isinstance(item, (tuple, list)) and len(item) in (2, 3):

@@ -6,14 +6,17 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .accumulate import FisherAccumulator
+from .accumulate import FisherAccumulator, check_losses
+from .alone import is_independent
 from .batches import Batch, Unpack
+from .errors import WplfastError
 from .fisher import Fisher
 from .losses import logits_of
 from .parameters import Params, device_of
@@ -43,20 +46,24 @@ def fisher_diagonal(
 ) -> Fisher:
     """Estimate the diagonal Fisher information, a mean over samples of squared per-sample gradients.
 
-    ``F_i = 1/N sum_n (d loss_n / d theta_i)^2``, exact for every model whose samples do not depend on each other, on one
+    ``F_i = 1/N sum_n (d loss_n / d theta_i)^2``, exact for every model whose samples do not depend on each other, on
+    one
     scale whatever the batch size. The pass costs about one ordinary backward pass per batch.
 
     Args:
         model: the module. Its parameters, flags, gradients and the RNG state are afterwards what they were.
-        data: yields ``(inputs, targets)``, ``(inputs, targets, weights)`` or a dict with ``labels``; inputs are a tensor, a
+        data: yields ``(inputs, targets)``, ``(inputs, targets, weights)`` or a dict with ``labels``; inputs are a
+            tensor, a
             tuple (positional) or a dict (keywords). Batches are moved to the model's device. Sample weights [N] enter
             outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``.
         loss_fn: ``loss_fn(outputs, targets)`` returns one loss per sample, [N]; see :mod:`wplfast.losses`. For "mc" and
             "exact" it must be the negative log-likelihood of ``likelihood``.
-        params: what to estimate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default: all
+        params: what to estimate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
+            all
             of the model's parameters that require grad. The cost falls with the subset.
         unpack: turns what ``data`` yields into such a tuple.
-        fisher_type: ``"empirical"`` (given targets), ``"mc"`` (targets drawn from the model) or ``"exact"`` (expectation
+        fisher_type: ``"empirical"`` (given targets), ``"mc"`` (targets drawn from the model) or ``"exact"``
+            (expectation
             over all classes of outputs [N, C]: one forward pass, C backward passes).
         likelihood: what "mc" draws from: categorical, bernoulli, gaussian (unit variance) or a sampler
             ``(outputs, generator) -> targets``.
@@ -89,119 +96,126 @@ def fisher_diagonal(
     """
     _check_options(fisher_type, mc_samples, max_samples)
     accumulator = FisherAccumulator(model, params, with_grad=with_grad, verify=verify, on_nonfinite=on_nonfinite)
-    device = device_of(itertools.chain(model.parameters(), accumulator._named.values()))
+    device = device_of(itertools.chain(model.parameters(), accumulator.parameters.values()))
     if generator is None:
         generator = torch.Generator(device).manual_seed(0)
     started = time.time()
-    source = f"wplfast {__version__}, {type(model).__name__}, {fisher_type}"
-    with _undisturbed(model, loss_fn, train, device), accumulator, _bar(data, progress) as bar:
+    deterministic = not (train and any(module.training for module in model.modules()))
+    run = _Pass(
+        accumulator,
+        model,
+        loss_fn,
+        fisher_type,
+        likelihood,
+        mc_samples,
+        generator,
+        max_samples,
+        check=verify and deterministic,
+    )
+    with undisturbed(model, loss_fn, train, device), accumulator, _bar(data, progress) as bar:
         for item in data:
-            batch = Batch.of(item, unpack, device)
-            room = None if max_samples is None else max_samples - accumulator.n_samples
-            before = accumulator.n_samples
-            _one_batch(accumulator, model, batch, loss_fn, fisher_type, likelihood, mc_samples, generator, room)
-            bar.update(1)
+            run.run(Batch.of(item, unpack, device))
             done = accumulator.n_samples
             bar.set_postfix_str(f"{done / max(time.time() - started, 1e-9):,.0f} samples/s", refresh=False)
+            bar.update(1)
             if max_samples is not None and done >= max_samples:
                 break
-            del before
         if not accumulator.n_samples:
-            skipped = accumulator._skipped
+            skipped = accumulator.n_skipped
             raise ValueError(f"data yielded no usable samples ({skipped} skipped)" if skipped else "data is empty")
-        fisher = accumulator._result(final=True)
-    fisher.metadata |= {"source": source, "fisher_type": fisher_type, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        fisher = accumulator.finish()
+    source = f"wplfast {__version__}, {type(model).__name__}"
+    fisher.metadata |= {
+        "source": source,
+        "fisher_type": fisher_type,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
     return fisher
 
 
-def _one_batch(
-    accumulator: FisherAccumulator,
-    model: nn.Module,
-    batch: Batch,
-    loss_fn: LossFn,
-    fisher_type: str,
-    likelihood: Likelihood,
-    mc_samples: int,
-    generator: torch.Generator,
-    room: int | None,
-) -> None:
-    """Run one batch; once more if its first pass only told how to capture it."""
-    draws = generator.get_state()
-    with torch.random.fork_rng(devices=_cuda_devices(generator.device)):
-        state = torch.get_rng_state()
+@dataclass
+class _Pass:
+    """One call of ``fisher_diagonal``: what every batch needs."""
+
+    accumulator: FisherAccumulator
+    model: nn.Module
+    loss_fn: LossFn
+    fisher_type: str
+    likelihood: Likelihood
+    mc_samples: int
+    generator: torch.Generator
+    max_samples: int | None
+    check: bool  # compare the first batch with a sample alone
+
+    def run(self, batch: Batch) -> None:
+        """Run one batch; once more if its first pass only told how to capture it, with the same random numbers."""
+        drawn, state = self.generator.get_state(), torch.get_rng_state()
         for _ in range(4):
+            self.generator.set_state(drawn)
             torch.set_rng_state(state)
-            generator.set_state(draws)
-            outputs = batch.forward(model)
-            if fisher_type == "exact":
-                done = _expectation(accumulator, outputs, batch, loss_fn, room)
-            else:
-                done = _targets(accumulator, outputs, batch, loss_fn, fisher_type, likelihood, mc_samples, generator, room)
-            if done:
-                break
-        after = torch.get_rng_state()
-    torch.set_rng_state(after)
+            if self._attempt(batch, batch.forward(self.model)):
+                return
+        raise WplfastError("could not measure which samples the uses of the parameters belong to")
+
+    def _attempt(self, batch: Batch, outputs: Any) -> bool:
+        """Accumulate all terms of a batch from one forward pass; False if the first asks for another forward pass."""
+        terms = list(self._terms(batch, outputs))
+        independent = None
+        for index, (targets, share) in enumerate(terms):
+            losses = self.loss_fn(outputs, targets)
+            check_losses(losses)
+            batch.check_losses(losses)
+            if index == 0 and self.check and not self.accumulator.n_samples:
+                independent = is_independent(self.model, batch, targets, losses, self.loss_fn)
+            if index == 0:
+                count, weights = self._limit(batch.weights, losses)
+            done = self.accumulator.accumulate(
+                losses,
+                _product(weights, share, losses),
+                retain_graph=index + 1 < len(terms),
+                may_replay=index == 0,
+                count=0 if index else count,
+                independent=independent,
+            )
+            if not done:
+                return False
+        return True
+
+    def _terms(self, batch: Batch, outputs: Any) -> Iterator[tuple[Any, Tensor | float]]:
+        """Yield targets, and what their losses' squared gradients count: a number, or one for each sample."""
+        if self.fisher_type == "empirical":
+            yield batch.targets, 1.0
+        elif self.fisher_type == "mc":
+            for _ in range(self.mc_samples):
+                yield draw(outputs, batch.targets, self.likelihood, self.generator), 1 / self.mc_samples
+        else:
+            logits = logits_of(outputs)
+            if logits.dim() != 2:
+                raise ValueError(
+                    f"fisher_type='exact' needs outputs [N, C], got {list(logits.shape)}; use fisher_type='mc'"
+                )
+            probabilities = logits.detach().double().softmax(1)
+            for c, share in enumerate(probabilities.unbind(1)):
+                yield torch.full((len(logits),), c, device=logits.device), share
+
+    def _limit(self, weights: Tensor | None, losses: Tensor) -> tuple[int, Tensor | None]:
+        """Give samples beyond max_samples the weight zero; return how many samples count, and the weights."""
+        if weights is not None:
+            if weights.shape != losses.shape:
+                raise ValueError(f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}")
+            weights = weights.to(losses.device, torch.float64)
+        room = len(losses) if self.max_samples is None else self.max_samples - self.accumulator.n_samples
+        if room >= len(losses):
+            return len(losses), weights
+        kept = torch.arange(len(losses), device=losses.device) < room
+        return room, kept.double() if weights is None else weights * kept
 
 
-def _targets(
-    accumulator: FisherAccumulator,
-    outputs: Any,
-    batch: Batch,
-    loss_fn: LossFn,
-    fisher_type: str,
-    likelihood: Likelihood,
-    mc_samples: int,
-    generator: torch.Generator,
-    room: int | None,
-) -> bool:
-    """Accumulate the losses of given or drawn targets."""
-    repeats = mc_samples if fisher_type == "mc" else 1
-    for repeat in range(repeats):
-        targets = draw(outputs, batch.targets, likelihood, generator) if fisher_type == "mc" else batch.targets
-        losses = loss_fn(outputs, targets)
-        batch.check_losses(losses)
-        weights, count = _limit(batch.weights, losses, room)
-        if repeats > 1:
-            weights = torch.full_like(losses.detach(), 1 / repeats, dtype=torch.float64) if weights is None else weights / repeats
-        done = accumulator._accumulate(
-            losses, weights, retain_graph=repeat + 1 < repeats, may_replay=repeat == 0, count=0 if repeat else count
-        )
-        if not done:
-            return False
-    return True
-
-
-def _expectation(
-    accumulator: FisherAccumulator, outputs: Any, batch: Batch, loss_fn: LossFn, room: int | None
-) -> bool:
-    """Accumulate all classes, each weighted with its probability."""
-    logits = logits_of(outputs)
-    if logits.dim() != 2:
-        raise ValueError(f"fisher_type='exact' needs outputs [N, C], got {list(logits.shape)}; use fisher_type='mc'")
-    probabilities = logits.detach().double().softmax(1)
-    n_classes = logits.shape[1]
-    for c in range(n_classes):
-        losses = loss_fn(outputs, torch.full((len(logits),), c, device=logits.device))
-        batch.check_losses(losses)
-        weights, count = _limit(batch.weights, losses, room)
-        weights = probabilities[:, c] if weights is None else weights * probabilities[:, c]
-        done = accumulator._accumulate(
-            losses, weights, retain_graph=c + 1 < n_classes, may_replay=c == 0, count=0 if c else count
-        )
-        if not done:
-            return False
-    return True
-
-
-def _limit(weights: Tensor | None, losses: Tensor, room: int | None) -> tuple[Tensor | None, int]:
-    """Give samples beyond max_samples the weight zero; return the weights and how many samples count."""
-    if weights is not None:
-        weights = weights.to(losses.device, torch.float64)
-    if losses.dim() != 1 or room is None or room >= len(losses):
-        return weights, len(losses) if losses.dim() else 0
-    weights = torch.ones(len(losses), dtype=torch.float64, device=losses.device) if weights is None else weights.clone()
-    weights[room:] = 0
-    return weights, room
+def _product(weights: Tensor | None, share: Tensor | float, losses: Tensor) -> Tensor | None:
+    """Multiply sample weights (None: 1) with the share of a term."""
+    if weights is None and not isinstance(share, Tensor):
+        return None if share == 1 else torch.full(losses.shape, share, dtype=torch.float64, device=losses.device)
+    return share if weights is None else weights * share  # type: ignore[return-value]
 
 
 def _check_options(fisher_type: str, mc_samples: int, max_samples: int | None) -> None:
@@ -226,7 +240,7 @@ def _cuda_devices(device: torch.device) -> list[torch.device]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, loss_fn: Any, train: bool, device: torch.device) -> Iterator[None]:
+def undisturbed(model: nn.Module, loss_fn: Any, train: bool, device: torch.device) -> Iterator[None]:
     """Run in eval mode (unless train), with gradients on; restore modes, RNG and the loss's own parameters."""
     modes = [(module, module.training) for module in model.modules()]
     own = [p for p in loss_fn.parameters() if p.requires_grad] if isinstance(loss_fn, nn.Module) else []

@@ -1,7 +1,8 @@
-"""The result of a Fisher pass: a mapping from parameter names to diagonals, with what is needed to merge and keep it."""
+"""The result of a Fisher pass: a mapping from names to diagonals, with what is needed to merge and keep it."""
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -209,7 +210,7 @@ class Fisher(Mapping[str, Tensor]):
         tensors = {f"fisher.{name}": tensor for name, tensor in self.items()}
         tensors |= {f"mean_grad.{name}": tensor for name, tensor in (self.mean_grad or {}).items()}
         counts = {"n_samples": str(self.n_samples), "total_weight": repr(self.total_weight)}
-        storage.save(path, tensors, "fisher", {**self.metadata, **counts})
+        storage.save(path, tensors, "fisher", {**self.metadata, **counts, "names": json.dumps(list(self))})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Fisher:
@@ -224,8 +225,9 @@ class Fisher(Mapping[str, Tensor]):
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor.to(device)
+        names = json.loads(metadata.pop("names"))
         return cls(
-            parts["fisher"],
+            {name: parts["fisher"][name] for name in names},
             int(metadata.pop("n_samples")),
             total_weight=float(metadata.pop("total_weight")),
             mean_grad=parts["mean_grad"] or None,
@@ -250,7 +252,11 @@ class Fisher(Mapping[str, Tensor]):
         self, tensors: dict[str, Tensor], grad: dict[str, Tensor] | None, report: Report, names: Mapping[str, str]
     ) -> Fisher:
         """Copy with other tensors; ``names`` maps old names to new ones."""
-        references = {new: p for old, new in names.items() if old in self._parameters and (p := self._parameters[old]())}
+        references = {
+            new: p
+            for old, new in names.items()
+            if old in self._parameters and (p := self._parameters[old]()) is not None
+        }
         return Fisher(
             tensors,
             self.n_samples,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .coefficients import scalar
 from .ops import contract
 from .ops.layout import flat_dtype, is_dense, packed_views, same_order
 
@@ -88,15 +89,6 @@ def penalty(
     return result
 
 
-def scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """Return a coefficient as the op contract wants it: 0-d, float64, on the device, without grad."""
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"alpha and l2 must be a float or a 0-d tensor, got shape {list(value.shape)}")
-        return value.detach().to(device, torch.float64)
-    return torch.full((), value, dtype=torch.float64, device=device)
-
-
 def total(values: Sequence[Tensor]) -> Tensor:
     """Add the values of several groups, on the first one's device, in the widest dtype."""
     result = values[0]
@@ -151,7 +143,9 @@ def _scaled(packed: Tensor, upstream: Tensor) -> Tensor:
     """Multiply the packed gradient with the incoming one, in place where nobody will need it again."""
     if torch.compiler.is_compiling():
         return packed * upstream.to(packed.dtype)
-    if torch._C._functorch.is_functorch_wrapped_tensor(packed) or torch._C._functorch.is_functorch_wrapped_tensor(upstream):
+    if torch._C._functorch.is_functorch_wrapped_tensor(packed) or torch._C._functorch.is_functorch_wrapped_tensor(
+        upstream
+    ):
         return packed * upstream.to(packed.dtype)
     one = upstream.device.type == "cpu" and upstream.item() == 1.0  # on a GPU the look would cost a synchronisation
     if torch._C._autograd._get_current_graph_task_keep_graph():

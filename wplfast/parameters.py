@@ -28,7 +28,7 @@ def named(params: Params, what: str = "params") -> dict[str, Tensor]:
         ValueError: if there are none, a name or a tensor occurs twice, or a tensor is not a floating point leaf.
     """
     if isinstance(params, nn.Module):
-        pairs = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
+        pairs: list[tuple[str, Tensor]] = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
         if not pairs:
             raise ValueError(f"{what}: {type(params).__name__} has no parameters that require grad")
     elif isinstance(params, Mapping):

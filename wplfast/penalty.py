@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import functional, storage
-from .anchors import Anchor, Group, by_kind, dense_like, pack, signature
-from .errors import NameMismatchError, NonFiniteError, StaleParameterError, WplfastError
+from .anchors import Anchor, Restored, from_state, nothing, pack, to_state
+from .coefficients import Alpha, alpha_tensor
+from .errors import NameMismatchError, NonFiniteError, StaleParameterError
 from .fisher import Fisher
-from .ops.layout import is_dense, same_order
-from .parameters import Params, check_names, named
+from .parameters import Params, check_names, device_of, named
+from .tables import Group, add_grad_, build, unchanged, value_of
 
-Alpha: TypeAlias = float | Tensor | Mapping[str, float]
-
-_STATE_VERSION = 1
 _MAX_TABLES = 32  # active sets whose tables are kept
 
 
@@ -51,7 +49,8 @@ class WeightPlasticityLoss(nn.Module):
         >>> wpl.add_grad_().item(), w.grad
         (4.0, tensor([2., 6.]))
 
-    Source: Benyahia, Yu et al., "Overcoming Multi-Model Forgetting", ICML 2019, arXiv:1902.08232; with all parameters of
+    Source: Benyahia, Yu et al., "Overcoming Multi-Model Forgetting", ICML 2019, arXiv:1902.08232; with all parameters
+        of
     one model it is EWC, arXiv:1612.00796.
     """
 
@@ -65,7 +64,7 @@ class WeightPlasticityLoss(nn.Module):
         self._theta: list[Tensor] | None = list(parameters.values())
         self._index = {name: i for i, name in enumerate(self._names)}
         self._l2_value = float(l2)
-        self._alpha_values: Tensor = self._alpha_of(alpha)
+        self._alpha_values: Tensor = alpha_tensor(alpha, self._names, device_of(self._bound()))
         self._anchors: list[Anchor] | None = None
         self._n_anchors = 0
         self._tables: OrderedDict[tuple[str, ...] | None, list[Group]] = OrderedDict()
@@ -88,13 +87,14 @@ class WeightPlasticityLoss(nn.Module):
         """
         if self._anchors is None:
             return self._decay_term(active)
-        return functional.total([_value(group) for group in self._groups(active)])
+        return functional.total([value_of(group) for group in self._groups(active)])
 
     @torch.no_grad()
     def add_grad_(self, scale: float | Tensor = 1.0, active: Sequence[str] | None = None) -> Tensor:
         """Add ``scale`` times the penalty's gradient to the parameters' ``.grad`` in one pass, without a graph.
 
-        Use it after ``backward``, all-reduce, unscaling and clipping, once a step; under DDP it is the way. ``.grad`` is
+        Use it after ``backward``, all-reduce, unscaling and clipping, once a step; under DDP it is the way. ``.grad``
+        is
         allocated where it is None; parameters that do not require grad are left alone.
 
         Args:
@@ -111,7 +111,7 @@ class WeightPlasticityLoss(nn.Module):
         """
         if self._anchors is None:
             return self._add_decay_(scale, active)
-        return functional.total([_add_grad_(group, scale) for group in self._groups(active)])
+        return functional.total([add_grad_(group, scale) for group in self._groups(active)])
 
     def subset(self, names: Sequence[str]) -> Subset:
         """Return a handle to the penalty over some parameters, for hot loops.
@@ -144,7 +144,8 @@ class WeightPlasticityLoss(nn.Module):
             theta_hat: anchors by name; default: the current values.
             weight: factor on this Fisher.
             decay: factor on what was there before.
-            anchor: ``"merge"``: the penalty becomes the exact sum of decay times the old one and the new one, at the cost
+            anchor: ``"merge"``: the penalty becomes the exact sum of decay times the old one and the new one, at the
+                cost
                 of one. ``"replace"``: one anchor, the newest, with the decayed sum of Fishers (online EWC, and the rule
                 of arXiv:1902.08232 for architecture search).
             active: names to consolidate; all others keep what they have.
@@ -162,8 +163,8 @@ class WeightPlasticityLoss(nn.Module):
                 raise ValueError(f"{what} must be finite and not negative, got {value}")
         names = self._chosen(active)
         theta = self._bound()
-        importance = self._look_up(fisher, names, "fisher", prefix)
-        values = None if theta_hat is None else self._look_up(theta_hat, names, "theta_hat", prefix)
+        importance = _look_up(fisher, names, theta, self._index, "fisher", prefix)
+        values = None if theta_hat is None else _look_up(theta_hat, names, theta, self._index, "theta_hat", prefix)
         anchors = self._current_anchors()
         for name in names:
             index = self._index[name]
@@ -174,10 +175,7 @@ class WeightPlasticityLoss(nn.Module):
                 anchors[index] = old.merge(new_hat, new_fisher, decay)
             else:
                 anchors[index] = Anchor(new_hat, old.fisher * decay + new_fisher)
-        self._anchors = pack(anchors, theta)
-        self._n_anchors = 1 if anchor == "replace" else self._n_anchors + 1
-        self._tables.clear()
-        self._groups(None)
+        self._set_anchors(anchors, 1 if anchor == "replace" else self._n_anchors + 1)
 
     def reset(self) -> None:
         """Forget all anchors; alpha and l2 stay."""
@@ -202,10 +200,8 @@ class WeightPlasticityLoss(nn.Module):
                 expected, got = list(anchor.fisher.shape), list(parameter.shape)
                 raise ValueError(f"params[{name!r}] must have shape {expected} as its anchor, got {got}")
         self._theta = theta
-        self._tables.clear()
         if self._anchors is not None:
-            self._anchors = pack(self._anchors, theta)
-            self._groups(None)
+            self._set_anchors(self._anchors, self._n_anchors)
 
     @property
     def fisher(self) -> dict[str, Tensor]:
@@ -232,7 +228,7 @@ class WeightPlasticityLoss(nn.Module):
 
     @alpha.setter
     def alpha(self, value: Alpha) -> None:
-        values = self._alpha_of(value)
+        values = alpha_tensor(value, self._names, device_of(self._bound()))
         same_form = values.shape == self._alpha_values.shape
         for group in (group for groups in self._tables.values() for group in groups):
             if same_form:
@@ -262,11 +258,13 @@ class WeightPlasticityLoss(nn.Module):
             NameMismatchError: if names differ.
         """
         state, _ = storage.load(path, "penalty")
-        missing, unexpected, errors = self._restore(state)
-        if missing or unexpected:
-            raise NameMismatchError(f"{os.fspath(path)}: missing {missing[:6]}, unexpected {unexpected[:6]}")
-        if errors:
-            raise ValueError("; ".join(errors))
+        found = self._restore(state)
+        if found.missing or found.unexpected:
+            raise NameMismatchError(
+                f"{os.fspath(path)}: missing {found.missing[:6]}, unexpected {found.unexpected[:6]}"
+            )
+        if found.errors:
+            raise ValueError("; ".join(found.errors))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Add the anchors to a state_dict (alpha is a setting, not state)."""
@@ -286,57 +284,25 @@ class WeightPlasticityLoss(nn.Module):
     ) -> None:
         """Take the anchors from a state_dict, all or nothing."""
         own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        missing, unexpected, errors = self._restore(own)
-        missing_keys += [prefix + key for key in missing]
-        error_msgs += errors
+        found = self._restore(own)
+        missing_keys += [prefix + key for key in found.missing]
+        error_msgs += found.errors
         if strict:
-            unexpected_keys += [prefix + key for key in unexpected]
+            unexpected_keys += [prefix + key for key in found.unexpected]
 
     def _state(self) -> dict[str, Tensor]:
         """Return the anchors as named tensors."""
-        state = {"version": torch.tensor(_STATE_VERSION), "n_anchors": torch.tensor(self._n_anchors)}
-        anchors = self._anchors or ()
-        for name, anchor in zip(self._names, anchors, strict=False):
-            state[f"fisher.{name}"] = anchor.fisher
-            state[f"theta_hat.{name}"] = anchor.theta_hat
-            if anchor.offset is not None:
-                state[f"offset.{name}"] = anchor.offset
-        if anchors:
-            state["constant"] = torch.tensor([anchor.constant for anchor in anchors], dtype=torch.float64)
-        return state
+        return to_state(self._names, self._anchors or (), self._n_anchors)
 
-    @torch.no_grad()
-    def _restore(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
-        """Take anchors over unless something is wrong; return missing keys, unexpected keys and errors."""
-        wanted = {"version", "n_anchors"}
-        if int(state.get("n_anchors", torch.tensor(0))) or "constant" in state:
-            wanted |= {f"{kind}.{name}" for kind in ("fisher", "theta_hat") for name in self._names} | {"constant"}
-        optional = {f"offset.{name}" for name in self._names}
-        missing = sorted(wanted - state.keys())
-        unexpected = sorted(state.keys() - wanted - optional)
-        errors = []
-        if "version" in state and int(state["version"]) != _STATE_VERSION:
-            errors.append(f"the penalty's state must be of version {_STATE_VERSION}, got {int(state['version'])}")
+    def _restore(self, state: Mapping[str, Tensor]) -> Restored:
+        """Take anchors over unless something is wrong with them."""
         theta = self._bound()
-        for name, parameter in zip(self._names, theta, strict=True):
-            for kind in ("fisher", "theta_hat", "offset"):
-                tensor = state.get(f"{kind}.{name}")
-                if tensor is not None and tensor.shape != parameter.shape:
-                    expected, got = list(parameter.shape), list(tensor.shape)
-                    errors.append(f"{kind}[{name!r}] must have shape {expected} as its parameter, got {got}")
-        if missing or unexpected or errors:
-            return missing, unexpected, errors
-        self.reset()
-        if "constant" in state:
-            constants = state["constant"].tolist()
-            anchors = [
-                Anchor(state[f"theta_hat.{n}"], state[f"fisher.{n}"], state.get(f"offset.{n}"), constant)
-                for n, constant in zip(self._names, constants, strict=True)
-            ]
-            self._anchors = pack(anchors, theta)
-            self._n_anchors = int(state["n_anchors"])
-            self._groups(None)
-        return missing, unexpected, errors
+        restored = from_state(state, dict(zip(self._names, (p.shape for p in theta), strict=True)))
+        if restored.whole:
+            self.reset()
+            if restored.anchors is not None:
+                self._set_anchors(restored.anchors, restored.n_anchors)
+        return restored
 
     def _apply(self, fn: Any, recurse: bool = True) -> WeightPlasticityLoss:
         """Ignore ``.to`` and the like: the anchors follow the parameters, and F keeps its dtype."""
@@ -377,11 +343,13 @@ class WeightPlasticityLoss(nn.Module):
         if torch.compiler.is_compiling() and groups is not None:
             return groups  # addresses cannot be looked at while tracing; shapes and dtypes are guarded
         if groups is not None:
-            if all(_unchanged(group) for group in groups):
+            if all(unchanged(group) for group in groups):
                 self._tables.move_to_end(key)
                 return groups
             self._follow()
-        groups = self._tables[key] = self._build(self._chosen(active))
+        anchors, indices = self._anchors, [self._index[name] for name in self._chosen(active)]
+        assert anchors is not None
+        groups = self._tables[key] = build(indices, self._bound(), anchors, self._alpha_values, self._l2_value)
         if len(self._tables) > _MAX_TABLES:
             self._tables.popitem(last=False)
         return groups
@@ -396,37 +364,13 @@ class WeightPlasticityLoss(nn.Module):
                 raise StaleParameterError(
                     f"{name!r} had shape {expected} when it was anchored and now has {got}; use rebind or reset"
                 )
-        self._anchors = pack(anchors, theta)
-        self._tables.clear()
+        self._set_anchors(anchors, self._n_anchors)
 
-    def _build(self, names: Sequence[str]) -> list[Group]:
-        """Make the tables of an active set."""
-        theta, anchors = self._bound(), self._anchors
-        assert anchors is not None
-        chosen = [self._index[name] for name in names]
-        groups = []
-        for (device, _), positions in by_kind([theta[i] for i in chosen]).items():
-            indices = [chosen[position] for position in positions]
-            several = any(anchors[i].offset is not None for i in indices)
-            alpha = self._alpha_values if self._alpha_values.dim() == 0 else self._alpha_values[indices]
-            constants = torch.tensor([anchors[i].constant for i in indices], dtype=torch.float64, device=device)
-            if alpha.dim() == 0:
-                constants = constants.sum()
-            groups.append(
-                Group(
-                    indices,
-                    [theta[i] for i in indices],
-                    [anchors[i].theta_hat for i in indices],
-                    [a for i in indices if (a := anchors[i].offset) is not None] if several else [],
-                    [anchors[i].fisher for i in indices],
-                    alpha.to(device, copy=True),
-                    torch.full((), self._l2_value, dtype=torch.float64, device=device),
-                    constants if several else None,
-                    [signature(theta[i]) for i in indices],
-                    [k for k, i in enumerate(indices) if not is_dense(theta[i])],
-                )
-            )
-        return groups
+    def _set_anchors(self, anchors: Sequence[Anchor], n_anchors: int) -> None:
+        """Lay the anchors out beside the parameters and make the table of all of them."""
+        self._anchors, self._n_anchors = pack(anchors, self._bound()), n_anchors
+        self._tables.clear()
+        self._groups(None)
 
     def _bound(self) -> list[Tensor]:
         """Return the parameters.
@@ -452,54 +396,10 @@ class WeightPlasticityLoss(nn.Module):
     def _current_anchors(self) -> list[Anchor]:
         """Return the anchors; for a penalty without any, those of F = 0."""
         if self._anchors is None:
-            return pack([_nothing(p) for p in self._bound()], self._bound())
-        if not all(_unchanged(group) for group in self._groups(None)):
+            return pack([nothing(p) for p in self._bound()], self._bound())
+        if not all(unchanged(group) for group in self._groups(None)):
             self._follow()
         return list(self._anchors)
-
-    def _look_up(self, mapping: Mapping[str, Tensor], names: Iterable[str], what: str, prefix: str) -> dict[str, Tensor]:
-        """Find every name's tensor: by the identity of the parameter, then by name; check shape and values."""
-        names = list(names)
-        theta = self._bound()
-        by_identity = mapping.names_of(theta) if isinstance(mapping, Fisher) and not prefix else {}
-        keys = {name: by_identity.get(self._index[name], prefix + name) for name in names}
-        check_names(mapping, keys.values(), what)
-        found = {}
-        for name, key in keys.items():
-            tensor, parameter = mapping[key], theta[self._index[name]]
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.shape != parameter.shape:
-                got = f"{tensor.dtype}{list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise ValueError(f"{what}[{key!r}] must have shape {list(parameter.shape)}, got {got}")
-            tensor = tensor.detach()
-            if tensor.numel():
-                low, high = tensor.aminmax()
-                if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                    raise NonFiniteError(f"{what}[{key!r}] has NaN or inf")
-                if what == "fisher" and bool(low < 0):
-                    raise ValueError(f"fisher[{key!r}] must not be negative, got a least entry of {low.item():g}")
-            found[name] = tensor
-        return found
-
-    def _alpha_of(self, alpha: Alpha) -> Tensor:
-        """Bring alpha to its inner form: float64, 0-d or one entry per parameter."""
-        device = self._bound()[0].device
-        if isinstance(alpha, Mapping):
-            values = []
-            for name in self._names:
-                fitting = [prefix for prefix in alpha if name.startswith(prefix)]
-                if not fitting:
-                    raise ValueError(f"alpha has no prefix for {name!r}: got {sorted(alpha)}; '' matches all")
-                values.append(float(alpha[max(fitting, key=len)]))
-            result = torch.tensor(values, dtype=torch.float64, device=device)
-        elif isinstance(alpha, Tensor):
-            if alpha.dim():
-                raise ValueError(f"alpha must be a float, a 0-d tensor or a mapping, got shape {list(alpha.shape)}")
-            return alpha.detach().to(device, torch.float64, copy=True)
-        else:
-            result = torch.full((), float(alpha), dtype=torch.float64, device=device)
-        if not bool(((result >= 0) & torch.isfinite(result)).all()):
-            raise ValueError(f"alpha must be finite and not negative, got {alpha}")
-        return result
 
     # ---- before the first anchor -----------------------------------------------------------------------------------
 
@@ -538,61 +438,29 @@ class Subset:
         return self.penalty.add_grad_(scale, active=self.names)
 
 
-def _nothing(parameter: Tensor) -> Anchor:
-    """Return an anchor that does not hold: F = 0 at the current value."""
-    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return Anchor(parameter.detach(), torch.zeros_like(parameter, dtype=wide))
-
-
-def _unchanged(group: Group) -> bool:
-    """Tell whether the parameters of a table are what and where they were."""
-    for p, (address, dtype, device, shape, stride) in zip(group.theta, group.signatures, strict=True):
-        if p.data_ptr() != address or p.dtype != dtype or p.stride() != stride or p.shape != shape:
-            return False
-        if p.device != device:
-            return False
-    return True
-
-
-def _value(group: Group) -> Tensor:
-    """Return one group's differentiable value."""
-    theta = group.theta
-    if group.sparse:
-        theta = [p.contiguous() if k in group.sparse else p for k, p in enumerate(theta)]
-    value = functional.penalty(theta, group.theta_hat, group.offset, group.fisher, group.alpha, group.l2)
-    return _with_constant(value, group)
-
-
-def _add_grad_(group: Group, scale: float | Tensor) -> Tensor:
-    """Add one group's gradient and return its value."""
-    theta = [dense_like(p) for p in group.theta] if group.sparse else group.theta
-    grads, scratch = [], []
-    for k, p in enumerate(group.theta):
-        grad = p.grad
-        if not p.requires_grad:
-            grad = torch.zeros_like(theta[k])
-        elif grad is None:
-            grad = p.grad = torch.zeros_like(p)
-        elif grad.dtype != p.dtype or grad.layout != torch.strided:
-            raise ValueError(f".grad must be dense and {p.dtype} as its parameter, got {grad.layout} {grad.dtype}")
-        if group.sparse or not same_order(grad, p) or not is_dense(grad):
-            scratch.append((grad, torch.zeros_like(theta[k])))
-            grad = scratch[-1][1]
-        grads.append(grad)
-    factor = functional.scalar(scale, theta[0].device)
-    value: Tensor = torch.ops.wplfast.penalty_add_grad_(
-        grads, theta, group.theta_hat, group.offset, group.fisher, group.alpha, group.l2, factor
-    )
-    for grad, extra in scratch:
-        grad.add_(extra)
-    return _with_constant(value, group)
-
-
-def _with_constant(value: Tensor, group: Group) -> Tensor:
-    """Add what the merged anchors contribute whatever theta is."""
-    if group.constant is None:
-        return value
-    return value + (0.5 * group.alpha * group.constant).sum().to(value.dtype)
-
-
-__all__ = ["Alpha", "Subset", "WeightPlasticityLoss", "WplfastError"]
+def _look_up(
+    mapping: Mapping[str, Tensor],
+    names: Sequence[str],
+    theta: Sequence[Tensor],
+    index: Mapping[str, int],
+    what: str,
+    prefix: str,
+) -> dict[str, Tensor]:
+    """Find every name's tensor, by the identity of its parameter, then by name; check shapes and values."""
+    by_identity = mapping.names_of(theta) if isinstance(mapping, Fisher) and not prefix else {}
+    keys = {name: by_identity.get(index[name], prefix + name) for name in names}
+    check_names(mapping, keys.values(), what)
+    found = {}
+    for name, key in keys.items():
+        tensor, shape = mapping[key], theta[index[name]].shape
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.shape != shape:
+            got = f"{tensor.dtype}{list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{what}[{key!r}] must be floating point of shape {list(shape)}, got {got}")
+        if tensor.numel():
+            low, high = tensor.detach().aminmax()
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                raise NonFiniteError(f"{what}[{key!r}] has NaN or inf")
+            if what == "fisher" and bool(low < 0):
+                raise ValueError(f"fisher[{key!r}] must not be negative, got a least entry of {low.item():g}")
+        found[name] = tensor.detach()
+    return found

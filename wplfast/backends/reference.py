@@ -18,10 +18,11 @@ MAX_ELEMENTS = 1 << 24
 
 
 def accumulate_squares_(fisher: Tensor, grads: Tensor, weights: Tensor | None) -> None:
-    """Fisher += sum_n w_n grads[n]^2."""
-    squares = grads.to(fisher.dtype).square().flatten(1)
-    w = fisher.new_ones(len(grads)) if weights is None else weights.to(fisher.dtype)
-    fisher.add_((w @ squares).view_as(fisher))
+    """Fisher += sum_n w_n grads[n]^2, summed in float64: N may be large."""
+    squares = grads.double().square()
+    if weights is not None:
+        squares *= weights.double().view(-1, *[1] * fisher.dim())
+    fisher.add_(squares.sum(0))
 
 
 def fisher_linear_(

@@ -49,6 +49,7 @@ class Call:
     sources: list[Source]
     constants: list[Tensor]
     differentiable_data: bool
+    data_kinds: list[tuple[torch.Size, torch.dtype, bool]]  # shape, dtype, whether it counts up by ones
     in_place: bool
     autocast: tuple[str, torch.dtype] | None
 
@@ -106,6 +107,15 @@ def floating(tree: Any) -> list[Tensor]:
 
     map_tensors(visit, tree)
     return found
+
+
+def kind_of(tensor: Tensor) -> tuple[torch.Size, torch.dtype, bool]:
+    """Describe a data tensor: shape, dtype, and whether it is one range of integers such as position indices."""
+    is_range = False
+    if not (tensor.is_floating_point() or tensor.is_complex()) and 0 < tensor.numel() == tensor.shape[-1]:
+        flat = tensor.reshape(-1)
+        is_range = bool((flat.diff() == 1).all())
+    return tensor.shape, tensor.dtype, is_range
 
 
 def autocast_state(device_type: str) -> tuple[str, torch.dtype] | None:

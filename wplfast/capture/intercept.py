@@ -11,18 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import WplfastError
-from .call import Call, Slot, Source, autocast_state, floating, is_in_place
+from .call import Call, Slot, Source, autocast_state, floating, is_in_place, kind_of
 from .rules import rule_for
 from .tap import Listener, Site
 from .watched import Derived, map_tensors, tensors_in
 
 #: Functions that read or set something about a parameter itself; they run natively on the parameter.
 _ABOUT_ITSELF = frozenset(
-    "__delete__ __dir__ __format__ __hash__ __len__ __reduce_ex__ __repr__ __set__ __str__ _is_view apply_ backward "
-    "data_ptr detach detach_ dim element_size get_device is_complex is_conj is_contiguous is_floating_point is_inference "
-    "is_neg is_pinned is_same_size is_set_to is_shared is_signed item ndimension nelement numel numpy ones_like "
-    "register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad share_memory_ size storage "
-    "storage_offset stride tolist type untyped_storage".split()
+    """
+    __delete__ __dir__ __format__ __hash__ __len__ __reduce_ex__ __repr__ __set__ __str__ _is_view apply_ backward
+    data_ptr detach detach_ dim element_size get_device is_complex is_conj is_contiguous is_floating_point
+    is_inference is_neg is_pinned is_same_size is_set_to is_shared is_signed item ndimension nelement numel numpy
+    ones_like register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad share_memory_ size storage
+    storage_offset stride tolist type untyped_storage
+    """.split()  # noqa: SIM905
 )
 #: Properties that are operations on the value.
 _VIEW_PROPERTIES = frozenset({"T", "H", "mT", "mH", "real", "imag"})
@@ -135,6 +137,7 @@ class Interception:
             sources,
             constants,
             differentiable_data=any(t.requires_grad for t in data),
+            data_kinds=[] if any(t.requires_grad for t in data) else [kind_of(t) for t in data],
             in_place=is_in_place(name, args),
             autocast=autocast_state(sources[0].value.device.type) if sources else None,
         )

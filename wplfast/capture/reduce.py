@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -66,7 +67,7 @@ def _regions(uses: Sequence[Use], fisher: Tensor) -> dict[_Region | None, list[U
             return {None: list(uses)}  # has gaps or overlaps
         spans.append((offset, offset + extent))
     spans.sort()
-    disjoint = all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    disjoint = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     return regions if disjoint else {None: list(uses)}
 
 
@@ -99,9 +100,7 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _fisher_linear(
-    fisher: Tensor, a: Tensor, g: Tensor, weights: Tensor | None, gradient: Tensor | None
-) -> None:
+def _fisher_linear(fisher: Tensor, a: Tensor, g: Tensor, weights: Tensor | None, gradient: Tensor | None) -> None:
     """Call the fused operator on tensors of any dtype and stride."""
     if flat_dtype(a.dtype) != fisher.dtype:  # an operation in a narrower or wider type than its parameter
         a, g = a.to(fisher.dtype), g.to(fisher.dtype)

@@ -16,24 +16,22 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import CoupledSamplesError, VerificationError, WplfastError
+from ..errors import CoupledSamplesError, WplfastError
+from .identity import check_identity
 from .intercept import Interception
-from .ownership import Axis, Codes, Ownership, Routed, Signature, Single, candidates, decode, matches
+from .measure import Measurement, at_least_1d
 from .reduce import accumulate, weighted_sum
 from .rules import GENERIC
 from .tap import Site
 from .uses import Use
 
-#: Largest difference between captured and ordinary gradients, relative to sqrt(sum_n |g_n|^2).
-VERIFY_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-
-_Place = tuple[tuple[Any, ...], int]  # a site's key and the index of one of its outputs
+_Mode: TypeAlias = Literal["probe", "collect", "ordinary"]
 
 
 class Session:
@@ -53,12 +51,11 @@ class Session:
         self.rules: dict[int, set[str]] = defaultdict(set)
         self.seconds: dict[str, float] = defaultdict(float)
         self.unseen: set[int] = set()
+        self.half = False  # some gradient was in half precision
         self.batches = 0
-        self._generator = torch.Generator().manual_seed(0)
-        self._known: dict[_Place, Axis | Literal["routed"]] = {}
-        self._dormant: set[_Place] = set()
-        self._late: set[int] = set()
-        self._mode: Literal["probe", "collect", "ordinary"] = "collect"
+        self._measurement = Measurement()
+        self._late: set[int] = set()  # parameters used inside reentrant checkpoints
+        self._mode: _Mode = "collect"
         self._clear()
 
     def _clear(self) -> None:
@@ -79,6 +76,7 @@ class Session:
         verify: bool = False,
         retain_graph: bool = False,
         may_replay: bool = False,
+        independent: bool | None = None,
     ) -> bool:
         """Collect one batch.
 
@@ -88,6 +86,7 @@ class Session:
             verify: compare captured with ordinary gradients.
             retain_graph: keep the graph for another call on the same forward pass.
             may_replay: the caller can run the same forward pass again.
+            independent: whether the caller found a sample's loss to be the same in a batch of its own; None: unknown.
 
         Returns:
             False if the accumulators were emptied again and the forward pass must be run again (first batch only).
@@ -96,15 +95,15 @@ class Session:
             CoupledSamplesError: if a sample's loss depends on other samples.
             VerificationError: if captured and ordinary gradients disagree.
         """
-        n_samples = len(losses)
-        self._weights = weights
-        self._codes = Codes(n_samples, self._generator)
-        self._signatures: dict[_Place, list[Signature]] = defaultdict(list)
+        measurement, sites = self._measurement, self.interception.sites
+        measurement.start_batch(len(losses))
+        self._weights, self._independent = weights, independent
         self._lhs: dict[int, Tensor] | None = {} if verify else None
         self._rhs: list[Tensor | None] = []
         self._only: set[int] | None = None
-        digits = max(self._digits(n_samples), int(verify))
-        keep = retain_graph or digits > 0 or not self.batches or bool(self._dormant or self._late or self.unseen)
+        digits = max(measurement.passes_needed(sites), int(verify))
+        keep = retain_graph or digits > 0 or not self.batches or measurement.has_dormant
+        keep = keep or bool(self._late or self.unseen)
         blocked: set[int] = set()
         for attempt in range(4):
             for digit in range(digits):
@@ -124,35 +123,22 @@ class Session:
                 break
             if not keep:
                 raise WplfastError(f"the use of {self._some(self._retry)} changed its layout inside a checkpoint")
-            self._only, self._signatures = set(self._retry), defaultdict(list)
-            digits = max(1, self._digits(n_samples))
+            self._only = set(self._retry)
+            measurement.start_probing()
+            digits = max(1, measurement.passes_needed(sites))
         else:
             raise WplfastError(f"could not measure which samples the uses of {self._some(self._retry)} belong to")
         self._one_by_one(losses, blocked | self.unseen)
-        if verify:
-            self._verify(blocked | self.unseen)
+        if self._lhs is not None:
+            dtypes = [torch.bfloat16 if self.half else p.dtype for p in self.parameters]
+            codes = measurement.codes.weights(0)
+            check_identity(self.names, self._lhs, self._rhs, self.fisher, codes, dtypes, blocked | self.unseen)
         if not retain_graph:
             self.interception.start_batch()
         self.batches += 1
         return True
 
-    def _digits(self, n_samples: int) -> int:
-        """Return how many probing passes the sites of this batch need."""
-        digits = 0
-        if n_samples > 1:
-            for site in self.interception.sites:
-                for index, shape in enumerate(site.shapes):
-                    known = self._known.get((site.key, index))
-                    if known == "routed":
-                        return self._codes.rounds
-                    if isinstance(known, Axis) and known.fit(shape, n_samples) is None:
-                        del self._known[(site.key, index)]
-                        known = None
-                    if known is None and (site.key, index) not in self._dormant:
-                        digits = 1
-        return digits
-
-    def _run(self, losses: Tensor, weights: Tensor, mode: Literal["probe", "collect", "ordinary"], keep: bool) -> None:
+    def _run(self, losses: Tensor, weights: Tensor, mode: _Mode, keep: bool) -> None:
         """Run one backward pass."""
         self._mode, self.interception.in_backward = mode, True
         self.interception.start_backward()
@@ -168,13 +154,12 @@ class Session:
         nothing: list[Tensor | None] = [None] * len(site.call.sources)
         if site.late:
             self._late |= site.parameters
+        self.half |= any(g is not None and g.dtype in (torch.bfloat16, torch.float16) for g in grads)
         if self._mode == "collect":
             self._collect_site(site, data, grads)
             return nothing
         if self._mode == "probe":
-            for index, gradient in enumerate(grads):
-                if gradient is not None and not isinstance(self._known.get((site.key, index)), Axis):
-                    self._signatures[(site.key, index)].append(Signature.of(_rows(gradient), self._codes.n_samples))
+            self._measurement.probe(site, grads)
             if not self._ordinary:
                 return nothing
         elif self._only is not None and not self._only & site.parameters:
@@ -186,7 +171,7 @@ class Session:
     def _probe(self, losses: Tensor, digit: int, ordinary: bool) -> None:
         """Run one probing pass; with ``ordinary``, keep the parameters' ordinary gradients to verify with."""
         self._ordinary = ordinary
-        self._run(losses, self._codes.weights(digit), "probe", keep=True)
+        self._run(losses, self._measurement.codes.weights(digit), "probe", keep=True)
         if ordinary:
             self._rhs = self._ordinary_gradients()
 
@@ -223,12 +208,14 @@ class Session:
         started = time.perf_counter()
         parameters = site.parameters
         if self._only is None or parameters & self._only:
-            owners = self._owners(site, grads)
-            if owners is None:
+            owners = self._measurement.owners(site, grads)
+            if isinstance(owners, str):
                 self._retry |= parameters
+                if owners == "mixed":
+                    self._mixed.append(site)
             elif any(owner is not None for owner in owners) and not self._dry:
                 pairs = zip(grads, owners, strict=True)
-                grads = [None if g is None or owner is None else _rows(g) for g, owner in pairs]
+                grads = [None if g is None or owner is None else at_least_1d(g) for g, owner in pairs]
                 uses = site.rule.uses(site.call, data, grads, owners)
                 if uses is None:
                     uses = GENERIC.uses(site.call, data, grads, owners)
@@ -264,80 +251,12 @@ class Session:
         self._flushed.add(index)
         gradient = None if self.gradient is None else self.gradient[index]
         if self._lhs is not None:
-            codes = self._codes.weights(0).to(self.fisher[index].device)
+            codes = self._measurement.codes.weights(0).to(self.fisher[index].device)
             self._lhs[index] = weighted_sum(index, uses, codes, self.fisher[index])
         accumulate(index, uses, self.fisher[index], gradient, self._weights)
         self.rules[index] |= {use.rule for use in uses}
         slow = any(use.rule == GENERIC.name for use in uses)
         self.seconds[GENERIC.name if slow else uses[0].rule] += time.perf_counter() - started
-
-    def _owners(self, site: Site, grads: Sequence[Tensor | None]) -> list[Ownership | None] | None:
-        """Return who owns each output; None if the site must be probed first or mixes samples."""
-        owners: list[Ownership | None] = []
-        for index, gradient in enumerate(grads):
-            if gradient is None:
-                owners.append(None)
-                continue
-            place = (site.key, index)
-            owner = self._owner(place, _rows(gradient))
-            if owner == "mixed":
-                self._mixed.append(site)
-                return None
-            if owner == "unmeasured":
-                self._dormant.discard(place)
-                return None
-            owners.append(None if owner == "zero" else owner)
-        return owners
-
-    def _owner(self, place: _Place, gradient: Tensor) -> Ownership | Literal["zero", "unmeasured", "mixed"]:
-        """Return who owns one output, from what is known or from the probing passes."""
-        n_samples = self._codes.n_samples
-        if n_samples == 1:
-            return Single()
-        known = self._known.get(place)
-        if isinstance(known, Axis):
-            layout = known.fit(gradient.shape, n_samples)
-            if layout is not None:
-                return layout
-            del self._known[place]
-            known = None
-        plain = Signature.of(gradient, n_samples)
-        if plain.is_zero:
-            if known is None:
-                self._dormant.add(place)
-            return "zero"
-        coded = self._signatures.get(place)
-        if not coded:
-            return "unmeasured"
-        if known is None:
-            passing = self._structures(gradient.shape, coded[0], plain)
-            if passing:
-                if len(passing) == 1:  # several: too little of the gradient is nonzero to tell; measured again
-                    self._known[place] = passing[0]
-                layout = passing[0].fit(gradient.shape, n_samples)
-                assert layout is not None
-                return layout
-            if len(coded) < self._codes.rounds:
-                self._known[place] = "routed"
-                return "unmeasured"
-        owner = decode(coded, plain, self._codes) if len(coded) == self._codes.rounds else None
-        if owner is None:
-            self._known.pop(place, None)
-            return "mixed"
-        self._known[place] = "routed"
-        return Routed(owner, n_samples)
-
-    def _structures(self, shape: torch.Size, coded: Signature, plain: Signature) -> list[Axis]:
-        """Return the first two templates that the measurement admits."""
-        found: list[Axis] = []
-        codes = self._codes.weights(0)
-        for axis in candidates(shape, self._codes.n_samples):
-            layout = axis.fit(shape, self._codes.n_samples)
-            if layout is not None and matches(layout, shape, coded, plain, codes):
-                found.append(axis)
-                if len(found) == 2:
-                    break
-        return found
 
     # ---- what cannot be collected ----------------------------------------------------------------------------------
 
@@ -345,14 +264,18 @@ class Session:
         """Learn from sites that mix samples; tell whether the batch can go on without another forward pass.
 
         A site without differentiable data may simply have no sample axis (a position embedding): from now on its
-        result counts as derived from parameters. With such data, the samples are coupled, unless the data themselves
+        result counts as derived from parameters. With such data the samples are coupled, unless the data themselves
         came from such a site.
         """
-        bare = {site.key for site in self._mixed if not site.call.differentiable_data}
+        bare = [site for site in self._mixed if not site.call.differentiable_data]
         coupled = [site for site in self._mixed if site.call.differentiable_data]
-        if not bare:
-            raise CoupledSamplesError(self._coupling(coupled[0]))
-        self.interception.derive |= bare
+        n_samples = self._measurement.codes.n_samples
+        known = self._independent or (
+            self._independent is None and all(_is_about_positions(s, n_samples) for s in bare)
+        )
+        if not bare or not known:
+            raise CoupledSamplesError(self._coupling((coupled or bare)[0]))
+        self.interception.derive |= {site.key for site in bare}
         if may_replay and (self._dry or self.batches == 0):
             if self.batches == 0:
                 for accumulator in (*self.fisher, *(self.gradient or ())):
@@ -371,8 +294,9 @@ class Session:
         name = self.names[min(site.parameters)]
         module = name.rpartition(".")[0] or "the model"
         return (
-            f"samples are coupled at {site.call.name} in {module} (parameter {name!r}): its output's gradient mixes "
-            "samples, so sample n's loss alone has no gradient here (batch statistics? in-batch negatives?)"
+            f"samples are coupled at {site.call.name} in {module} (parameter {name!r}): its output's gradient mixes
+            samples, "
+            "so that of one sample's loss alone cannot be had (batch statistics? in-batch negatives?)"
         )
 
     def _find_unseen(self) -> set[int]:
@@ -425,43 +349,15 @@ class Session:
             self.rules[index].add("one by one")
         self.seconds["one by one"] += time.perf_counter() - started
 
-    # ---- verification ----------------------------------------------------------------------------------------------
-
-    def _verify(self, skipped: set[int]) -> None:
-        """Compare ``sum_n c_n g_n`` from the captured rows with the ordinary gradient of ``sum_n c_n loss_n``.
-
-        The identity is linear and exact up to rounding. It sees missed uses and wrong owners: random signs and
-        magnitudes c_n make any exchange of samples show.
-        """
-        assert self._lhs is not None
-        codes = self._codes.weights(0)
-        largest = float(codes.abs().max())
-        scales = [float(f.sum(dtype=torch.float64)) for f in self.fisher]
-        floor = 1e-3 * max(1e-300, sum(scales)) ** 0.5
-        for index, ordinary in enumerate(self._rhs):
-            if index in skipped:
-                continue
-            captured = self._lhs.get(index)
-            if ordinary is None and captured is None:
-                continue
-            like = self.fisher[index]
-            difference = torch.zeros_like(like) if captured is None else captured.clone()
-            if ordinary is not None:
-                difference -= ordinary.to(like.dtype)
-            error = float(difference.norm()) / largest
-            size = max(scales[index] ** 0.5, floor, 0.0 if ordinary is None else float(ordinary.norm()) / largest)
-            if not error <= VERIFY_TOLERANCE[self.parameters[index].dtype] * size:
-                raise VerificationError(
-                    f"captured per-sample gradients of {self.names[index]!r} disagree with autograd "
-                    f"(|difference| {error:.3g}, |g| {size:.3g}); please report the model"
-                )
-
     def _some(self, indices: set[int]) -> str:
         """Name a few parameters."""
         names = [repr(self.names[index]) for index in sorted(indices)]
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _rows(gradient: Tensor) -> Tensor:
-    """Give 0-d gradients a dimension."""
-    return gradient.unsqueeze(0) if gradient.dim() == 0 else gradient
+def _is_about_positions(site: Site, n_samples: int) -> bool:
+    """Tell whether the data of a call are surely not samples: a range of indices, or integers of another size."""
+    for shape, dtype, is_range in site.call.data_kinds:
+        if dtype.is_floating_point or not (is_range or all(size % n_samples for size in shape)):
+            return False
+    return True

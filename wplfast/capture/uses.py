@@ -31,10 +31,10 @@ class Use(ABC):
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Return ``sum_n weights[n] g_n`` (weights float64 [N]), in the shape of the source."""
-        total = 0
+        total = torch.zeros_like(self.source.value, dtype=flat_dtype(self.source.value.dtype))
         for samples in chunks(self.n_samples, self.source.value.numel()):
             grads = self.per_sample(samples)
-            total = total + torch.tensordot(weights[samples.start : samples.stop].to(grads), grads, 1)
+            total += torch.tensordot(weights[samples.start : samples.stop].to(grads), grads, 1)
         return total
 
 

@@ -84,7 +84,9 @@ def check_fisher_linear(
 
     The last dimension of both inputs must be contiguous; the first two may have any non-negative stride.
     """
-    _expect(activations.dim() == 3 and activations.dtype in FLOATING, "activations", "floating [N, T, D_in]", activations)
+    _expect(
+        activations.dim() == 3 and activations.dtype in FLOATING, "activations", "floating [N, T, D_in]", activations
+    )
     n, t, _ = activations.shape
     ok = grad_outputs.dim() == 3 and grad_outputs.shape[:2] == (n, t) and grad_outputs.dtype == activations.dtype
     _expect(
@@ -119,7 +121,7 @@ def check_anchors(
 ) -> None:
     """Check the arguments that the three penalty operators share."""
     if not theta:
-        raise ValueError("theta must hold at least one tensor")
+        raise ValueError("theta must hold at least one tensor, got none")
     for what, tensors in (("theta_hat", theta_hat), ("fisher", fisher), ("offset", offset)):
         if len(tensors) != len(theta) and not (what == "offset" and not tensors):
             raise ValueError(f"{what} must hold {len(theta)} tensors, as theta does, got {len(tensors)}")

@@ -1,0 +1,678 @@
+"""fisher_diagonal and FisherAccumulator: numbers, modes, options, state of the model afterwards, bad input."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_close, fisher_loop
+from torch import nn
+
+import wplfast
+from wplfast.errors import CoupledSamplesError, NonFiniteError, UnsupportedParameterError, WplfastError
+
+ce = wplfast.losses.cross_entropy
+
+
+def mlp(dtype=torch.float32):
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4)).to(dtype)
+
+
+def batches(sizes=(5, 5, 2), dtype=torch.float32):
+    return [(torch.randn(n, 6, dtype=dtype), torch.randint(0, 4, (n,))) for n in sizes]
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------------
+
+
+def test_by_hand():
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.data = torch.tensor([[1.0, 1.0]])
+    data = [(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[0.0], [0.0]]))]
+    # loss = y^2/2, gradient y x: 3 (1, 2) and 3 (3, 0); the batch gradient squared would be 9 (4, 2)^2 / 4
+    fisher = wplfast.fisher_diagonal(model, data, lambda out, y: 0.5 * (out - y).square().sum(1))
+    assert fisher["weight"].tolist() == [[45.0, 18.0]]
+    assert fisher.n_samples == 2
+
+
+class Decoder(nn.Module):
+    """A small causal decoder with learnt positions and a tied head."""
+
+    def __init__(self, vocabulary=50, width=32, layers=2, length=16):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Embedding(length, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.1, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens):
+        t = tokens.shape[1]
+        h = self.embedding(tokens) + self.position(torch.arange(t))
+        mask = nn.Transformer.generate_square_subsequent_mask(t)
+        return F.linear(self.norm(self.blocks(h, mask=mask, is_causal=True)), self.embedding.weight)
+
+
+class Lstm(nn.Module):
+    """A word-level language model with two LSTM layers."""
+
+    def __init__(self, vocabulary=50, width=24):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.rnn = nn.LSTM(width, width, 2, batch_first=True)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens):
+        return self.head(self.rnn(self.embedding(tokens))[0])
+
+
+def cnn():
+    blocks = []
+    for c_in, c_out in ((3, 8), (8, 16)):
+        blocks += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(16 * 16, 4))
+
+
+def tokens(n, t):
+    return torch.randint(0, 50, (n, t)), torch.randint(0, 50, (n, t))
+
+
+REAL = {
+    "mlp": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)), None),
+    "cnn": (cnn, lambda n: (torch.randn(n, 3, 16, 16), torch.randint(0, 4, (n,)))),
+    "decoder": (Decoder, lambda n: tokens(n, 12)),
+    "lstm": (Lstm, lambda n: tokens(n, 9)),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_float32_models_are_within_the_bound(name):
+    """Float32 against float64: at most 1e-5 per tensor, or 4x the error of a plain float32 loop; 2e-6 in all."""
+    build, make = REAL[name]
+    if make is None:
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+        x, y = torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y)
+        data = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 40, 16)]
+    else:
+        data = [make(n) for n in (8, 8, 3)]
+    model = build().eval()
+    fisher = wplfast.fisher_diagonal(model, data, ce)
+    exact = fisher_loop(model, data, ce)
+    plain = fisher_loop(model, data, ce, double=False)
+    whole = torch.cat([e.flatten() for e in exact.values()]).norm()
+    for key, e in exact.items():
+        error, of_loop = (fisher[key].double() - e).norm(), (plain[key] - e).norm()
+        assert error <= max(1e-5 * e.norm(), 4 * of_loop) + 1e-12 * whole, key
+    assert torch.cat([(fisher[k].double() - e).flatten() for k, e in exact.items()]).norm() <= 2e-6 * whole
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_verify_fisher(name):
+    build, make = REAL[name]
+    batch = make(6) if make else (torch.randn(6, 64), torch.randint(0, 10, (6,)))
+    errors = wplfast.verify_fisher(build(), batch, ce)
+    assert max(errors.values()) < 1e-3
+    assert set(errors) == {n for n, _ in build().named_parameters()}
+
+
+def test_verify_fisher_raises_beyond_its_tolerance():
+    with pytest.raises(wplfast.errors.VerificationError, match="differs from the one-sample loop"):
+        wplfast.verify_fisher(Decoder(), tokens(4, 8), ce, rtol=1e-12)
+
+
+def test_the_scale_does_not_depend_on_the_batch_size():
+    model, (x, y) = mlp(torch.float64), (torch.randn(24, 6).double(), torch.randint(0, 4, (24,)))
+    whole = wplfast.fisher_diagonal(model, [(x, y)], ce)
+    for size in (1, 5, 8):
+        split = [(x[i : i + size], y[i : i + size]) for i in range(0, 24, size)]
+        assert_close(wplfast.fisher_diagonal(model, split, ce), dict(whole), 1e-12, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp", "decoder"])
+def test_autocast(name):
+    """Under bf16 autocast the error is that of the format, as it is for plain PyTorch in bf16."""
+    model = (mlp() if name == "mlp" else Decoder()).eval()
+    data = batches((6, 6)) if name == "mlp" else [tokens(4, 8) for _ in range(2)]
+
+    def loss(outputs, targets):
+        return ce(outputs.float(), targets)
+
+    exact = fisher_loop(model, data, loss)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fisher = wplfast.fisher_diagonal(model, data, loss)
+        plain = fisher_loop(model, data, loss, double=False)
+    whole = torch.cat([e.flatten() for e in exact.values()])
+    error = torch.cat([fisher[k].double().flatten() for k in exact]).sub(whole).norm()
+    of_plain = torch.cat([plain[k].flatten() for k in exact]).sub(whole).norm()
+    assert error <= 2 * of_plain
+    assert all(f.dtype == torch.float32 for f in fisher.values())
+
+
+def test_bfloat16_model():
+    model, data = mlp().bfloat16(), [(x.bfloat16(), y) for x, y in batches()]
+    fisher = wplfast.fisher_diagonal(model, data, lambda o, y: ce(o.float(), y))
+    exact = fisher_loop(model, data, lambda o, y: ce(o.to(torch.float32 if o.dtype == torch.bfloat16 else o.dtype), y))
+    for name, e in exact.items():
+        assert fisher[name].dtype == torch.float32
+        assert (fisher[name].double() - e).norm() <= 0.05 * e.norm()
+
+
+# ---- modes -----------------------------------------------------------------------------------------------------------------
+
+
+def test_exact_is_the_expectation_over_classes():
+    model, data = mlp(torch.float64), batches(dtype=torch.float64)
+    fisher = wplfast.fisher_diagonal(model, data, ce, fisher_type="exact")
+    expected = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for x, _ in data:
+        for n in range(len(x)):
+            logits = model(x[n : n + 1])
+            for c, p in enumerate(logits.softmax(1)[0]):
+                grads = torch.autograd.grad(ce(logits, torch.tensor([c])).sum(), model.parameters(), retain_graph=True)
+                for total, g in zip(expected.values(), grads, strict=True):
+                    total += p.detach() * g.square() / 12
+    assert_close(fisher, expected, 1e-11, 1e-12)
+    assert fisher.n_samples == 12
+
+
+def test_monte_carlo_approaches_the_exact_fisher():
+    model, data = mlp(), batches((40,))
+    exact = wplfast.fisher_diagonal(model, data, ce, fisher_type="exact").flat
+    few, many = (wplfast.fisher_diagonal(model, data, ce, fisher_type="mc", mc_samples=k).flat for k in (1, 100))
+    assert (many - exact).norm() < 0.15 * exact.norm()
+    assert (many - exact).norm() < (few - exact).norm()
+
+
+def test_monte_carlo_is_reproducible_and_leaves_the_global_generator_alone():
+    model, data = mlp(), batches()
+    state = torch.get_rng_state()
+    first = wplfast.fisher_diagonal(model, data, ce, fisher_type="mc")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.flat, wplfast.fisher_diagonal(model, data, ce, fisher_type="mc").flat)
+    other = wplfast.fisher_diagonal(model, data, ce, fisher_type="mc", generator=torch.Generator().manual_seed(9))
+    assert not torch.equal(first.flat, other.flat)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "sampler"])
+def test_likelihoods(likelihood):
+    """For a linear model with Gaussian outputs F_ii is E[x_i^2] exactly in expectation; Bernoulli: E[p(1-p) x_i^2]."""
+    model, x = nn.Linear(6, 1), torch.randn(30, 6)
+    if likelihood == "bernoulli":
+        loss = lambda o, y: F.binary_cross_entropy_with_logits(o, y, reduction="none").sum(1)  # noqa: E731
+        p = model(x).sigmoid().detach()
+        expected = (p * (1 - p) * x.square()).mean(0)
+        drawn = "bernoulli"
+    else:
+        loss = lambda o, y: 0.5 * (o - y).square().sum(1)  # noqa: E731
+        expected = x.square().mean(0)
+        drawn = "gaussian"
+    if likelihood == "sampler":
+        drawn = lambda outputs, g: outputs.detach() + torch.randn(outputs.shape, generator=g)  # noqa: E731
+    fisher = wplfast.fisher_diagonal(
+        model, [(x, torch.zeros(30, 1))], loss, fisher_type="mc", likelihood=drawn, mc_samples=400
+    )
+    assert (fisher["weight"][0] - expected).norm() < 0.1 * expected.norm()
+
+
+def test_monte_carlo_keeps_ignored_tokens():
+    seen = []
+
+    def loss(outputs, targets):
+        seen.append(targets)
+        return ce(outputs, targets)
+
+    x, y = tokens(3, 5)
+    y[:, 3:] = -100
+    wplfast.fisher_diagonal(Lstm(), [(x, y)], loss, fisher_type="mc")
+    assert all((t[:, 3:] == -100).all() and (t[:, :3] >= 0).all() for t in seen)
+
+
+def test_sample_weights_enter_outside_the_square():
+    model, (x, y) = mlp(torch.float64), batches((6,), torch.float64)[0]
+    w = torch.tensor([0.0, 1.0, 2.0, 0.5, 3.0, 0.0])
+    fisher = wplfast.fisher_diagonal(model, [(x, y, w)], ce, with_grad=True)
+    singles = [fisher_loop(model, [(x[n : n + 1], y[n : n + 1])], ce) for n in range(6)]
+    expected = {k: sum(w[n] * s[k] for n, s in enumerate(singles)) / w.sum() for k in singles[0]}
+    assert_close(fisher, expected, 1e-6, 1e-6)
+    assert fisher.n_samples == 6
+    assert fisher.total_weight == pytest.approx(6.5)
+    losses = ce(model(x), y)
+    grads = torch.autograd.grad((w * losses).sum() / w.sum(), model.parameters())
+    for (name, _), g in zip(model.named_parameters(), grads, strict=True):
+        torch.testing.assert_close(fisher.mean_grad[name], g)
+
+
+@pytest.mark.parametrize("name", ["mlp", "decoder", "lstm"])
+def test_mean_gradient_from_the_same_pass(name):
+    build, make = REAL[name]
+    model = build().eval()
+    data = [make(n) for n in (5, 3)] if make else [(torch.randn(n, 64), torch.randint(0, 10, (n,))) for n in (5, 3)]
+    fisher = wplfast.fisher_diagonal(model, data, ce, with_grad=True)
+    losses = torch.cat([ce(model(x), y) for x, y in data])
+    grads = torch.autograd.grad(losses.mean(), model.parameters())
+    assert wplfast.fisher_diagonal(model, data, ce).mean_grad is None
+    for (key, _), g in zip(model.named_parameters(), grads, strict=True):
+        torch.testing.assert_close(fisher.mean_grad[key], g, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_max_samples_cuts_the_last_batch():
+    model, data = mlp(torch.float64), batches((5, 5, 5), torch.float64)
+    fisher = wplfast.fisher_diagonal(model, data, ce, max_samples=7)
+    cut = [data[0], (data[1][0][:2], data[1][1][:2])]
+    assert fisher.n_samples == 7
+    assert_close(fisher, fisher_loop(model, cut, ce), 1e-11, 1e-12)
+
+
+def test_dropout_in_train_mode_only():
+    model = nn.Sequential(nn.Linear(6, 50), nn.Dropout(0.5), nn.Linear(50, 4))
+    data = batches((20,))
+    evaluated = wplfast.fisher_diagonal(model, data, ce)
+    assert torch.equal(evaluated.flat, wplfast.fisher_diagonal(model, data, ce).flat)
+    assert model.training
+    with torch.random.fork_rng():
+        trained = wplfast.fisher_diagonal(model, data, ce, train=True)
+    assert not torch.equal(trained.flat, evaluated.flat)
+
+
+# ---- forms of data and parameters --------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(3, 4)
+
+    def forward(self, a, b):
+        return self.first(a) + self.second(b)
+
+
+def test_forms_of_batches():
+    model = Two()
+    a, b, y = torch.randn(5, 6), torch.randn(5, 3), torch.randint(0, 4, (5,))
+    reference = wplfast.fisher_diagonal(model, [((a, b), y)], ce).flat
+    forms = [
+        ([({"a": a, "b": b}, y)], {}),
+        ([{"a": a, "b": b, "labels": y}], {}),
+        ([[(a, b), y]], {}),
+        ([{"x": (a, b), "t": y}], {"unpack": lambda d: (d["x"], d["t"])}),
+    ]
+    for data, options in forms:
+        assert torch.equal(wplfast.fisher_diagonal(model, data, ce, **options).flat, reference)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randn(10, 6), torch.randint(0, 4, (10,))), 4
+    )
+    assert wplfast.fisher_diagonal(mlp(), loader, ce, progress=True).n_samples == 10
+
+
+def test_subset_of_parameters_under_names_of_their_own():
+    model, data = mlp(torch.float64), batches(dtype=torch.float64)
+    loop = fisher_loop(model, data, ce)
+    fisher = wplfast.fisher_diagonal(model, data, ce, params={"w": model[2].weight, "b": model[0].bias})
+    assert_close(fisher, {"w": loop["2.weight"], "b": loop["0.bias"]}, 1e-11, 1e-12)
+    fisher = wplfast.fisher_diagonal(model, data, ce, params=model[0])
+    assert_close(fisher, {"weight": loop["0.weight"], "bias": loop["0.bias"]}, 1e-11, 1e-12)
+
+
+def test_frozen_and_unreached_parameters():
+    model, data = mlp(torch.float64), batches(dtype=torch.float64)
+    model[0].weight.requires_grad_(False)
+    model.extra = nn.Linear(2, 2).double()
+    model.forward = lambda x: model[2](model[1](model[0](x)))
+    fisher = wplfast.fisher_diagonal(model, data, ce)
+    assert set(fisher) == {"0.bias", "2.weight", "2.bias", "extra.weight", "extra.bias"}
+    assert fisher["extra.weight"].abs().max() == 0
+    assert fisher.report.unreached == ("extra.weight", "extra.bias")
+    assert not model[0].weight.requires_grad
+    explicit = wplfast.fisher_diagonal(model, data, ce, params={"frozen": model[0].weight})
+    assert explicit["frozen"].abs().max() > 0
+
+
+def test_report_says_what_served_whom():
+    report = wplfast.fisher_diagonal(Lstm(), [tokens(4, 5)], ce).report
+    assert report.rules["head.weight"] == ("linear",)
+    assert report.rules["rnn.weight_hh_l0"] == ("generic",)
+    assert "rnn.weight_hh_l0" in report.slow
+    assert 0 < report.fast_share < 1
+    assert 0 <= report.fast_time_share < 1
+    assert wplfast.fisher_diagonal(mlp(), batches(), ce).report.fast_share == 1.0
+
+
+# ---- what is left behind -------------------------------------------------------------------------------------------------
+
+
+def state_of(model):
+    return {
+        n: (type(p), id(p), p.detach().clone(), p.requires_grad, p.grad if p.grad is None else p.grad.clone())
+        for n, p in model.named_parameters()
+    }
+
+
+def assert_same_state(model, before):
+    for name, p in model.named_parameters():
+        cls, identity, value, requires_grad, grad = before[name]
+        assert type(p) is cls
+        assert id(p) == identity
+        assert torch.equal(p, value)
+        assert p.requires_grad == requires_grad
+        assert (p.grad is None) == (grad is None)
+        assert grad is None or torch.equal(p.grad, grad)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails):
+    model = nn.Sequential(nn.Linear(6, 9), nn.Dropout(), nn.Linear(9, 9), nn.Linear(9, 4))
+    model[1].eval()
+    model[0].bias.requires_grad_(False)
+    model[3].weight.grad = torch.ones(4, 9)
+    steps = []
+    model[2].weight.register_hook(lambda g: steps.append("hook"))
+    model[2].weight.register_post_accumulate_grad_hook(lambda p: steps.append("accumulated"))
+    modes, data = [m.training for m in model.modules()], batches()
+    before, rng = state_of(model), torch.get_rng_state()
+
+    def loss(outputs, targets):
+        if fails and len(targets) == 2:
+            raise KeyError("in the loss")
+        torch.rand(3)
+        return ce(outputs, targets)
+
+    if fails:
+        with pytest.raises(KeyError):
+            wplfast.fisher_diagonal(model, data, loss)
+    else:
+        wplfast.fisher_diagonal(model, data, loss)
+    assert_same_state(model, before)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert steps == []
+    assert model(torch.randn(2, 6)).sum().backward() is None
+    assert steps == ["hook", "accumulated"]
+
+
+def test_parameters_of_the_loss_are_left_alone():
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        def forward(self, outputs, targets):
+            return ce(outputs * self.temperature, targets)
+
+    loss = Loss()
+    wplfast.fisher_diagonal(mlp(), batches(), loss)
+    assert loss.temperature.grad is None
+    assert loss.temperature.requires_grad
+
+
+def test_compiled_models_run_eagerly_for_the_pass():
+    model, data = mlp(), batches((5, 5))
+    compiled = torch.compile(model, backend="eager")
+    compiled(data[0][0])
+    fisher = wplfast.fisher_diagonal(compiled, data, ce)
+    assert torch.equal(fisher.flat, wplfast.fisher_diagonal(model, data, ce).flat)
+    assert fisher.report.fast_share == 1.0
+
+
+# ---- the accumulator ---------------------------------------------------------------------------------------------------
+
+
+def test_accumulator_equals_the_call_and_can_be_read_midway():
+    model, data = mlp().eval(), batches()
+    with wplfast.FisherAccumulator(model) as acc:
+        for i, (x, y) in enumerate(data):
+            acc.backward(ce(model(x), y))
+            if i == 1:
+                midway = acc.result()
+    assert acc.n_samples == 12
+    assert torch.equal(acc.result().flat, wplfast.fisher_diagonal(model, data, ce).flat)
+    assert torch.equal(midway.flat, wplfast.fisher_diagonal(model, data[:2], ce).flat)
+
+
+def test_accumulator_measures_positions_without_another_forward_pass():
+    model, data = Decoder().double().eval(), [tokens(5, 7) for _ in range(3)]
+    with wplfast.FisherAccumulator(model) as acc:
+        for x, y in data:
+            acc.backward(ce(model(x), y))
+    assert_close(acc.result(), fisher_loop(model, data, ce), 1e-11, 1e-12)
+
+
+def test_several_forward_passes_before_one_backward():
+    model = nn.Linear(6, 4).double()
+    x1, x2 = torch.randn(5, 6).double(), torch.randn(5, 6).double()
+    with wplfast.FisherAccumulator(model) as acc:
+        acc.backward((model(x1) - model(x2)).square().sum(1))
+    expected = torch.zeros_like(model.weight)
+    for n in range(5):
+        (g,) = torch.autograd.grad((model(x1[n]) - model(x2[n])).square().sum(), model.weight)
+        expected += g.square() / 5
+    torch.testing.assert_close(acc.result()["weight"], expected)
+
+
+def test_one_pass_at_a_time():
+    model = mlp()
+    with wplfast.FisherAccumulator(model):
+        with pytest.raises(WplfastError, match="another Fisher pass"):
+            wplfast.fisher_diagonal(model, batches(), ce)
+    acc = wplfast.FisherAccumulator(model)
+    with pytest.raises(WplfastError, match="as a context manager"):
+        acc.backward(torch.zeros(3))
+    with acc:
+        with pytest.raises(WplfastError, match="nothing was accumulated"):
+            acc.result()
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (F.cross_entropy, r"shape \[N\], got float32\[\], a scalar: .*reduction='none'"),
+        (lambda o, y: o.log_softmax(1), r"got float32\[5, 4\], one value per token"),
+        (lambda o, y: ce(o, y).detach(), "graph"),
+        (lambda o, y: ce(o, y).tolist(), "must be a tensor"),
+        (lambda o, y: torch.cat([ce(o, y)] * 3), r"one loss per sample, shape \[N\], got \[15\]"),
+    ],
+)
+def test_losses_that_are_not_per_sample(loss, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        wplfast.fisher_diagonal(mlp(), batches((5,)), loss)
+
+
+def test_losses_per_token_are_named():
+    def per_token(outputs, targets):
+        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+
+    with pytest.raises(ValueError, match=r"losses per token, use losses.view\(N, T\).sum\(1\)"):
+        wplfast.fisher_diagonal(Lstm(), [tokens(4, 6)], per_token)
+
+
+def test_empty_and_odd_data():
+    with pytest.raises(ValueError, match="data is empty"):
+        wplfast.fisher_diagonal(mlp(), [], ce)
+    with pytest.raises(TypeError, match=r"got a tensor \[5, 6\]; pass unpack="):
+        wplfast.fisher_diagonal(mlp(), [torch.zeros(5, 6)], ce)
+    with pytest.raises(TypeError, match="unpack must return"):
+        wplfast.fisher_diagonal(mlp(), batches(), ce, unpack=lambda b: b[0])
+    for options in ({"fisher_type": "true"}, {"mc_samples": 0}, {"max_samples": 0}, {"on_nonfinite": "ignore"}):
+        with pytest.raises(ValueError, match="got"):
+            wplfast.fisher_diagonal(mlp(), batches(), ce, **options)
+    with pytest.raises(ValueError, match="use fisher_type='mc'"):
+        wplfast.fisher_diagonal(Lstm(), [tokens(4, 6)], ce, fisher_type="exact")
+    with pytest.raises(ValueError, match="likelihood must be"):
+        wplfast.fisher_diagonal(mlp(), batches(), ce, fisher_type="mc", likelihood="poisson")
+    with pytest.raises(ValueError, match="weights must have shape"):
+        wplfast.fisher_diagonal(mlp(), [(*batches((5,))[0], torch.ones(4))], ce)
+    with pytest.raises(ValueError, match="not negative"):
+        wplfast.fisher_diagonal(mlp(), [(*batches((5,))[0], -torch.ones(5))], ce)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_on_batch_statistics_is_an_error(train):
+    model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9, track_running_stats=train), nn.ReLU(), nn.Linear(9, 4))
+    with pytest.raises(CoupledSamplesError, match=r"1 \(BatchNorm1d\) (is in training mode|has no running statistics)"):
+        wplfast.fisher_diagonal(model, batches(), ce, train=train)
+
+
+def test_in_batch_negatives_are_an_error_that_names_the_operation():
+    def contrastive(outputs, targets):
+        z = F.normalize(outputs, dim=1)
+        return F.cross_entropy(z @ z.t(), torch.arange(len(z)), reduction="none")
+
+    model = mlp()
+    before = state_of(model)
+    with pytest.raises(CoupledSamplesError, match=r"coupled at linear in 2 \(parameter '2.weight'\)"):
+        wplfast.fisher_diagonal(model, batches(), contrastive)
+    assert_same_state(model, before)
+
+
+def test_hidden_coupling_between_samples_is_an_error():
+    class Centre(nn.Module):
+        def forward(self, h):
+            return h - 0.1 * h.mean(0)
+
+    model = nn.Sequential(nn.Linear(6, 9), Centre(), nn.Linear(9, 4))
+    with pytest.raises(CoupledSamplesError, match="coupled at linear in 0"):
+        wplfast.fisher_diagonal(model, batches(), ce)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"),
+    [
+        (lambda: mlp(), lambda o, y: ce(o, y) / len(y)),  # a mean in disguise
+        (lambda: nn.Sequential(Standardise(), mlp()), ce),  # statistics of raw inputs: no gradient passes through them
+    ],
+)
+def test_coupling_that_gradients_cannot_show_is_an_error(model, loss):
+    with pytest.raises(CoupledSamplesError, match="another one in a batch of its own"):
+        wplfast.fisher_diagonal(model(), batches(), loss)
+
+
+class Standardise(nn.Module):
+    def forward(self, x):
+        return (x - x.mean(0)) / (1e-3 + (x - x.mean(0)).square().mean(0).sqrt())
+
+
+def test_nonfinite_losses():
+    model, data = mlp(), batches()
+    data[1][0][2, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match="the loss of sample 2 is nan"):
+        wplfast.fisher_diagonal(model, data, ce)
+    fisher = wplfast.fisher_diagonal(model, data, ce, on_nonfinite="skip")
+    assert torch.equal(fisher.flat, wplfast.fisher_diagonal(model, [data[0], data[2]], ce).flat)
+    assert fisher.n_samples == 7
+    assert fisher.report.skipped_samples == 5
+    with pytest.raises(ValueError, match=r"no usable samples \(5 skipped\)"):
+        wplfast.fisher_diagonal(model, data[1:2], ce, on_nonfinite="skip")
+
+
+class Overflow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, active):
+        ctx.active = active
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return (g * float("inf") if ctx.active else g), None
+
+
+def test_nonfinite_gradients_name_the_parameter():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 9), nn.Linear(9, 4)
+
+        def forward(self, x):
+            return self.b(Overflow.apply(self.a(x), bool(x[0, 0] > 100)))
+
+    model, data = Model(), batches((4, 4, 4))
+    data[1][0][0, 0] = 200.0
+    before = state_of(model)
+    with wplfast.FisherAccumulator(model) as acc:
+        acc.backward(ce(model(data[0][0]), data[0][1]))
+        with pytest.raises(NonFiniteError, match="'a.weight'"):
+            acc.backward(ce(model(data[1][0]), data[1][1]))
+        with pytest.raises(WplfastError, match="cannot be used any more"):
+            acc.result()
+    assert_same_state(model, before)
+    skipped = wplfast.fisher_diagonal(model, data, ce, on_nonfinite="skip", with_grad=True)
+    clean = wplfast.fisher_diagonal(model, [data[0], data[2]], ce, with_grad=True)
+    assert torch.equal(skipped.flat, clean.flat)
+    assert torch.equal(skipped.mean_grad["a.weight"], clean.mean_grad["a.weight"])
+
+
+def test_tensor_subclasses_are_refused():
+    class Special(torch.Tensor):
+        pass
+
+    model = mlp()
+    strange = torch.zeros(3).as_subclass(Special).requires_grad_()
+    with pytest.raises(UnsupportedParameterError, match="'x' is a Special"):
+        wplfast.fisher_diagonal(model, batches(), ce, params={"x": strange})
+
+
+# ---- the result --------------------------------------------------------------------------------------------------------
+
+
+def test_merging_by_sample_counts():
+    model, data = mlp(torch.float64), batches((5, 3, 4), torch.float64)
+    parts = [wplfast.fisher_diagonal(model, [b], ce, with_grad=True) for b in data]
+    merged, whole = parts[0] + parts[1] + parts[2], wplfast.fisher_diagonal(model, data, ce, with_grad=True)
+    assert merged.n_samples == 12
+    assert_close(merged, dict(whole), 1e-12, 1e-12)
+    torch.testing.assert_close(merged.mean_grad["0.weight"], whole.mean_grad["0.weight"])
+    with pytest.raises(wplfast.errors.NameMismatchError):
+        parts[0] + parts[1].rename(lambda n: "x." + n)
+
+
+def test_select_rename_to_flat():
+    fisher = wplfast.fisher_diagonal(mlp(), batches(), ce)
+    assert list(fisher.select(["2.bias"])) == ["2.bias"]
+    assert list(fisher.rename(lambda n: f"m.{n}"))[0] == "m.0.weight"
+    assert fisher.to(torch.float64)["2.bias"].dtype == torch.float64
+    assert fisher.flat.shape == (6 * 9 + 9 + 9 * 4 + 4,)
+    with pytest.raises(wplfast.errors.NameMismatchError, match="nope"):
+        fisher.select(["nope"])
+    with pytest.raises(ValueError, match="distinct"):
+        fisher.rename(lambda n: "same")
+    assert "12 samples" in repr(copy.deepcopy(pickle.loads(pickle.dumps(fisher))))
+
+
+def test_files(tmp_path):
+    fisher = wplfast.fisher_diagonal(mlp(), batches(), ce, with_grad=True)
+    fisher.save(tmp_path / "f.safetensors")
+    again = wplfast.Fisher.load(tmp_path / "f.safetensors")
+    assert torch.equal(again.flat, fisher.flat)
+    assert again.n_samples == 12
+    assert torch.equal(again.mean_grad["2.bias"], fisher.mean_grad["2.bias"])
+    assert again.metadata["fisher_type"] == "empirical"
+    assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]
+    (tmp_path / "cut").write_bytes((tmp_path / "f.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        wplfast.Fisher.load(tmp_path / "cut")
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------------
+
+
+def test_cross_entropy():
+    logits, targets = torch.randn(3, 5, 7), torch.randint(0, 7, (3, 5))
+    targets[0, :2] = -100
+    targets[2] = -100
+    nll = -logits.log_softmax(-1).gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1) * (targets >= 0)
+    torch.testing.assert_close(ce(logits, targets), nll.sum(1))
+    expected = nll.sum(1) / torch.tensor([3, 5, 1])
+    torch.testing.assert_close(ce(logits, targets, token_reduction="mean"), expected)
+    torch.testing.assert_close(ce({"logits": logits}, targets, shift=True), ce(logits[:, :-1], targets[:, 1:]))
+    with pytest.raises(ValueError, match="token_reduction"):
+        ce(logits, targets, token_reduction="max")
+    with pytest.raises(ValueError, match=r"targets of shape \[3, 5\]"):
+        ce(logits, targets[:, :4])
+    with pytest.raises(TypeError, match="logits"):
+        ce(object(), targets)

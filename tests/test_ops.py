@@ -1,0 +1,281 @@
+"""The op contract: every backend against hand-computed numbers and against the plain-PyTorch backend in float64."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from wplfast import backends, ops
+from wplfast.ops import layout
+
+#: Relative to the norm of the exact result; the accumulators are float32, the inputs rounded to the dtype beforehand.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+DTYPES = list(TOLERANCE)
+CPU_BACKENDS = ["reference", "cpp"]
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request):
+    """A backend's functions, as the dispatcher would call them."""
+    found = backends.available().get(request.param)
+    if found is None:
+        reason = backends.missing()[request.param]
+        assert request.param not in os.environ.get("WPLFAST_REQUIRE", ""), reason
+        pytest.skip(f"{request.param} is not available: {reason}")
+    return found
+
+
+def scalar(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def relative(got, expected):
+    return float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300))
+
+
+def anchors(shapes, dtype, offset):
+    """Random theta, theta_hat, offset, fisher."""
+    theta = [torch.randn(s).to(dtype) for s in shapes]
+    theta_hat = [(t.double() + 0.1 * torch.randn(t.shape)).to(dtype) for t in theta]
+    wide = layout.flat_dtype(dtype)
+    offsets = [0.01 * torch.randn(s, dtype=wide) for s in shapes] if offset else []
+    return theta, theta_hat, offsets, [torch.rand(s, dtype=wide) for s in shapes]
+
+
+def in_float64(tensors):
+    return [t.double() for t in tensors]
+
+
+SHAPES = {
+    "one": [(1,)],
+    "odd": [(3, 5), (7,), (1,), (2, 3, 4)],
+    "empty among others": [(0,), (5,), (0, 3)],
+    "beyond a block": [(4097,), (33, 129), (8192,)],
+    "many": [(17,)] * 50,
+}
+
+
+# ---- hand-computed numbers ---------------------------------------------------------------------------------------------
+
+
+def test_penalty_by_hand(backend):
+    theta, theta_hat = [torch.tensor([1.0, 2.0])], [torch.tensor([0.0, 4.0])]
+    fisher = [torch.tensor([2.0, 3.0])]
+    args = (theta, theta_hat, [], fisher, scalar(10.0), scalar(1.0))
+    # 10/2 (2*1 + 3*4) + 1/2 (1 + 4) = 72.5; gradient 10*2*1 + 1 = 21, 10*3*(-2) + 2 = -58
+    assert backend.penalty(*args).item() == 72.5
+    value, packed = backend.penalty_with_grad(*args)
+    assert value.item() == 72.5
+    assert packed[:2].tolist() == [21.0, -58.0]
+    grad = [torch.tensor([100.0, 100.0])]
+    assert backend.penalty_add_grad_(grad, *args, scalar(0.5)).item() == 72.5
+    assert grad[0].tolist() == [110.5, 71.0]
+
+
+def test_offset_and_alpha_per_parameter_by_hand(backend):
+    theta, theta_hat = [torch.tensor([3.0]), torch.tensor([1.0])], [torch.tensor([1.0]), torch.tensor([0.0])]
+    offset, fisher = [torch.tensor([0.5]), torch.tensor([0.0])], [torch.tensor([4.0]), torch.tensor([2.0])]
+    alpha = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    # 2/2 * 4 * (3 - 1 - 0.5)^2 = 9; gradient 2*4*1.5 = 12
+    value, packed = backend.penalty_with_grad(theta, theta_hat, offset, fisher, alpha, scalar(0.0))
+    starts, _ = layout.packed_starts([1, 1])
+    assert value.item() == 9.0
+    assert [packed[s].item() for s in starts] == [12.0, 0.0]
+
+
+def test_fisher_linear_by_hand(backend):
+    a = torch.tensor([[[1.0, 2.0], [3.0, 0.0]], [[1.0, 1.0], [0.0, 1.0]]])  # [N=2, T=2, I=2]
+    g = torch.tensor([[[1.0], [2.0]], [[-1.0], [1.0]]])  # [2, 2, 1]
+    # per-sample gradients: [1+6, 2+0] = [7, 2] and [-1, 0]
+    fisher, gradient = torch.tensor([[100.0, 0.0]]), torch.zeros(1, 2)
+    backend.fisher_linear_(fisher, a, g, None, gradient)
+    assert fisher.tolist() == [[150.0, 4.0]]
+    assert gradient.tolist() == [[6.0, 2.0]]
+    fisher = torch.zeros(1, 2)
+    backend.fisher_linear_(fisher, a, g, torch.tensor([2.0, 3.0]), None)
+    assert fisher.tolist() == [[101.0, 8.0]]
+
+
+def test_squares_by_hand(backend):
+    fisher = torch.tensor([1.0, 0.0])
+    backend.accumulate_squares_(fisher, torch.tensor([[1.0, 2.0], [3.0, -4.0]]), None)
+    assert fisher.tolist() == [11.0, 20.0]
+    backend.accumulate_squares_(fisher, torch.tensor([[1.0, 2.0], [3.0, -4.0]]), torch.tensor([0.0, 0.5]))
+    assert fisher.tolist() == [15.5, 28.0]
+
+
+# ---- random inputs against float64 -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [False, True], ids=["one anchor", "offset"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_penalty_against_float64(backend, shapes, dtype, offset):
+    args = anchors(shapes, dtype, offset)
+    alpha, l2, scale = scalar(2.7), scalar(0.3), scalar(-1.5)
+    exact_value, exact = backends.available()["reference"].penalty_with_grad(*map(in_float64, args), alpha, l2)
+    exact = layout.packed_views(exact, args[0])
+    assert relative(backend.penalty(*args, alpha, l2), exact_value) <= TOLERANCE[dtype]
+    value, packed = backend.penalty_with_grad(*args, alpha, l2)
+    assert relative(value, exact_value) <= TOLERANCE[dtype]
+    epsilon = torch.finfo(dtype).eps
+    start = [torch.randn(s).to(dtype) for s in shapes]
+    grads = [s.clone() for s in start]
+    assert relative(backend.penalty_add_grad_(grads, *args, alpha, l2, scale), exact_value) <= TOLERANCE[dtype]
+    for view, e, before, after in zip(layout.packed_views(packed, args[0]), exact, start, grads, strict=True):
+        torch.testing.assert_close(view.double(), e, rtol=4 * epsilon, atol=4e-7 if dtype != torch.float64 else 1e-15)
+        expected = before.double() - 1.5 * e
+        atol = 4 * torch.finfo(layout.flat_dtype(dtype)).eps * (before.double().abs() + 1.5 * e.abs() + 1)
+        assert ((after.double() - expected).abs() <= epsilon * expected.abs() + atol).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    "size",
+    [(3, 5, 7, 9), (4, 1, 17, 130), (5, 33, 70, 45), (1, 4, 1, 1), (9, 2, 100, 33), (2, 300, 64, 10), (0, 3, 4, 5)],
+    ids=str,
+)
+def test_fisher_linear_against_float64(backend, size, dtype, weighted):
+    n, t, d_in, d_out = size
+    a, g = torch.randn(n, t, d_in).to(dtype), torch.randn(n, t, d_out).to(dtype)
+    w = torch.rand(n) if weighted else None
+    wide = layout.flat_dtype(dtype)
+    per_sample = torch.einsum("nto,nti->noi", g.double(), a.double())
+    weights = torch.ones(n, dtype=torch.float64) if w is None else w.double()
+    fisher, gradient = torch.full((d_out, d_in), 0.5, dtype=wide), torch.ones(d_out, d_in, dtype=wide)
+    backend.fisher_linear_(fisher, a, g, w, gradient)
+    assert relative(fisher, 0.5 + torch.einsum("n,noi->oi", weights, per_sample.square())) <= 1e-6
+    assert relative(gradient, 1 + torch.einsum("n,noi->oi", weights, per_sample)) <= 1e-6
+
+
+def test_fisher_linear_takes_strides(backend):
+    a, g = torch.randn(6, 4, 20), torch.randn(6, 4, 30)
+    expected = torch.zeros(15, 10)
+    backend.fisher_linear_(expected, a[..., 5:15].contiguous(), g[..., :15].contiguous(), None, None)
+    fisher = torch.zeros(15, 10)
+    time_first = a.transpose(0, 1).contiguous().transpose(0, 1)  # [N, T, D] in memory order [T, N, D]
+    backend.fisher_linear_(fisher, time_first[..., 5:15], g[..., :15], None, None)
+    torch.testing.assert_close(fisher, expected)
+    fisher, one = torch.zeros(15, 10), torch.zeros(15, 10)
+    backend.fisher_linear_(fisher, a[:1, :, 5:15].expand(6, 4, 10), g[..., :15], None, None)
+    backend.fisher_linear_(one, a[:1, :, 5:15].repeat(6, 1, 1), g[..., :15].contiguous(), None, None)
+    torch.testing.assert_close(fisher, one)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(3, 5), (1, 1), (1000, 33), (4, 5000), (0, 3), (7, 0)], ids=str)
+def test_squares_against_float64(backend, size, dtype):
+    grads, weights = torch.randn(size).to(dtype), torch.rand(size[0], dtype=torch.float64)
+    for w in (None, weights):
+        fisher = torch.full(size[1:], 2.0, dtype=layout.flat_dtype(dtype))
+        backend.accumulate_squares_(fisher, grads, w)
+        exact = 2 + ((1 if w is None else w[:, None]) * grads.double().square()).sum(0)
+        assert relative(fisher, exact) <= TOLERANCE[dtype]
+
+
+def test_misaligned_memory(backend):
+    buffer = torch.randn(4, 1001)
+    views = [row[1:1000] for row in buffer]
+    args = ([views[0]], [views[1]], [], [views[2].abs()], scalar(1.5), scalar(0.0))
+    grad = [views[3].clone()]
+    backend.penalty_add_grad_(grad, *args, scalar(1.0))
+    torch.testing.assert_close(grad[0], views[3] + 1.5 * views[2].abs() * (views[0] - views[1]))
+
+
+def test_nan_propagates(backend):
+    theta, theta_hat, _, fisher = anchors([(100,)], torch.float32, False)
+    theta[0][57] = float("nan")
+    value, packed = backend.penalty_with_grad(theta, theta_hat, [], fisher, scalar(1.0), scalar(0.0))
+    assert value.isnan()
+    assert packed[:100].isnan().nonzero().squeeze(1).tolist() == [57]
+
+
+def test_same_bits_for_any_thread_count(backend):
+    args = (*anchors([(100_003,), (7, 1001), (250_000,)], torch.float32, True), scalar(2.0), scalar(0.1))
+    a, g = torch.randn(16, 12, 130), torch.randn(16, 12, 70)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            value, packed = backend.penalty_with_grad(*args)
+            fisher = torch.zeros(70, 130)
+            backend.fisher_linear_(fisher, a, g, None, None)
+            results.append((value, torch.cat([v.flatten() for v in layout.packed_views(packed, args[0])]), fisher))
+    finally:
+        torch.set_num_threads(threads)
+    own = backend is not backends.available()["reference"]  # plain PyTorch uses BLAS, which promises nothing
+    for other in results[1:] if own else results[2:]:
+        for x, y in zip(results[0] if own else results[1], other, strict=True):
+            assert torch.equal(x, y)
+
+
+# ---- the dispatcher ----------------------------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    theta, theta_hat, offset, fisher = anchors([(3, 4), (5,)], torch.float32, True)
+    args = (theta, theta_hat, offset, fisher, scalar(1.0), scalar(0.0))
+    torch.library.opcheck(torch.ops.wplfast.penalty.default, args)
+    torch.library.opcheck(
+        torch.ops.wplfast.penalty_add_grad_.default, ([torch.zeros_like(t) for t in theta], *args, scalar(1.0))
+    )
+    linear = (torch.zeros(5, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 5), None, None)
+    torch.library.opcheck(torch.ops.wplfast.fisher_linear_.default, linear)
+    torch.library.opcheck(torch.ops.wplfast.accumulate_squares_.default, (torch.zeros(4), torch.randn(3, 4), None))
+
+
+def test_opcheck_of_the_packed_gradient():
+    # The gaps between packed tensors are not written, so the values of two runs are compared without them.
+    args = (*anchors([(3, 4), (5,)], torch.float32, False), scalar(1.0), scalar(0.0))
+    tests = ("test_schema", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.wplfast.penalty_with_grad.default, args, test_utils=tests)
+
+
+BAD = {
+    "fisher_linear_: T differs": lambda: ops.fisher_linear_(
+        torch.zeros(5, 4), torch.randn(2, 3, 4), torch.randn(2, 2, 5)
+    ),
+    "fisher_linear_: 2-D": lambda: ops.fisher_linear_(torch.zeros(5, 4), torch.randn(2, 4), torch.randn(2, 5)),
+    "fisher_linear_: fisher shape": lambda: ops.fisher_linear_(
+        torch.zeros(4, 5), torch.randn(2, 3, 4), torch.randn(2, 3, 5)
+    ),
+    "fisher_linear_: half accumulator": lambda: ops.fisher_linear_(
+        torch.zeros(5, 4).half(), torch.randn(2, 3, 4).half(), torch.randn(2, 3, 5).half()
+    ),
+    "fisher_linear_: weights": lambda: ops.fisher_linear_(
+        torch.zeros(5, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 5), torch.ones(3)
+    ),
+    "squares: integers": lambda: ops.accumulate_squares_(torch.zeros(4), torch.ones(2, 4, dtype=torch.int64)),
+    "penalty: lengths": lambda: ops.penalty([torch.zeros(2)], [], [], [torch.zeros(2)], scalar(1.0), scalar(0.0)),
+    "penalty: none": lambda: ops.penalty([], [], [], [], scalar(1.0), scalar(0.0)),
+    "penalty: fisher shape": lambda: ops.penalty(
+        [torch.zeros(2, 3)], [torch.zeros(2, 3)], [], [torch.zeros(6)], scalar(1.0), scalar(0.0)
+    ),
+    "penalty: alpha float32": lambda: ops.penalty(
+        [torch.zeros(2)], [torch.zeros(2)], [], [torch.zeros(2)], torch.tensor(1.0), scalar(0.0)
+    ),
+    "penalty: mixed dtypes": lambda: ops.penalty(
+        [torch.zeros(2), torch.zeros(2).double()],
+        [torch.zeros(2)] * 2,
+        [],
+        [torch.zeros(2)] * 2,
+        scalar(1.0),
+        scalar(0.0),
+    ),
+    "penalty: strides": lambda: ops.penalty(
+        [torch.zeros(2, 3)], [torch.zeros(3, 2).t()], [], [torch.zeros(2, 3)], scalar(1.0), scalar(0.0)
+    ),
+    "penalty: gaps": lambda: ops.penalty(
+        [torch.zeros(4)[::2]], [torch.zeros(2)], [], [torch.zeros(2)], scalar(1.0), scalar(0.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("call", BAD.values(), ids=BAD)
+def test_bad_arguments_name_expected_and_given(call):
+    with pytest.raises(ValueError, match=r"must .*got"):
+        call()

@@ -1,0 +1,490 @@
+"""WeightPlasticityLoss: values, anchors, references, names, state, bad input."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import wplfast
+from wplfast.errors import NameMismatchError, NonFiniteError, StaleParameterError
+
+
+def trunk(dtype=torch.float32):
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Conv1d(7, 3, 2), nn.Linear(2, 2, bias=False)).to(dtype)
+
+
+def random_fisher(module, dtype=None):
+    return {n: torch.rand(p.shape, dtype=dtype or torch.float32) for n, p in module.named_parameters()}
+
+
+def values(module):
+    return {n: p.detach().double().clone() for n, p in module.named_parameters()}
+
+
+def move(module, by=0.1):
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(by * torch.randn_like(p))
+
+
+def expected(module, anchors, alpha, l2=0.0, names=None):
+    """The definition, in float64; anchors is a list of (theta_hat, fisher)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for name, p in module.named_parameters():
+        if names is None or name in names:
+            a = alpha[name] if isinstance(alpha, dict) else alpha
+            for hat, fisher in anchors:
+                total = total + a / 2 * (fisher[name].double() * (p.double() - hat[name]) ** 2).sum()
+            total = total + l2 / 2 * (p.double() ** 2).sum()
+    return total
+
+
+def gradients(module, value):
+    return dict(
+        zip(dict(module.named_parameters()), torch.autograd.grad(value, list(module.parameters())), strict=True)
+    )
+
+
+@pytest.fixture
+def module():
+    return trunk()
+
+
+@pytest.fixture
+def anchored(module):
+    """A module that moved away from its anchor, the penalty, and the anchor as numbers."""
+    wpl = wplfast.WeightPlasticityLoss(module, alpha=3.0, l2=0.1)
+    fisher, hat = random_fisher(module), values(module)
+    wpl.consolidate(fisher)
+    move(module)
+    return module, wpl, (hat, fisher)
+
+
+# ---- values ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_value_and_gradient(dtype):
+    module = trunk(dtype)
+    wpl = wplfast.WeightPlasticityLoss(module, alpha=3.0, l2=0.1)
+    fisher, hat = random_fisher(module), values(module)
+    wpl.consolidate(fisher)
+    move(module, 0.3)
+    exact = expected(module, [(hat, fisher)], 3.0, 0.1)
+    value = wpl()
+    assert value.dim() == 0
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert abs(value.item() - exact.item()) <= 1e-6 * exact.item()
+    value.backward()
+    rtol = 4 * torch.finfo(dtype).eps
+    for (name, p), e in zip(module.named_parameters(), gradients(module, exact).values(), strict=True):
+        torch.testing.assert_close(p.grad, e.to(dtype), rtol=rtol, atol=1e-6, msg=name)
+
+
+def test_add_grad_equals_autograd(anchored):
+    module, wpl, _ = anchored
+    wpl().backward()
+    by_autograd = [p.grad.clone() for p in module.parameters()]
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    module[0].bias.grad = None
+    value = wpl.add_grad_(scale=2.0)
+    assert not value.requires_grad
+    assert value.item() == pytest.approx(wpl().item(), rel=1e-6)
+    for p, g in zip(module.parameters(), by_autograd, strict=True):
+        start = 0.0 if p is module[0].bias else 1.0
+        torch.testing.assert_close(p.grad, start + 2 * g)
+
+
+def test_add_grad_takes_a_tensor_scale(anchored):
+    module, wpl, _ = anchored
+    wpl.add_grad_(scale=torch.tensor(0.5))
+    half = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    wpl.add_grad_()
+    for p, h in zip(module.parameters(), half, strict=True):
+        torch.testing.assert_close(p.grad, 2 * h)
+
+
+def test_add_grad_leaves_frozen_parameters_alone(anchored):
+    module, wpl, anchor = anchored
+    module[0].weight.requires_grad_(False)
+    value = wpl.add_grad_()
+    assert module[0].weight.grad is None
+    assert module[0].bias.grad is not None
+    assert value.item() == pytest.approx(expected(module, [anchor], 3.0, 0.1).item(), rel=1e-6)
+
+
+def test_before_the_first_anchor_the_l2_term_alone(module):
+    assert wplfast.WeightPlasticityLoss(module)().item() == 0.0
+    wpl = wplfast.WeightPlasticityLoss(module, l2=0.5)
+    exact = expected(module, [], 0.0, 0.5)
+    assert wpl().item() == pytest.approx(exact.item(), rel=1e-6)
+    wpl.add_grad_()
+    torch.testing.assert_close(module[0].weight.grad, 0.5 * module[0].weight.detach())
+
+
+def test_second_derivative_and_functional_transforms():
+    module = trunk(torch.float64)
+    theta = [p.detach().clone().requires_grad_() for p in module.parameters()]
+    hat, fisher = [torch.randn_like(p).detach() for p in theta], [torch.rand_like(p).detach() for p in theta]
+    penalty = lambda *ps: wplfast.functional.wpl_penalty(ps, hat, fisher, 2.0, l2=0.3)  # noqa: E731
+    assert torch.autograd.gradcheck(penalty, theta)
+    assert torch.autograd.gradgradcheck(penalty, theta)
+    by_func = torch.func.grad(penalty)(theta[0].detach(), *[t.detach() for t in theta[1:]])
+    torch.testing.assert_close(by_func, torch.autograd.grad(penalty(*theta), theta[0])[0])
+
+
+def test_second_backward_on_a_retained_graph(anchored):
+    module, wpl, _ = anchored
+    value = wpl()
+    value.backward(retain_graph=True)
+    first = [p.grad.clone() for p in module.parameters()]
+    value.backward()
+    for p, f in zip(module.parameters(), first, strict=True):
+        torch.testing.assert_close(p.grad, 2 * f)
+
+
+def test_upstream_gradient_is_respected(anchored):
+    module, wpl, anchor = anchored
+    (7 * wpl()).backward()
+    exact = gradients(module, 7 * expected(module, [anchor], 3.0, 0.1))
+    torch.testing.assert_close(module[0].weight.grad, exact["0.weight"].float())
+
+
+def test_compiles_without_a_break_and_without_recompiling_for_alpha(anchored):
+    module, wpl, anchor = anchored
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(lambda: wpl() * 2, fullgraph=True, backend=backend)
+    for alpha in (3.0, 5.0, torch.tensor(0.25)):
+        wpl.alpha = alpha
+        exact = 2 * expected(module, [anchor], float(alpha), 0.1)
+        assert step().item() == pytest.approx(exact.item(), rel=1e-6)
+    assert len(graphs) == 1
+
+
+# ---- alpha and active sets ---------------------------------------------------------------------------------------------
+
+
+def test_alpha_by_prefix(anchored):
+    module, wpl, anchor = anchored
+    wpl.alpha = {"": 1.0, "0.": 2.0, "0.bias": 5.0}
+    alpha = {"0.weight": 2.0, "0.bias": 5.0, "2.weight": 1.0, "2.bias": 1.0, "3.weight": 1.0}
+    assert wpl().item() == pytest.approx(expected(module, [anchor], alpha, 0.1).item(), rel=1e-6)
+    wpl.alpha = {"": 4.0}
+    assert wpl().item() == pytest.approx(expected(module, [anchor], 4.0, 0.1).item(), rel=1e-6)
+    with pytest.raises(ValueError, match="no prefix for"):
+        wpl.alpha = {"0.": 1.0}
+    with pytest.raises(ValueError, match="not negative, got -1"):
+        wpl.alpha = -1.0
+
+
+def test_active_set(anchored):
+    module, wpl, anchor = anchored
+    names = ["2.weight", "0.bias"]
+    exact = expected(module, [anchor], 3.0, 0.1, names)
+    assert wpl(active=names).item() == pytest.approx(exact.item(), rel=1e-6)
+    handle = wpl.subset(names)
+    assert handle().item() == pytest.approx(exact.item(), rel=1e-6)
+    handle.add_grad_()
+    assert {n for n, p in module.named_parameters() if p.grad is not None} == set(names)
+    before = {n: f.clone() for n, f in wpl.fisher.items()}
+    wpl.consolidate(random_fisher(module), active=names)
+    assert {n for n, f in wpl.fisher.items() if not torch.equal(f, before[n])} == set(names)
+    with pytest.raises(NameMismatchError, match=r"nope"):
+        wpl(active=["nope"])
+    with pytest.raises(TypeError, match="sequence of names"):
+        wpl(active="0.bias")
+
+
+# ---- several anchors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merged_anchors_are_the_exact_sum(dtype):
+    module = trunk(dtype)
+    wpl = wplfast.WeightPlasticityLoss(module, alpha=2.0)
+    anchors = []
+    for k in range(6):
+        fisher = {n: f * 10.0 ** (k - 3) for n, f in random_fisher(module).items()}
+        fisher["0.bias"][::2] = 0  # never anchored
+        anchors.append((values(module), fisher))
+        wpl.consolidate(fisher)
+        move(module, 0.05)
+    exact = expected(module, anchors, 2.0)
+    assert wpl.n_anchors == 6
+    assert wpl().item() == pytest.approx(exact.item(), rel=1e-5)
+    wpl().backward()
+    for (name, p), e in zip(module.named_parameters(), gradients(module, exact).values(), strict=True):
+        error = float((p.grad.double() - e.double()).norm() / e.double().norm())
+        assert error <= (1e-5 if dtype == torch.float32 else 5e-3), name
+    assert module[0].bias.grad[::2].abs().max() == 0
+
+
+def test_replace_decay_and_weight(module):
+    wpl = wplfast.WeightPlasticityLoss(module, alpha=1.0)
+    first, second = random_fisher(module), random_fisher(module)
+    wpl.consolidate(first)
+    move(module)
+    hat = values(module)
+    wpl.consolidate(second, anchor="replace", decay=0.5, weight=3.0)
+    move(module)
+    online = {n: 0.5 * first[n] + 3.0 * second[n] for n in first}
+    assert wpl.n_anchors == 1
+    assert wpl().item() == pytest.approx(expected(module, [(hat, online)], 1.0).item(), rel=1e-6)
+
+
+def test_given_anchor_values_and_prefix(module):
+    wpl = wplfast.WeightPlasticityLoss(module, alpha=1.0)
+    fisher = random_fisher(module)
+    hat = {n: torch.randn(p.shape) for n, p in module.named_parameters()}
+    long = {f"model.trunk.{n}": f for n, f in fisher.items()}
+    with pytest.raises(NameMismatchError, match=r"prefix='model.trunk.' would match"):
+        wpl.consolidate(long, theta_hat=hat)
+    wpl.consolidate(long, theta_hat={f"model.trunk.{n}": h for n, h in hat.items()}, prefix="model.trunk.")
+    assert wpl().item() == pytest.approx(expected(module, [(hat, fisher)], 1.0).item(), rel=1e-6)
+
+
+def test_a_fisher_of_the_whole_model_is_matched_by_identity(module):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = module[0]
+            self.head = nn.Linear(7, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.fc(x)))
+
+    data = [(torch.randn(4, 5), torch.randint(0, 3, (4,)))]
+    fisher = wplfast.fisher_diagonal(Model(), data, wplfast.losses.cross_entropy)  # named fc.weight, ...
+    wpl = wplfast.WeightPlasticityLoss(module[0])  # named weight, bias
+    wpl.consolidate(fisher)
+    assert torch.equal(wpl.fisher["weight"], fisher["fc.weight"])
+
+
+# ---- references --------------------------------------------------------------------------------------------------------
+
+
+def test_it_owns_nothing(anchored):
+    module, wpl, _ = anchored
+    module.wpl = wpl
+    assert list(wpl.parameters()) == []
+    assert len(list(module.parameters())) == 5
+    assert not [key for key in module.state_dict() if key.startswith("wpl.") and "alpha" in key]
+
+
+CHANGES = {
+    "double": lambda m: m.double(),
+    "half and back": lambda m: m.half().float(),
+    "p.data = clone": lambda m: [setattr(p, "data", p.data.clone()) for p in m.parameters()],
+    "channels swapped in memory": lambda m: setattr(m[0].weight, "data", m[0].weight.data.t().contiguous().t()),
+    "a view with gaps": lambda m: setattr(m[0].weight, "data", torch.zeros(7, 10)[:, ::2].copy_(m[0].weight.data)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_follows_parameters_whose_memory_was_exchanged(anchored, change):
+    module, wpl, (hat, fisher) = anchored
+    wpl()
+    change(module)
+    move(module)
+    exact = expected(module, [(hat, fisher)], 3.0, 0.1)
+    assert wpl().item() == pytest.approx(exact.item(), rel=1e-3 if module[0].weight.dtype == torch.float16 else 2e-3)
+    module.zero_grad()
+    wpl.add_grad_()
+    for (name, p), e in zip(module.named_parameters(), gradients(module, exact).values(), strict=True):
+        torch.testing.assert_close(p.grad, e.to(p.dtype), rtol=1e-3, atol=2e-3, msg=name)
+    assert all(f.dtype in (torch.float32, torch.float64) for f in wpl.fisher.values())
+
+
+def test_gradients_in_another_memory_order(anchored):
+    module, wpl, anchor = anchored
+    module[0].weight.grad = torch.zeros(5, 7).t()
+    wpl.add_grad_()
+    exact = gradients(module, expected(module, [anchor], 3.0, 0.1))
+    torch.testing.assert_close(module[0].weight.grad, exact["0.weight"].float())
+    module[0].weight.grad = None
+    module[0].bias.grad = torch.zeros(7).to_sparse()
+    with pytest.raises(ValueError, match=r"\.grad must be dense"):
+        wpl.add_grad_()
+
+
+def test_a_changed_shape_is_an_error(anchored):
+    module, wpl, _ = anchored
+    module[0].weight.data = torch.zeros(9, 5)
+    with pytest.raises(StaleParameterError, match=r"'0.weight' had shape \[7, 5\].* now has \[9, 5\]"):
+        wpl()
+
+
+def test_to_moves_nothing_and_keeps_the_fisher_dtype(anchored):
+    module, wpl, anchor = anchored
+    wpl.half().to(torch.float64)
+    assert wpl.fisher["0.weight"].dtype == torch.float32
+    assert wpl().item() == pytest.approx(expected(module, [anchor], 3.0, 0.1).item(), rel=1e-6)
+
+
+def test_deepcopy_follows_the_model_it_is_part_of(anchored):
+    module, wpl, _ = anchored
+    alone = copy.deepcopy(wpl)
+    before = wpl().item()
+    module.wpl = wpl
+    twin = copy.deepcopy(module)
+    move(twin, 1.0)
+    assert wpl().item() == alone().item() == before
+    assert twin.wpl().item() != before
+    alone.consolidate(random_fisher(trunk()))
+    assert wpl.n_anchors == 1
+    assert wpl().item() == before
+
+
+def test_pickle_keeps_names_but_no_parameters(anchored):
+    module, wpl, _ = anchored
+    blob = pickle.dumps(wpl)
+    again = pickle.loads(blob)
+    with pytest.raises(StaleParameterError, match="rebind"):
+        again()
+    again.rebind(module)
+    assert again().item() == wpl().item()
+
+
+def test_rebind_checks_names_and_shapes(anchored):
+    _, wpl, _ = anchored
+    with pytest.raises(NameMismatchError, match="lacks"):
+        wpl.rebind(nn.Linear(5, 7))
+    other = trunk()
+    other[0] = nn.Linear(5, 8)
+    with pytest.raises(ValueError, match=r"must have shape \[7, 5\] as its anchor, got \[8, 5\]"):
+        wpl.rebind(other)
+
+
+# ---- state -------------------------------------------------------------------------------------------------------------
+
+
+def same_state(first, second):
+    a, b = first.state_dict(), second.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def two_anchors(module):
+    wpl = wplfast.WeightPlasticityLoss(module, alpha=3.0)
+    for _ in range(2):
+        wpl.consolidate(random_fisher(module))
+        move(module)
+    return wpl
+
+
+def test_state_dict_round_trip(module):
+    wpl = two_anchors(module)
+    other = wplfast.WeightPlasticityLoss(module, alpha=3.0)
+    other.load_state_dict(wpl.state_dict())
+    assert same_state(wpl, other)
+    assert other().item() == wpl().item()
+    assert other.n_anchors == 2
+    empty = wplfast.WeightPlasticityLoss(module)
+    other.load_state_dict(empty.state_dict())
+    assert other.n_anchors == 0
+    assert other().item() == 0
+
+
+def test_a_bad_state_changes_nothing(module):
+    wpl = two_anchors(module)
+    before = {key: value.clone() for key, value in wpl.state_dict().items()}
+    bad_shape = {**before, "fisher.0.weight": torch.zeros(3)}
+    missing = {key: value for key, value in before.items() if key != "theta_hat.0.bias"}
+    extra = {**before, "fisher.unknown": torch.zeros(3)}
+    for state, match in ((bad_shape, "must have shape"), (missing, "Missing key"), (extra, "Unexpected key")):
+        with pytest.raises(RuntimeError, match=match):
+            wpl.load_state_dict(state)
+        assert all(torch.equal(value, before[key]) for key, value in wpl.state_dict().items())
+
+
+def test_files(module, tmp_path):
+    wpl = two_anchors(module)
+    wpl.save(tmp_path / "wpl.safetensors")
+    other = wplfast.WeightPlasticityLoss(module, alpha=3.0)
+    other.load(tmp_path / "wpl.safetensors")
+    assert same_state(wpl, other)
+    whole = (tmp_path / "wpl.safetensors").read_bytes()
+    (tmp_path / "cut").write_bytes(whole[:-10])
+    (tmp_path / "foreign").write_bytes(b"not a tensor file at all")
+    wplfast.Fisher(random_fisher(module), 3).save(tmp_path / "fisher")
+    for name in ("cut", "foreign", "fisher"):
+        with pytest.raises(ValueError, match="must be a wplfast penalty file|not a whole safetensors file"):
+            other.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        other.load(tmp_path / "none")
+    assert same_state(wpl, other)
+    strange = wplfast.WeightPlasticityLoss(nn.Linear(2, 2))
+    with pytest.raises(NameMismatchError, match="missing"):
+        strange.load(tmp_path / "wpl.safetensors")
+
+
+def test_reset(anchored):
+    _, wpl, _ = anchored
+    wpl.reset()
+    assert wpl.n_anchors == 0
+    assert wpl.fisher == {}
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_parameters():
+    with pytest.raises(TypeError, match="must be a Module, a mapping or"):
+        wplfast.WeightPlasticityLoss(torch.zeros(3))
+    with pytest.raises(ValueError, match="empty"):
+        wplfast.WeightPlasticityLoss({})
+    with pytest.raises(ValueError, match="same tensor"):
+        w = torch.zeros(3, requires_grad=True)
+        wplfast.WeightPlasticityLoss([("a", w), ("b", w)])
+    with pytest.raises(ValueError, match="occurs twice"):
+        wplfast.WeightPlasticityLoss([("a", torch.zeros(3)), ("a", torch.zeros(3))])
+    with pytest.raises(ValueError, match="leaf"):
+        wplfast.WeightPlasticityLoss({"a": torch.zeros(3, requires_grad=True) * 2})
+    with pytest.raises(ValueError, match="floating point"):
+        wplfast.WeightPlasticityLoss({"a": torch.zeros(3, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="l2 must be finite"):
+        wplfast.WeightPlasticityLoss({"a": torch.zeros(3)}, l2=-1.0)
+
+
+def test_a_failed_consolidate_changes_nothing(anchored):
+    module, wpl, _ = anchored
+    before = {key: value.clone() for key, value in wpl.state_dict().items()}
+    good = random_fisher(module)
+    last = "3.weight"
+    cases = [
+        ({**good, last: torch.zeros(4)}, ValueError, r"fisher\['3.weight'\] must be .*\[2, 2\], got .*\[4\]"),
+        ({**good, last: -torch.ones(2, 2)}, ValueError, "must not be negative"),
+        ({**good, last: torch.full((2, 2), float("nan"))}, NonFiniteError, "NaN or inf"),
+        ({n: f for n, f in good.items() if n != last}, NameMismatchError, "lacks 1 of 5 names"),
+        ({f"x{n}": f for n, f in good.items()}, NameMismatchError, "lacks 5 of 5 names"),
+    ]
+    for fisher, error, match in cases:
+        with pytest.raises(error, match=match):
+            wpl.consolidate(fisher)
+        if "negative" not in match:
+            with pytest.raises(error, match=match.replace("fisher", "theta_hat")):
+                wpl.consolidate(good, theta_hat=fisher)
+    for options in ({"decay": -1}, {"weight": float("nan")}, {"anchor": "both"}):
+        with pytest.raises(ValueError, match="got"):
+            wpl.consolidate(good, **options)
+    assert all(torch.equal(value, before[key]) for key, value in wpl.state_dict().items())
+
+
+def test_functional_checks_its_arguments():
+    w = torch.zeros(3, requires_grad=True)
+    with pytest.raises(ValueError, match="theta_hat must hold 1"):
+        wplfast.functional.wpl_penalty([w], [], [torch.zeros(3)], 1.0)
+    with pytest.raises(ValueError, match=r"fisher\[0\] must be float32\[3\]"):
+        wplfast.functional.wpl_penalty([w], [torch.zeros(3)], [torch.zeros(2)], 1.0)
+    with pytest.raises(ValueError, match="0-d tensor"):
+        wplfast.functional.wpl_penalty([w], [torch.zeros(3)], [torch.zeros(3)], torch.zeros(2))

@@ -1,0 +1,52 @@
+"""Strengths of the penalty as the op contract wants them: float64 tensors that stay on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+#: One strength for all parameters, or {prefix: strength}.
+Alpha: TypeAlias = float | Tensor | Mapping[str, float]
+
+
+def scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """Return a 0-d coefficient on the device, without grad.
+
+    Raises:
+        ValueError: if it is a tensor that is not 0-d.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"a coefficient must be a float or a 0-d tensor, got shape {list(value.shape)}")
+        return value.detach().to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def alpha_tensor(alpha: Alpha, names: Sequence[str], device: torch.device) -> Tensor:
+    """Return alpha as a tensor of its own: 0-d, or one entry per name if it is given by prefix.
+
+    Raises:
+        ValueError: if it is negative or not finite, or a name matches no prefix.
+    """
+    if isinstance(alpha, Tensor):
+        return scalar(alpha, device).clone()  # not looked at: it may live on a GPU
+    if not isinstance(alpha, Mapping):
+        return scalar(_checked(alpha), device)
+    values = []
+    for name in names:
+        fitting = [prefix for prefix in alpha if name.startswith(prefix)]
+        if not fitting:
+            raise ValueError(f"alpha has no prefix for {name!r}: got {sorted(alpha)}; '' matches all")
+        values.append(_checked(alpha[max(fitting, key=len)]))
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _checked(value: float) -> float:
+    """Return a strength that is finite and not negative."""
+    value = float(value)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"alpha must be finite and not negative, got {value}")
+    return value
