@@ -294,9 +294,8 @@ class Session:
         name = self.names[min(site.parameters)]
         module = name.rpartition(".")[0] or "the model"
         return (
-            f"samples are coupled at {site.call.name} in {module} (parameter {name!r}): its output's gradient mixes
-            samples, "
-            "so that of one sample's loss alone cannot be had (batch statistics? in-batch negatives?)"
+            f"samples are coupled at {site.call.name} in {module} (parameter {name!r}): its output's gradient mixes "
+            "samples, so that of one sample's loss alone cannot be had (batch statistics? in-batch negatives?)"
         )
 
     def _find_unseen(self) -> set[int]:
