@@ -25,7 +25,7 @@ def batches(sizes=(5, 5, 2), dtype=torch.float32):
     return [(torch.randn(n, 6, dtype=dtype), torch.randint(0, 4, (n,))) for n in sizes]
 
 
-# ---- numbers -------------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 
 def test_by_hand():
@@ -162,7 +162,7 @@ def test_bfloat16_model():
         assert (fisher[name].double() - e).norm() <= 0.05 * e.norm()
 
 
-# ---- modes -----------------------------------------------------------------------------------------------------------------
+# ---- modes -------------------------------------------------------------------------------------------------
 
 
 def test_exact_is_the_expectation_over_classes():
@@ -279,7 +279,7 @@ def test_dropout_in_train_mode_only():
     assert not torch.equal(trained.flat, evaluated.flat)
 
 
-# ---- forms of data and parameters --------------------------------------------------------------------------------------
+# ---- forms of data and parameters --------------------------------------------------------------------------
 
 
 class Two(nn.Module):
@@ -342,7 +342,7 @@ def test_report_says_what_served_whom():
     assert wplfast.fisher_diagonal(mlp(), batches(), ce).report.fast_share == 1.0
 
 
-# ---- what is left behind -------------------------------------------------------------------------------------------------
+# ---- what is left behind -----------------------------------------------------------------------------------
 
 
 def state_of(model):
@@ -418,7 +418,7 @@ def test_compiled_models_run_eagerly_for_the_pass():
     assert fisher.report.fast_share == 1.0
 
 
-# ---- the accumulator ---------------------------------------------------------------------------------------------------
+# ---- the accumulator ---------------------------------------------------------------------------------------
 
 
 def test_accumulator_equals_the_call_and_can_be_read_midway():
@@ -466,7 +466,7 @@ def test_one_pass_at_a_time():
             acc.result()
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -617,7 +617,7 @@ def test_tensor_subclasses_are_refused():
         wplfast.fisher_diagonal(model, batches(), ce, params={"x": strange})
 
 
-# ---- the result --------------------------------------------------------------------------------------------------------
+# ---- the result --------------------------------------------------------------------------------------------
 
 
 def test_merging_by_sample_counts():
@@ -658,7 +658,7 @@ def test_files(tmp_path):
         wplfast.Fisher.load(tmp_path / "cut")
 
 
-# ---- losses --------------------------------------------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------------------
 
 
 def test_cross_entropy():

@@ -57,7 +57,7 @@ SHAPES = {
 }
 
 
-# ---- hand-computed numbers ---------------------------------------------------------------------------------------------
+# ---- hand-computed numbers ---------------------------------------------------------------------------------
 
 
 def test_penalty_by_hand(backend):
@@ -106,7 +106,7 @@ def test_squares_by_hand(backend):
     assert fisher.tolist() == [15.5, 28.0]
 
 
-# ---- random inputs against float64 -----------------------------------------------------------------------------------
+# ---- random inputs against float64 -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offset", [False, True], ids=["one anchor", "offset"])
@@ -213,7 +213,7 @@ def test_same_bits_for_any_thread_count(backend):
             assert torch.equal(x, y)
 
 
-# ---- the dispatcher ----------------------------------------------------------------------------------------------------
+# ---- the dispatcher ----------------------------------------------------------------------------------------
 
 
 def test_opcheck():

@@ -64,7 +64,7 @@ def anchored(module):
     return module, wpl, (hat, fisher)
 
 
-# ---- values ------------------------------------------------------------------------------------------------------------
+# ---- values ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -172,7 +172,7 @@ def test_compiles_without_a_break_and_without_recompiling_for_alpha(anchored):
     assert len(graphs) == 1
 
 
-# ---- alpha and active sets ---------------------------------------------------------------------------------------------
+# ---- alpha and active sets ---------------------------------------------------------------------------------
 
 
 def test_alpha_by_prefix(anchored):
@@ -206,7 +206,7 @@ def test_active_set(anchored):
         wpl(active="0.bias")
 
 
-# ---- several anchors ---------------------------------------------------------------------------------------------------
+# ---- several anchors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -271,7 +271,7 @@ def test_a_fisher_of_the_whole_model_is_matched_by_identity(module):
     assert torch.equal(wpl.fisher["weight"], fisher["fc.weight"])
 
 
-# ---- references --------------------------------------------------------------------------------------------------------
+# ---- references --------------------------------------------------------------------------------------------
 
 
 def test_it_owns_nothing(anchored):
@@ -366,7 +366,7 @@ def test_rebind_checks_names_and_shapes(anchored):
         wpl.rebind(other)
 
 
-# ---- state -------------------------------------------------------------------------------------------------------------
+# ---- state -------------------------------------------------------------------------------------------------
 
 
 def same_state(first, second):
@@ -435,7 +435,7 @@ def test_reset(anchored):
     assert wpl.fisher == {}
 
 
-# ---- bad input ---------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------
 
 
 def test_bad_parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -145,7 +145,8 @@ class _Pass:
     mc_samples: int
     generator: torch.Generator
     max_samples: int | None
-    check: bool  # compare the first batch with a sample alone
+    check: bool  # compare the first batch of several samples with a sample alone
+    independent: bool | None = None
 
     def run(self, batch: Batch) -> None:
         """Run one batch; once more if its first pass only told how to capture it, with the same random numbers."""
@@ -160,13 +161,12 @@ class _Pass:
     def _attempt(self, batch: Batch, outputs: Any) -> bool:
         """Accumulate all terms of a batch from one forward pass; False if the first asks for another forward pass."""
         terms = list(self._terms(batch, outputs))
-        independent = None
         for index, (targets, share) in enumerate(terms):
             losses = self.loss_fn(outputs, targets)
             check_losses(losses)
             batch.check_losses(losses)
-            if index == 0 and self.check and not self.accumulator.n_samples:
-                independent = is_independent(self.model, batch, targets, losses, self.loss_fn)
+            if index == 0 and self.check and self.independent is None:
+                self.independent = is_independent(self.model, batch, targets, losses, self.loss_fn)
             if index == 0:
                 count, weights = self._limit(batch.weights, losses)
             done = self.accumulator.accumulate(
@@ -175,7 +175,7 @@ class _Pass:
                 retain_graph=index + 1 < len(terms),
                 may_replay=index == 0,
                 count=0 if index else count,
-                independent=independent,
+                independent=self.independent,
             )
             if not done:
                 return False
@@ -230,7 +230,7 @@ def _check_options(fisher_type: str, mc_samples: int, max_samples: int | None) -
 
 def _bar(data: Iterable[Any], progress: bool) -> Any:
     """Make the progress bar."""
-    total = len(data) if hasattr(data, "__len__") else None
+    total = len(data) if isinstance(data, Sized) else None
     return tqdm(total=total, unit="batch", desc="Fisher", disable=not progress, leave=False)
 
 

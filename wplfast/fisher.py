@@ -160,7 +160,7 @@ class Fisher(Mapping[str, Tensor]):
 
     def to(self, *args: object, **kwargs: object) -> Fisher:
         """Return a copy whose tensors went through ``Tensor.to`` (a device, a dtype)."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))  # type: ignore[call-overload, no-any-return]
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))  # type: ignore[call-overload]
 
     def select(self, names: Sequence[str]) -> Fisher:
         """Return the part with these names.

@@ -79,7 +79,8 @@ class Layout:
 
     def split(self, tensor: Tensor) -> Tensor:
         """View a tensor with the sample axis in front: [N, ..., outer, inner, ...]."""
-        parts = tensor.unflatten(self.dim, (self.outer, self.n_samples, self.inner))
+        shape = tensor.shape
+        parts = tensor.view(*shape[: self.dim], self.outer, self.n_samples, self.inner, *shape[self.dim + 1 :])
         return parts.movedim(self.dim + 1, 0)
 
     def has_rows(self, ndim: int) -> bool:

@@ -195,7 +195,7 @@ def register_fakes() -> None:
         "penalty_add_grad_": penalty_add_grad,
     }
     for name, fake in fakes.items():
-        torch.library.register_fake(f"wplfast::{name}", fake)
+        torch.library.register_fake(f"wplfast::{name}", fake)  # type: ignore[arg-type]
 
 
 register_fakes()
