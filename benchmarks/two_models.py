@@ -32,15 +32,18 @@ LEVELS = (None, 0.56, 0.435, 0.36)  # A's accuracy in the paper's panels; None: 
 GRID = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)  # alpha * mean(F)
 
 
+class DeviceError(ValueError):
+    """The device is not here; the message is one line for the user."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit code."""
     options = _parse(arguments)
     try:
-        if options.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device {options.device}: CUDA is not available here")
+        _check_device(options.device)
         options.out.mkdir(parents=True, exist_ok=True)
         sizes = load_split(options.data, 0).sizes
-    except (DataError, ValueError, OSError, RuntimeError) as error:
+    except (DataError, DeviceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     setup = Setup(options.data, options.device, iterations_a=options.iterations, iterations_b=options.iterations)
@@ -90,12 +93,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu or cuda; default: %(default)s")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="where results go; default: %(default)s")
     add("--iterations", type=_positive, default=1500, help="of A (at most) and of B; default: %(default)s")
-    add("--grid", type=float, nargs="+", default=GRID, help="values of alpha * mean(F); default: %(default)s")
-    add("--workers", type=int, help="processes; 0: none; default: one per core, 0 on a GPU")
+    add("--grid", type=_strength, nargs="+", default=GRID, help="values of alpha * mean(F); default: %(default)s")
+    add("--workers", type=_count, help="processes; 0: none; default: one per core, 0 on a GPU")
     options = parser.parse_args(arguments)
     if options.workers is None:
         options.workers = default_count(options.device)
     return options
+
+
+def _check_device(name: str) -> None:
+    """Check that a device can be used, before anything long begins."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"--device must be cpu or cuda[:index], got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"--device must be cpu or cuda[:index], got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here")
 
 
 def _positive(text: str) -> int:
@@ -103,6 +118,19 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _count(text: str) -> int:
+    """Convert to an integer of at least 0."""
+    return _positive(text) if int(text) else 0
+
+
+def _strength(text: str) -> float:
+    """Convert to a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected finite numbers above 0, got {value}")
     return value
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 _IDX_UBYTE = 0x08  # the third byte of an IDX file's magic number: unsigned bytes; the fourth is the number of axes
 _STEMS = ("train", "t10k")
+_FEWEST = 10  # so that no part of the split is empty
 
 
 class DataError(ValueError):
@@ -109,7 +110,11 @@ def _load(folder: str | None) -> tuple[Tensor, Tensor]:
     if not pairs:
         names = ", ".join(f"{stem}-images-idx3-ubyte[.gz]" for stem in _STEMS)
         raise DataError(f"{root}: expected MNIST's IDX files ({names} and their labels), found none")
+    if len({images.shape[1] for images, _ in pairs}) > 1:
+        raise DataError(f"{root}: the images of the parts differ in size")
     images, labels = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    if len(labels) < _FEWEST:
+        raise DataError(f"{root}: expected at least {_FEWEST} digits, got {len(labels)}")
     return torch.from_numpy(images.astype(np.float32) / 255), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -119,10 +124,10 @@ def _pair(root: Path, stem: str) -> tuple[np.ndarray, np.ndarray]:
     if image_path is None or label_path is None:
         raise DataError(f"{root}: {stem}-images-idx3-ubyte is there without {stem}-labels-idx1-ubyte")
     images, labels = read_idx(image_path), read_idx(label_path)
-    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not len(labels):
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         got = f"{list(images.shape)} and {list(labels.shape)}"
-        raise DataError(f"{image_path}: expected images [N, H, W] and labels [N] with N > 0, got {got}")
-    if labels.max() > 9:
+        raise DataError(f"{image_path}: expected images [N, H, W] and labels [N], got {got}")
+    if labels.max(initial=0) > 9:
         raise DataError(f"{label_path}: expected labels 0 to 9, got {labels.max()}")
     return images.reshape(len(images), -1), labels
 

@@ -97,6 +97,8 @@ def figure(panels: Sequence[dict[str, Any]], subtitle: str) -> bytes:
         _draw_curves(axes[0, column], panel)
         _draw_balance(axes[1, column], panel)
         level = "trained to convergence" if panel["level"] is None else f"stopped at {title(panel)}"
+        for axis in axes[:, column] if column else ():
+            axis.tick_params(axis="y", length=0)
         axes[0, column].set_title(f"({'abcdefgh'[column]}) A {level}", loc="left", fontweight="bold")
     axes[0, 0].set_ylabel("test accuracy (%)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -112,7 +114,7 @@ def _draw_curves(axis: Any, panel: dict[str, Any]) -> None:
         runs, colour = panel["methods"][method]["runs"], _COLOURS[method]
         for model, line in (("a", "-"), ("b", (0, (4, 1.6)))):
             curves = 100 * np.array([run[f"accuracy_{model}"] for run in runs])
-            mean, spread = curves.mean(0), curves.std(0)
+            mean, spread = curves.mean(0), curves.std(0, ddof=int(len(runs) > 1))
             axis.plot(panel["iterations"], mean, color=colour, linestyle=line, label=f"{model.upper()} {words}")
             axis.fill_between(panel["iterations"], mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
     before = panel["accuracy_a_before"]["mean"]
