@@ -418,7 +418,7 @@ def test_files(module, tmp_path):
     (tmp_path / "foreign").write_bytes(b"not a tensor file at all")
     wplfast.Fisher(random_fisher(module), 3).save(tmp_path / "fisher")
     for name in ("cut", "foreign", "fisher"):
-        with pytest.raises(ValueError, match="must be a wplfast penalty file|not a whole safetensors file"):
+        with pytest.raises(ValueError, match=r"must be a wplfast penalty file|not a whole safetensors file"):
             other.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         other.load(tmp_path / "none")
@@ -443,8 +443,8 @@ def test_bad_parameters():
         wplfast.WeightPlasticityLoss(torch.zeros(3))
     with pytest.raises(ValueError, match="empty"):
         wplfast.WeightPlasticityLoss({})
+    w = torch.zeros(3, requires_grad=True)
     with pytest.raises(ValueError, match="same tensor"):
-        w = torch.zeros(3, requires_grad=True)
         wplfast.WeightPlasticityLoss([("a", w), ("b", w)])
     with pytest.raises(ValueError, match="occurs twice"):
         wplfast.WeightPlasticityLoss([("a", torch.zeros(3)), ("a", torch.zeros(3))])

@@ -83,7 +83,7 @@ def penalty(
     """Return the differentiable value for tensors that fulfil the op contract already."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in theta):
         value: Tensor
-        value, _ = _Penalty.apply(alpha, l2, len(theta), *theta, *theta_hat, *fisher, *offset)
+        value, _ = _Penalty.apply(alpha, l2, len(theta), *theta, *theta_hat, *fisher, *offset)  # type: ignore[no-untyped-call]
         return value
     result: Tensor = torch.ops.wplfast.penalty(theta, theta_hat, offset, fisher, alpha, l2)
     return result

@@ -166,7 +166,8 @@ class Interception:
         region = None
         leaf = leaves[0]
         if len(leaves) == 1 and graph._base is leaf and leaf.is_contiguous() and graph.dtype == leaf.dtype:
-            region = (indices[0], graph.size(), graph.stride(), int(graph.storage_offset()) - int(leaf.storage_offset()))
+            offset = int(graph.storage_offset()) - int(leaf.storage_offset())
+            region = (indices[0], graph.size(), graph.stride(), offset)
         return Source(tensor, graph.detach(), indices, graph, leaves, region)
 
     def _is_constant(self, tensor: Tensor) -> bool:

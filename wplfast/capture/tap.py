@@ -46,7 +46,7 @@ class Site:
         leaves = [source.leaf for source in self.call.sources]
         if not self.rule.needs_data(self.call):
             data = []
-        tapped = _Tap.apply(self, data, len(outputs), *outputs, *leaves)
+        tapped = _Tap.apply(self, data, len(outputs), *outputs, *leaves)  # type: ignore[no-untyped-call]
         return list(tapped)
 
 
