@@ -82,8 +82,10 @@ def penalty(
 ) -> Tensor:
     """Return the differentiable value for tensors that fulfil the op contract already."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in theta):
+        tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        function = _Penalty if tracing else _EagerPenalty
         value: Tensor
-        value, _ = _Penalty.apply(alpha, l2, len(theta), *theta, *theta_hat, *fisher, *offset)  # type: ignore[no-untyped-call]
+        value, _ = function.apply(alpha, l2, len(theta), *theta, *theta_hat, *fisher, *offset)
         return value
     result: Tensor = torch.ops.wplfast.penalty(theta, theta_hat, offset, fisher, alpha, l2)
     return result
@@ -139,13 +141,22 @@ class _Penalty(torch.autograd.Function):
         return (None, None, None, *packed_views(_scaled(packed, upstream), tensors[: ctx.n]), *nothing)
 
 
+class _EagerPenalty(_Penalty):
+    """The same outside of transforms, where PyTorch need not look at the signature of ``forward`` at every call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Evaluate both."""
+        output = _Penalty.forward(*inputs)
+        _Penalty.setup_context(ctx, inputs, output)
+        return output
+
+    setup_context = torch.autograd.Function.setup_context  # the default tells PyTorch that forward takes ctx
+
+
 def _scaled(packed: Tensor, upstream: Tensor) -> Tensor:
     """Multiply the packed gradient with the incoming one, in place where nobody will need it again."""
-    if torch.compiler.is_compiling():
-        return packed * upstream.to(packed.dtype)
-    if torch._C._functorch.is_functorch_wrapped_tensor(packed) or torch._C._functorch.is_functorch_wrapped_tensor(
-        upstream
-    ):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return packed * upstream.to(packed.dtype)
     one = upstream.device.type == "cpu" and upstream.item() == 1.0  # on a GPU the look would cost a synchronisation
     if torch._C._autograd._get_current_graph_task_keep_graph():

@@ -89,7 +89,6 @@ class WeightPlasticityLoss(nn.Module):
             return self._decay_term(active)
         return functional.total([value_of(group) for group in self._groups(active)])
 
-    @torch.no_grad()
     def add_grad_(self, scale: float | Tensor = 1.0, active: Sequence[str] | None = None) -> Tensor:
         """Add ``scale`` times the penalty's gradient to the parameters' ``.grad`` in one pass, without a graph.
 
@@ -109,9 +108,10 @@ class WeightPlasticityLoss(nn.Module):
             StaleParameterError: if a parameter changed its shape.
             ValueError: if a ``.grad`` has another dtype or layout than its parameter.
         """
-        if self._anchors is None:
-            return self._add_decay_(scale, active)
-        return functional.total([add_grad_(group, scale) for group in self._groups(active)])
+        with torch.no_grad():
+            if self._anchors is None:
+                return self._add_decay_(scale, active)
+            return functional.total([add_grad_(group, scale) for group in self._groups(active)])
 
     def subset(self, names: Sequence[str]) -> Subset:
         """Return a handle to the penalty over some parameters, for hot loops.

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import functional
 from .anchors import Anchor, by_kind, dense_like
 from .coefficients import scalar
-from .ops.layout import is_dense, same_order
+from .ops.layout import is_dense
 
 #: Address, dtype, device, shape and stride: what a table was built on.
 Signature: TypeAlias = tuple[int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
@@ -41,6 +41,7 @@ class Group:
     fisher: list[Tensor]
     alpha: Tensor
     l2: Tensor
+    one: Tensor
     constant: Tensor | None  # sum of alpha_p c_p needs alpha: c, 0-d or per parameter as alpha is
     signatures: list[Signature]
     sparse: list[int] = field(default_factory=list)  # positions of parameters with gaps in memory
@@ -72,7 +73,8 @@ def build(
                 offset=[offset for i in chosen if (offset := anchors[i].offset) is not None],
                 fisher=[anchors[i].fisher for i in chosen],
                 alpha=own_alpha.to(device, copy=True),
-                l2=torch.full((), l2, dtype=torch.float64, device=device),
+                l2=scalar(l2, device),
+                one=scalar(1.0, device),
                 constant=(constants.sum() if alpha.dim() == 0 else constants) if several else None,
                 signatures=[signature(theta[i]) for i in chosen],
                 sparse=[k for k, i in enumerate(chosen) if not is_dense(theta[i])],
@@ -104,19 +106,19 @@ def add_grad_(group: Group, scale: float | Tensor) -> Tensor:
     """Add one group's gradient and return its value."""
     theta = [dense_like(p) for p in group.theta] if group.sparse else group.theta
     grads, scratch = [], []
-    for k, p in enumerate(group.theta):
+    for p, like, (_, dtype, _, _, stride) in zip(group.theta, theta, group.signatures, strict=True):
         grad = p.grad
-        if not p.requires_grad:
-            grad = torch.zeros_like(theta[k])
-        elif grad is None:
+        if grad is None and p.requires_grad:
             grad = p.grad = torch.zeros_like(p)
-        elif grad.dtype != p.dtype or grad.layout != torch.strided:
-            raise ValueError(f".grad must be dense and {p.dtype} as its parameter, got {grad.layout} {grad.dtype}")
-        if group.sparse or not same_order(grad, p) or not is_dense(grad):
-            scratch.append((grad, torch.zeros_like(theta[k])))
+        if grad is None or not p.requires_grad:
+            grad = torch.zeros_like(like)  # not the caller's; the value counts frozen parameters too
+        elif grad.dtype != dtype or grad.layout != torch.strided:
+            raise ValueError(f".grad must be dense and {dtype} as its parameter, got {grad.layout} {grad.dtype}")
+        elif grad.stride() != stride or group.sparse:
+            scratch.append((grad, torch.zeros_like(like)))
             grad = scratch[-1][1]
         grads.append(grad)
-    factor = scalar(scale, theta[0].device)
+    factor = group.one if isinstance(scale, float) and scale == 1 else scalar(scale, theta[0].device)
     value: Tensor = torch.ops.wplfast.penalty_add_grad_(
         grads, theta, group.theta_hat, group.offset, group.fisher, group.alpha, group.l2, factor
     )

@@ -44,16 +44,17 @@ def packed_starts(numels: Sequence[int]) -> tuple[list[int], int]:
     return starts, end
 
 
-def packed_view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
-    """View ``like.numel()`` elements of a packed buffer in the shape and memory order of the dense tensor ``like``."""
-    part = buffer.narrow(0, start, like.numel())
-    return part.view(like.shape) if like.is_contiguous() else part.as_strided(like.shape, like.stride())
-
-
 def packed_views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """View a packed buffer as one tensor per dense tensor of ``tensors``."""
-    starts, _ = packed_starts([t.numel() for t in tensors])
-    return [packed_view(buffer, start, t) for start, t in zip(starts, tensors, strict=True)]
+    """View a packed buffer as one tensor per dense tensor of ``tensors``, in its shape and memory order."""
+    sizes = []
+    for tensor in tensors:
+        numel = tensor.numel()
+        sizes += [numel, -numel % ALIGNMENT]
+    parts = buffer.split_with_sizes(sizes)[::2]
+    return [
+        part.view(like.shape) if like.is_contiguous() else part.as_strided(like.shape, like.stride())
+        for part, like in zip(parts, tensors, strict=True)
+    ]
 
 
 def flat_dtype(dtype: torch.dtype) -> torch.dtype:
