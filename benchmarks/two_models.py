@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup = Setup(options.data, options.device, iterations_a=options.iterations, iterations_b=options.iterations)
     place, started = environment(options.device), time.perf_counter()
     panels = run(setup, options.seeds, options.workers, options.grid)
-    data = "scikit-learn digits" if options.data is None else "MNIST files"
+    data = "scikit-learn digits" if options.data is None else "MNIST"
     record = {
         "experiment": "two_models",
         "data": {"name": data, **sizes},
