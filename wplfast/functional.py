@@ -83,9 +83,9 @@ def penalty(
     """Return the differentiable value for tensors that fulfil the op contract already."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in theta):
         tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        function = _Penalty if tracing else _EagerPenalty
+        apply: Any = (_Penalty if tracing else _EagerPenalty).apply
         value: Tensor
-        value, _ = function.apply(alpha, l2, len(theta), *theta, *theta_hat, *fisher, *offset)
+        value, _ = apply(alpha, l2, len(theta), *theta, *theta_hat, *fisher, *offset)
         return value
     result: Tensor = torch.ops.wplfast.penalty(theta, theta_hat, offset, fisher, alpha, l2)
     return result
@@ -145,7 +145,7 @@ class _EagerPenalty(_Penalty):
     """The same outside of transforms, where PyTorch need not look at the signature of ``forward`` at every call."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Evaluate both."""
         output = _Penalty.forward(*inputs)
         _Penalty.setup_context(ctx, inputs, output)

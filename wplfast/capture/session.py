@@ -143,7 +143,8 @@ class Session:
         self._mode, self.interception.in_backward = mode, True
         self.interception.start_backward()
         try:
-            losses.backward(weights.to(losses), retain_graph=keep)
+            # Not losses.backward(weights): PyTorch imports sympy for that, which takes longer than most first batches.
+            (losses * weights.to(losses)).sum().backward(retain_graph=keep)
         finally:
             self.interception.in_backward = False
 

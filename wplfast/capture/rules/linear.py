@@ -47,5 +47,20 @@ class LinearRule(Rule):
             found.append(SummedUse(bias, self.name, summed))
         return found
 
+    def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return G^T A and the sum of G over all rows: the call need not be run again."""
+        gradient = grads[0]
+        if gradient is None:
+            return [None] * len(call.sources)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        x = data[call.argument(0, "input").index].to(gradient.dtype)
+        weight, bias = call.source_at(1, "weight"), call.source_at(2, "bias")
+        found: list[Tensor | None] = []
+        for source in call.sources:
+            parts = [rows.t() @ x.reshape(-1, x.shape[-1])] if source is weight else []
+            parts += [rows.sum(0)] if source is bias else []
+            found.append(parts[0])
+        return found
+
 
 LINEAR = LinearRule()
