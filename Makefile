@@ -30,7 +30,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks all --json $(OUT)
+	$(BIN)/python -m benchmarks all --json $(OUT)/benchmarks.json
 
 wheel: $(VENV)/.torch
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -486,5 +486,9 @@ def test_functional_checks_its_arguments():
         wplfast.functional.wpl_penalty([w], [], [torch.zeros(3)], 1.0)
     with pytest.raises(ValueError, match=r"fisher\[0\] must be float32\[3\]"):
         wplfast.functional.wpl_penalty([w], [torch.zeros(3)], [torch.zeros(2)], 1.0)
+    with pytest.raises(ValueError, match=r"fisher\[0\] must be float32\[3\] on cpu, got float64\[3\]"):
+        wplfast.functional.wpl_penalty([w], [torch.zeros(3)], [torch.zeros(3).double()], 1.0)
+    with pytest.raises(ValueError, match=r"theta_hat\[0\] must be float32\[3\] on cpu, got .* on meta"):
+        wplfast.functional.wpl_penalty([w], [torch.zeros(3, device="meta")], [torch.zeros(3)], 1.0)
     with pytest.raises(ValueError, match="0-d tensor"):
         wplfast.functional.wpl_penalty([w], [torch.zeros(3)], [torch.zeros(3)], torch.zeros(2))

@@ -190,7 +190,7 @@ def sum_to(owner: Ownership, gradient: Tensor, shape: torch.Size) -> Tensor:
     wide = flat_dtype(gradient.dtype)
     if isinstance(owner, Routed) and gradient.dim() > 1 and all(size == 1 for size in shape[:-1]):
         rows = owner.rows(gradient).sum(1, dtype=wide)
-        return rows.sum_to_size((owner.n_samples, *shape[-1:])).view(-1, *shape)
+        return rows.sum_to_size((owner.n_samples, shape[-1] if shape else 1)).reshape(-1, *shape)
     if isinstance(owner, Layout):
         padded = (1,) * (gradient.dim() - len(shape)) + tuple(shape)
         if padded[owner.dim] == 1:

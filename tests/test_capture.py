@@ -1,0 +1,323 @@
+"""The parts of the capture: measured ownership, the identity that verifies, what is seen and what is not."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import wplfast
+from wplfast.capture.ownership import (
+    Axis,
+    Codes,
+    Layout,
+    Routed,
+    Signature,
+    Single,
+    candidates,
+    decode,
+    matches,
+    sum_to,
+)
+from wplfast.capture.uses import FactoredUse
+from wplfast.capture.watched import WatchedParameter
+from wplfast.errors import VerificationError
+
+ce = wplfast.losses.cross_entropy
+N, T, D = 6, 4, 5
+
+LAYOUTS = {
+    "[N, T, D]": ((N, T, D), 0, Axis(0, "whole")),
+    "[T, N, D]": ((T, N, D), 1, Axis(1, "whole")),
+    "[N*T, D]": ((N * T, D), None, Axis(0, "outermost")),
+    "[T*N, D]": ((T * N, D), None, Axis(0, "innermost")),
+    "[2*N*T, D]": ((2 * N * T, D), None, Axis(0, "middle", 2)),
+    "[D, N]": ((D, N), 1, Axis(1, "whole")),
+    "[N]": ((N,), 0, Axis(0, "whole")),
+}
+
+
+def owner_of(shape, axis):
+    """The owner of every element, written out."""
+    index = torch.arange(shape[axis.dim])
+    owner = {
+        "whole": index,
+        "outermost": index // (shape[axis.dim] // N),
+        "innermost": index % N,
+        "middle": index // (shape[axis.dim] // N // axis.outer) % N,
+    }[axis.place]
+    view = [1] * len(shape)
+    view[axis.dim] = -1
+    return owner.view(view).expand(shape)
+
+
+def coded(gradient, owner, codes, digit=0):
+    """The gradient of a probing pass."""
+    return gradient * codes.weights(digit).to(gradient)[owner]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "_", "axis"), LAYOUTS.values(), ids=LAYOUTS)
+def test_the_axis_is_found_and_no_other(shape, _, axis, dtype):
+    codes = Codes(N, torch.Generator().manual_seed(1))
+    gradient, owner = torch.randn(shape).to(dtype), owner_of(shape, axis)
+    plain, after = Signature.of(gradient, N), Signature.of(coded(gradient, owner, codes), N)
+    found = [
+        c
+        for c in candidates(gradient.shape, N)
+        if matches(c.fit(gradient.shape, N), gradient.shape, after, plain, codes.weights(0))
+    ]
+    assert found == [axis]
+    layout = axis.fit(gradient.shape, N)
+    for n in range(N):
+        assert torch.equal(layout.only(gradient, n), gradient * (owner == n))
+    factors = torch.rand(N, dtype=torch.float64)
+    torch.testing.assert_close(layout.scale(gradient, factors), gradient * factors.to(dtype)[owner])
+    if layout.has_rows(len(shape)):
+        rows = layout.rows(gradient)
+        assert rows.shape == (N, gradient.numel() // N // shape[-1], shape[-1])
+        for n in range(N):
+            assert rows[n].double().sum().item() == pytest.approx(gradient[owner == n].double().sum().item(), abs=1e-2)
+
+
+def test_a_template_fits_batches_of_other_sizes_but_not_of_another_kind():
+    assert Axis(0, "outermost").fit(torch.Size([3 * 7, D]), 3) == Layout(0, 1, 3, 7)
+    assert Axis(0, "innermost").fit(torch.Size([3 * 7, D]), 3) == Layout(0, 7, 3, 1)
+    assert Axis(0, "middle", 2).fit(torch.Size([2 * 3 * 7, D]), 3) == Layout(0, 2, 3, 7)
+    assert Axis(0, "whole").fit(torch.Size([3, D]), 3) == Layout(0, 1, 3, 1)
+    assert Axis(0, "whole").fit(torch.Size([21, D]), 3) is None  # T grew: outermost or innermost?
+    assert Axis(0, "outermost").fit(torch.Size([3, D]), 3) is None
+    assert Axis(0, "outermost").fit(torch.Size([20, D]), 3) is None
+    assert Axis(2, "whole").fit(torch.Size([3, D]), 3) is None
+
+
+@pytest.mark.parametrize("n_samples", [3, 16, 17, 300])
+def test_routed_rows_are_decoded(n_samples):
+    codes = Codes(n_samples, torch.Generator().manual_seed(1))
+    assert codes.rounds == {3: 1, 16: 1, 17: 2, 300: 3}[n_samples]
+    owner = torch.randint(0, n_samples, (501,))
+    gradient = torch.randn(501, D)
+    gradient[::7] = 0
+    digits = [
+        Signature.of(coded(gradient, owner[:, None].expand(-1, D), codes, d), n_samples) for d in range(codes.rounds)
+    ]
+    found = decode(digits, Signature.of(gradient, n_samples), codes)
+    zero = torch.arange(501) % 7 == 0
+    assert torch.equal(found[~zero], owner[~zero])
+    assert (found[zero] == -1).all()
+    routed = Routed(found, n_samples)
+    rows = routed.rows(gradient)
+    for n in range(n_samples):
+        torch.testing.assert_close(rows[n].sum(0), gradient[owner == n].sum(0))
+
+
+def test_rows_that_mix_samples_belong_to_nobody():
+    codes = Codes(N, torch.Generator().manual_seed(1))
+    parts, owner = torch.randn(2, 10, D), torch.stack([torch.arange(10) % N, torch.arange(1, 11) % N])
+    mixed = coded(parts, owner[..., None].expand(-1, -1, D), codes).sum(0)
+    assert decode([Signature.of(mixed, N)], Signature.of(parts.sum(0), N), codes) is None
+
+
+@pytest.mark.parametrize("shape", [(D,), (1, D), (T, D), (1, T, 1), (), (N, 1, 1)], ids=str)
+def test_broadcasting_is_undone_per_sample(shape):
+    gradient = torch.randn(N, T, D)
+    layouts = [Layout(0, 1, N, 1), Routed(torch.arange(N).repeat_interleave(T), N)]
+    expected = torch.stack([(gradient * (torch.arange(N) == n).view(N, 1, 1)).sum_to_size(shape) for n in range(N)])
+    for owner in layouts:
+        torch.testing.assert_close(sum_to(owner, gradient, torch.Size(shape)), expected)
+    torch.testing.assert_close(sum_to(Single(), gradient, torch.Size(shape))[0], gradient.sum_to_size(shape))
+
+
+# ---- verification ----------------------------------------------------------------------------------------------------
+
+
+def batch():
+    return [(torch.randn(N, 8), torch.randint(0, 3, (N,)))]
+
+
+def model():
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def test_verification_sees_exchanged_samples(monkeypatch):
+    right = FactoredUse.__init__
+
+    def wrong(self, source, rule, activations, grad_outputs):
+        right(self, source, rule, activations.roll(1, 0), grad_outputs)
+
+    monkeypatch.setattr(FactoredUse, "__init__", wrong)
+    with pytest.raises(VerificationError, match=r"'[02]\.weight' disagree with autograd"):
+        wplfast.fisher_diagonal(model(), batch(), ce)
+    wplfast.fisher_diagonal(model(), batch(), ce, verify=False)
+
+
+def test_verification_sees_wrong_owners_that_keep_the_sum(monkeypatch):
+    """Time taken for samples: the sum over rows is right, and F is not."""
+    right = Layout.rows
+    monkeypatch.setattr(Layout, "rows", lambda self, t: right(self, t).transpose(0, 1))
+    data = [(torch.randn(N, N, 8), torch.randint(0, 3, (N, N)))]
+    with pytest.raises(VerificationError):
+        wplfast.fisher_diagonal(model(), data, ce)
+
+
+def test_verification_sees_a_missed_use(monkeypatch):
+    from wplfast.capture.session import Session
+
+    taken = []
+    right = Session._take
+    monkeypatch.setattr(
+        Session, "_take", lambda self, *args: taken.append(1) or (len(taken) > 1 and right(self, *args))
+    )
+    with pytest.raises(VerificationError):
+        wplfast.fisher_diagonal(model(), batch(), ce)
+
+
+# ---- what is watched ------------------------------------------------------------------------------------------
+
+
+def test_parameters_are_swapped_inside_and_restored_after():
+    m = model()
+    optimizer = torch.optim.SGD(m.parameters(), momentum=0.9)
+    identities = [id(p) for p in m.parameters()]
+    with wplfast.FisherAccumulator(m):
+        assert all(type(p) is WatchedParameter for p in m.parameters())
+        assert all(isinstance(p, nn.Parameter) for p in m.parameters())
+        assert m.state_dict().keys() == model().state_dict().keys()
+        assert m[0].weight.shape == (8, 8)
+        assert m[0].weight.T.shape == (8, 8)
+        assert "Parameter" in repr(m[0].weight)
+        with torch.no_grad():
+            assert type(m(torch.randn(2, 8))) is torch.Tensor
+    assert all(type(p) is nn.Parameter for p in m.parameters())
+    assert [id(p) for p in m.parameters()] == identities
+    m(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+
+
+def test_another_thread_is_seen_too():
+    m, (x, y) = model(), batch()[0]
+    losses = []
+    with wplfast.FisherAccumulator(m) as acc:
+        thread = threading.Thread(target=lambda: losses.append(ce(m(x), y)))
+        thread.start()
+        thread.join()
+        acc.backward(losses[0])
+    assert torch.equal(acc.result().flat, wplfast.fisher_diagonal(m, [(x, y)], ce).flat)
+
+
+def test_a_disjoint_pass_of_the_same_model_may_be_open():
+    m, (x, y) = model(), batch()[0]
+    with wplfast.FisherAccumulator(m, {"a": m[0].weight}) as first:
+        first.backward(ce(m(x), y))
+    with wplfast.FisherAccumulator(m, {"b": m[2].weight}) as second:
+        second.backward(ce(m(x), y))
+    whole = wplfast.fisher_diagonal(m, [(x, y)], ce)
+    torch.testing.assert_close(first.result()["a"], whole["0.weight"])
+    torch.testing.assert_close(second.result()["b"], whole["2.weight"])
+
+
+def test_no_gradient_is_seen_unless_it_is_squared():
+    """A use that comes and goes: what cannot be captured is an error, never a silent omission."""
+
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.w, self.active = nn.Linear(8, 3), nn.Parameter(torch.randn(8, 3)), False
+
+        def forward(self, x):
+            class Hidden(torch.autograd.Function):
+                @staticmethod
+                def forward(ctx, x, w):
+                    ctx.save_for_backward(x, w)
+                    return x @ w
+
+                @staticmethod
+                def backward(ctx, g):
+                    x, w = ctx.saved_tensors
+                    return g @ w.t(), x.t() @ g
+
+            return self.fc(x) + (Hidden.apply(x, self.w) if self.active else 0)
+
+    m, (x, y) = Sometimes(), batch()[0]
+    with wplfast.FisherAccumulator(m) as acc:
+        acc.backward(ce(m(x), y))
+        m.active = True
+        with pytest.raises(wplfast.errors.WplfastError, match="'w' unseen, though not in earlier batches"):
+            acc.backward(ce(m(x), y))
+
+
+def test_lora_that_starts_at_zero_wakes_up():
+    """B = 0 makes the gradient of A zero in the first batches: nothing can be measured until it is not."""
+
+    class Lora(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Linear(8, 3)
+            self.a, self.b = nn.Linear(8, 2, bias=False), nn.Linear(2, 3, bias=False)
+            nn.init.zeros_(self.b.weight)
+
+        def forward(self, x):
+            return self.base(x) + self.b(self.a(x))
+
+    m = Lora()
+    x, y = torch.randn(N, T, 8), torch.randint(0, 3, (N, T))
+    with wplfast.FisherAccumulator(m, {"a": m.a.weight, "b": m.b.weight}) as acc:
+        acc.backward(ce(m(x), y))
+        acc.backward(ce(m(x), y))
+        assert acc.result()["a"].abs().max() == 0
+        with torch.no_grad():
+            m.b.weight.normal_()
+        acc.backward(ce(m(x), y))
+    expected = wplfast.fisher_diagonal(m, [(x, y)], ce, params={"a": m.a.weight})["a"]
+    torch.testing.assert_close(acc.result()["a"], expected / 3)
+
+
+def test_layout_changes_are_measured_again():
+    """[N, D] in the first batch, [T*N, D] in the next: T = 1 cannot tell T-major from N-major."""
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):  # [N, T, D]
+            n, t, d = x.shape
+            h = torch.tanh(self.fc(x.transpose(0, 1).reshape(t * n, d)))
+            return self.head(h.view(t, n, -1).mean(0))
+
+    m = Flat().double()
+    data = [(torch.randn(N, t, 8).double(), torch.randint(0, 3, (N,))) for t in (1, 1, 4, 2)]
+    from oracle import assert_close, fisher_loop
+
+    assert_close(wplfast.fisher_diagonal(m, data, ce), fisher_loop(m, data, ce), 1e-11, 1e-12)
+
+
+def test_embedding_rows_that_repeat_are_summed_before_squaring():
+    embedding = nn.Embedding(3, 2)
+    tokens = torch.tensor([[0, 0, 1], [2, 0, 2]])
+    scale = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1)
+    with wplfast.FisherAccumulator(embedding) as acc:
+        acc.backward((embedding(tokens) * scale).sum((1, 2)))
+    # sample 0: token 0 gets 1 + 2, token 1 gets 3; sample 1: token 2 gets 1 + 3, token 0 gets 2
+    assert acc.result()["weight"].tolist() == [[6.5, 6.5], [4.5, 4.5], [8.0, 8.0]]
+
+
+def test_functional_linear_bound_early_is_seen():
+    from torch.nn.functional import linear
+
+    w = torch.randn(3, 8, requires_grad=True)
+
+    class Holder(nn.Module):
+        def forward(self, x):
+            return linear(x, w)
+
+    (x, y) = batch()[0]
+    fisher = wplfast.fisher_diagonal(Holder(), [(x, y)], ce, params={"w": w})
+    layer = nn.Linear(8, 3, bias=False)
+    layer.weight.data = w.detach().clone()
+    torch.testing.assert_close(fisher["w"], wplfast.fisher_diagonal(layer, [(x, y)], ce)["weight"])
+    assert type(w) is torch.Tensor
+    assert F.linear(x, w).requires_grad
