@@ -21,7 +21,8 @@ BYTES = {
     "add_grad_": 20,  # reads theta, theta_hat, F, grad; writes grad
     "autograd": 28,  # reads 3, writes a gradient; AccumulateGrad reads it and grad, writes grad
     "eager": 84,  # sub 12, pow 8, mul 12, sum 4; backward 8 + 8 + 8 + 12, AccumulateGrad 12
-    "foreach": 36,  # sub, mul, add: 12 each
+    "foreach": 36,  # sub, mul, add: 12 each; no value
+    "foreach, value": 52,  # mul into a new list, then mul 12 and sum 4
     "compile": 40,  # value 12, gradient 16, AccumulateGrad 12
 }
 SHARES = ("share_of_triad", "share_of_triad_in_place")
@@ -106,7 +107,16 @@ def ways(case: Case, compiled: bool) -> dict[str, Callable[[], Tensor | None]]:
         torch._foreach_mul_(gradient, case.fisher)
         torch._foreach_add_(grads, gradient, alpha=ALPHA)
 
-    found = {"add_grad_": penalty.add_grad_, "autograd": autograd, "eager": backward_of(formula), "foreach": foreach}
+    @torch.no_grad()
+    def foreach_value() -> Tensor:
+        d = torch._foreach_sub(case.theta, case.theta_hat)
+        gradient = torch._foreach_mul(d, case.fisher)
+        torch._foreach_add_(grads, gradient, alpha=ALPHA)
+        torch._foreach_mul_(d, gradient)
+        return ALPHA / 2 * torch.stack([terms.sum() for terms in d]).sum()
+
+    found = {"add_grad_": penalty.add_grad_, "autograd": autograd, "eager": backward_of(formula)}
+    found |= {"foreach": foreach, "foreach, value": foreach_value}
     if compiled:
         found["compile"] = backward_of(torch.compile(formula, fullgraph=True))
     return found
