@@ -176,10 +176,19 @@ def measure_workload(workload: Workload, device: torch.device, quick: bool, roun
             "pairs": len(whole["call"]),
             "milliseconds": {name: asdict(Spread.of(measured, 1e3)) for name, measured in whole.items()},
             "ratio": asdict(ratio(whole["call"], whole["units"])),
+            "projected_ratio": _projected(times, whole, n),
             "target": workload.target + WHOLE_TARGET - 1.05,
         },
         "peak_bytes": peaks,
     }
+
+
+def _projected(times: dict[str, list[float]], whole: dict[str, list[float]], n: int) -> float:
+    """Return the ratio of whole calls of all batches, where those timed had ``n``: medians, steady passes for the rest."""
+    rest = WHOLE - n
+    unit, fisher = (Spread.of(times[name]).median for name in ("unit", "fisher"))
+    units, call = (Spread.of(whole[name]).median for name in ("units", "call"))
+    return (call + rest * fisher) / (units + rest * unit)
 
 
 def _affordable(times: dict[str, list[float]], model: Model, seconds: float, device: torch.device) -> tuple[int, int]:
@@ -209,5 +218,6 @@ def table(records: Sequence[dict]) -> str:
             f"{r['workload']:9}{shown} {calls} {held:>26}  {', '.join(f'{k} {v}' for k, v in r['rules'].items())}"
         )
         if r["capped"] or whole["capped"]:
-            lines.append(f"{'':9}time cap: {r['pairs']} pairs, whole calls of {whole['batches']} batches")
+            calls = f"whole calls of {whole['batches']} batches; of {WHOLE}: {whole['projected_ratio']:.3g}, projected"
+            lines.append(f"{'':9}time cap: {r['pairs']} pairs, {calls}")
     return "\n".join(lines)
