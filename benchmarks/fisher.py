@@ -184,7 +184,7 @@ def measure_workload(workload: Workload, device: torch.device, quick: bool, roun
 
 
 def _projected(times: dict[str, list[float]], whole: dict[str, list[float]], n: int) -> float:
-    """Return the ratio of whole calls of all batches, where those timed had ``n``: medians, steady passes for the rest."""
+    """Return the ratio of whole calls of all batches from those of ``n`` batches and steady passes: medians."""
     rest = WHOLE - n
     unit, fisher = (Spread.of(times[name]).median for name in ("unit", "fisher"))
     units, call = (Spread.of(whole[name]).median for name in ("units", "call"))
