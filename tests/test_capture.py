@@ -321,3 +321,49 @@ def test_functional_linear_bound_early_is_seen():
     torch.testing.assert_close(fisher["w"], wplfast.fisher_diagonal(layer, [(x, y)], ce)["weight"])
     assert type(w) is torch.Tensor
     assert F.linear(x, w).requires_grad
+
+
+def test_calls_that_draw_random_numbers_draw_the_same_ones_again():
+    """Dropout inside the RNN kernel, against one-hot backward passes through one native forward pass."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(8, 8, 2, dropout=0.5, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    m, x, y = Model().double().train(), torch.randn(N, T, 8).double(), torch.randint(0, 3, (N,))
+    torch.manual_seed(5)
+    losses = ce(m(x), y)
+    expected = {name: torch.zeros_like(p) for name, p in m.named_parameters()}
+    for loss in losses:
+        grads = torch.autograd.grad(loss, list(m.parameters()), retain_graph=True)
+        for total, g in zip(expected.values(), grads, strict=True):
+            total += g.square() / N
+    torch.manual_seed(5)
+    with wplfast.FisherAccumulator(m) as acc:
+        acc.backward(ce(m(x), y))
+    for name, e in expected.items():
+        torch.testing.assert_close(acc.result()[name], e)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("size", [N, N + 1])
+def test_cutting_a_call_into_samples_is_checked(size, zero):
+    """A table of the batch's size stands beside the data: cutting it too would be wrong, even if w = 0 hides it."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.head = nn.Parameter(torch.randn(8, size) * (not zero)), nn.Linear(8, 3)
+
+        def forward(self, x):
+            table = torch.arange(size * 8, dtype=x.dtype).view(size, 8).cos()
+            return self.head(torch.tanh(torch.einsum("nd,ke,dk->ne", x, table, self.w)))
+
+    from oracle import assert_close, fisher_loop
+
+    m, data = Model().double(), [(torch.randn(N, 8).double(), torch.randint(0, 3, (N,)))]
+    assert_close(wplfast.fisher_diagonal(m, data, ce), fisher_loop(m, data, ce), 1e-11, 1e-12)

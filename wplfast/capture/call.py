@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ class Call:
     differentiable_data: bool
     data_kinds: list[tuple[torch.Size, torch.dtype, bool]]  # shape, dtype, whether it counts up by ones
     in_place: bool
+    random_state: Tensor | None  # of the device's generator before the call, if the call drew from it
     autocast: tuple[str, torch.dtype] | None
 
     def argument(self, position: int, name: str) -> Any:
@@ -73,9 +74,20 @@ class Call:
         args = _fill(self.args, tensors)
         if self.in_place:
             args = (args[0].clone(), *args[1:])
-        with self.casting():
+        with self.casting(), self._drawing_again():
             result = self.func(*args, **_fill(self.kwargs, tensors))
         return floating(args[0] if result is None else result)
+
+    @contextmanager
+    def _drawing_again(self) -> Iterator[None]:
+        """Let the call draw the random numbers that it drew the first time."""
+        if self.random_state is None:
+            yield
+            return
+        device = self.sources[0].value.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            set_random_state(device, self.random_state)
+            yield
 
     def casting(self) -> AbstractContextManager[Any]:
         """Restore the autocast state that the call ran under."""
@@ -83,6 +95,19 @@ class Call:
             return nullcontext()
         device, dtype = self.autocast
         return torch.autocast(device, dtype=dtype, cache_enabled=False)
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Return the state of a device's default generator; on the host, so without a synchronisation."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Set the state of a device's default generator."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 def _fill(tree: Any, tensors: dict[str, Sequence[Tensor]]) -> Any:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import WplfastError
-from .call import Call, Slot, Source, autocast_state, floating, is_in_place, kind_of
+from .call import Call, Slot, Source, autocast_state, floating, is_in_place, kind_of, random_state
 from .rules import rule_for
 from .tap import Listener, Site
 from .watched import Derived, map_tensors, tensors_in
@@ -139,6 +139,7 @@ class Interception:
             differentiable_data=any(t.requires_grad for t in data),
             data_kinds=[] if any(t.requires_grad for t in data) else [kind_of(t) for t in data],
             in_place=is_in_place(name, args),
+            random_state=None,
             autocast=autocast_state(sources[0].value.device.type) if sources else None,
         )
         counter = (self.in_backward, tuple(source.key for source in sources), name)
@@ -212,7 +213,9 @@ class Interception:
     def _tap(self, call: Call, data: list[Tensor], key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
         """Run a call natively with its sources as constants and tap its floating point outputs."""
         values = [source.value for source in call.sources]
-        site = Site(call, rule_for(call), key, self.in_backward, self._listener)
+        rule, device = rule_for(call), values[0].device
+        site = Site(call, rule, key, self.in_backward, self._listener)
+        before = None if rule.fast else random_state(device)
         if call.in_place:  # out of place, tapped, and written back
             target = args[0]
             data = [tensor.clone() if tensor is target else tensor for tensor in data]
@@ -226,5 +229,7 @@ class Interception:
                 return result
             queue = iter(site.tap(outputs, data))
             result = map_tensors(lambda t: next(queue) if t.is_floating_point() else t, result)
+        if before is not None and not torch.equal(before, random_state(device)):
+            call.random_state = before  # dropout inside an RNN kernel, say: running it again must draw the same
         self.sites.append(site)
         return result

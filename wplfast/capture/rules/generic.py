@@ -1,7 +1,8 @@
 """Any other call, exactly: the local backward pass of the call alone, once for each sample.
 
-No loop over the model and no second forward pass of it: the call is run again on its saved data, and the gradient of
-sample n's own elements is sent through it. Right under dropout and routing, since those happened before.
+No loop over the model and no second forward pass of it: the call is run again on its saved data, on those of sample n
+where it can be cut into samples, and the gradient of sample n's own elements is sent through it. Right under dropout
+and routing: those happened before, and a call that drew random numbers itself draws the same ones again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ...ops.layout import flat_dtype
 from ..call import Call, Source
-from ..local import LocalBackward
+from ..local import LocalBackward, SlicedCall
 from ..ownership import Ownership
 from ..uses import Use
 from .base import Rule
@@ -27,20 +28,25 @@ class LocalUse(Use):
         source: Source,
         index: int,
         local: LocalBackward,
+        sliced: SlicedCall,
         grads: Sequence[Tensor | None],
         owners: Sequence[Ownership | None],
         n_samples: int,
     ) -> None:
         """Keep what is needed for the source that stands at ``index``."""
         super().__init__(source, n_samples, GENERIC.name)
-        self.index, self.local, self.grads, self.owners = index, local, grads, owners
+        self.index, self.local, self.sliced, self.grads, self.owners = index, local, sliced, grads, owners
 
     def per_sample(self, samples: range) -> Tensor:
         """Send each sample's own gradient through the call."""
         wide = flat_dtype(self.source.value.dtype)
         found = self.source.value.new_zeros((len(samples), *self.source.value.shape), dtype=wide)
         for row, sample in zip(found, samples, strict=True):
-            gradient = self._backward([o.only(g, sample) for g, o in self._owned()])
+            of_sources = self.sliced(sample, self.grads) if self.sliced.works else None
+            if of_sources is None:
+                gradient = self._backward([o.only(g, sample) for g, o in self._owned()])
+            else:
+                gradient = of_sources[self.index]
             if gradient is not None:
                 row.copy_(gradient)
         return found
@@ -81,8 +87,9 @@ class GenericRule(Rule):
     ) -> list[Use]:
         """Return lazy uses that share one local graph."""
         local = LocalBackward(call, data)
+        sliced = SlicedCall(call, data, local, owners)
         n_samples = next(owner.n_samples for owner in owners if owner is not None)
-        return [LocalUse(source, i, local, grads, owners, n_samples) for i, source in enumerate(call.sources)]
+        return [LocalUse(source, i, local, sliced, grads, owners, n_samples) for i, source in enumerate(call.sources)]
 
 
 GENERIC = GenericRule()
