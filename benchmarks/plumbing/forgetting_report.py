@@ -67,18 +67,19 @@ def table(panels: Sequence[dict[str, Any]]) -> str:
     for panel in panels:
         before = panel["accuracy_a_before"]["mean"]
         for index, (method, row) in enumerate(panel["methods"].items()):
-            forgetting, reduction, cost = row["forgetting"], row["reduction_percent"], row["cost_b"]
-            after = before - forgetting["mean"]
+            reduction = row["reduction_percent"]
+            after = before - row["forgetting"]["mean"]
             lines.append(
                 f"{'' if index else title(panel):<14}{METHODS[method]:<22}{before:>9.1f}{after:>9.1f}"
-                f"{forgetting['mean']:>8.1f} ± {forgetting['std']:>4.1f}"
+                f"{_points(row['forgetting']):>15}"
                 f"{'' if method == 'none' or reduction is None else f'{reduction:.0f} %':>11}"
-                f"{row['accuracy_b']['mean']:>7.1f}{cost['mean']:>7.1f} ± {cost['std']:>4.1f}"
+                f"{row['accuracy_b']['mean']:>7.1f}{_points(row['cost_b']):>14}"
             )
         lines.append("-" * len(head))
-    lines.append(
-        "Accuracies on the test split in %; forgetting and cost in points, mean ± standard deviation over seeds."
-    )
+    lines += [
+        "Accuracies on the test split in %; forgetting and cost in points, mean ± standard deviation over seeds.",
+        "A negative forgetting (a reduction over 100 %): A ended better than it was before B's training.",
+    ]
     return "\n".join(lines)
 
 
@@ -91,7 +92,14 @@ def figure(panels: Sequence[dict[str, Any]], subtitle: str) -> bytes:
     """Draw the panels: accuracies over B's iterations, and below what A forgets and what B pays with every method."""
     plt = plots.pyplot()
     drawing, axes = plt.subplots(
-        2, len(panels), figsize=(12, 6.4), sharey="row", height_ratios=(1.75, 1), squeeze=False, layout="constrained"
+        2,
+        len(panels),
+        figsize=(12, 6.4),
+        sharex="row",
+        sharey="row",
+        height_ratios=(1.75, 1),
+        squeeze=False,
+        layout="constrained",
     )
     for column, panel in enumerate(panels):
         _draw_curves(axes[0, column], panel)
@@ -120,6 +128,7 @@ def _draw_curves(axis: Any, panel: dict[str, Any]) -> None:
     before = panel["accuracy_a_before"]["mean"]
     axis.axhline(before, color=plots.BLACK, linestyle=":", linewidth=1.2, label="A before B's training")
     axis.set(xlabel="iterations of B", ylim=(0, 100), xlim=(0, panel["iterations"][-1]))
+    axis.locator_params(axis="x", nbins=4)
 
 
 def _draw_balance(axis: Any, panel: dict[str, Any]) -> None:
@@ -170,6 +179,11 @@ def _spread(values: Any) -> dict[str, Any]:
     values = np.asarray(values, float)
     std = float(values.std(ddof=1)) if len(values) > 1 else 0.0
     return {"mean": float(values.mean()), "std": std, "seeds": [round(float(v), 3) for v in values]}
+
+
+def _points(spread: dict[str, Any]) -> str:
+    """Format mean and standard deviation, without the sign of a zero."""
+    return f"{round(spread['mean'], 1) + 0.0:.1f} ± {spread['std']:>4.1f}"
 
 
 def _curves(run: Run) -> dict[str, Any]:
