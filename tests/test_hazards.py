@@ -30,6 +30,37 @@ def test_fisher_is_that_of_the_loop(name, sizes):
         assert any(case.rules in rules for rules in fisher.report.rules.values()), fisher.report.rules
 
 
+#: One batch cannot tell an accumulator that these tables do not depend on the samples; fisher_diagonal runs one alone.
+UNDECIDED = {"positions [1, T], normalised", "in place on a fresh tensor"}
+
+
+@pytest.mark.parametrize("sizes", [[(5, 4), (3, 4)], [(4, 4), (2, 4)]], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_accumulated_in_a_loop_of_ones_own(name, sizes):
+    torch.manual_seed(hash_of(name))
+    case = CASES[name]
+    model = case.build()
+    model(case.inputs(2, 4))
+    model = model.double().eval()
+    data = [(x.double() if x.is_floating_point() else x, y) for x, y in batches(case, sizes)]
+    with wplfast.FisherAccumulator(model, independent=True if name in UNDECIDED else None) as acc:
+        for x, y in data:
+            acc.backward(case.loss(model(x), y))
+    assert_close(acc.result(), fisher_loop(model, data, case.loss, axes=case.axes), rtol=1e-11, model_rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(UNDECIDED))
+def test_what_one_batch_cannot_tell_is_an_error(name):
+    torch.manual_seed(hash_of(name))
+    case = CASES[name]
+    model, (x, y) = case.build().eval(), (case.inputs(4, 4), case.targets(4, 4))
+    with (
+        wplfast.FisherAccumulator(model) as acc,
+        pytest.raises(wplfast.errors.CoupledSamplesError, match="independent=True"),
+    ):
+        acc.backward(case.loss(model(x), y))
+
+
 def hash_of(name):
     """A seed that does not change between runs."""
     return sum(map(ord, name))

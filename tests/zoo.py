@@ -450,8 +450,79 @@ CASES: dict[str, Case] = {
     "prelu": Case(
         lambda: Lambda(lambda m, x: m.head(m.act(m.fc(x))), fc=nn.Linear(D, D), act=nn.PReLU(D), head=head()), rows
     ),
+    "in place, as a statement": Case(
+        lambda: Lambda(in_place_statements, f=nn.Linear(D, D), p=par(D), q=par(D), head=head()), sequence
+    ),
+    "in place on a fresh tensor": Case(lambda: Lambda(fresh_table, p=par(3, D), head=head()), sequence),
+    "derived, unseen consumer": Case(
+        lambda: Lambda(straight_through, w=par(D, D), s=par(D), head=head()), rows, rules="one by one"
+    ),
+    "complex weights": Case(lambda: Lambda(fourier, w=par(D // 2 + 1, 2), head=head()), sequence, rules="one by one"),
+    "permuted and merged": Case(
+        lambda: Lambda(merged, f=nn.Linear(D, D), head=head()), lambda n, t: torch.randn(n, t, 2, D)
+    ),
+    "samples sorted by size": Case(lambda: Lambda(sorted_inside, f=nn.Linear(D, D), head=head()), rows),
+    "cast to the weight's type": Case(lambda: Lambda(lambda m, x: m.fc(x.to(m.fc.weight)), fc=head()), rows),
+    "sparse embedding": Case(
+        lambda: Lambda(lambda m, x: m.head(m.e(x)), e=nn.Embedding(V, D, sparse=True), head=nn.Linear(D, V)), **LM
+    ),
+    "expanded view": Case(
+        lambda: Lambda(lambda m, x: m.head(F.linear(x, m.w[:, :1].expand(D, D))), w=par(D, 2), head=head()), rows
+    ),
+    "bias alone": Case(
+        lambda: Lambda(
+            lambda m, x: m.head(F.linear(x, m.eye, m.b)),
+            eye=nn.Parameter(torch.eye(D), requires_grad=False),
+            b=par(D),
+            head=head(),
+        ),
+        rows,
+    ),
     "set item": Case(lambda: Lambda(set_item, cls=par(D), head=head()), sequence),
 }
+
+
+def in_place_statements(m: Any, x: Tensor) -> Tensor:
+    h = m.f(x)
+    h.add_(m.p)
+    h[:, 0].mul_(m.q)
+    return pooled(m, torch.tanh(h))
+
+
+def fresh_table(m: Any, x: Tensor) -> Tensor:
+    table = torch.zeros(x.shape[1], D, dtype=x.dtype)
+    table[1:3] = m.p[: x.shape[1] - 1][:2]
+    return pooled(m, torch.tanh(x + table))
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return w.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def straight_through(m: Any, x: Tensor) -> Tensor:
+    return m.head(torch.tanh(F.linear(x, StraightThrough.apply(m.w * m.s))))
+
+
+def fourier(m: Any, x: Tensor) -> Tensor:
+    return pooled(m, torch.tanh(torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(m.w), n=D)))
+
+
+def merged(m: Any, x: Tensor) -> Tensor:
+    n, t, k, d = x.shape
+    h = torch.tanh(m.f(x.permute(1, 0, 2, 3).reshape(t * n * k, d))).view(t, n, k, d)
+    return m.head(h.mean((0, 2)))
+
+
+def sorted_inside(m: Any, x: Tensor) -> Tensor:
+    order = x.sum(1).argsort()
+    h = torch.tanh(m.f(x[order]))
+    return m.head(torch.zeros_like(h).index_copy(0, order, h))
 
 
 def set_item(m: Any, x: Tensor) -> Tensor:

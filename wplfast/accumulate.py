@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .capture.session import Session
-from .capture.watched import Derived, check_supported, watch
+from .capture.graph import leaves
+from .capture.session import Alone, Session
+from .capture.watched import Derived, check_supported, is_watched, watch
 from .errors import CoupledSamplesError, NonFiniteError, WplfastError
 from .fisher import Fisher, Report
 from .log import logger
@@ -32,8 +33,14 @@ class FisherAccumulator:
         params: what to accumulate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
             all of the model's parameters that require grad.
         with_grad: also accumulate the mean gradient, ``Fisher.mean_grad``.
-        verify: check the first batch against ordinary autograd, at the price of about one more backward pass.
+        verify: check the first batch against ordinary autograd, at the price of about one more backward pass, and now
+            and
+            then that rows still belong to the samples they belonged to; "always": measure and check every batch.
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf (costs one more Fisher of memory).
+
+        independent: True if you know that no sample's loss depends on another sample. Only needed where one batch
+            cannot
+            tell whether an operation's data are samples, such as float tables without a batch axis.
 
     Attributes:
         n_samples: number of samples accumulated so far.
@@ -61,8 +68,9 @@ class FisherAccumulator:
         params: Params | None = None,
         *,
         with_grad: bool = False,
-        verify: bool = True,
+        verify: bool | Literal["always"] = True,
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        independent: bool | None = None,
     ) -> None:
         """See the class."""
         if on_nonfinite not in ("raise", "skip"):
@@ -70,7 +78,8 @@ class FisherAccumulator:
         self.model = model
         self.parameters = named(model if params is None else params)
         check_supported(self.parameters)
-        self._verify, self._skip = verify, on_nonfinite == "skip"
+        self._verify, self._independent = verify, independent
+        self._skip = on_nonfinite == "skip"
         self._fisher = _Buffers(self.parameters)
         self._gradient = _Buffers(self.parameters) if with_grad else None
         self._staged = _Buffers(self.parameters) if self._skip else None
@@ -95,6 +104,8 @@ class FisherAccumulator:
             raise WplfastError("this FisherAccumulator is open already, or was closed; make a new one")
         watched = {id(p) for p in self.parameters.values()}
         others = [p for p in self.model.parameters() if id(p) not in watched]
+        if any(is_watched(p) for p in others):
+            raise WplfastError("another Fisher pass watches parameters of this model; run one pass at a time")
         target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
         self._session = Session(
             list(self.parameters),
@@ -112,6 +123,9 @@ class FisherAccumulator:
                 parameter.requires_grad_(True)
             for parameter in others:
                 parameter.requires_grad_(False)
+            # Frozen parameters would let PyTorch take a fast path whose padded outputs are others (nested tensors).
+            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)
             if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._stack = stack.pop_all()
@@ -150,6 +164,7 @@ class FisherAccumulator:
         may_replay: bool = False,
         count: int | None = None,
         independent: bool | None = None,
+        alone: Alone | None = None,
     ) -> bool:
         """Accumulate one batch, for callers that can run its forward pass again.
 
@@ -160,6 +175,7 @@ class FisherAccumulator:
             may_replay: the caller can run the same forward pass again.
             count: how many samples these losses stand for (0 for further terms of the same samples).
             independent: whether the caller found that a sample's loss is the same in a batch of its own.
+            alone: the gradients of that sample, to compare with.
 
         Returns:
             False if nothing was accumulated and the forward pass must be run again.
@@ -172,22 +188,29 @@ class FisherAccumulator:
             return True
         if not bool(torch.isfinite(losses.detach()).all()):
             bad = int((~torch.isfinite(losses.detach())).nonzero()[0])
+            session.abandon()
             return self._nonfinite(f"the loss of sample {bad} is {losses[bad].item()}", len(losses))
+        if session.batches == 0:
+            self._spare_leaves(losses)
         started = time.perf_counter()
         try:
             done = session.backward(
                 losses,
                 weights,
-                verify=self._verify and session.batches == 0,
+                verify=self._verify,
                 retain_graph=retain_graph,
                 may_replay=may_replay,
-                independent=independent,
+                independent=self._independent if independent is None else independent,
+                alone=alone,
             )
             if done and independent is False:
                 raise CoupledSamplesError(
                     "a sample's loss is another one in a batch of its own: samples are coupled, though not through a "
                     "parameter's output (statistics of the inputs over the batch?)"
                 )
+        except NonFiniteError as error:
+            session.abandon()
+            return self._nonfinite(str(error), len(losses))
         except BaseException as error:
             self._invalid = f"an earlier batch failed: {error}"
             raise
@@ -205,6 +228,11 @@ class FisherAccumulator:
         self.n_samples += len(losses) if count is None else count
         self._total_weight += len(losses) if weights is None else float(weights.sum())
         return True
+
+    @property
+    def is_learning(self) -> bool:
+        """Tell whether the next batch may ask for its forward pass again: nothing was measured yet."""
+        return self._session is None or self._session.is_learning
 
     def result(self) -> Fisher:
         """Return the Fisher of all samples so far; accumulation may go on.
@@ -261,6 +289,14 @@ class FisherAccumulator:
         self.n_skipped += n_samples
         logger.warning("left out a batch of %d samples: %s", n_samples, what)
         return True
+
+    def _spare_leaves(self, losses: Tensor) -> None:
+        """Give leaves outside of the model (parameters of the loss, inputs) their gradients back in the end."""
+        own = {id(p) for p in (*self.parameters.values(), *self._usable().interception.leaves)}
+        for leaf in leaves(losses):
+            if id(leaf) not in own and not isinstance(leaf, Derived):
+                self._stack.callback(_restore, leaf, leaf.grad, leaf.requires_grad)
+                leaf.grad = None
 
     def _check_batch_statistics(self) -> None:
         """Refuse normalisation over the batch, which the gradients alone cannot show in a first layer."""

@@ -66,8 +66,8 @@ class Batch:
         if not isinstance(losses, Tensor) or losses.dim() != 1:
             return  # the accumulator says what is wrong
         sizes = {t.shape[d] for t in tensors_in((self.inputs, self.targets)) for d in range(min(2, t.dim()))}
-        tokens = isinstance(self.targets, Tensor) and self.targets.dim() > 1 and len(losses) == self.targets.numel()
-        if (sizes and len(losses) not in sizes) or (tokens and len(losses) != self.targets.shape[0]):
+        sizes |= {len(part) for part in (self.inputs, self.targets) if isinstance(part, list)}
+        if sizes and len(losses) not in sizes:
             raise ValueError(
                 f"loss_fn must return one loss per sample, shape [N], got [{len(losses)}] for a batch of "
                 f"{_form(self.inputs)}: if these are losses per token, use losses.view(N, T).sum(1)"

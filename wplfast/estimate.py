@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .accumulate import FisherAccumulator, check_losses
-from .alone import is_independent
+from .alone import run_alone
 from .batches import Batch, Unpack
+from .capture.session import MAX_ROUNDS, Alone
 from .errors import WplfastError
 from .fisher import Fisher
 from .losses import logits_of
 from .parameters import Params, device_of
+from .preserve import Snapshot
 from .sampling import Likelihood, draw
 from .version import __version__
 
@@ -40,7 +42,7 @@ def fisher_diagonal(
     generator: torch.Generator | None = None,
     train: bool = False,
     with_grad: bool = False,
-    verify: bool = True,
+    verify: bool | Literal["always"] = True,
     on_nonfinite: Literal["raise", "skip"] = "raise",
     progress: bool = False,
 ) -> Fisher:
@@ -72,7 +74,9 @@ def fisher_diagonal(
         generator: for the draws; default: a fresh one with a fixed seed.
         train: leave the modules' modes as they are (dropout on) instead of eval mode.
         with_grad: also compute ``Fisher.mean_grad``, the mean gradient.
-        verify: check the first batch against ordinary autograd.
+        verify: check the first batch against ordinary autograd and a sample alone, and now and then that rows still
+            belong
+            to the samples they belonged to; "always": measure and check every batch (about twice the cost).
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf.
         progress: show a progress bar with samples per second.
 
@@ -110,9 +114,9 @@ def fisher_diagonal(
         mc_samples,
         generator,
         max_samples,
-        check=verify and deterministic,
+        check=bool(verify) and deterministic,
     )
-    with undisturbed(model, loss_fn, train, device), accumulator, _bar(data, progress) as bar:
+    with undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
         for item in data:
             run.run(Batch.of(item, unpack, device))
             done = accumulator.n_samples
@@ -145,13 +149,16 @@ class _Pass:
     mc_samples: int
     generator: torch.Generator
     max_samples: int | None
-    check: bool  # compare the first batch of several samples with a sample alone
+    check: bool  # run a sample of the first batch alone
     independent: bool | None = None
 
     def run(self, batch: Batch) -> None:
         """Run one batch; once more if its first pass only told how to capture it, with the same random numbers."""
         drawn, state = self.generator.get_state(), torch.get_rng_state()
-        for _ in range(4):
+        before = Snapshot(self.model) if self.accumulator.is_learning else None
+        for attempt in range(MAX_ROUNDS):
+            if attempt and before is not None:
+                before.restore()
             self.generator.set_state(drawn)
             torch.set_rng_state(state)
             if self._attempt(batch, batch.forward(self.model)):
@@ -161,12 +168,14 @@ class _Pass:
     def _attempt(self, batch: Batch, outputs: Any) -> bool:
         """Accumulate all terms of a batch from one forward pass; False if the first asks for another forward pass."""
         terms = list(self._terms(batch, outputs))
+        alone: Alone | None = None
         for index, (targets, share) in enumerate(terms):
             losses = self.loss_fn(outputs, targets)
             check_losses(losses)
             batch.check_losses(losses)
-            if index == 0 and self.check and self.independent is None:
-                self.independent = is_independent(self.model, batch, targets, losses, self.loss_fn)
+            if index == 0 and self.check and (self.independent is None or not self.accumulator.n_samples):
+                parameters = list(self.accumulator.parameters.values())
+                self.independent, alone = run_alone(self.model, batch, targets, losses, self.loss_fn, parameters)
             if index == 0:
                 count, weights = self._limit(batch.weights, losses)
             done = self.accumulator.accumulate(
@@ -176,6 +185,7 @@ class _Pass:
                 may_replay=index == 0,
                 count=0 if index else count,
                 independent=self.independent,
+                alone=alone if index == 0 else None,
             )
             if not done:
                 return False
@@ -240,20 +250,14 @@ def _cuda_devices(device: torch.device) -> list[torch.device]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, loss_fn: Any, train: bool, device: torch.device) -> Iterator[None]:
-    """Run in eval mode (unless train), with gradients on; restore modes, RNG and the loss's own parameters."""
+def undisturbed(model: nn.Module, train: bool, device: torch.device) -> Iterator[None]:
+    """Run in eval mode (unless train), with gradients on; restore modes and RNG."""
     modes = [(module, module.training) for module in model.modules()]
-    own = [p for p in loss_fn.parameters() if p.requires_grad] if isinstance(loss_fn, nn.Module) else []
-    own = [p for p in own if all(p is not q for q in model.parameters())]
     with torch.random.fork_rng(devices=_cuda_devices(device)), torch.enable_grad():
         try:
             if not train:
                 model.eval()
-            for parameter in own:
-                parameter.requires_grad_(False)
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
-            for parameter in own:
-                parameter.requires_grad_(True)

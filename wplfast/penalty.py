@@ -31,7 +31,8 @@ class WeightPlasticityLoss(nn.Module):
     Args:
         params: the shared parameters: a module (those that require grad), a mapping or (name, tensor) pairs.
         alpha: strength of the anchor; a float, a 0-d tensor, or {prefix: float} (the longest matching prefix counts, ""
-            matches all). Good values depend on F's scale; those of F from a batch-squared gradient are far larger.
+            matches all). What counts is alpha times F, so search over ``alpha * fisher.flat.mean()``, by decades around
+            1. An F made of squared batch gradients is smaller by up to the batch size, and its alpha larger.
         l2: strength of a plain weight decay term over the same parameters.
 
     Raises:

@@ -67,7 +67,7 @@ def verify_fisher(
 
     fisher = fisher_diagonal(model, [cut(0, count)], loss_fn, params=parameters, unpack=tuple)
     loop = {name: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for name, p in parameters.items()}
-    with undisturbed(model, loss_fn, train=False, device=device):
+    with undisturbed(model, train=False, device=device):
         for n in range(count):
             inputs, targets = cut(n, n + 1)
             losses = loss_fn(Batch(inputs, targets, None).forward(model), targets)

@@ -1,4 +1,4 @@
-"""The verification of a batch: a linear identity between captured rows and ordinary autograd.
+"""The verification of a batch: captured rows against plain autograd, on the same graph and on a sample alone.
 
 ``sum_n c_n g_n``, summed from the captured rows with their owners, must equal the ordinary gradient of
 ``sum_n c_n loss_n`` on the same graph. The c_n are random signs and powers of two, so that any exchange of samples
@@ -61,4 +61,49 @@ def check_identity(
                 f"captured per-sample gradients of {names[index]!r} disagree with autograd (|difference| {error:.3g}, "
                 f"|g| {size:.3g}); this is a bug in wplfast: please report the model. "
                 "wplfast.verify_fisher compares with a one-sample loop"
+            )
+
+
+#: Largest difference between a gradient in a batch and alone, relative to its size: another order of summation.
+ALONE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
+
+
+def check_alone(
+    names: Sequence[str],
+    captured: Mapping[int, Tensor],
+    alone: Sequence[Tensor | None],
+    dtypes: Sequence[torch.dtype],
+    skipped: set[int],
+) -> None:
+    """Compare one sample's captured gradient with the one that plain autograd gives it in a batch of its own.
+
+    Both sides of the identity go through the taps; this one does not. It sees an operation that the capture misread, and
+    gradients that a batch scales by its own statistics.
+
+    Args:
+        names: the parameters' names.
+        captured: index -> the sample's gradient; absent where no use was collected.
+        alone: the gradients alone; None where none arrived.
+        dtypes: the parameters' dtypes.
+        skipped: indices not to compare.
+
+    Raises:
+        VerificationError: naming the first parameter that differs.
+    """
+    norms = {i: float(g.double().norm()) for i, g in enumerate(alone) if g is not None}
+    floor = 1e-3 * max(norms.values(), default=0.0)
+    for index, expected in enumerate(alone):
+        got = captured.get(index)
+        if index in skipped or (expected is None and got is None):
+            continue
+        size = max(norms.get(index, 0.0), floor)
+        difference = 0.0 if got is None else got.double()
+        if expected is not None:
+            difference = difference - expected.to_dense().double()
+        error = float(torch.as_tensor(difference).norm())
+        if not error <= ALONE_TOLERANCE[dtypes[index]] * size:
+            raise VerificationError(
+                f"the gradient of {names[index]!r} for one sample is not that of a batch of its own "
+                f"(|difference| {error:.3g}, |g| {size:.3g}): either the batch enters it (a detached batch "
+                "statistic?), or wplfast misread an operation of the model; please report it then"
             )

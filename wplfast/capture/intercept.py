@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import WplfastError
+from ..errors import CoupledSamplesError, WplfastError
 from .call import Call, Slot, Source, autocast_state, floating, is_in_place, kind_of, random_state
 from .rules import rule_for
 from .tap import Listener, Site
@@ -57,6 +57,7 @@ class Interception:
         self._counts: dict[tuple[Any, ...], int] = {}
         self.derive: set[tuple[Any, ...]] = set()  # calls that were measured to have no sample axis
         self.sites: list[Site] = []
+        self.derived: list[Derived] = []
         self.in_backward = False
 
     @property
@@ -66,7 +67,7 @@ class Interception:
 
     def start_batch(self) -> None:
         """Forget the sites of the last forward pass."""
-        self.sites, self._counts = [], {}
+        self.sites, self.derived, self._counts = [], [], {}
 
     def start_backward(self) -> None:
         """Begin a backward pass: sites that it creates (reentrant checkpoints) are numbered from zero again."""
@@ -83,8 +84,12 @@ class Interception:
         with torch._C.DisableTorchFunctionSubclass():
             if name in _ABOUT_ITSELF or self._reads_property(func, name):
                 return func(*args, **kwargs)
-            if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors_in((args, kwargs))):
+            if torch._C._are_functorch_transforms_active():
                 return func(*args, **kwargs)  # a transform inside the model: the gradient arrives at the parameter
+            if kwargs.get("scale_grad_by_freq"):
+                raise CoupledSamplesError(
+                    f"{name} with scale_grad_by_freq=True divides gradients by counts over the batch"
+                )
             return self._call(func, name, args, kwargs)
 
     @staticmethod
@@ -97,13 +102,11 @@ class Interception:
     def _call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sort the tensors of a call, then derive or tap."""
         call, data, key = self._take_apart(func, name, args, kwargs)
-        if not call.sources:
-            return func(*args, **kwargs)
         if call.in_place and call.source_at(0, "self") is not None:
             return self._update_derived(call, data, args)
         if key in self.derive or not data:
-            return self._derive(call, data)
-        return self._tap(call, data, key, args)
+            return self._derive(call, data, args)
+        return self._tap(call, data, key, args, kwargs)
 
     def _take_apart(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -128,12 +131,11 @@ class Interception:
                     data.append(tensor)
             return slots[id(tensor)]
 
-        args, kwargs = map_tensors(slot, args), map_tensors(slot, kwargs)
         call = Call(
             func,
             name,
-            args,
-            kwargs,
+            map_tensors(slot, args),
+            map_tensors(slot, kwargs),
             sources,
             constants,
             differentiable_data=any(t.requires_grad for t in data),
@@ -155,8 +157,8 @@ class Interception:
         if index is None:
             return None
         leaf = self._leaves[index]
-        if leaf.data_ptr() != tensor.data_ptr() or leaf.shape != tensor.shape:  # `p.data = ...` during the pass
-            leaf = self._leaves[index] = tensor.detach().requires_grad_()
+        if leaf.data_ptr() != tensor.data_ptr() or leaf.stride() != tensor.stride():  # `p.data = ...` during the pass
+            leaf.data = tensor.detach()
         return Source(leaf, leaf.detach(), (index,))
 
     def _derived_source(self, tensor: Derived) -> Source:
@@ -179,12 +181,21 @@ class Interception:
             return tensor.dim() == 0
         return tensor.untyped_storage().data_ptr() in self._constants
 
-    def _derive(self, call: Call, data: list[Tensor]) -> Any:
+    def _derive(self, call: Call, data: list[Tensor], args: tuple[Any, ...]) -> Any:
         """Compute on parameters alone, in a graph that leads to their leaves."""
         graphs, indices = self._below(call)
+        if call.in_place:  # parameters written into a plain tensor, which is derived from now on
+            (graph,) = call.run(graphs, data)
+            with torch.no_grad():
+                args[0].copy_(graph)
+            self.derived.append(Derived.become(args[0], graph, indices, self))
+            return None if call.name == "__setitem__" else args[0]
 
         def wrap(tensor: Tensor) -> Tensor:
-            return Derived.wrap(tensor, indices, self) if tensor.requires_grad else tensor
+            if not tensor.requires_grad:
+                return tensor
+            self.derived.append(Derived.wrap(tensor, indices, self))
+            return self.derived[-1]
 
         return map_tensors(wrap, call.result(graphs, data))
 
@@ -193,12 +204,12 @@ class Interception:
         target = args[0]
         if not isinstance(target, Derived):
             return call.func(*args)  # in place on a leaf that requires grad: PyTorch's own error
-        if data:
+        if call.differentiable_data:
             raise WplfastError(
                 f"{call.name} writes data into a tensor that was computed from parameters; use the out-of-place form"
             )
         graphs, indices = self._below(call)
-        (graph,) = call.run(graphs, [])
+        (graph,) = call.run(graphs, data)
         with torch.no_grad():
             target.copy_(graph)
         target._graph, target._parameters = graph, indices
@@ -210,7 +221,9 @@ class Interception:
         graphs = [source.leaf if source.graph is None else source.graph for source in call.sources]
         return graphs, tuple(sorted({index for source in call.sources for index in source.parameters}))
 
-    def _tap(self, call: Call, data: list[Tensor], key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    def _tap(
+        self, call: Call, data: list[Tensor], key: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run a call natively with its sources as constants and tap its floating point outputs."""
         values = [source.value for source in call.sources]
         rule, device = rule_for(call), values[0].device
@@ -224,6 +237,8 @@ class Interception:
             result = None if call.name == "__setitem__" else target
         else:
             result = call.result(values, data)
+            if any(tensor.is_complex() for tensor in tensors_in(result)):
+                return call.func(*args, **kwargs)  # not captured: the gradient arrives at the parameter
             outputs = floating(result)
             if not outputs:
                 return result

@@ -9,14 +9,18 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from .ownership import Axis, Codes, Ownership, Routed, Signature, Single, candidates, decode, matches
+from ..errors import VerificationError
+from .ownership import Axis, Codes, Layout, Ownership, Routed, Signature, Single, candidates, decode, matches
 from .tap import Site
 
 #: A site's key and the index of one of its outputs.
 _Place: TypeAlias = tuple[tuple[Any, ...], int]
 
+#: What to do about templates that are known already: trust them; measure again where they fail; fail.
+Check: TypeAlias = Literal["no", "again", "raise"]
+
 #: What a site's measurement may end in: owners of its outputs (None: zero gradient), probe again, or mixed samples.
-Measured: TypeAlias = list[Ownership | None] | Literal["unmeasured", "mixed"]
+Measured: TypeAlias = list[Ownership | None] | Literal["unmeasured", "mixed", "nonfinite"]
 
 
 class Measurement:
@@ -26,18 +30,24 @@ class Measurement:
         """Know nothing."""
         self.codes = Codes(0, torch.Generator())
         self._generator = torch.Generator().manual_seed(0)
-        self._known: dict[_Place, Axis | Literal["routed"]] = {}
+        self._known: dict[_Place, list[Axis] | Literal["routed"]] = {}
+        self._check: Check = "no"
         self._dormant: set[_Place] = set()  # outputs whose gradient was zero so far: not worth a probing pass
         self._signatures: dict[_Place, list[Signature]] = defaultdict(list)
 
-    def start_batch(self, n_samples: int) -> None:
-        """Draw the codes of a batch."""
-        self.codes = Codes(n_samples, self._generator)
+    def start_batch(self, n_samples: int, check: Check) -> None:
+        """Draw the codes of a batch, and say how far to trust what is known."""
+        self.codes, self._check = Codes(n_samples, self._generator), check
         self.start_probing()
 
     def start_probing(self) -> None:
         """Forget the probing passes."""
         self._signatures = defaultdict(list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether nothing is known yet."""
+        return not self._known
 
     @property
     def has_dormant(self) -> bool:
@@ -46,28 +56,30 @@ class Measurement:
 
     def passes_needed(self, sites: Sequence[Site]) -> int:
         """Return how many probing passes the sites of a batch need: none in steady state."""
-        n_samples, needed = self.codes.n_samples, 0
-        if n_samples == 1:
+        if self.codes.n_samples == 1:
             return 0
+        needed = int(self._check != "no")
         for site in sites:
             for index, shape in enumerate(site.shapes):
                 place = (site.key, index)
                 known = self._known.get(place)
-                if known == "routed":
+                if known == "routed" or (self._template(known, shape) is None and place not in self._dormant):
                     return self.codes.rounds
-                if isinstance(known, Axis) and known.fit(shape, n_samples) is None:
-                    del self._known[place]
-                    known = None
-                if known is None and place not in self._dormant:
-                    needed = 1
         return needed
 
     def probe(self, site: Site, grads: Sequence[Tensor | None]) -> None:
-        """Keep the projections of a probing pass, where something is to be measured."""
+        """Keep the projections of a probing pass, where something is to be measured or checked."""
         for index, gradient in enumerate(grads):
-            place = (site.key, index)
-            if gradient is not None and not isinstance(self._known.get(place), Axis):
-                self._signatures[place].append(Signature.of(at_least_1d(gradient), self.codes.n_samples))
+            if gradient is None:
+                continue
+            gradient, place = at_least_1d(gradient), (site.key, index)
+            if self._check != "no" or self._template(self._known.get(place), gradient.shape) is None:
+                self._signatures[place].append(Signature.of(gradient, self.codes.n_samples))
+
+    def _template(self, known: list[Axis] | Literal["routed"] | None, shape: torch.Size) -> Layout | None:
+        """Return the layout of the known template that fits a shape."""
+        layouts = (axis.fit(shape, self.codes.n_samples) for axis in known) if isinstance(known, list) else ()
+        return next((layout for layout in layouts if layout is not None), None)
 
     def owners(self, site: Site, grads: Sequence[Tensor | None]) -> Measured:
         """Return who owns each output, given its gradients of the collecting pass."""
@@ -80,42 +92,52 @@ class Measurement:
             owner = self._owner(place, at_least_1d(gradient))
             if owner == "unmeasured":
                 self._dormant.discard(place)
-            if owner == "unmeasured" or owner == "mixed":
+            if owner == "unmeasured" or owner == "mixed" or owner == "nonfinite":
                 return owner
             owners.append(None if owner == "zero" else owner)
         return owners
 
-    def _owner(self, place: _Place, gradient: Tensor) -> Ownership | Literal["zero", "unmeasured", "mixed"]:
+    def _owner(
+        self, place: _Place, gradient: Tensor
+    ) -> Ownership | Literal["zero", "unmeasured", "mixed", "nonfinite"]:
         """Return who owns one output, from what is known or from the probing passes."""
         n_samples = self.codes.n_samples
         if n_samples == 1:
             return Single()
         known = self._known.get(place)
-        if isinstance(known, Axis):
-            layout = known.fit(gradient.shape, n_samples)
-            if layout is not None:
-                return layout
-            del self._known[place]
-            known = None
+        layout = self._template(known, gradient.shape)
+        coded = self._signatures.get(place)
+        if layout is not None and (self._check == "no" or not coded):
+            return layout
         plain = Signature.of(gradient, n_samples)
+        if not plain.is_finite:
+            return "nonfinite"
         if plain.is_zero:
             if known is None:
                 self._dormant.add(place)
             return "zero"
-        coded = self._signatures.get(place)
         if not coded:
             return "unmeasured"
-        if known is None:
-            passing = self._structures(gradient.shape, coded[0], plain)
+        if layout is not None:
+            if self._matches(layout, gradient.shape, coded, plain):
+                return layout
+            if self._check == "raise":
+                raise VerificationError(
+                    f"the rows of {place[0][2]} belong to other samples than in earlier batches (does the model order "
+                    "them by the data?); pass verify='always' to measure every batch"
+                )
+            self._known.pop(place)
+            known = None
+        if known != "routed":
+            if len(coded) < self.codes.rounds:
+                return "unmeasured"
+            passing = self._structures(gradient.shape, coded, plain)
             if passing:
                 if len(passing) == 1:  # several: too little of the gradient is nonzero to tell; measured again
-                    self._known[place] = passing[0]
-                layout = passing[0].fit(gradient.shape, n_samples)
-                assert layout is not None
-                return layout
-            if len(coded) < self.codes.rounds:
-                self._known[place] = "routed"
-                return "unmeasured"
+                    templates = self._known.setdefault(place, [])
+                    assert isinstance(templates, list)
+                    templates.append(passing[0])
+                return passing[0].fit(gradient.shape, n_samples) or "mixed"
         owner = decode(coded, plain, self.codes) if len(coded) == self.codes.rounds else None
         if owner is None:
             self._known.pop(place, None)
@@ -123,13 +145,17 @@ class Measurement:
         self._known[place] = "routed"
         return Routed(owner, n_samples)
 
-    def _structures(self, shape: torch.Size, coded: Signature, plain: Signature) -> list[Axis]:
+    def _matches(self, layout: Layout, shape: torch.Size, coded: list[Signature], plain: Signature) -> bool:
+        """Compare a layout with all probing passes."""
+        weights = self.codes.weights
+        return all(matches(layout, shape, one, plain, weights(digit)) for digit, one in enumerate(coded))
+
+    def _structures(self, shape: torch.Size, coded: list[Signature], plain: Signature) -> list[Axis]:
         """Return the first two templates that the measurement admits."""
         found: list[Axis] = []
-        weights = self.codes.weights(0)
         for axis in candidates(shape, self.codes.n_samples):
             layout = axis.fit(shape, self.codes.n_samples)
-            if layout is not None and matches(layout, shape, coded, plain, weights):
+            if layout is not None and self._matches(layout, shape, coded, plain):
                 found.append(axis)
                 if len(found) == 2:
                     break

@@ -46,26 +46,21 @@ class Codes:
 
 @dataclass(frozen=True)
 class Axis:
-    """The sample axis lies in one dimension, whose size is ``outer * N * inner``; one template fits any N and T."""
+    """A measured template: the samples lie along one dimension, whose size is ``outer * N * inner``.
+
+    It fits batches of any N, and of any size elsewhere. Another ``outer * inner`` is measured anew: with T = 1, say,
+    T * N * K looks like N * (T * K).
+    """
 
     dim: int
-    place: str  # "whole": the dimension is the axis; "outermost": N * inner; "innermost": outer * N; "middle"
-    outer: int = 1  # for "middle" only
+    outer: int = 1
+    inner: int = 1
 
     def fit(self, shape: torch.Size, n_samples: int) -> Layout | None:
         """Return the layout of a tensor of this shape; None if the template does not apply to it."""
-        if self.dim >= len(shape) or n_samples == 0 or shape[self.dim] % n_samples:
+        if self.dim >= len(shape) or shape[self.dim] != self.outer * n_samples * self.inner:
             return None
-        rest = shape[self.dim] // n_samples
-        if (self.place == "whole") != (rest == 1):
-            return None  # T = 1 cannot tell outermost from innermost: measured again when T grows
-        if self.place in ("whole", "outermost"):
-            return Layout(self.dim, 1, n_samples, rest)
-        if self.place == "innermost":
-            return Layout(self.dim, rest, n_samples, 1)
-        if rest % self.outer:
-            return None
-        return Layout(self.dim, self.outer, n_samples, rest // self.outer)
+        return Layout(self.dim, self.outer, n_samples, self.inner)
 
 
 @dataclass(frozen=True)
@@ -227,8 +222,13 @@ class Signature:
 
     @property
     def is_zero(self) -> bool:
-        """Tell whether the gradient was zero."""
-        return not bool(self.rows.any())
+        """Tell whether the gradient was zero, or so small that codes would be lost in subnormal numbers."""
+        return bool((self.rows.abs() <= smallest(self.rows.dtype)).all())
+
+    @property
+    def is_finite(self) -> bool:
+        """Tell whether the gradient was free of NaN and inf."""
+        return bool(torch.isfinite(self.rows).all())
 
 
 def candidates(shape: torch.Size, n_samples: int) -> list[Axis]:
@@ -240,15 +240,20 @@ def candidates(shape: torch.Size, n_samples: int) -> list[Axis]:
             continue
         rest = size // n_samples
         if rest == 1:
-            found.append(Axis(dim, "whole"))
+            found.append(Axis(dim))
         elif rest > 1:
-            found += [Axis(dim, "outermost"), Axis(dim, "innermost")]
-            between += [Axis(dim, "middle", outer) for outer in range(2, rest) if rest % outer == 0]
+            found += [Axis(dim, 1, rest), Axis(dim, rest, 1)]
+            between += [Axis(dim, outer, rest // outer) for outer in range(2, rest) if rest % outer == 0]
     return found + between
 
 
+def smallest(dtype: torch.dtype) -> float:
+    """Return the size below which rounding to subnormal numbers exceeds the tolerance."""
+    return torch.finfo(dtype).tiny * RADIX**2 / TOLERANCE[dtype]
+
+
 def matches(layout: Layout, shape: torch.Size, coded: Signature, plain: Signature, codes: Tensor) -> bool:
-    """Tell whether every row of the coded pass is its owner's code times the row of the plain pass."""
+    """Tell whether every row of a coded pass is its owner's code times the row of the plain pass."""
     by_rows = layout.has_rows(len(shape)) or len(shape) == 1
     after, before = (coded.rows, plain.rows) if by_rows else (coded.columns, plain.columns)
     if after is None or before is None:
@@ -260,9 +265,9 @@ def matches(layout: Layout, shape: torch.Size, coded: Signature, plain: Signatur
 def _agree(after: Tensor, before: Tensor, code: Tensor) -> Tensor:
     """Compare projections elementwise: |after - code * before| small against the row and against the tensor."""
     wide = torch.float64 if before.dtype == torch.float64 else torch.float32
-    tolerance = TOLERANCE[before.dtype]
+    tolerance, floor = TOLERANCE[before.dtype], smallest(before.dtype)
     after, before, code = after.to(wide), before.to(wide), code.to(wide)
-    level = before.abs() + before.square().mean().sqrt()
+    level = before.abs() + before.abs().mean() + floor
     return (after - code * before).abs() <= tolerance * code.abs() * level
 
 
@@ -271,7 +276,7 @@ def decode(digits: list[Signature], plain: Signature, codes: Codes) -> Tensor | 
     before = plain.rows
     wide = before.double()
     number = torch.zeros(len(before), dtype=torch.int64, device=before.device)
-    nonzero = before != 0
+    nonzero = before.abs() > smallest(before.dtype)
     sane = torch.ones_like(nonzero)
     for digit, coded in enumerate(digits):
         ratio = (coded.rows.double() / wide).abs()

@@ -41,6 +41,14 @@ def weighted_sum(parameter: int, uses: Sequence[Use], weights: Tensor, like: Ten
     return total
 
 
+def gradient_of(parameter: int, uses: Sequence[Use], sample: int, like: Tensor) -> Tensor:
+    """Return one sample's gradient, in the shape of ``like``."""
+    total = torch.zeros_like(like)
+    for use in uses:
+        total += _push(use.source, parameter, use.per_sample(range(sample, sample + 1)))[0]
+    return total
+
+
 _Region = tuple[torch.Size, tuple[int, ...], int]
 
 
@@ -63,8 +71,9 @@ def _regions(uses: Sequence[Use], fisher: Tensor) -> dict[_Region | None, list[U
     spans = []
     for size, stride, offset in (region for region in regions if region is not None):
         numel, extent = size.numel(), 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-        if numel == 0 or extent != numel:
-            return {None: list(uses)}  # has gaps or overlaps
+        overlaps = any(n > 1 and s == 0 for n, s in zip(size, stride, strict=True))
+        if numel == 0 or extent != numel or overlaps:
+            return {None: list(uses)}  # not one run of memory
         spans.append((offset, offset + extent))
     spans.sort()
     disjoint = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))

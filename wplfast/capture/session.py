@@ -16,22 +16,69 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import CoupledSamplesError, WplfastError
-from .identity import check_identity
+from ..errors import CoupledSamplesError, NonFiniteError, WplfastError
+from .graph import reorders_rows
+from .identity import check_alone, check_identity
 from .intercept import Interception
-from .measure import Measurement, at_least_1d
-from .reduce import accumulate, weighted_sum
+from .measure import Check, Measurement, at_least_1d
+from .reduce import accumulate, gradient_of, weighted_sum
 from .rules import GENERIC
 from .tap import Site
 from .uses import Use
 
-_Mode: TypeAlias = Literal["probe", "collect", "ordinary"]
+_Mode: TypeAlias = Literal["idle", "probe", "ordinary", "collect"]
+
+#: Rounds of probing and collecting that one batch may take before something is wrong.
+MAX_ROUNDS = 4
+
+
+@dataclass
+class Alone:
+    """A sample's gradients in a batch of its own, by plain autograd."""
+
+    sample: int
+    gradients: Sequence[Tensor | None]
+
+
+@dataclass
+class _Batch:
+    """The state of one batch."""
+
+    losses: Tensor
+    weights: Tensor | None
+    independent: bool | None
+    alone: Alone | None
+    verify: bool
+    keep: bool  # the graph is needed again
+    only: set[int] | None = None  # parameters that this round is about; None: all
+    dry: bool = False  # measure only
+    with_ordinary: bool = False  # this probing pass computes ordinary gradients
+    blocked: set[int] = field(default_factory=set)  # left to one backward pass per sample
+    ordinary: list[Tensor | None] = field(default_factory=list)
+    coded: dict[int, Tensor] = field(default_factory=dict)  # sum_n c_n g_n from captured rows
+    single: dict[int, Tensor] = field(default_factory=dict)  # g_n of the sample that was run alone
+    # of one collecting pass:
+    uses: dict[int, list[Use]] = field(default_factory=lambda: defaultdict(list))
+    pending: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    flushed: set[int] = field(default_factory=set)
+    retry: set[int] = field(default_factory=set)
+    mixed: list[Site] = field(default_factory=list)
+
+    def start_round(self, sites: Sequence[Site], dry: bool) -> None:
+        """Begin a collecting pass."""
+        self.dry = dry
+        self.uses, self.pending = defaultdict(list), defaultdict(int)
+        self.flushed, self.retry, self.mixed = set(), set(), []
+        for site in sites:
+            for index in site.parameters if not site.late else ():
+                self.pending[index] += 1
 
 
 class Session:
@@ -51,20 +98,18 @@ class Session:
         self.rules: dict[int, set[str]] = defaultdict(set)
         self.seconds: dict[str, float] = defaultdict(float)
         self.unseen: set[int] = set()
-        self.half = False  # some gradient was in half precision
         self.batches = 0
         self._measurement = Measurement()
         self._late: set[int] = set()  # parameters used inside reentrant checkpoints
-        self._mode: _Mode = "collect"
-        self._clear()
+        self._half = False  # some gradient was in half precision
+        self._reorders = False  # rows may lie in another order in every batch
+        self._mode: _Mode = "idle"
+        self._batch = _Batch(torch.empty(0), None, None, None, False, False)
 
-    def _clear(self) -> None:
-        """Reset the state of one collecting pass."""
-        self._uses: dict[int, list[Use]] = defaultdict(list)
-        self._pending: dict[int, int] = defaultdict(int)
-        self._retry: set[int] = set()
-        self._mixed: list[Site] = []
-        self._flushed: set[int] = set()
+    @property
+    def is_learning(self) -> bool:
+        """Tell whether no batch of several samples was measured yet."""
+        return self._measurement.is_empty
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
@@ -73,148 +118,181 @@ class Session:
         losses: Tensor,
         weights: Tensor | None = None,
         *,
-        verify: bool = False,
+        verify: bool | Literal["always"] = False,
         retain_graph: bool = False,
         may_replay: bool = False,
         independent: bool | None = None,
+        alone: Alone | None = None,
     ) -> bool:
         """Collect one batch.
 
         Args:
             losses: one loss per sample [N], with a graph.
             weights: optional float64 weights [N] outside the square, on the losses' device.
-            verify: compare captured with ordinary gradients.
+            verify: compare captured with ordinary gradients, in the first batch or always.
             retain_graph: keep the graph for another call on the same forward pass.
             may_replay: the caller can run the same forward pass again.
             independent: whether the caller found a sample's loss to be the same in a batch of its own; None: unknown.
+            alone: gradients of that sample, to compare with.
 
         Returns:
-            False if the accumulators were emptied again and the forward pass must be run again (first batch only).
+            False if nothing was accumulated and the forward pass must be run again.
 
         Raises:
             CoupledSamplesError: if a sample's loss depends on other samples.
             VerificationError: if captured and ordinary gradients disagree.
         """
         measurement, sites = self._measurement, self.interception.sites
-        measurement.start_batch(len(losses))
-        self._weights, self._independent = weights, independent
-        self._lhs: dict[int, Tensor] | None = {} if verify else None
-        self._rhs: list[Tensor | None] = []
-        self._only: set[int] | None = None
-        digits = max(measurement.passes_needed(sites), int(verify))
-        keep = retain_graph or digits > 0 or not self.batches or measurement.has_dormant
-        keep = keep or bool(self._late or self.unseen)
-        blocked: set[int] = set()
-        for attempt in range(4):
-            for digit in range(digits):
-                self._probe(losses, digit, ordinary=verify and attempt == digit == 0)
-            if digits and self.batches and may_replay:
-                self._collect(losses, keep, dry=True)  # find out about replays before anything is accumulated
-                if self._mixed and not self._escalate(may_replay):
+        first = not self.batches
+        checked = verify == "always" or bool(verify and first)
+        measurement.start_batch(len(losses), self._start_check(losses, verify))
+        passes = max(measurement.passes_needed(sites), int(checked))
+        keep = retain_graph or passes > 0 or first or measurement.has_dormant or bool(self._late or self.unseen)
+        batch = self._batch = _Batch(losses, weights, independent, alone if checked else None, checked, keep)
+        for attempt in range(MAX_ROUNDS):
+            for digit in range(passes):
+                self._probe(digit, with_ordinary=checked and attempt == digit == 0)
+            if passes and not first and may_replay:
+                self._collect(dry=True)  # find out about replays before anything is accumulated
+                if batch.mixed and not self._escalate(may_replay):
                     return False
-            self._collect(losses, keep)
-            blocked |= self._find_unseen()
-            if self._mixed:
+            self._collect(dry=False)
+            batch.blocked |= self._find_unseen()
+            if batch.mixed:
                 if not self._escalate(may_replay):
                     return False
-                blocked |= {index for site in self._mixed for index in site.parameters}
-                self._retry -= blocked
-            if not self._retry:
+                batch.blocked |= {index for site in batch.mixed for index in site.parameters}
+            batch.retry -= batch.blocked | self.unseen
+            if not batch.retry:
                 break
-            if not keep:
-                raise WplfastError(f"the use of {self._some(self._retry)} changed its layout inside a checkpoint")
-            self._only = set(self._retry)
+            if not batch.keep:
+                raise WplfastError(
+                    f"the use of {self._some(batch.retry)} is another one than in earlier batches, inside a checkpoint "
+                    "or in a forward pass whose losses came separately; give the losses of all forward passes together"
+                )
+            batch.only = set(batch.retry)
             measurement.start_probing()
-            digits = max(1, measurement.passes_needed(sites))
+            passes = max(1, measurement.passes_needed(sites))
         else:
-            raise WplfastError(f"could not measure which samples the uses of {self._some(self._retry)} belong to")
-        self._one_by_one(losses, blocked | self.unseen)
-        if self._lhs is not None:
-            dtypes = [torch.bfloat16 if self.half else p.dtype for p in self.parameters]
-            codes = measurement.codes.weights(0)
-            check_identity(self.names, self._lhs, self._rhs, self.fisher, codes, dtypes, blocked | self.unseen)
+            raise WplfastError(f"could not measure which samples the uses of {self._some(batch.retry)} belong to")
+        self._one_by_one(batch.blocked | self.unseen)
+        if checked:
+            self._verify(batch)
         if not retain_graph:
             self.interception.start_batch()
         self.batches += 1
         return True
 
-    def _run(self, losses: Tensor, weights: Tensor, mode: _Mode, keep: bool) -> None:
+    def _start_check(self, losses: Tensor, verify: bool | Literal["always"]) -> Check:
+        """Decide how far to trust what earlier batches told about the owners of rows."""
+        if not self.batches:
+            self._reorders = reorders_rows(losses)
+            return "no"
+        power_of_four = self.batches & (self.batches - 1) == 0 and self.batches.bit_length() % 2 == 1
+        if verify and power_of_four:
+            self._reorders = self._reorders or reorders_rows(losses)
+        if verify == "always" or self._reorders:
+            return "again"
+        return "raise" if verify and power_of_four else "no"
+
+    def abandon(self) -> None:
+        """Forget a batch that will not be accumulated."""
+        self._drop_gradients()
+        self.interception.start_batch()
+
+    def _run(self, weights: Tensor, mode: _Mode, keep: bool) -> None:
         """Run one backward pass."""
+        losses = self._batch.losses
         self._mode, self.interception.in_backward = mode, True
         self.interception.start_backward()
         try:
             # Not losses.backward(weights): PyTorch imports sympy for that, which takes longer than most first batches.
             (losses * weights.to(losses)).sum().backward(retain_graph=keep)
         finally:
-            self.interception.in_backward = False
+            self._mode, self.interception.in_backward = "idle", False
+
+    def _verify(self, batch: _Batch) -> None:
+        """Compare captured rows with plain autograd, unless something overflowed, which the accumulator reports."""
+        if not all(bool(torch.isfinite(f.sum())) for f in self.fisher):
+            return
+        skipped = batch.blocked | self.unseen
+        dtypes = [torch.bfloat16 if self._half else p.dtype for p in self.parameters]
+        codes = self._measurement.codes.weights(0)
+        check_identity(self.names, batch.coded, batch.ordinary, self.fisher, codes, dtypes, skipped)
+        if batch.alone is not None:
+            check_alone(self.names, batch.single, batch.alone.gradients, dtypes, skipped)
 
     # ---- what the taps report --------------------------------------------------------------------------------------
 
     def event(self, site: Site, data: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """Take the gradients of a site's outputs."""
         nothing: list[Tensor | None] = [None] * len(site.call.sources)
-        if site.late:
+        if site.late and self._mode != "idle":
             self._late |= site.parameters
-        self.half |= any(g is not None and g.dtype in (torch.bfloat16, torch.float16) for g in grads)
+        if self._mode == "idle":
+            if torch.is_grad_enabled():
+                raise WplfastError(
+                    "a second derivative through watched parameters (create_graph=True inside the model or the loss) "
+                    "is not supported: per-sample gradients cannot be captured there"
+                )
+            return nothing
+        self._half |= any(g is not None and g.dtype in (torch.bfloat16, torch.float16) for g in grads)
         if self._mode == "collect":
             self._collect_site(site, data, grads)
             return nothing
         if self._mode == "probe":
             self._measurement.probe(site, grads)
-            if not self._ordinary:
+            if not self._batch.with_ordinary:
                 return nothing
-        elif self._only is not None and not self._only & site.parameters:
+        elif self._batch.only is not None and not self._batch.only & site.parameters:
             return nothing
         return site.rule.ordinary(site.call, data, grads)
 
     # ---- probing ---------------------------------------------------------------------------------------------------
 
-    def _probe(self, losses: Tensor, digit: int, ordinary: bool) -> None:
-        """Run one probing pass; with ``ordinary``, keep the parameters' ordinary gradients to verify with."""
-        self._ordinary = ordinary
-        self._run(losses, self._measurement.codes.weights(digit), "probe", keep=True)
-        if ordinary:
-            self._rhs = self._ordinary_gradients()
+    def _probe(self, digit: int, with_ordinary: bool) -> None:
+        """Run one probing pass; with ``with_ordinary``, keep the parameters' ordinary gradients to verify with."""
+        self._batch.with_ordinary = with_ordinary
+        self._run(self._measurement.codes.weights(digit), "probe", keep=True)
+        if with_ordinary:
+            self._batch.ordinary = self._ordinary_gradients()
 
     def _ordinary_gradients(self) -> list[Tensor | None]:
         """Take the gradients that an ordinary backward pass left, down to the parameters."""
-        derived = {id(s.leaf): s for site in self.interception.sites for s in site.call.sources if s.graph is not None}
-        for source in derived.values():
-            if source.leaf.grad is not None:
-                assert source.graph is not None
-                torch.autograd.backward(source.graph, source.leaf.grad, retain_graph=True)
-                source.leaf.grad = None
+        for derived in self.interception.derived:
+            if derived.grad is not None:
+                torch.autograd.backward(derived._graph, derived.grad.to(derived._graph.dtype), retain_graph=True)
+                derived.grad = None
         gradients = []
         for parameter, leaf in zip(self.parameters, self.interception.leaves, strict=True):
-            parts = [g for g in (leaf.grad, parameter.grad) if g is not None]
+            parts = [g.to_dense() for g in (leaf.grad, parameter.grad) if g is not None]
             gradients.append(sum(parts[1:], parts[0]) if parts else None)
             leaf.grad = None
         return gradients
 
     # ---- collecting ------------------------------------------------------------------------------------------------
 
-    def _collect(self, losses: Tensor, keep: bool, dry: bool = False) -> None:
+    def _collect(self, dry: bool) -> None:
         """Run the collecting pass and accumulate all that can be; a dry one only measures."""
-        self._clear()
-        self._dry = dry
-        for site in self.interception.sites:
-            for index in site.parameters if not site.late else ():
-                self._pending[index] += 1
-        self._run(losses, torch.ones(len(losses)), "collect", keep)
-        for index in list(self._uses):
+        batch = self._batch
+        batch.start_round(self.interception.sites, dry)
+        self._run(torch.ones(len(batch.losses)), "collect", batch.keep)
+        for index in list(batch.uses):
             self._flush(index)
 
     def _collect_site(self, site: Site, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        """Turn one site's gradients into uses."""
-        started = time.perf_counter()
-        parameters = site.parameters
-        if self._only is None or parameters & self._only:
+        """Turn one site's gradients into uses, and flush the parameters whose last use this was."""
+        batch, parameters = self._batch, site.parameters
+        if batch.only is None or parameters & batch.only:
             owners = self._measurement.owners(site, grads)
             if isinstance(owners, str):
-                self._retry |= parameters
+                if owners == "nonfinite":
+                    raise NonFiniteError(f"a gradient of {self.names[min(parameters)]!r} is NaN or infinite")
+                batch.retry |= parameters
                 if owners == "mixed":
-                    self._mixed.append(site)
-            elif any(owner is not None for owner in owners) and not self._dry:
+                    batch.mixed.append(site)
+            elif any(owner is not None for owner in owners) and not batch.dry:
+                started = time.perf_counter()
                 pairs = zip(grads, owners, strict=True)
                 grads = [None if g is None or owner is None else at_least_1d(g) for g, owner in pairs]
                 uses = site.rule.uses(site.call, data, grads, owners)
@@ -223,38 +301,41 @@ class Session:
                 for use in uses:
                     for index in use.source.parameters:
                         self._take(index, use, site)
-                if uses:
-                    self.seconds[uses[0].rule] += time.perf_counter() - started
+                self.seconds[uses[0].rule if uses else site.rule.name] += time.perf_counter() - started
         if not site.late and not site.fired:
             site.fired = True
             for index in parameters:
-                self._pending[index] -= 1
-                if self._pending[index] == 0 and index not in self._late:
+                batch.pending[index] -= 1
+                if batch.pending[index] == 0 and index not in self._late:
                     self._flush(index)
 
     def _take(self, index: int, use: Use, site: Site) -> None:
         """Keep a use until all uses of its parameter are in."""
-        if self._only is not None and index not in self._only:
+        batch = self._batch
+        if batch.only is not None and index not in batch.only:
             return
-        if index in self._flushed:
+        if index in batch.flushed:
             raise WplfastError(
-                f"{self.names[index]!r} was used again ({site.call.name}, inside a checkpoint) after its gradient was "
-                "squared; its uses must be the same ones in every batch"
+                f"{self.names[index]!r} was used again ({site.call.name}) after its gradient was squared: inside a "
+                "checkpoint its uses must be the same ones in every batch, and results computed from parameters alone "
+                "must not be kept from one batch to the next"
             )
-        self._uses[index].append(use)
+        batch.uses[index].append(use)
 
     def _flush(self, index: int) -> None:
         """Square and accumulate what is known of one parameter."""
-        uses = self._uses.pop(index, [])
-        if index in self._retry or index in self.unseen or not uses:
+        batch = self._batch
+        uses = batch.uses.pop(index, [])
+        if index in batch.retry or index in self.unseen or not uses:
             return
         started = time.perf_counter()
-        self._flushed.add(index)
-        gradient = None if self.gradient is None else self.gradient[index]
-        if self._lhs is not None:
-            codes = self._measurement.codes.weights(0).to(self.fisher[index].device)
-            self._lhs[index] = weighted_sum(index, uses, codes, self.fisher[index])
-        accumulate(index, uses, self.fisher[index], gradient, self._weights)
+        batch.flushed.add(index)
+        fisher, gradient = self.fisher[index], None if self.gradient is None else self.gradient[index]
+        if batch.verify:
+            batch.coded[index] = weighted_sum(index, uses, self._measurement.codes.weights(0).to(fisher.device), fisher)
+        if batch.alone is not None:
+            batch.single[index] = gradient_of(index, uses, batch.alone.sample, fisher)
+        accumulate(index, uses, fisher, gradient, batch.weights)
         self.rules[index] |= {use.rule for use in uses}
         slow = any(use.rule == GENERIC.name for use in uses)
         self.seconds[GENERIC.name if slow else uses[0].rule] += time.perf_counter() - started
@@ -268,26 +349,24 @@ class Session:
         result counts as derived from parameters. With such data the samples are coupled, unless the data themselves
         came from such a site.
         """
-        bare = [site for site in self._mixed if not site.call.differentiable_data]
-        coupled = [site for site in self._mixed if site.call.differentiable_data]
-        n_samples = self._measurement.codes.n_samples
-        known = self._independent or (
-            self._independent is None and all(_is_about_positions(s, n_samples) for s in bare)
-        )
+        batch = self._batch
+        bare = [site for site in batch.mixed if not site.call.differentiable_data]
+        coupled = [site for site in batch.mixed if site.call.differentiable_data]
+        known = batch.independent
+        if known is None:
+            known = all(_is_about_positions(site, len(batch.losses)) for site in bare)
         if not bare or not known:
-            raise CoupledSamplesError(self._coupling((coupled or bare)[0]))
+            hint = "" if coupled or batch.independent is not None else UNKNOWN
+            raise CoupledSamplesError(self._coupling((coupled or bare)[0]) + hint)
         self.interception.derive |= {site.key for site in bare}
-        if may_replay and (self._dry or self.batches == 0):
+        if may_replay and (batch.dry or self.batches == 0):
             if self.batches == 0:
                 for accumulator in (*self.fisher, *(self.gradient or ())):
                     accumulator.zero_()
             self.interception.start_batch()
             return False
-        if coupled:
-            raise WplfastError(
-                f"{self._coupling(coupled[0])}, or the data of this call depend on parameters alone: "
-                "run the same forward pass and backward again to tell"
-            )
+        if coupled and not batch.independent:
+            raise CoupledSamplesError(self._coupling(coupled[0]) + UNKNOWN)
         return True
 
     def _coupling(self, site: Site) -> str:
@@ -301,42 +380,41 @@ class Session:
 
     def _find_unseen(self) -> set[int]:
         """Return the parameters that gradients arrived at past the taps, and remember them."""
-        found = {i for i, p in enumerate(self.parameters) if p.grad is not None}
-        for site in self.interception.sites:
-            reached = [s for s in site.call.sources if s.graph is not None and s.leaf.grad is not None]
-            found |= {index for source in reached for index in source.parameters}
+        found = {index for index, p in enumerate(self.parameters) if p.grad is not None}
+        for derived in self.interception.derived:
+            if derived.grad is not None:
+                found |= set(derived._parameters)
         self._drop_gradients()
         fresh = found - self.unseen
         if fresh and self.batches:
-            raise WplfastError(f"a gradient arrived at {self._some(fresh)} unseen, though not in earlier batches")
-        for index in fresh & self._flushed:
-            for accumulator in (self.fisher, self.gradient or ()):
-                if accumulator:
-                    accumulator[index].zero_()
+            raise WplfastError(
+                f"a gradient arrived at {self._some(fresh)} through an operation that cannot be seen (a custom "
+                "autograd.Function, TorchScript), though not in the first batch"
+            )
+        for index in fresh & self._batch.flushed:
+            self.fisher[index].zero_()
+            if self.gradient is not None:
+                self.gradient[index].zero_()
         self.unseen |= fresh
-        self._retry -= self.unseen
         return fresh
 
     def _drop_gradients(self) -> None:
         """Clear the gradients that a pass left."""
-        for tensor in (*self.parameters, *self.interception.leaves):
+        for tensor in (*self.parameters, *self.interception.leaves, *self.interception.derived):
             tensor.grad = None
-        for site in self.interception.sites:
-            for source in site.call.sources:
-                source.leaf.grad = None
 
-    def _one_by_one(self, losses: Tensor, wanted: set[int]) -> None:
+    def _one_by_one(self, wanted: set[int]) -> None:
         """Collect some parameters exactly, with one backward pass for each sample."""
         if not wanted:
             return
-        started = time.perf_counter()
-        self._only = wanted
-        for sample in range(len(losses)):
-            one = torch.zeros(len(losses))
+        started, batch = time.perf_counter(), self._batch
+        batch.only = wanted
+        for sample in range(len(batch.losses)):
+            one = torch.zeros(len(batch.losses))
             one[sample] = 1
-            self._run(losses, one, "ordinary", keep=True)
+            self._run(one, "ordinary", keep=True)
             gradients = self._ordinary_gradients()
-            weight = None if self._weights is None else self._weights[sample : sample + 1]
+            weight = None if batch.weights is None else batch.weights[sample : sample + 1]
             for index in wanted:
                 gradient = gradients[index]
                 if gradient is not None:
@@ -355,9 +433,12 @@ class Session:
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
+UNKNOWN = (
+    ". If the data of this call do not depend on the samples at all, that is no coupling, but one batch cannot tell: "
+    "use fisher_diagonal, which runs a sample alone, or pass independent=True to FisherAccumulator"
+)
+
+
 def _is_about_positions(site: Site, n_samples: int) -> bool:
-    """Tell whether the data of a call are surely not samples: a range of indices, or integers of another size."""
-    for shape, dtype, is_range in site.call.data_kinds:
-        if dtype.is_floating_point or not (is_range or all(size % n_samples for size in shape)):
-            return False
-    return True
+    """Tell whether the data of a call are not samples: a range of indices, or of sizes that no batch axis fits in."""
+    return all(is_range or all(size % n_samples for size in shape) for shape, _, is_range in site.call.data_kinds)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,14 @@ class WatchedParameter(nn.Parameter):
         """Intercept a torch function."""
         return _dispatch(func, args, kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """Copy as what the parameter is outside of the pass."""
+        if id(self) not in memo:
+            with torch._C.DisableTorchFunctionSubclass():
+                memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+        copy: nn.Parameter = memo[id(self)]
+        return copy
+
 
 class WatchedTensor(Tensor):
     """A leaf tensor that is no ``nn.Parameter`` during a pass."""
@@ -84,8 +92,29 @@ class Derived(Tensor):
         derived._graph, derived._parameters, derived._pass = graph, parameters, interceptor
         return derived
 
+    @staticmethod
+    def become(tensor: Tensor, graph: Tensor, parameters: tuple[int, ...], interceptor: Interceptor) -> Derived:
+        """Turn a plain tensor that parameters were written into, and that has their value, into a derived one.
+
+        Raises:
+            WplfastError: if it is a view or already part of a graph, whose history this would hide.
+        """
+        if type(tensor) is not Tensor or tensor.requires_grad or tensor._is_view():
+            raise WplfastError("parameters were written in place into a view or into data; use an out-of-place form")
+        tensor.__class__ = Derived
+        derived = cast(Derived, tensor)
+        with torch._C.DisableTorchFunctionSubclass():
+            derived.requires_grad_()
+        derived._graph, derived._parameters, derived._pass = graph, parameters, interceptor
+        return derived
+
 
 _SWAPS: dict[type, type] = {nn.Parameter: WatchedParameter, Tensor: WatchedTensor}
+
+
+def is_watched(tensor: Tensor) -> bool:
+    """Tell whether a pass watches a tensor."""
+    return id(tensor) in _interceptors
 
 
 def check_supported(parameters: dict[str, Tensor]) -> None:

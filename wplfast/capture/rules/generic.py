@@ -48,13 +48,13 @@ class LocalUse(Use):
             else:
                 gradient = of_sources[self.index]
             if gradient is not None:
-                row.copy_(gradient)
+                row.copy_(gradient.to_dense())
         return found
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Weigh the outputs' gradients: one backward pass."""
         gradient = self._backward([o.scale(g, weights.to(g.device)) for g, o in self._owned()])
-        return torch.zeros_like(self.source.value) if gradient is None else gradient
+        return torch.zeros_like(self.source.value) if gradient is None else gradient.to_dense()
 
     def _owned(self) -> list[tuple[Tensor, Ownership]]:
         """List the gradients that are not zero, with their owners."""
@@ -87,6 +87,8 @@ class GenericRule(Rule):
     ) -> list[Use]:
         """Return lazy uses that share one local graph."""
         local = LocalBackward(call, data)
+        if not any(output.requires_grad for output in local.outputs):
+            return []  # x.to(weight) and the like: the result does not depend on the value
         sliced = SlicedCall(call, data, local, owners)
         n_samples = next(owner.n_samples for owner in owners if owner is not None)
         return [LocalUse(source, i, local, sliced, grads, owners, n_samples) for i, source in enumerate(call.sources)]

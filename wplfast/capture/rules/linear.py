@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...ops.layout import flat_dtype
 from ..call import Call, Slot
-from ..ownership import Ownership
+from ..ownership import Ownership, sum_to
 from ..uses import FactoredUse, SummedUse, Use
 from .base import Rule
 
@@ -33,19 +33,27 @@ class LinearRule(Rule):
     ) -> list[Use] | None:
         """Return (A, G) for the weight and G summed over T for the bias."""
         gradient, owner = grads[0], owners[0]
-        if gradient is None or owner is None or not owner.has_rows(gradient.dim()):
-            return None
-        found: list[Use] = []
-        rows = owner.rows(gradient)
+        if gradient is None or owner is None:
+            return []
         weight, bias = call.source_at(1, "weight"), call.source_at(2, "bias")
+        found: list[Use] = []
         if weight is not None:
+            if not owner.has_rows(gradient.dim()):
+                return None
             x = data[call.argument(0, "input").index]
+            rows = owner.rows(gradient)
             found.append(FactoredUse(weight, self.name, owner.rows(x.to(gradient.dtype)), rows))
-        if bias is not None:
-            wide = flat_dtype(gradient.dtype)
-            summed = rows[:, 0].to(wide) if rows.shape[1] == 1 else rows.sum(1, dtype=wide)
-            found.append(SummedUse(bias, self.name, summed))
+            if bias is not None:
+                wide = flat_dtype(gradient.dtype)
+                summed = rows[:, 0].to(wide) if rows.shape[1] == 1 else rows.sum(1, dtype=wide)
+                found.append(SummedUse(bias, self.name, summed))
+        elif bias is not None:
+            found.append(SummedUse(bias, self.name, sum_to(owner, gradient, bias.value.shape)))
         return found
+
+    def needs_data(self, call: Call) -> bool:
+        """The bias alone does not need the input."""
+        return call.source_at(1, "weight") is not None
 
     def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return G^T A and the sum of G over all rows: the call need not be run again."""
@@ -53,13 +61,14 @@ class LinearRule(Rule):
         if gradient is None:
             return [None] * len(call.sources)
         rows = gradient.reshape(-1, gradient.shape[-1])
-        x = data[call.argument(0, "input").index].to(gradient.dtype)
-        weight, bias = call.source_at(1, "weight"), call.source_at(2, "bias")
+        weight = call.source_at(1, "weight")
         found: list[Tensor | None] = []
         for source in call.sources:
-            parts = [rows.t() @ x.reshape(-1, x.shape[-1])] if source is weight else []
-            parts += [rows.sum(0)] if source is bias else []
-            found.append(parts[0])
+            if source is weight:
+                x = data[call.argument(0, "input").index].to(gradient.dtype)
+                found.append(rows.t() @ x.reshape(-1, x.shape[-1]))
+            else:
+                found.append(rows.sum(0))
         return found
 
 
