@@ -77,8 +77,8 @@ def check_alone(
 ) -> None:
     """Compare one sample's captured gradient with the one that plain autograd gives it in a batch of its own.
 
-    Both sides of the identity go through the taps; this one does not. It sees an operation that the capture misread, and
-    gradients that a batch scales by its own statistics.
+    Both sides of the identity go through the taps; this one does not. It sees an operation that the capture misread,
+    and gradients that a batch scales by its own statistics.
 
     Args:
         names: the parameters' names.
