@@ -11,13 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .buffers import Buffers
+from .capture.batch import Alone
 from .capture.graph import leaves
-from .capture.session import Alone, Session
+from .capture.session import Session
 from .capture.watched import Derived, check_supported, is_watched, watch
+from .checks import check_batch_statistics, check_losses, check_weights
 from .errors import CoupledSamplesError, NonFiniteError, WplfastError
 from .fisher import Fisher, Report
 from .log import logger
-from .ops.layout import flat_dtype
 from .parameters import Params, named
 
 
@@ -80,10 +82,10 @@ class FisherAccumulator:
         check_supported(self.parameters)
         self._verify, self._independent = verify, independent
         self._skip = on_nonfinite == "skip"
-        self._fisher = _Buffers(self.parameters)
-        self._gradient = _Buffers(self.parameters) if with_grad else None
-        self._staged = _Buffers(self.parameters) if self._skip else None
-        self._staged_gradient = _Buffers(self.parameters) if self._skip and with_grad else None
+        self._fisher = Buffers(self.parameters)
+        self._gradient = Buffers(self.parameters) if with_grad else None
+        self._staged = Buffers(self.parameters) if self._skip else None
+        self._staged_gradient = Buffers(self.parameters) if self._skip and with_grad else None
         self._session: Session | None = None
         self._stack = ExitStack()
         self.n_samples = 0
@@ -182,8 +184,8 @@ class FisherAccumulator:
         """
         session = self._usable()
         check_losses(losses)
-        weights = _check_weights(weights, losses)
-        self._check_batch_statistics()
+        weights = check_weights(weights, losses)
+        check_batch_statistics(self.model)
         if not len(losses):
             return True
         if not bool(torch.isfinite(losses.detach()).all()):
@@ -298,16 +300,6 @@ class FisherAccumulator:
                 self._stack.callback(_restore, leaf, leaf.grad, leaf.requires_grad)
                 leaf.grad = None
 
-    def _check_batch_statistics(self) -> None:
-        """Refuse normalisation over the batch, which the gradients alone cannot show in a first layer."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-                how = "is in training mode" if module.training else "has no running statistics"
-                raise CoupledSamplesError(
-                    f"{name or 'the model'} ({type(module).__name__}) {how}: it normalises over the batch, so samples "
-                    "are coupled; use model.eval() and running statistics"
-                )
-
     def _log_slow(self, session: Session) -> None:
         """Name the parameters that no fast rule serves, once."""
         slow = [n for i, n in enumerate(self.parameters) if session.rules[i] & {"generic", "one by one"}]
@@ -316,88 +308,7 @@ class FisherAccumulator:
             logger.info("served by the exact per-sample path (slower): %s", shown)
 
 
-class _Buffers:
-    """One zeroed accumulator per parameter; they share one flat buffer where device and dtype are the same."""
-
-    def __init__(self, parameters: dict[str, Tensor]) -> None:
-        self.names = list(parameters)
-        kinds = {(p.device, flat_dtype(p.dtype)) for p in parameters.values()}
-        self.flats: list[Tensor] = []
-        self.views: list[Tensor] = []
-        sizes = [p.numel() for p in parameters.values()]
-        if len(kinds) == 1:
-            ((device, dtype),) = kinds
-            self.flats = [torch.zeros(sum(sizes), dtype=dtype, device=device)]
-            parts = self.flats[0].split(sizes)
-            self.views = [part.view(p.shape) for part, p in zip(parts, parameters.values(), strict=True)]
-        else:
-            self.views = [torch.zeros(p.shape, dtype=flat_dtype(p.dtype), device=p.device) for p in parameters.values()]
-            self.flats = self.views
-
-    def first_nonfinite(self) -> str | None:
-        """Name the first accumulator with a NaN or inf; one look at a device flag when there is none."""
-        if all(bool(torch.isfinite(flat.amax())) for flat in self.flats if flat.numel()):
-            return None
-        return next(n for n, view in zip(self.names, self.views, strict=True) if not bool(view.isfinite().all()))
-
-    def add_and_clear(self, staged: _Buffers) -> None:
-        """Take over a staged batch."""
-        for flat, other in zip(self.flats, staged.flats, strict=True):
-            flat += other
-            other.zero_()
-
-    def clear(self) -> None:
-        """Set all to zero."""
-        for flat in self.flats:
-            flat.zero_()
-
-    def divided(self, total: float, in_place: bool) -> dict[str, Tensor]:
-        """Return the accumulators divided by a number."""
-        if in_place:
-            for flat in self.flats:
-                flat /= total
-            return dict(zip(self.names, self.views, strict=True))
-        return {name: view / total for name, view in zip(self.names, self.views, strict=True)}
-
-
 def _restore(parameter: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
     """Give a parameter its gradient and flag back."""
     parameter.requires_grad_(requires_grad)
     parameter.grad = grad
-
-
-def check_losses(losses: Tensor) -> None:
-    """Check that losses hold one value per sample and a graph.
-
-    Raises:
-        TypeError: if losses is no tensor.
-        ValueError: if it is not [N] or has no graph.
-    """
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"losses must be a tensor of shape [N], got {type(losses).__name__}")
-    if losses.dim() != 1 or not losses.is_floating_point():
-        hint = {
-            0: "a scalar: compute the loss with reduction='none' (wplfast.losses.cross_entropy does), so that every "
-            "sample keeps its own",
-            2: "one value per token: sum (or average) over the tokens of each sample, losses.sum(1)",
-        }.get(losses.dim(), "")
-        raise ValueError(
-            f"losses must have one value per sample, shape [N], got {str(losses.dtype).removeprefix('torch.')}"
-            f"{list(losses.shape)}" + (f", {hint}" if hint else "")
-        )
-    if isinstance(losses, Derived):
-        raise ValueError("losses must depend on data, got a function of the parameters alone")
-    if not losses.requires_grad:
-        raise ValueError("losses must depend on the parameters through a graph: was the model run under no_grad?")
-
-
-def _check_weights(weights: Tensor | None, losses: Tensor) -> Tensor | None:
-    """Check sample weights and bring them to float64 on the losses' device."""
-    if weights is None:
-        return None
-    if weights.shape != losses.shape:
-        raise ValueError(f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}")
-    weights = weights.detach().to(losses.device, torch.float64)
-    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-        raise ValueError("weights must be finite and not negative")
-    return weights.contiguous()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch
-from .capture.session import Alone
+from .capture.batch import Alone
 from .capture.watched import map_tensors, tensors_in
 from .preserve import preserved
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .accumulate import FisherAccumulator, check_losses
+from .accumulate import FisherAccumulator
 from .alone import run_alone
 from .batches import Batch, Unpack
-from .capture.session import MAX_ROUNDS, Alone
+from .capture.batch import Alone
+from .capture.session import MAX_ROUNDS
+from .checks import check_losses
 from .errors import WplfastError
 from .fisher import Fisher
 from .losses import logits_of

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from . import functional, storage
 from .anchors import Anchor, Restored, from_state, nothing, pack, to_state
 from .coefficients import Alpha, alpha_tensor
-from .errors import NameMismatchError, NonFiniteError, StaleParameterError
-from .fisher import Fisher
+from .errors import NameMismatchError, StaleParameterError
+from .lookup import look_up
 from .parameters import Params, check_names, device_of, named
 from .tables import Group, add_grad_, build, unchanged, value_of
 
@@ -164,8 +164,8 @@ class WeightPlasticityLoss(nn.Module):
                 raise ValueError(f"{what} must be finite and not negative, got {value}")
         names = self._chosen(active)
         theta = self._bound()
-        importance = _look_up(fisher, names, theta, self._index, "fisher", prefix)
-        values = None if theta_hat is None else _look_up(theta_hat, names, theta, self._index, "theta_hat", prefix)
+        importance = look_up(fisher, names, theta, self._index, "fisher", prefix)
+        values = None if theta_hat is None else look_up(theta_hat, names, theta, self._index, "theta_hat", prefix)
         anchors = self._current_anchors()
         for name in names:
             index = self._index[name]
@@ -437,31 +437,3 @@ class Subset:
     def add_grad_(self, scale: float | Tensor = 1.0) -> Tensor:
         """Add its gradient; see :meth:`WeightPlasticityLoss.add_grad_`."""
         return self.penalty.add_grad_(scale, active=self.names)
-
-
-def _look_up(
-    mapping: Mapping[str, Tensor],
-    names: Sequence[str],
-    theta: Sequence[Tensor],
-    index: Mapping[str, int],
-    what: str,
-    prefix: str,
-) -> dict[str, Tensor]:
-    """Find every name's tensor, by the identity of its parameter, then by name; check shapes and values."""
-    by_identity = mapping.names_of(theta) if isinstance(mapping, Fisher) and not prefix else {}
-    keys = {name: by_identity.get(index[name], prefix + name) for name in names}
-    check_names(mapping, keys.values(), what)
-    found = {}
-    for name, key in keys.items():
-        tensor, shape = mapping[key], theta[index[name]].shape
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.shape != shape:
-            got = f"{tensor.dtype}{list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{what}[{key!r}] must be floating point of shape {list(shape)}, got {got}")
-        if tensor.numel():
-            low, high = tensor.detach().aminmax()
-            if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                raise NonFiniteError(f"{what}[{key!r}] has NaN or inf")
-            if what == "fisher" and bool(low < 0):
-                raise ValueError(f"fisher[{key!r}] must not be negative, got a least entry of {low.item():g}")
-        found[name] = tensor.detach()
-    return found

@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import torch
@@ -24,6 +23,8 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import CoupledSamplesError, NonFiniteError, WplfastError
+from .batch import Alone, Batch
+from .coupling import UNKNOWN, describe, is_about_positions
 from .graph import reorders_rows
 from .identity import check_alone, check_identity
 from .intercept import Interception
@@ -37,48 +38,6 @@ _Mode: TypeAlias = Literal["idle", "probe", "ordinary", "collect"]
 
 #: Rounds of probing and collecting that one batch may take before something is wrong.
 MAX_ROUNDS = 4
-
-
-@dataclass
-class Alone:
-    """A sample's gradients in a batch of its own, by plain autograd."""
-
-    sample: int
-    gradients: Sequence[Tensor | None]
-
-
-@dataclass
-class _Batch:
-    """The state of one batch."""
-
-    losses: Tensor
-    weights: Tensor | None
-    independent: bool | None
-    alone: Alone | None
-    verify: bool
-    keep: bool  # the graph is needed again
-    only: set[int] | None = None  # parameters that this round is about; None: all
-    dry: bool = False  # measure only
-    with_ordinary: bool = False  # this probing pass computes ordinary gradients
-    blocked: set[int] = field(default_factory=set)  # left to one backward pass per sample
-    ordinary: list[Tensor | None] = field(default_factory=list)
-    coded: dict[int, Tensor] = field(default_factory=dict)  # sum_n c_n g_n from captured rows
-    single: dict[int, Tensor] = field(default_factory=dict)  # g_n of the sample that was run alone
-    # of one collecting pass:
-    uses: dict[int, list[Use]] = field(default_factory=lambda: defaultdict(list))
-    pending: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    flushed: set[int] = field(default_factory=set)
-    retry: set[int] = field(default_factory=set)
-    mixed: list[Site] = field(default_factory=list)
-
-    def start_round(self, sites: Sequence[Site], dry: bool) -> None:
-        """Begin a collecting pass."""
-        self.dry = dry
-        self.uses, self.pending = defaultdict(list), defaultdict(int)
-        self.flushed, self.retry, self.mixed = set(), set(), []
-        for site in sites:
-            for index in site.parameters if not site.late else ():
-                self.pending[index] += 1
 
 
 class Session:
@@ -104,7 +63,7 @@ class Session:
         self._half = False  # some gradient was in half precision
         self._reorders = False  # rows may lie in another order in every batch
         self._mode: _Mode = "idle"
-        self._batch = _Batch(torch.empty(0), None, None, None, False, False)
+        self._batch = Batch(torch.empty(0), None, None, None, False, False)
 
     @property
     def is_learning(self) -> bool:
@@ -148,7 +107,7 @@ class Session:
         measurement.start_batch(len(losses), self._start_check(losses, verify))
         passes = max(measurement.passes_needed(sites), int(checked))
         keep = retain_graph or passes > 0 or first or measurement.has_dormant or bool(self._late or self.unseen)
-        batch = self._batch = _Batch(losses, weights, independent, alone if checked else None, checked, keep)
+        batch = self._batch = Batch(losses, weights, independent, alone if checked else None, checked, keep)
         for attempt in range(MAX_ROUNDS):
             for digit in range(passes):
                 self._probe(digit, with_ordinary=checked and attempt == digit == 0)
@@ -211,7 +170,7 @@ class Session:
         finally:
             self._mode, self.interception.in_backward = "idle", False
 
-    def _verify(self, batch: _Batch) -> None:
+    def _verify(self, batch: Batch) -> None:
         """Compare captured rows with plain autograd, unless something overflowed, which the accumulator reports."""
         if not all(bool(torch.isfinite(f.sum())) for f in self.fisher):
             return
@@ -354,10 +313,10 @@ class Session:
         coupled = [site for site in batch.mixed if site.call.differentiable_data]
         known = batch.independent
         if known is None:
-            known = all(_is_about_positions(site, len(batch.losses)) for site in bare)
+            known = all(is_about_positions(site, len(batch.losses)) for site in bare)
         if not bare or not known:
             hint = "" if coupled or batch.independent is not None else UNKNOWN
-            raise CoupledSamplesError(self._coupling((coupled or bare)[0]) + hint)
+            raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint)
         self.interception.derive |= {site.key for site in bare}
         if may_replay and (batch.dry or self.batches == 0):
             if self.batches == 0:
@@ -366,17 +325,8 @@ class Session:
             self.interception.start_batch()
             return False
         if coupled and not batch.independent:
-            raise CoupledSamplesError(self._coupling(coupled[0]) + UNKNOWN)
+            raise CoupledSamplesError(describe(coupled[0], self.names) + UNKNOWN)
         return True
-
-    def _coupling(self, site: Site) -> str:
-        """Describe a site that mixes samples."""
-        name = self.names[min(site.parameters)]
-        module = name.rpartition(".")[0] or "the model"
-        return (
-            f"samples are coupled at {site.call.name} in {module} (parameter {name!r}): its output's gradient mixes "
-            "samples, so that of one sample's loss alone cannot be had (batch statistics? in-batch negatives?)"
-        )
 
     def _find_unseen(self) -> set[int]:
         """Return the parameters that gradients arrived at past the taps, and remember them."""
@@ -431,14 +381,3 @@ class Session:
         """Name a few parameters."""
         names = [repr(self.names[index]) for index in sorted(indices)]
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-UNKNOWN = (
-    ". If the data of this call do not depend on the samples at all, that is no coupling, but one batch cannot tell: "
-    "use fisher_diagonal, which runs a sample alone, or pass independent=True to FisherAccumulator"
-)
-
-
-def _is_about_positions(site: Site, n_samples: int) -> bool:
-    """Tell whether the data of a call are not samples: a range of indices, or of sizes that no batch axis fits in."""
-    return all(is_range or all(size % n_samples for size in shape) for shape, _, is_range in site.call.data_kinds)

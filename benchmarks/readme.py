@@ -1,0 +1,133 @@
+"""Write the README's result sections from the records in ``benchmarks/results``: ``python -m benchmarks.readme``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+METHODS = {
+    "none": "no penalty",
+    "wpl": "WPL",
+    "squared": "WPL, batch-squared F",
+    "l2": "L2 anchor (F = 1)",
+    "frozen": "frozen",
+}
+
+
+def two_models(record: dict[str, Any]) -> str:
+    """Render the two-model experiment."""
+    seeds, settings = record["settings"]["seeds"], record["settings"]
+    lines = [
+        "![Accuracy of A and B while B is trained](benchmarks/results/two_models_mnist.png)",
+        "",
+        f"Model A ({settings['layers_a']} layers) is trained first, then model B ({settings['layers_b']} layers), "
+        f"which shares A's first {settings['shared_layers']} layers, on the same {record['data']['train']:,} MNIST "
+        f"digits. Forgetting of A in points of test accuracy, mean ± standard deviation over {seeds} seeds, and B's "
+        "accuracy; each "
+        "method at its own best alpha of one grid, chosen on a validation split:",
+        "",
+        "| A stopped at | " + " | ".join(METHODS.values()) + " |",
+        "|---|" + "---|" * len(METHODS),
+    ]
+    for panel in record["panels"]:
+        level = "convergence" if panel["level"] is None else f"{100 * panel['level']:g} %"
+        cells = []
+        for key in METHODS:
+            method = panel["methods"][key]
+            forgetting, b = method["forgetting"], method["accuracy_b"]
+            mean = round(forgetting["mean"], 1) + 0.0  # no "-0.0"
+            cells.append(f"{mean:.1f} ± {forgetting['std']:.1f}, B {b['mean']:.1f} %")
+        before = panel["accuracy_a_before"]["mean"]
+        lines.append(f"| {level} (A: {before:.1f} %) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def speed(penalty: dict[str, Any], fisher: dict[str, Any]) -> str:
+    """Render the microbenchmarks."""
+    place = f"{penalty['hardware']['cpu']}, torch {penalty['versions']['torch']}"
+    lines = [
+        f"{place}; medians [quartiles] of interleaved runs, from `python -m benchmarks`. GPU speed is unmeasured.",
+        "",
+    ]
+    runs = {run["threads"]: run["records"] for run in penalty["penalty"]}
+    columns = [(threads, case) for threads in runs for case in range(len(runs[threads]))]
+    columns.sort(key=lambda column: (column[1], column[0]))
+    heads = [f"{runs[t][c]['case']}, {t} thread{'s' * (t > 1)}" for t, c in columns]
+    lines += ["| penalty: value and gradient | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    first = runs[columns[0][0]][columns[0][1]]["results"]
+    names = {"add_grad_": "`wpl.add_grad_()`", "autograd": "`wpl().backward()`", "eager": "eager loop"}
+    for name in first:
+        if name in ("triad", "triad in place", "copy"):
+            continue
+        cells = [_time(runs[t][c]["results"].get(name)) for t, c in columns]
+        lines.append(f"| {names.get(name, name)} | " + " | ".join(cells) + " |")
+    shares = [runs[t][c]["results"]["add_grad_"].get("share_of_triad") for t, c in columns]
+    cells = [f"{100 * share['median']:.0f} %" if share else "" for share in shares]
+    lines.append("| `add_grad_`'s bandwidth, share of a triad | " + " | ".join(cells) + " |")
+    threads = [run["threads"] for run in fisher["fisher"]]
+    lines += [
+        "",
+        "| Fisher pass / ordinary forward and backward | "
+        + " | ".join(f"{t} thread{'s' * (t > 1)}" for t in threads)
+        + " |",
+        "|---|" + "---|" * len(threads),
+    ]
+    for records in zip(*(run["records"] for run in fisher["fisher"]), strict=True):
+        cells = [_ratio(record) for record in records]
+        lines.append(f"| {records[0]['shown']} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Convolutions, raw matmuls and embeddings have no fast rule yet, which is what the CNN and the RNN show. "
+        "(\\*: fewer than 30 pairs, within a cap on time.)",
+    ]
+    return "\n".join(lines)
+
+
+def _time(result: dict[str, Any] | None) -> str:
+    """Render a time."""
+    if result is None:
+        return "-"
+    low, mid, high = (result["milliseconds"][key] for key in ("q1", "median", "q3"))
+    unit, factor = ("ms", 1.0) if mid >= 1 else ("µs", 1000.0)
+    return f"{mid * factor:.3g} {unit} [{low * factor:.3g}, {high * factor:.3g}]"
+
+
+def _ratio(record: dict[str, Any]) -> str:
+    """Render a ratio to the unit."""
+    ratio = record["ratio"]
+    mark = "\\*" if record["pairs"] < 30 else ""
+    return f"{ratio['median']:.3g} [{ratio['q1']:.3g}, {ratio['q3']:.3g}]{mark}"
+
+
+def fill(text: str, section: str, content: str) -> str:
+    """Replace what stands between a section's markers.
+
+    Raises:
+        ValueError: if the markers are missing.
+    """
+    begin, end = f"<!-- {section} begin -->", f"<!-- {section} end -->"
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"the README lacks the markers of {section!r}")
+    return f"{head}{begin}\n{content}\n{end}{tail}"
+
+
+def render() -> str:
+    """Return the README with its sections filled in."""
+    record = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in NAMES}
+    text = (ROOT / "README.md").read_text()
+    text = fill(text, "two_models", two_models(record["two_models_mnist"]))
+    return fill(text, "speed", speed(record["penalty_cpu"], record["fisher_cpu"]))
+
+
+NAMES = ("two_models_mnist", "penalty_cpu", "fisher_cpu")
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(render())
+    sys.exit(0)
