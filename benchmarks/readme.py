@@ -59,7 +59,14 @@ def speed(penalty: dict[str, Any], fisher: dict[str, Any]) -> str:
     heads = [f"{runs[t][c]['case']}, {t} thread{'s' * (t > 1)}" for t, c in columns]
     lines += ["| penalty: value and gradient | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     first = runs[columns[0][0]][columns[0][1]]["results"]
-    names = {"add_grad_": "`wpl.add_grad_()`", "autograd": "`wpl().backward()`", "eager": "eager loop"}
+    names = {
+        "add_grad_": "`wpl.add_grad_()`",
+        "autograd": "`wpl().backward()`",
+        "eager": "eager loop",
+        "foreach": "foreach, gradient alone",
+        "foreach, value": "foreach, with the value",
+        "compile": "torch.compile",
+    }
     for name in first:
         if name in ("triad", "triad in place", "copy"):
             continue

@@ -59,3 +59,9 @@ def test_unknown_or_missing_backends_are_errors():
         )
         assert done.returncode != 0
         assert message in done.stderr
+
+
+def test_readme_says_what_the_records_say():
+    from benchmarks import readme
+
+    assert (ROOT / "README.md").read_text() == readme.render(), "run python -m benchmarks.readme"
