@@ -36,13 +36,10 @@ class FisherAccumulator:
             all of the model's parameters that require grad.
         with_grad: also accumulate the mean gradient, ``Fisher.mean_grad``.
         verify: check the first batch against ordinary autograd, at the price of about one more backward pass, and now
-            and
-            then that rows still belong to the samples they belonged to; "always": measure and check every batch.
+            and then that rows still belong to the samples they belonged to; "always": measure and check every batch.
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf (costs one more Fisher of memory).
-
         independent: True if you know that no sample's loss depends on another sample. Only needed where one batch
-            cannot
-            tell whether an operation's data are samples, such as float tables without a batch axis.
+            cannot tell whether an operation's data are samples, such as float tables without a batch axis.
 
     Attributes:
         n_samples: number of samples accumulated so far.

@@ -51,20 +51,17 @@ def fisher_diagonal(
     """Estimate the diagonal Fisher information, a mean over samples of squared per-sample gradients.
 
     ``F_i = 1/N sum_n (d loss_n / d theta_i)^2``, exact for every model whose samples do not depend on each other, on
-    one
-    scale whatever the batch size. The pass costs about one ordinary backward pass per batch.
+    one scale whatever the batch size. The pass costs about one ordinary backward pass per batch.
 
     Args:
         model: the module. Its parameters, flags, gradients and the RNG state are afterwards what they were.
         data: yields ``(inputs, targets)``, ``(inputs, targets, weights)`` or a dict with ``labels``; inputs are a
-            tensor, a
-            tuple (positional) or a dict (keywords). Batches are moved to the model's device. Sample weights [N] enter
-            outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``.
+            tensor, a tuple (positional) or a dict (keywords). Batches are moved to the model's device. Sample weights
+            [N] enter outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``.
         loss_fn: ``loss_fn(outputs, targets)`` returns one loss per sample, [N]; see :mod:`wplfast.losses`. For "mc" and
             "exact" it must be the negative log-likelihood of ``likelihood``.
         params: what to estimate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
-            all
-            of the model's parameters that require grad. The cost falls with the subset.
+            all of the model's parameters that require grad. The cost falls with the subset.
         unpack: turns what ``data`` yields into such a tuple.
         fisher_type: ``"empirical"`` (given targets), ``"mc"`` (targets drawn from the model) or ``"exact"``
             (expectation
@@ -77,8 +74,7 @@ def fisher_diagonal(
         train: leave the modules' modes as they are (dropout on) instead of eval mode.
         with_grad: also compute ``Fisher.mean_grad``, the mean gradient.
         verify: check the first batch against ordinary autograd and a sample alone, and now and then that rows still
-            belong
-            to the samples they belonged to; "always": measure and check every batch (about twice the cost).
+            belong to the samples they belonged to; "always": measure and check every batch (about twice the cost).
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf.
         progress: show a progress bar with samples per second.
 

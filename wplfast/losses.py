@@ -32,8 +32,7 @@ def cross_entropy(
     """Return the cross-entropy of each sample.
 
     For sequences, ``loss_n = sum_t -log p(target_nt)`` over the tokens that count (or their mean). The choice changes
-    the
-    Fisher by up to T^2, where T is the number of tokens: ``"sum"`` is the log-likelihood of the sequence, which the
+    the Fisher by up to T^2, where T is the number of tokens: ``"sum"`` is the log-likelihood of the sequence, which the
     Fisher information is defined with; ``"mean"`` is what language models are usually trained on.
 
     Args:

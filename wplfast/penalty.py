@@ -94,8 +94,7 @@ class WeightPlasticityLoss(nn.Module):
         """Add ``scale`` times the penalty's gradient to the parameters' ``.grad`` in one pass, without a graph.
 
         Use it after ``backward``, all-reduce, unscaling and clipping, once a step; under DDP it is the way. ``.grad``
-        is
-        allocated where it is None; parameters that do not require grad are left alone.
+        is allocated where it is None; parameters that do not require grad are left alone.
 
         Args:
             scale: factor; a float or a 0-d tensor.
@@ -146,9 +145,8 @@ class WeightPlasticityLoss(nn.Module):
             weight: factor on this Fisher.
             decay: factor on what was there before.
             anchor: ``"merge"``: the penalty becomes the exact sum of decay times the old one and the new one, at the
-                cost
-                of one. ``"replace"``: one anchor, the newest, with the decayed sum of Fishers (online EWC, and the rule
-                of arXiv:1902.08232 for architecture search).
+                cost of one. ``"replace"``: one anchor, the newest, with the decayed sum of Fishers (online EWC, and the
+                rule of arXiv:1902.08232 for architecture search).
             active: names to consolidate; all others keep what they have.
             prefix: put before every name when it is looked up.
 

@@ -1,10 +1,8 @@
 """Tables: the lists that the penalty operators take, built once and checked at every call.
 
 Parameters stay where the user's optimizer has them; a table refers to them and to the anchors' flat buffers. PyTorch
-lets
-a parameter's memory be exchanged silently (``.to``, ``.double``, ``p.data = ...``), so every call compares address,
-dtype,
-device, shape and stride with what the table was built on.
+lets a parameter's memory be exchanged silently (``.to``, ``.double``, ``p.data = ...``), so every call compares
+address, dtype, device, shape and stride with what the table was built on.
 """
 
 from __future__ import annotations
