@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import scalar
-from .ops import contract
+from .ops import check_penalty
 from .ops.layout import flat_dtype, is_dense, packed_views, same_order
 
 
@@ -67,7 +67,7 @@ def wpl_penalty(
             for column in ([theta_hat[i] for i in indices], [fisher[i] for i in indices])
         )
         coefficients = scalar(alpha, device), scalar(l2, device)
-        contract.check_anchors(theta, hats, (), fishers, *coefficients)
+        check_penalty.check_anchors(theta, hats, (), fishers, *coefficients)
         values.append(penalty(theta, hats, (), fishers, *coefficients))
     return total(values)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NameMismatchError
-from .ops.contract import FLOATING
+from .ops.expect import FLOATING
 
 #: A module (its parameters that require grad), a mapping from names to tensors, or pairs of name and tensor.
 Params: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]

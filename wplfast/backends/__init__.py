@@ -70,7 +70,8 @@ def _register(name: str, keys: tuple[str, ...]) -> None:
     """Register one backend's functions for its dispatch keys."""
     for key in keys:
         for op in SCHEMAS:
-            library.impl(op, getattr(_available[name], op), key)
+            if hasattr(_available[name], op):
+                library.impl(op, getattr(_available[name], op), key)
         _serving[key] = name
 
 

@@ -45,6 +45,93 @@ def fisher_linear_(
         gradient.addmm_(g_weighted.flatten(0, 1).t(), a.flatten(0, 1))
 
 
+def fisher_conv_(
+    fisher: Tensor,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    weights: Tensor | None,
+    gradient: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Unfold the inputs of a few samples at a time; then each group is a linear layer."""
+    n, c_out = len(inputs), grad_outputs.shape[-1]
+    if fisher.numel() == 0 or inputs.numel() == 0 or grad_outputs.numel() == 0:
+        return
+    flat, flat_gradient = fisher.view(groups, c_out // groups, -1), None
+    if gradient is not None:
+        flat_gradient = gradient.view(groups, c_out // groups, -1)
+    taps = fisher.shape[2:].numel()
+    per_sample = inputs.shape[-1] * taps * grad_outputs.shape[1:-1].numel()
+    step = max(1, MAX_ELEMENTS // max(1, per_sample))
+    for first in range(0, n, step):
+        chunk = slice(first, first + step)
+        g = grad_outputs[chunk].flatten(1, -2).unflatten(2, (groups, -1))
+        a = patches(inputs[chunk], fisher.shape[2:], grad_outputs.shape[2:-1], stride, padding, dilation, groups)
+        for group in range(groups):
+            fisher_linear_(
+                flat[group],
+                a[:, :, group],
+                g[:, :, group],
+                None if weights is None else weights[chunk],
+                None if flat_gradient is None else flat_gradient[group],
+            )
+
+
+def patches(
+    inputs: Tensor,
+    kernel: Sequence[int],
+    positions: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Unfold inputs [N, M, *S, C]: what each output position sees, [N, M * L, groups, C / groups * K]."""
+    x = inputs.movedim(-1, 2)  # [N, M, C, *S]
+    margins = []
+    for dim in reversed(range(len(kernel))):
+        reach = (positions[dim] - 1) * stride[dim] + (kernel[dim] - 1) * dilation[dim] + 1
+        margins += [padding[dim], max(0, reach - padding[dim] - x.shape[3 + dim])]
+    x = torch.nn.functional.pad(x, margins)
+    steps = x.stride()[3:]
+    windows = x.as_strided(
+        (*x.shape[:3], *positions, *kernel),
+        (
+            *x.stride()[:3],
+            *(step * s for step, s in zip(steps, stride, strict=True)),
+            *(step * d for step, d in zip(steps, dilation, strict=True)),
+        ),
+    )
+    n_spatial = len(kernel)
+    windows = windows.unflatten(2, (groups, -1)).movedim((2, 3), (2 + n_spatial, 3 + n_spatial))
+    unfolded: Tensor = windows.flatten(3 + n_spatial).flatten(1, 1 + n_spatial)
+    return unfolded
+
+
+def fisher_embedding_(
+    fisher: Tensor, indices: Tensor, grad_outputs: Tensor, weights: Tensor | None, gradient: Tensor | None
+) -> None:
+    """Add each sample's rows into a table of its own distinct rows, square those, and add them to fisher."""
+    n, t, d = grad_outputs.shape
+    used = indices >= 0
+    sample = torch.arange(n, device=indices.device).view(n, 1).expand(n, t)[used]
+    pairs, place = torch.stack([sample, indices[used]]).unique(dim=1, return_inverse=True)
+    sums = fisher.new_zeros(pairs.shape[1], d).index_add_(0, place, grad_outputs[used].to(fisher.dtype))
+    weighted = sums if weights is None else sums * weights.to(sums.dtype)[pairs[0]].view(-1, 1)
+    fisher.index_add_(0, pairs[1], weighted * sums)
+    if gradient is not None:
+        gradient.index_add_(0, pairs[1], weighted)
+
+
+def scale_grads(activations: Tensor, grad_outputs: Tensor) -> Tensor:
+    """Return sum_t A[n, t] G[n, t]."""
+    wide = flat_dtype(activations.dtype)
+    return (activations.to(wide) * grad_outputs.to(wide)).sum(1)
+
+
 def _terms(
     theta: Sequence[Tensor],
     theta_hat: Sequence[Tensor],

@@ -7,9 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import contract
+from . import check_fisher, check_penalty, contract
 
-__all__ = ["accumulate_squares_", "fisher_linear_", "penalty", "penalty_add_grad_", "penalty_with_grad"]
+__all__ = [
+    "accumulate_squares_",
+    "contract",
+    "fisher_conv_",
+    "fisher_embedding_",
+    "fisher_linear_",
+    "penalty",
+    "penalty_add_grad_",
+    "penalty_with_grad",
+    "scale_grads",
+]
 
 
 def accumulate_squares_(fisher: Tensor, grads: Tensor, weights: Tensor | None = None) -> None:
@@ -23,7 +33,7 @@ def accumulate_squares_(fisher: Tensor, grads: Tensor, weights: Tensor | None = 
     Raises:
         ValueError: if a shape, dtype, device or layout is not as above.
     """
-    contract.check_accumulate_squares(fisher, grads, weights)
+    check_fisher.check_accumulate_squares(fisher, grads, weights)
     torch.ops.wplfast.accumulate_squares_(fisher, grads, weights)
 
 
@@ -48,8 +58,89 @@ def fisher_linear_(
     Raises:
         ValueError: if a shape, dtype, device or layout is not as above.
     """
-    contract.check_fisher_linear(fisher, activations, grad_outputs, weights, gradient)
+    check_fisher.check_fisher_linear(fisher, activations, grad_outputs, weights, gradient)
     torch.ops.wplfast.fisher_linear_(fisher, activations, grad_outputs, weights, gradient)
+
+
+def fisher_conv_(
+    fisher: Tensor,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    weights: Tensor | None = None,
+    gradient: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> None:
+    """Add the Fisher diagonal of a convolution's weight, without unfolding its input.
+
+    ``fisher[o, c, k] += sum_n w_n (sum_{m, l} G[n, m, l, o] X[n, m, l stride - padding + k dilation, c])^2``, X being
+    zero outside; l and k run over 1 to 3 spatial dimensions, c over the input channels of o's group. With X and G
+    exchanged it serves transposed convolutions.
+
+    Args:
+        fisher: contiguous accumulator [C_out, C_in / groups, *K], float32 (float64 for float64 inputs).
+        inputs: X [N, M, *S, C_in], contiguous; a sample may own M images.
+        grad_outputs: gradients of the per-sample losses with respect to the outputs, G [N, M, *L, C_out], contiguous.
+            L may be smaller than what the inputs allow.
+        weights: optional float32 or float64 weights [N]; they stay outside the square.
+        gradient: optional accumulator like fisher for the plain gradient.
+        stride: one integer a spatial dimension.
+        padding: likewise, on both sides.
+        dilation: likewise.
+        groups: of channels.
+
+    Raises:
+        ValueError: if a shape, dtype, device or layout is not as above.
+    """
+    check_fisher.check_fisher_conv(fisher, inputs, grad_outputs, weights, gradient, stride, padding, dilation, groups)
+    torch.ops.wplfast.fisher_conv_(fisher, inputs, grad_outputs, weights, gradient, stride, padding, dilation, groups)
+
+
+def fisher_embedding_(
+    fisher: Tensor,
+    indices: Tensor,
+    grad_outputs: Tensor,
+    weights: Tensor | None = None,
+    gradient: Tensor | None = None,
+) -> None:
+    """Add the Fisher diagonal of a table that rows are taken from; a sample's repeated rows are summed, then squared.
+
+    ``fisher[v] += sum_n w_n (sum_{t: indices[n, t] = v} G[n, t])^2``.
+
+    Args:
+        fisher: contiguous accumulator [V, D], float32 (float64 for float64 gradients).
+        indices: int64 [N, T], contiguous, below V; negative ones are left out. Others are undefined behaviour on GPUs
+            and an IndexError on CPUs.
+        grad_outputs: gradients of the rows taken, G [N, T, D], contiguous.
+        weights: optional float32 or float64 weights [N]; they stay outside the square.
+        gradient: optional accumulator like fisher for the plain gradient.
+
+    Raises:
+        ValueError: if a shape, dtype, device or layout is not as above.
+    """
+    check_fisher.check_fisher_embedding(fisher, indices, grad_outputs, weights, gradient)
+    torch.ops.wplfast.fisher_embedding_(fisher, indices, grad_outputs, weights, gradient)
+
+
+def scale_grads(activations: Tensor, grad_outputs: Tensor) -> Tensor:
+    """Return the per-sample gradients of an elementwise scale, ``sum_t A[n, t] G[n, t]``, in one pass over both.
+
+    Args:
+        activations: A [N, T, D], of any strides.
+        grad_outputs: G, likewise.
+
+    Returns:
+        [N, D], contiguous; float32 (float64 for float64).
+
+    Raises:
+        ValueError: if shapes, dtypes or devices differ.
+    """
+    check_fisher.check_scale_grads(activations, grad_outputs)
+    grads: Tensor = torch.ops.wplfast.scale_grads(activations, grad_outputs)
+    return grads
 
 
 def penalty(
@@ -65,7 +156,7 @@ def penalty(
     Raises:
         ValueError: if a shape, dtype, device or layout is not as the contract says.
     """
-    contract.check_anchors(theta, theta_hat, offset, fisher, alpha, l2)
+    check_penalty.check_anchors(theta, theta_hat, offset, fisher, alpha, l2)
     value: Tensor = torch.ops.wplfast.penalty(theta, theta_hat, offset, fisher, alpha, l2)
     return value
 
@@ -83,7 +174,7 @@ def penalty_with_grad(
     Raises:
         ValueError: if a shape, dtype, device or layout is not as the contract says.
     """
-    contract.check_anchors(theta, theta_hat, offset, fisher, alpha, l2)
+    check_penalty.check_anchors(theta, theta_hat, offset, fisher, alpha, l2)
     value, gradient = torch.ops.wplfast.penalty_with_grad(theta, theta_hat, offset, fisher, alpha, l2)
     return value, gradient
 
@@ -103,8 +194,8 @@ def penalty_add_grad_(
     Raises:
         ValueError: if a shape, dtype, device or layout is not as the contract says.
     """
-    contract.check_anchors(theta, theta_hat, offset, fisher, alpha, l2)
-    contract.check_grads(grad, theta)
-    contract.check_scalar("scale", scale, theta[0].device)
+    check_penalty.check_anchors(theta, theta_hat, offset, fisher, alpha, l2)
+    check_penalty.check_grads(grad, theta)
+    check_penalty.check_scalar("scale", scale, theta[0].device)
     value: Tensor = torch.ops.wplfast.penalty_add_grad_(grad, theta, theta_hat, offset, fisher, alpha, l2, scale)
     return value
