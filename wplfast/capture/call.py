@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Source:
     graph: Tensor | None = None  # for derived tensors: the value with its parameter-only graph
     leaves: tuple[Tensor, ...] = ()  # for derived tensors: the parameters' leaves in that graph
     region: tuple[int, torch.Size, tuple[int, ...], int] | None = None  # a pure view: parameter, size, stride, offset
+    base: Source | None = None  # what it was expanded from
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -48,6 +49,7 @@ class Call:
     kwargs: dict[str, Any]
     sources: list[Source]
     constants: list[Tensor]
+    data_shapes: list[torch.Size]
     differentiable_data: bool
     data_kinds: list[tuple[torch.Size, torch.dtype, bool]]  # shape, dtype, whether it counts up by ones
     in_place: bool
@@ -63,6 +65,20 @@ class Call:
         slot = self.argument(position, name)
         return self.sources[slot.index] if isinstance(slot, Slot) and slot.kind == "source" else None
 
+    def tensor_at(self, position: int, name: str, data: Sequence[Tensor]) -> Tensor | None:
+        """Return the tensor that stands at an argument, whatever its kind; None if none does."""
+        slot = self.argument(position, name)
+        if not isinstance(slot, Slot):
+            return None
+        if slot.kind == "source":
+            return self.sources[slot.index].value
+        return (data if slot.kind == "data" else self.constants)[slot.index]
+
+    def is_data(self, position: int, name: str) -> bool:
+        """Tell whether data stand at an argument."""
+        slot = self.argument(position, name)
+        return isinstance(slot, Slot) and slot.kind == "data"
+
     def result(self, sources: Sequence[Tensor], data: Sequence[Tensor]) -> Any:
         """Run the call on these tensors and return its result as it is."""
         tensors = {"source": sources, "data": data, "constant": self.constants}
@@ -77,6 +93,13 @@ class Call:
         with self.casting(), self._drawing_again():
             result = self.func(*args, **_fill(self.kwargs, tensors))
         return floating(args[0] if result is None else result)
+
+    def without(self, left_out: Mapping[int, str]) -> Call:
+        """Return the call with None at some arguments, given as position -> name."""
+        args = tuple(None if position in left_out else value for position, value in enumerate(self.args))
+        kwargs = {name: value for name, value in self.kwargs.items() if name not in left_out.values()}
+        kwargs |= {name: None for name in left_out.values() if name in self.kwargs}
+        return replace(self, args=args, kwargs=kwargs)
 
     @contextmanager
     def _drawing_again(self) -> Iterator[None]:

@@ -26,6 +26,11 @@ _ABOUT_ITSELF = frozenset(
     storage_offset stride tolist type untyped_storage
     """.split()  # noqa: SIM905
 )
+#: Functions on parameters alone whose result has the parameter's gradient, summed over what was expanded.
+_EXPANSIONS = frozenset({"expand", "expand_as", "broadcast_to"})
+_COPIES = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone"})
+#: Functions whose indices may be the samples' own even where the model keeps them (token types, expanded).
+_LOOKUPS = frozenset({"embedding"})
 #: Properties that are operations on the value.
 _VIEW_PROPERTIES = frozenset({"T", "H", "mT", "mH", "real", "imag"})
 
@@ -123,7 +128,7 @@ class Interception:
                 if source is not None:
                     slots[id(tensor)] = Slot("source", len(sources))
                     sources.append(source)
-                elif self._is_constant(tensor):
+                elif self._is_constant(tensor) and not (name in _LOOKUPS and tensor.dim() > 1 and len(tensor) > 1):
                     slots[id(tensor)] = Slot("constant", len(constants))
                     constants.append(tensor)
                 else:
@@ -138,6 +143,7 @@ class Interception:
             map_tensors(slot, kwargs),
             sources,
             constants,
+            data_shapes=[t.shape for t in data],
             differentiable_data=any(t.requires_grad for t in data),
             data_kinds=[] if any(t.requires_grad for t in data) else [kind_of(t) for t in data],
             in_place=is_in_place(name, args),
@@ -163,7 +169,10 @@ class Interception:
 
     def _derived_source(self, tensor: Derived) -> Source:
         """Describe a derived tensor: the parameters below it, and the region if it is a pure view of one."""
-        graph = tensor._graph
+        graph, origin = tensor._graph, tensor._origin
+        value = graph.detach()
+        if origin is not None and graph.shape == origin.value.shape:  # cast or copied: the gradient is its origin's
+            return Source(tensor, value, origin.parameters, origin.graph, origin.leaves, origin.region, origin.base)
         indices = tensor._parameters
         leaves = tuple(self._leaves[i] for i in indices)
         region = None
@@ -171,7 +180,7 @@ class Interception:
         if len(leaves) == 1 and graph._base is leaf and leaf.is_contiguous() and graph.dtype == leaf.dtype:
             offset = int(graph.storage_offset()) - int(leaf.storage_offset())
             region = (indices[0], graph.size(), graph.stride(), offset)
-        return Source(tensor, graph.detach(), indices, graph, leaves, region)
+        return Source(tensor, value, indices, graph, leaves, region, origin)
 
     def _is_constant(self, tensor: Tensor) -> bool:
         """Tell whether a tensor cannot carry samples: a scalar, a parameter that is not watched, a buffer."""
@@ -184,6 +193,8 @@ class Interception:
     def _derive(self, call: Call, data: list[Tensor], args: tuple[Any, ...]) -> Any:
         """Compute on parameters alone, in a graph that leads to their leaves."""
         graphs, indices = self._below(call)
+        plain = call.name in _EXPANSIONS or call.name in _COPIES
+        origin = call.sources[0] if plain and len(call.sources) == 1 and not call.constants else None
         if call.in_place:  # parameters written into a plain tensor, which is derived from now on
             (graph,) = call.run(graphs, data)
             with torch.no_grad():
@@ -194,7 +205,7 @@ class Interception:
         def wrap(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
                 return tensor
-            self.derived.append(Derived.wrap(tensor, indices, self))
+            self.derived.append(Derived.wrap(tensor, indices, self, origin))
             return self.derived[-1]
 
         return map_tensors(wrap, call.result(graphs, data))
@@ -212,7 +223,7 @@ class Interception:
         (graph,) = call.run(graphs, data)
         with torch.no_grad():
             target.copy_(graph)
-        target._graph, target._parameters = graph, indices
+        target._graph, target._parameters, target._origin = graph, indices, None
         return None if call.name == "__setitem__" else target
 
     @staticmethod

@@ -150,6 +150,10 @@ class Single:
 
     n_samples: int = 1
 
+    def split(self, tensor: Tensor) -> Tensor:
+        """View a tensor with sample axis and two more in front, as a layout along dimension 0 does: [1, 1, ...]."""
+        return tensor.unsqueeze(0).unsqueeze(0)
+
     def has_rows(self, ndim: int) -> bool:
         """Tell whether the output has rows at all."""
         return ndim > 0
@@ -171,29 +175,37 @@ class Single:
 Ownership: TypeAlias = Layout | Routed | Single
 
 
+def is_summable(owner: Ownership, gradient: Tensor, shape: torch.Size) -> bool:
+    """Tell whether :func:`sum_to` serves these: the sample axis is among what broadcasting spread."""
+    if isinstance(owner, Single):
+        return True
+    if isinstance(owner, Routed):
+        return shape.numel() == 1 if gradient.dim() == 1 else shape.numel() == shape[-1:].numel()
+    before = gradient.dim() - len(shape)
+    return owner.dim < before or shape[owner.dim - before] == 1
+
+
 def sum_to(owner: Ownership, gradient: Tensor, shape: torch.Size) -> Tensor:
     """Sum a gradient over all that broadcasting spread, for each sample apart.
 
     Args:
         owner: who owns the elements of the gradient.
         gradient: gradient of an output that a tensor of ``shape`` was broadcast to.
-        shape: the shape to sum to.
+        shape: the shape to sum to, for which :func:`is_summable` holds.
 
     Returns:
         [N, *shape], accumulated in float32 or wider.
     """
     wide = flat_dtype(gradient.dtype)
-    if isinstance(owner, Routed) and gradient.dim() > 1 and all(size == 1 for size in shape[:-1]):
-        rows = owner.rows(gradient).sum(1, dtype=wide)
+    if isinstance(owner, Single):
+        return gradient.to(wide).sum_to_size(shape).unsqueeze(0)
+    if isinstance(owner, Routed):
+        rows = owner.rows(gradient if gradient.dim() > 1 else gradient.unsqueeze(1)).sum(1, dtype=wide)
         return rows.sum_to_size((owner.n_samples, shape[-1] if shape else 1)).reshape(-1, *shape)
-    if isinstance(owner, Layout):
-        padded = (1,) * (gradient.dim() - len(shape)) + tuple(shape)
-        if padded[owner.dim] == 1:
-            parts = owner.split(gradient)  # [N, ..., outer, inner, ...]
-            parts = parts.sum((owner.dim + 1, owner.dim + 2), dtype=wide).unsqueeze(owner.dim + 1)
-            return parts.sum_to_size((owner.n_samples, *padded)).reshape(-1, *shape)
-    own = [owner.only(gradient, sample).to(wide).sum_to_size(shape) for sample in range(owner.n_samples)]
-    return torch.stack(own)
+    padded = (1,) * (gradient.dim() - len(shape)) + tuple(shape)
+    parts = owner.split(gradient)  # [N, ..., outer, inner, ...]
+    parts = parts.sum((owner.dim + 1, owner.dim + 2), dtype=wide).unsqueeze(owner.dim + 1)
+    return parts.sum_to_size((owner.n_samples, *padded)).reshape(-1, *shape)
 
 
 @lru_cache(maxsize=64)

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..ops.layout import flat_dtype
 from .call import Source
-from .uses import FactoredUse, SummedUse, Use, chunks
+from .uses import Use, add_squares, chunks
 
 
 def accumulate(
@@ -81,49 +79,13 @@ def _regions(uses: Sequence[Use], fisher: Tensor) -> dict[_Region | None, list[U
 
 
 def _fused(group: Sequence[Use], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
-    """Serve uses that share the target's shape without materialising [N, D_out, D_in]; tell whether that was so."""
+    """Serve uses of one form without materialising their per-sample gradients; tell whether that was so."""
     if any(use.source.graph is not None and use.source.region is None for use in group):
         return False
-    if any(use.source.value.shape != fisher.shape for use in group):
+    if any(use.source.value.shape != fisher.shape or type(use) is not type(group[0]) for use in group):
         return False
-    if all(isinstance(use, FactoredUse) for use in group):
-        a = _concatenate([use.activations for use in group if isinstance(use, FactoredUse)])
-        g = _concatenate([use.grad_outputs for use in group if isinstance(use, FactoredUse)])
-        if fisher.is_contiguous():
-            _fisher_linear(fisher, a, g, weights, gradient)
-        elif fisher.t().is_contiguous():
-            _fisher_linear(fisher.t(), g, a, weights, None if gradient is None else gradient.t())
-        else:
-            return False
-        return True
-    if all(isinstance(use, SummedUse) for use in group) and fisher.is_contiguous():
-        total = sum(use.per_sample(range(use.n_samples)) for use in group)
-        assert isinstance(total, Tensor)
-        _add(total, fisher, gradient, weights)
-        return True
-    return False
-
-
-def _concatenate(parts: list[Tensor]) -> Tensor:
-    """Join the rows of several uses along T: their products then sum before the square."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _fisher_linear(fisher: Tensor, a: Tensor, g: Tensor, weights: Tensor | None, gradient: Tensor | None) -> None:
-    """Call the fused operator on tensors of any dtype and stride."""
-    if flat_dtype(a.dtype) != fisher.dtype:  # an operation in a narrower or wider type than its parameter
-        a, g = a.to(fisher.dtype), g.to(fisher.dtype)
-    a, g = (t if t.stride(2) == 1 or t.shape[2] <= 1 else t.contiguous() for t in (a, g))
-    ops.fisher_linear_(fisher, a, g, weights, gradient)
-
-
-def _add(grads: Tensor, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> None:
-    """Square and accumulate per-sample gradients [N, *S]."""
-    grads = grads.to(fisher.dtype).contiguous()
-    ops.accumulate_squares_(fisher, grads, weights)
-    if gradient is not None:
-        ones = torch.ones(len(grads), dtype=grads.dtype, device=grads.device)
-        gradient += torch.tensordot(ones if weights is None else weights.to(grads.dtype), grads, 1)
+    use = group[0].joined(group[1:])
+    return use is not None and use.accumulate(fisher, gradient, weights)
 
 
 def _materialised(
@@ -142,7 +104,7 @@ def _materialised(
             grads = use.per_sample(samples)
             total += grads if direct else _push(use.source, parameter, grads)
         chosen = None if weights is None else weights[samples.start : samples.stop].contiguous()
-        _add(total, total_fisher, gradient, chosen)
+        add_squares(total, total_fisher, gradient, chosen)
     if total_fisher is not fisher:
         fisher += total_fisher
 

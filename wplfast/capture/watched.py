@@ -77,6 +77,7 @@ class Derived(Tensor):
     _pass: Interceptor
     _graph: Tensor
     _parameters: tuple[int, ...]
+    _origin: Any = None  # the source that it is a copy or an expansion of
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -84,12 +85,12 @@ class Derived(Tensor):
         return _dispatch(func, args, kwargs)
 
     @staticmethod
-    def wrap(graph: Tensor, parameters: tuple[int, ...], interceptor: Interceptor) -> Derived:
+    def wrap(graph: Tensor, parameters: tuple[int, ...], interceptor: Interceptor, origin: Any = None) -> Derived:
         """Wrap a tensor that was computed from the parameters with these indices alone."""
         derived = graph.detach().as_subclass(Derived)
         with torch._C.DisableTorchFunctionSubclass():
             derived.requires_grad_()
-        derived._graph, derived._parameters, derived._pass = graph, parameters, interceptor
+        derived._graph, derived._parameters, derived._pass, derived._origin = graph, parameters, interceptor, origin
         return derived
 
     @staticmethod

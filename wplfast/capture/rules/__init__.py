@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from ..call import Call
 from .base import Rule
+from .cat import CAT
+from .conv import CONV
+from .einsum import EINSUM
+from .embedding import EMBEDDING
 from .generic import GENERIC
 from .linear import LINEAR
+from .matmul import MATMUL
+from .norm import NORM
+from .scale import SCALE
 from .shift import SHIFT
 
 __all__ = ["GENERIC", "RULES", "Rule", "rule_for"]
 
-RULES: list[Rule] = [LINEAR, SHIFT, GENERIC]
+RULES: list[Rule] = [LINEAR, SHIFT, SCALE, MATMUL, CONV, NORM, EMBEDDING, EINSUM, CAT, GENERIC]
 
 
 def rule_for(call: Call) -> Rule:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from torch import Tensor
 
-from ..call import Call
+from ...ops.layout import flat_dtype
+from ..call import Call, Slot, Source
 from ..local import LocalBackward
-from ..ownership import Ownership
-from ..uses import Use
+from ..ownership import Layout, Ownership, Single, is_summable, sum_to
+from ..uses import OwnedUse, SummedUse, Use
 
 
 class Rule(ABC):
@@ -55,3 +57,40 @@ class Rule(ABC):
     def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the ordinary gradients of the sources, as autograd computes them: what ``verify`` compares with."""
         return LocalBackward(call, data)(grads)
+
+
+def summed(source: Source, rule: str, owner: Ownership, gradient: Tensor) -> Use:
+    """Return the use of a source that was broadcast to the shape of ``gradient``: the sum over what was broadcast."""
+    if source.base is not None and is_summable(owner, gradient, source.base.value.shape):
+        source = source.base
+    shape = source.value.shape
+    if is_summable(owner, gradient, shape):
+        return SummedUse(source, rule, sum_to(owner, gradient, shape))
+    return OwnedUse(source, rule, owner, gradient)
+
+
+def operands(call: Call) -> tuple[Source, int, int] | None:
+    """Return the source of a call on one source and one data tensor, its position (0 or 1) and the data's index."""
+    if len(call.args) != 2 or not all(isinstance(slot, Slot) for slot in call.args):
+        return None
+    kinds = [slot.kind for slot in call.args]
+    if sorted(kinds) != ["data", "source"]:
+        return None
+    position = kinds.index("source")
+    return call.sources[call.args[position].index], position, call.args[1 - position].index
+
+
+def by_batch(owner: Ownership) -> TypeGuard[Layout | Single]:
+    """Tell whether samples own whole slices along dimension 0, as images do."""
+    return isinstance(owner, Single) or (isinstance(owner, Layout) and owner.dim == 0)
+
+
+def channel_rows(owner: Ownership, tensor: Tensor) -> Tensor:
+    """Arrange [B, C, *L] as rows of channels [N, T, C]; a view where a sample owns one slice."""
+    return owner.rows(tensor.movedim(1, -1))
+
+
+def row_sums(rows: Tensor) -> Tensor:
+    """Sum rows [N, T, D] to the gradients of a bias [N, D], in float32 or wider."""
+    wide = flat_dtype(rows.dtype)
+    return rows[:, 0].to(wide) if rows.shape[1] == 1 else rows.sum(1, dtype=wide)

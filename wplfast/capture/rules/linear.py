@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.layout import flat_dtype
-from ..call import Call, Slot
-from ..ownership import Ownership, sum_to
+from ..call import Call
+from ..ownership import Ownership
 from ..uses import FactoredUse, SummedUse, Use
-from .base import Rule
+from .base import Rule, row_sums, summed
 
 
 class LinearRule(Rule):
@@ -21,8 +20,7 @@ class LinearRule(Rule):
 
     def matches(self, call: Call) -> bool:
         """Match F.linear with data as its input."""
-        x = call.argument(0, "input")
-        return call.func is F.linear and isinstance(x, Slot) and x.kind == "data"
+        return call.func is F.linear and call.is_data(0, "input")
 
     def uses(
         self,
@@ -44,11 +42,9 @@ class LinearRule(Rule):
             rows = owner.rows(gradient)
             found.append(FactoredUse(weight, self.name, owner.rows(x.to(gradient.dtype)), rows))
             if bias is not None:
-                wide = flat_dtype(gradient.dtype)
-                summed = rows[:, 0].to(wide) if rows.shape[1] == 1 else rows.sum(1, dtype=wide)
-                found.append(SummedUse(bias, self.name, summed))
+                found.append(SummedUse(bias, self.name, row_sums(rows)))
         elif bias is not None:
-            found.append(SummedUse(bias, self.name, sum_to(owner, gradient, bias.value.shape)))
+            found.append(summed(bias, self.name, owner, gradient))
         return found
 
     def needs_data(self, call: Call) -> bool:

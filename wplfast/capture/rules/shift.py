@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..call import Call, Slot
-from ..ownership import Ownership, sum_to
-from ..uses import SummedUse, Use
-from .base import Rule
+from ..call import Call
+from ..ownership import Ownership
+from ..uses import Use
+from .base import Rule, operands, summed
 
 #: function name -> signs of its first and second operand
 _SIGNS = {
@@ -26,8 +26,7 @@ class ShiftRule(Rule):
 
     def matches(self, call: Call) -> bool:
         """Match additions and subtractions of one source and one data tensor."""
-        kinds = sorted(slot.kind for slot in call.args[:2] if isinstance(slot, Slot))
-        return call.name in _SIGNS and len(call.args) == 2 and kinds == ["data", "source"] and "out" not in call.kwargs
+        return call.name in _SIGNS and operands(call) is not None and "out" not in call.kwargs
 
     def needs_data(self, call: Call) -> bool:
         """The gradient of a sum does not depend on its terms."""
@@ -44,21 +43,21 @@ class ShiftRule(Rule):
         gradient, owner = grads[0], owners[0]
         if gradient is None or owner is None:
             return []
-        source = call.sources[0]
-        summed = sum_to(owner, gradient, source.value.shape)
-        return [SummedUse(source, self.name, self._signed(call, summed))]
+        factor = self._factor(call)
+        return [summed(call.sources[0], self.name, owner, gradient if factor == 1 else gradient * factor)]
 
     def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Sum over what was broadcast."""
         gradient, source = grads[0], call.sources[0]
-        return [None if gradient is None else self._signed(call, gradient.sum_to_size(source.value.shape))]
+        return [None if gradient is None else gradient.sum_to_size(source.value.shape) * self._factor(call)]
 
     @staticmethod
-    def _signed(call: Call, gradient: Tensor) -> Tensor:
-        """Apply the operand's sign and the factor ``alpha`` of the second operand."""
-        position = next(i for i, slot in enumerate(call.args) if isinstance(slot, Slot) and slot.kind == "source")
-        factor = _SIGNS[call.name][position] * (call.kwargs.get("alpha", 1) if position == 1 else 1)
-        return gradient if factor == 1 else gradient * factor
+    def _factor(call: Call) -> float:
+        """Return the operand's sign, times the factor ``alpha`` of the second operand."""
+        found = operands(call)
+        assert found is not None
+        _, position, _ = found
+        return _SIGNS[call.name][position] * float(call.kwargs.get("alpha", 1) if position == 1 else 1)
 
 
 SHIFT = ShiftRule()

@@ -1,0 +1,88 @@
+"""``torch.cat`` of data with parameters, such as class tokens: each parameter's gradient is its part of G."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..call import Call, Slot
+from ..ownership import Layout, Ownership, Single
+from ..uses import Use
+from .base import Rule, summed
+
+
+class CatRule(Rule):
+    """y = cat([p, x], dim): the gradient of p is the slice of G that it became."""
+
+    name = "cat"
+
+    def matches(self, call: Call) -> bool:
+        """Match concatenations along one dimension."""
+        parts = call.argument(0, "tensors")
+        return (
+            call.name in ("cat", "concat", "concatenate")
+            and isinstance(parts, (tuple, list))
+            and "out" not in call.kwargs
+        )
+
+    def uses(
+        self,
+        call: Call,
+        data: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        owners: Sequence[Ownership | None],
+    ) -> list[Use] | None:
+        """Slice the gradient."""
+        gradient, owner = grads[0], owners[0]
+        if gradient is None or owner is None:
+            return []
+        dim = self._dimension(call) % gradient.dim()
+        if not isinstance(owner, Single) and not (isinstance(owner, Layout) and owner.dim != dim):
+            return None
+        found: list[Use] = []
+        start = 0
+        for slot in call.argument(0, "tensors"):
+            length = self._length(call, slot, dim)
+            if slot.kind == "source":
+                part = gradient.narrow(dim, start, length)
+                found.append(summed(call.sources[slot.index], self.name, owner, part))
+            start += length
+        return found
+
+    def needs_data(self, call: Call) -> bool:
+        """Their shapes are enough."""
+        return False
+
+    def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Slice the gradient; a source that stands twice gets both slices."""
+        gradient = grads[0]
+        found: list[Tensor | None] = [None] * len(call.sources)
+        if gradient is None:
+            return found
+        dim, start = self._dimension(call) % gradient.dim(), 0
+        for slot in call.argument(0, "tensors"):
+            length = self._length(call, slot, dim)
+            if slot.kind == "source":
+                part, before = gradient.narrow(dim, start, length), found[slot.index]
+                found[slot.index] = part if before is None else before + part
+            start += length
+        return found
+
+    @staticmethod
+    def _dimension(call: Call) -> int:
+        """Return the dimension as it was given."""
+        dim = call.argument(1, "dim")
+        return int(dim if dim is not None else call.kwargs.get("axis", 0))
+
+    @staticmethod
+    def _length(call: Call, slot: Slot, dim: int) -> int:
+        """Return how long a part is."""
+        if slot.kind == "source":
+            shape = call.sources[slot.index].value.shape
+        else:
+            shape = call.data_shapes[slot.index] if slot.kind == "data" else call.constants[slot.index].shape
+        return shape[dim] if shape != (0,) else 0
+
+
+CAT = CatRule()

@@ -1,0 +1,185 @@
+"""Convolutions of 1 to 3 dimensions, transposed ones too: strided, padded, dilated, grouped, depthwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import ops
+from ...ops.layout import flat_dtype
+from ..call import Call, Source
+from ..ownership import Layout, Ownership, Single
+from ..uses import SummedUse, Use
+from .base import Rule, by_batch, channel_rows, row_sums
+
+#: function -> (spatial dimensions, transposed)
+_FORMS: dict[Callable[..., Any], tuple[int, bool]] = {
+    torch.conv1d: (1, False),
+    torch.conv2d: (2, False),
+    torch.conv3d: (3, False),
+    torch.conv_transpose1d: (1, True),
+    torch.conv_transpose2d: (2, True),
+    torch.conv_transpose3d: (3, True),
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution runs over its input."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    transposed: bool
+
+    def weight_gradient(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+        """Return the ordinary weight gradient of [B, C, *S] inputs and their outputs' gradients."""
+        zeros = [0] * len(self.stride)
+        _, found, _ = torch.ops.aten.convolution_backward(
+            gradient, x, weight, None, self.stride, self.padding, self.dilation, self.transposed, zeros, self.groups,
+            [False, True, False],
+        )  # fmt: skip
+        assert isinstance(found, Tensor)
+        return found
+
+
+class ConvUse(Use):
+    """Gradients of a convolution's weight, from its input and its output's gradient."""
+
+    def __init__(
+        self, source: Source, rule: str, owner: Layout | Single, x: Tensor, grad_outputs: Tensor, geometry: Geometry
+    ) -> None:
+        """Take x [B, C_in, *S] and G [B, C_out, *L]; samples own slices along B."""
+        super().__init__(source, owner.n_samples, rule)
+        self.owner, self.x, self.grad_outputs, self.geometry = owner, x, grad_outputs, geometry
+
+    def per_sample(self, samples: range) -> Tensor:
+        """Run the ordinary weight gradient of one sample at a time."""
+        wide = flat_dtype(self.x.dtype)
+        weight = self.source.value.to(wide)
+        parts = [self.owner.split(t) for t in (self.x, self.grad_outputs)]
+        found = []
+        for n in samples:
+            x, gradient = (part[n].flatten(0, 1).to(wide) for part in parts)
+            found.append(self.geometry.weight_gradient(x, gradient, weight))
+        return torch.stack(found)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Weigh the outputs' gradients; then one ordinary weight gradient serves all."""
+        wide = flat_dtype(self.x.dtype)
+        scaled = self.owner.scale(self.grad_outputs.to(wide), weights.to(self.x.device))
+        return self.geometry.weight_gradient(self.x.to(wide), scaled, self.source.value.to(wide))
+
+    def accumulate(self, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
+        """Call the fused operator; a transposed convolution is an ordinary one from outputs to inputs."""
+        if not fisher.is_contiguous():
+            return False
+        slid, fixed = (self._images(t, fisher.dtype) for t in (self.x, self.grad_outputs))
+        if self.geometry.transposed:
+            slid, fixed = fixed, slid
+        form = self.geometry
+        ops.fisher_conv_(
+            fisher, slid, fixed, weights, gradient,
+            stride=form.stride, padding=form.padding, dilation=form.dilation, groups=form.groups,
+        )  # fmt: skip
+        return True
+
+    def _images(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Arrange [B, C, *S] as [N, M, *S, C], channels last."""
+        if flat_dtype(tensor.dtype) != dtype:
+            tensor = tensor.to(dtype)
+        return self.owner.split(tensor.movedim(1, -1)).flatten(1, 2).contiguous()
+
+
+class ConvRule(Rule):
+    """The weight's gradient correlates input and G; the bias's is G summed over positions."""
+
+    name = "conv"
+
+    def matches(self, call: Call) -> bool:
+        """Match convolutions of batched data."""
+        form = _FORMS.get(call.func)
+        if form is None or not call.is_data(0, "input"):
+            return False
+        slot = call.argument(0, "input")
+        return len(call.data_shapes[slot.index]) == form[0] + 2
+
+    def needs_data(self, call: Call) -> bool:
+        """The bias alone does not need the input."""
+        return call.source_at(1, "weight") is not None
+
+    def uses(
+        self,
+        call: Call,
+        data: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        owners: Sequence[Ownership | None],
+    ) -> list[Use] | None:
+        """Return one use for the weight, and the summed gradient of the bias."""
+        gradient, owner = grads[0], owners[0]
+        if gradient is None or owner is None:
+            return []
+        if not by_batch(owner):
+            return None
+        weight, bias = call.source_at(1, "weight"), call.source_at(2, "bias")
+        found: list[Use] = []
+        if weight is not None:
+            x = data[call.argument(0, "input").index].to(gradient.dtype)
+            geometry, x = _geometry(call, x, weight.value)
+            found.append(ConvUse(weight, self.name, owner, x, gradient, geometry))
+        if bias is not None:
+            found.append(SummedUse(bias, self.name, row_sums(channel_rows(owner, gradient))))
+        return found
+
+    def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return the weight gradient without running the call again."""
+        gradient, weight = grads[0], call.source_at(1, "weight")
+        if gradient is None:
+            return [None] * len(call.sources)
+        found: list[Tensor | None] = []
+        for source in call.sources:
+            if source is weight:
+                x = data[call.argument(0, "input").index].to(gradient.dtype)
+                geometry, x = _geometry(call, x, source.value)
+                found.append(geometry.weight_gradient(x, gradient, source.value.to(gradient.dtype)))
+            else:
+                found.append(gradient.movedim(1, -1).flatten(0, -2).sum(0))
+        return found
+
+
+def _geometry(call: Call, x: Tensor, weight: Tensor) -> tuple[Geometry, Tensor]:
+    """Read a convolution's options; an input whose padding differs from side to side is returned padded."""
+    n_spatial, transposed = _FORMS[call.func]
+
+    def option(position: int, name: str, default: int) -> list[int]:
+        value = call.argument(position, name)
+        values = [default] if value is None else [value] if isinstance(value, int) else list(value)
+        return values * n_spatial if len(values) == 1 else values
+
+    def groups(position: int) -> int:
+        value = call.argument(position, "groups")
+        return 1 if value is None else int(value)
+
+    stride = option(3, "stride", 1)
+    if transposed:
+        return Geometry(stride, option(4, "padding", 0), option(7, "dilation", 1), groups(6), True), x
+    geometry = Geometry(stride, [0] * n_spatial, option(5, "dilation", 1), groups(6), False)
+    padding = call.argument(4, "padding")
+    if padding == "valid":
+        return geometry, x
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(geometry.dilation, weight.shape[2:], strict=True)]
+        if any(total % 2 for total in totals):
+            sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+            return geometry, F.pad(x, sides)
+        return replace(geometry, padding=[total // 2 for total in totals]), x
+    return replace(geometry, padding=option(4, "padding", 0)), x
+
+
+CONV = ConvRule()

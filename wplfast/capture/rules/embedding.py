@@ -1,0 +1,105 @@
+"""Rows of a table: ``F.embedding``, ``table[indices]``. A sample's repeated rows are summed before they are squared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import ops
+from ...ops.layout import flat_dtype
+from ..call import Call, Slot, Source
+from ..ownership import Ownership
+from ..uses import Use
+from .base import Rule
+
+
+class LookupUse(Use):
+    """Gradients that are zero but for the rows that a sample looked up."""
+
+    def __init__(self, source: Source, rule: str, indices: Tensor, grad_outputs: Tensor) -> None:
+        """Take indices [N, T], negative where nothing was looked up, and G [N, T, D] for a source [V, D]."""
+        super().__init__(source, len(indices), rule)
+        self.indices, self.grad_outputs = indices, grad_outputs
+
+    def per_sample(self, samples: range) -> Tensor:
+        """Add each sample's rows into a table of its own."""
+        chosen = slice(samples.start, samples.stop)
+        return self._tables(self.indices[chosen], self.grad_outputs[chosen])
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Weigh the rows, then add all into one table."""
+        wide = flat_dtype(self.grad_outputs.dtype)
+        rows = self.grad_outputs.to(wide) * weights.to(self.grad_outputs.device, wide).view(-1, 1, 1)
+        return self._tables(self.indices.reshape(1, -1), rows.flatten(0, 1).unsqueeze(0))[0]
+
+    def _tables(self, indices: Tensor, rows: Tensor) -> Tensor:
+        """Sum rows [n, T, D] into tables [n, V, D]."""
+        size, features = self.source.value.shape
+        wide = flat_dtype(rows.dtype)
+        found = rows.new_zeros(len(indices) * size, features, dtype=wide)
+        kept = rows.to(wide) * (indices >= 0).unsqueeze(-1)
+        first = torch.arange(len(indices), device=indices.device).unsqueeze(1) * size
+        found.index_add_(0, (indices.clamp_min(0) + first).reshape(-1), kept.reshape(-1, features))
+        return found.view(-1, size, features)
+
+    def joined(self, others: Sequence[Use]) -> Use:
+        """Join what was looked up along T."""
+        if not others:
+            return self
+        uses = [self, *(use for use in others if isinstance(use, LookupUse))]
+        indices = torch.cat([use.indices for use in uses], 1)
+        return LookupUse(self.source, self.rule, indices, torch.cat([use.grad_outputs for use in uses], 1))
+
+    def accumulate(self, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
+        """Call the fused operator."""
+        if not fisher.is_contiguous():
+            return False
+        g = self.grad_outputs
+        g = (g if flat_dtype(g.dtype) == fisher.dtype else g.to(fisher.dtype)).contiguous()
+        ops.fisher_embedding_(fisher, self.indices.contiguous(), g, weights, gradient)
+        return True
+
+
+class EmbeddingRule(Rule):
+    """y = table[indices]: the gradient of a row is the sum of those of its copies."""
+
+    name = "embedding"
+
+    def matches(self, call: Call) -> bool:
+        """Match look-ups in a table [V, D] by integer data."""
+        if call.func in (F.embedding, torch.embedding):
+            return call.func is F.embedding and call.is_data(0, "input") and call.source_at(1, "weight") is not None
+        if call.name != "__getitem__" or len(call.args) != 2 or call.source_at(0, "self") is None:
+            return False
+        index = call.args[1]
+        if not isinstance(index, Slot) or index.kind != "data" or call.sources[0].value.dim() != 2:
+            return False
+        return len(call.data_kinds) == 1 and call.data_kinds[0][1] in (torch.int64, torch.int32)
+
+    def uses(
+        self,
+        call: Call,
+        data: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        owners: Sequence[Ownership | None],
+    ) -> list[Use] | None:
+        """Return what was looked up, and its gradients."""
+        gradient, owner, source = grads[0], owners[0], call.sources[0]
+        if gradient is None or owner is None:
+            return []
+        if not owner.has_rows(gradient.dim()) or gradient.dim() < 2:
+            return None
+        size = len(source.value)
+        indices = data[0].long()
+        indices = torch.where(indices < 0, indices + size, indices)
+        padding = call.argument(2, "padding_idx") if call.func is F.embedding else None
+        if padding is not None:
+            indices = indices.masked_fill(indices == padding % size, -1)
+        indices = indices.view(gradient.shape[:-1]).unsqueeze(-1)
+        return [LookupUse(source, self.name, owner.rows(indices).squeeze(-1), owner.rows(gradient))]
+
+
+EMBEDDING = EmbeddingRule()

@@ -1,0 +1,87 @@
+"""A parameter as one side of a matrix product: ``x @ w``, ``w @ x``, ``torch.mm``, ``torch.addmm`` (HF's Conv1D)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..call import Call
+from ..ownership import Layout, Ownership, Single
+from ..uses import FactoredUse, Use
+from .base import Rule, operands, summed
+
+_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "mm"})
+
+
+class MatmulRule(Rule):
+    """y = x W with W [D_in, D_out]: the per-sample gradient is A^T G, that of a linear layer transposed."""
+
+    name = "matmul"
+
+    def matches(self, call: Call) -> bool:
+        """Match products of a matrix among the sources with data of two or more dimensions."""
+        if call.name in _PRODUCTS:
+            found = operands(call)
+            if found is None or call.kwargs:
+                return False
+            source, _, index = found
+            return source.value.dim() == 2 and len(call.data_shapes[index]) > 1
+        if call.name != "addmm" or call.argument(3, "beta") not in (None, 1) or "out" in call.kwargs:
+            return False
+        return call.argument(4, "alpha") in (None, 1) and call.is_data(1, "mat1") and not call.is_data(2, "mat2")
+
+    def uses(
+        self,
+        call: Call,
+        data: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        owners: Sequence[Ownership | None],
+    ) -> list[Use] | None:
+        """Return (G, A) for the matrix, and G summed for what addmm adds."""
+        gradient, owner = grads[0], owners[0]
+        if gradient is None or owner is None:
+            return []
+        if call.name != "addmm":
+            return self._product(call, data, gradient, owner)
+        if not owner.has_rows(gradient.dim()):
+            return None
+        found: list[Use] = []
+        bias, matrix = call.source_at(0, "input"), call.source_at(2, "mat2")
+        x = call.tensor_at(1, "mat1", data)
+        if matrix is not None and x is not None:
+            found.append(FactoredUse(matrix, self.name, owner.rows(gradient), owner.rows(x.to(gradient.dtype))))
+        if bias is not None:
+            found.append(summed(bias, self.name, owner, gradient))
+        return found
+
+    def _product(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
+        """Serve x @ w, and w @ x as its transpose."""
+        found = operands(call)
+        assert found is not None
+        source, position, index = found
+        x = data[index].to(gradient.dtype)
+        left = (position == 0) != (call.name == "__rmatmul__")
+        if not left:
+            if not owner.has_rows(gradient.dim()):
+                return None
+            return [FactoredUse(source, self.name, owner.rows(gradient), owner.rows(x))]
+        turned = _transposed(owner, gradient.dim())
+        if turned is None:
+            return None
+        rows, x_rows = turned.rows(gradient.transpose(-1, -2)), turned.rows(x.transpose(-1, -2))
+        return [FactoredUse(source, self.name, x_rows, rows)]
+
+
+def _transposed(owner: Ownership, ndim: int) -> Layout | Single | None:
+    """Return who owns a tensor's elements after its last two dimensions were exchanged, if by rows."""
+    if isinstance(owner, Layout):
+        dim = {ndim - 1: ndim - 2, ndim - 2: ndim - 1}.get(owner.dim, owner.dim)
+        owner = replace(owner, dim=dim)
+    if not isinstance(owner, (Layout, Single)) or not owner.has_rows(ndim):
+        return None
+    return owner
+
+
+MATMUL = MatmulRule()

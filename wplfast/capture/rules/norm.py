@@ -1,0 +1,101 @@
+"""Normalisation with an affine part: ``y = normalised(x) * weight + bias``, whatever normalises x.
+
+The normalised input is not kept: the backward pass computes it again, with the affine part left out. Batch statistics
+never reach this rule, since :mod:`wplfast.checks` refuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import ops
+from ..call import Call
+from ..ownership import Ownership
+from ..uses import SummedUse, Use
+from .base import Rule, by_batch, channel_rows, row_sums, summed
+from .scale import scaled
+
+
+class _Form(NamedTuple):
+    """Where a function takes what."""
+
+    weight: int
+    bias: int | None
+    by_channel: bool  # the affine part is per channel (dimension 1), else per trailing dimensions
+    statistics: tuple[int, ...] = ()  # running statistics, unused and updated where the input's own are taken
+    own_statistics: int | None = None  # the flag that says so
+
+
+_FORMS: dict[Callable[..., Any], _Form] = {
+    F.layer_norm: _Form(2, 3, False),
+    torch.layer_norm: _Form(2, 3, False),
+    F.rms_norm: _Form(2, None, False),
+    torch.rms_norm: _Form(2, None, False),
+    F.group_norm: _Form(2, 3, True),
+    torch.group_norm: _Form(2, 3, True),
+    F.batch_norm: _Form(3, 4, True),
+    F.instance_norm: _Form(3, 4, True, (1, 2), 5),
+}
+
+
+class NormRule(Rule):
+    """The gradients of weight and bias are sums of G times the normalised input, and of G."""
+
+    name = "norm"
+
+    def matches(self, call: Call) -> bool:
+        """Match the functional forms of all normalisation layers, with data as their input."""
+        return call.func in _FORMS and call.is_data(0, "input")
+
+    def needs_data(self, call: Call) -> bool:
+        """The bias alone does not need the input."""
+        return call.source_at(_FORMS[call.func].weight, "weight") is not None
+
+    def uses(
+        self,
+        call: Call,
+        data: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        owners: Sequence[Ownership | None],
+    ) -> list[Use] | None:
+        """Return the summed gradients of the affine part."""
+        gradient, owner, form = grads[0], owners[0], _FORMS[call.func]
+        if gradient is None or owner is None:
+            return []
+        found: list[Use] = []
+        weight = call.source_at(form.weight, "weight")
+        bias = None if form.bias is None else call.source_at(form.bias, "bias")
+        if form.by_channel:
+            if not by_batch(owner):
+                return None
+            if weight is not None:
+                x = self._normalised(call, form, data).to(gradient.dtype)
+                grads_of = ops.scale_grads(channel_rows(owner, x), channel_rows(owner, gradient))
+                found.append(SummedUse(weight, self.name, grads_of))
+            if bias is not None:
+                found.append(SummedUse(bias, self.name, row_sums(channel_rows(owner, gradient))))
+            return found
+        if weight is not None:
+            x = self._normalised(call, form, data).to(gradient.dtype)
+            found.append(scaled(weight, self.name, owner, x, gradient))
+        if bias is not None:
+            found.append(summed(bias, self.name, owner, gradient))
+        return found
+
+    def _normalised(self, call: Call, form: _Form, data: Sequence[Tensor]) -> Tensor:
+        """Run the call without its affine part."""
+        left_out = {form.weight: "weight"}
+        if form.bias is not None:
+            left_out[form.bias] = "bias"
+        if form.own_statistics is not None and call.argument(form.own_statistics, "use_input_stats") is not False:
+            left_out |= dict(zip(form.statistics, ("running_mean", "running_var"), strict=True))
+        (x,) = call.without(left_out).run([source.value for source in call.sources], data)
+        return x
+
+
+NORM = NormRule()

@@ -1,0 +1,57 @@
+"""A parameter that data are multiplied with or divided by: layer scales, hand-written RMSNorm, temperatures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ... import ops
+from ..call import Call, Source
+from ..ownership import Ownership
+from ..uses import SummedUse, Use
+from .base import Rule, operands, summed
+
+_PRODUCTS = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
+_QUOTIENTS = frozenset({"div", "div_", "divide", "divide_", "true_divide", "__truediv__", "__itruediv__"})
+
+
+class ScaleRule(Rule):
+    """y = x p: the gradient of p is G x, summed over what p was broadcast along; for y = x / p it is -G x / p^2."""
+
+    name = "scale"
+
+    def matches(self, call: Call) -> bool:
+        """Match products of one source and one data tensor, and data divided by a source."""
+        found = operands(call)
+        if found is None or call.kwargs:
+            return False
+        return call.name in _PRODUCTS or (call.name in _QUOTIENTS and found[1] == 1)
+
+    def uses(
+        self,
+        call: Call,
+        data: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        owners: Sequence[Ownership | None],
+    ) -> list[Use]:
+        """Return the summed products."""
+        found, gradient, owner = operands(call), grads[0], owners[0]
+        if gradient is None or owner is None or found is None:
+            return []
+        source, _, index = found
+        if call.name in _QUOTIENTS:
+            return [summed(source, self.name, owner, gradient * data[index] / -source.value.square())]
+        return [scaled(source, self.name, owner, data[index].to(gradient.dtype), gradient)]
+
+
+def scaled(source: Source, rule: str, owner: Ownership, x: Tensor, gradient: Tensor) -> Use:
+    """Return the use of a source that x was multiplied with: ``gradient * x`` summed over what was broadcast."""
+    shape = source.value.shape
+    features = gradient.shape[-1:].numel()
+    if owner.has_rows(gradient.dim()) and shape == gradient.shape[-1:] == x.shape[-1:] and x.shape == gradient.shape:
+        return SummedUse(source, rule, ops.scale_grads(owner.rows(x), owner.rows(gradient)).view(-1, features))
+    return summed(source, rule, owner, gradient * x)
+
+
+SCALE = ScaleRule()
