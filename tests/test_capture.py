@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import wplfast
+from wplfast.capture.call import Source
 from wplfast.capture.ownership import (
     Axis,
     Codes,
@@ -22,6 +23,7 @@ from wplfast.capture.ownership import (
     matches,
     sum_to,
 )
+from wplfast.capture.rules.base import summed
 from wplfast.capture.uses import FactoredUse
 from wplfast.capture.watched import WatchedParameter
 from wplfast.errors import VerificationError
@@ -119,8 +121,12 @@ def test_broadcasting_is_undone_per_sample(shape):
     gradient = torch.randn(N, T, D)
     layouts = [Layout(0, 1, N, 1), Routed(torch.arange(N).repeat_interleave(T), N)]
     expected = torch.stack([(gradient * (torch.arange(N) == n).view(N, 1, 1)).sum_to_size(shape) for n in range(N)])
+    source = Source(torch.zeros(shape), torch.zeros(shape), (0,))
     for owner in layouts:
-        torch.testing.assert_close(sum_to(owner, gradient, torch.Size(shape)), expected)
+        use = summed(source, "test", owner, gradient)
+        torch.testing.assert_close(use.per_sample(range(N)), expected)
+        weights = torch.rand(N, dtype=torch.float64)
+        torch.testing.assert_close(use.weighted_sum(weights), torch.tensordot(weights.float(), expected, 1))
     torch.testing.assert_close(sum_to(Single(), gradient, torch.Size(shape))[0], gradient.sum_to_size(shape))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Source:
     region: tuple[int, torch.Size, tuple[int, ...], int] | None = None  # a pure view: parameter, size, stride, offset
     base: Source | None = None  # what it was expanded from
 
-    @property
+    @cached_property
     def key(self) -> tuple[Any, ...]:
         """Identify the source across batches."""
         return (self.parameters, self.graph is not None, tuple(self.value.shape))
@@ -55,6 +56,27 @@ class Call:
     in_place: bool
     random_state: Tensor | None  # of the device's generator before the call, if the call drew from it
     autocast: tuple[str, torch.dtype] | None
+
+    @cached_property
+    def leaves(self) -> list[Tensor]:
+        """The sources' leaves."""
+        return [source.leaf for source in self.sources]
+
+    @cached_property
+    def parameters(self) -> frozenset[int]:
+        """The indices of the watched parameters that the call uses."""
+        return frozenset(index for source in self.sources for index in source.parameters)
+
+    @cached_property
+    def operands(self) -> tuple[Source, int, int] | None:
+        """The source of a call on one source and one data tensor, its position (0 or 1) and the data's index."""
+        if len(self.args) != 2 or not all(isinstance(slot, Slot) for slot in self.args):
+            return None
+        kinds = [slot.kind for slot in self.args]
+        if sorted(kinds) != ["data", "source"]:
+            return None
+        position = kinds.index("source")
+        return self.sources[self.args[position].index], position, self.args[1 - position].index
 
     def argument(self, position: int, name: str) -> Any:
         """Return an argument by position or keyword; tensors are Slots."""

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..errors import CoupledSamplesError, WplfastError
 from .call import Call, Slot, Source, autocast_state, floating, is_in_place, kind_of, random_state
+from .plan import Plan, Planned
 from .rules import rule_for
-from .tap import Listener, Site
+from .sources import Sources
+from .tap import Key, Keys, Listener, Site
 from .watched import Derived, map_tensors, tensors_in
 
 #: Functions that read or set something about a parameter itself; they run natively on the parameter.
@@ -55,12 +57,11 @@ class Interception:
 
     def __init__(self, parameters: list[Tensor], constants: list[Tensor], listener: Listener) -> None:
         """Watch ``parameters``; ``constants`` are the model's other parameters and its buffers."""
-        self._index = {id(p): i for i, p in enumerate(parameters)}
-        self._leaves = [p.detach().requires_grad_() for p in parameters]
-        self._constants = {t.untyped_storage().data_ptr() for t in constants if t.numel()}
+        self._sources = Sources(parameters, constants, self)
         self._listener = listener
-        self._counts: dict[tuple[Any, ...], int] = {}
-        self.derive: set[tuple[Any, ...]] = set()  # calls that were measured to have no sample axis
+        self._keys: dict[tuple[Any, ...], Keys] = {}
+        self._plan = Plan()
+        self.derive: set[Key] = set()  # calls that were measured to have no sample axis
         self.sites: list[Site] = []
         self.derived: list[Derived] = []
         self.in_backward = False
@@ -68,15 +69,20 @@ class Interception:
     @property
     def leaves(self) -> list[Tensor]:
         """The plain leaves that stand for the parameters in parameter-only graphs and take ordinary gradients."""
-        return self._leaves
+        return self._sources.leaves
 
     def start_batch(self) -> None:
         """Forget the sites of the last forward pass."""
-        self.sites, self.derived, self._counts = [], [], {}
+        self.sites, self.derived = [], []
+        self._plan.start()
+        for keys in self._keys.values():
+            keys.used = 0
 
     def start_backward(self) -> None:
         """Begin a backward pass: sites that it creates (reentrant checkpoints) are numbered from zero again."""
-        self._counts = {key: n for key, n in self._counts.items() if not key[0]}
+        for keys in self._keys.values():
+            if keys.in_backward:
+                keys.used = 0
         self.sites = [site for site in self.sites if not site.late]
         for site in self.sites:
             site.fired = False
@@ -85,8 +91,11 @@ class Interception:
         """Run a torch function some of whose arguments are watched or derived."""
         if func in _SEEN_THROUGH:
             return _SEEN_THROUGH[func](*args, **kwargs)
-        name = getattr(func, "__name__", str(func))
         with torch._C.DisableTorchFunctionSubclass():
+            planned = None if kwargs or self.in_backward else self._plan.expected()
+            if planned is not None and planned.fits(func, args, self._sources) and planned.key not in self.derive:
+                return self._tap_again(planned, args)
+            name = getattr(func, "__name__", str(func))
             if name in _ABOUT_ITSELF or self._reads_property(func, name):
                 return func(*args, **kwargs)
             if torch._C._are_functorch_transforms_active():
@@ -115,7 +124,7 @@ class Interception:
 
     def _take_apart(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Call, list[Tensor], tuple[Any, ...]]:
+    ) -> tuple[Call, list[Tensor], Key]:
         """Replace tensors by slots."""
         sources: list[Source] = []
         data: list[Tensor] = []
@@ -124,11 +133,13 @@ class Interception:
 
         def slot(tensor: Tensor) -> Slot:
             if id(tensor) not in slots:
-                source = self._source(tensor)
+                source = self._sources.of(tensor)
                 if source is not None:
                     slots[id(tensor)] = Slot("source", len(sources))
                     sources.append(source)
-                elif self._is_constant(tensor) and not (name in _LOOKUPS and tensor.dim() > 1 and len(tensor) > 1):
+                elif self._sources.is_constant(tensor) and not (
+                    name in _LOOKUPS and tensor.dim() > 1 and len(tensor) > 1
+                ):
                     slots[id(tensor)] = Slot("constant", len(constants))
                     constants.append(tensor)
                 else:
@@ -150,45 +161,11 @@ class Interception:
             random_state=None,
             autocast=autocast_state(sources[0].value.device.type) if sources else None,
         )
-        counter = (self.in_backward, tuple(source.key for source in sources), name)
-        count = self._counts.get(counter, 0)
-        self._counts[counter] = count + 1
-        return call, data, (*counter, count)
-
-    def _source(self, tensor: Tensor) -> Source | None:
-        """Return the source that a tensor is, if it is one."""
-        if isinstance(tensor, Derived):
-            return self._derived_source(tensor) if tensor._pass is self else None
-        index = self._index.get(id(tensor))
-        if index is None:
-            return None
-        leaf = self._leaves[index]
-        if leaf.data_ptr() != tensor.data_ptr() or leaf.stride() != tensor.stride():  # `p.data = ...` during the pass
-            leaf.data = tensor.detach()
-        return Source(leaf, leaf.detach(), (index,))
-
-    def _derived_source(self, tensor: Derived) -> Source:
-        """Describe a derived tensor: the parameters below it, and the region if it is a pure view of one."""
-        graph, origin = tensor._graph, tensor._origin
-        value = graph.detach()
-        if origin is not None and graph.shape == origin.value.shape:  # cast or copied: the gradient is its origin's
-            return Source(tensor, value, origin.parameters, origin.graph, origin.leaves, origin.region, origin.base)
-        indices = tensor._parameters
-        leaves = tuple(self._leaves[i] for i in indices)
-        region = None
-        leaf = leaves[0]
-        if len(leaves) == 1 and graph._base is leaf and leaf.is_contiguous() and graph.dtype == leaf.dtype:
-            offset = int(graph.storage_offset()) - int(leaf.storage_offset())
-            region = (indices[0], graph.size(), graph.stride(), offset)
-        return Source(tensor, value, indices, graph, leaves, region, origin)
-
-    def _is_constant(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor cannot carry samples: a scalar, a parameter that is not watched, a buffer."""
-        if tensor.requires_grad and not tensor.is_leaf:
-            return False
-        if tensor.dim() == 0 or tensor.layout != torch.strided:
-            return tensor.dim() == 0
-        return tensor.untyped_storage().data_ptr() in self._constants
+        place = (self.in_backward, tuple(source.key for source in sources), name)
+        keys = self._keys.get(place)
+        if keys is None:
+            keys = self._keys[place] = Keys(self.in_backward, name)
+        return call, data, keys.next()
 
     def _derive(self, call: Call, data: list[Tensor], args: tuple[Any, ...]) -> Any:
         """Compute on parameters alone, in a graph that leads to their leaves."""
@@ -232,14 +209,13 @@ class Interception:
         graphs = [source.leaf if source.graph is None else source.graph for source in call.sources]
         return graphs, tuple(sorted({index for source in call.sources for index in source.parameters}))
 
-    def _tap(
-        self, call: Call, data: list[Tensor], key: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _tap(self, call: Call, data: list[Tensor], key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call natively with its sources as constants and tap its floating point outputs."""
         values = [source.value for source in call.sources]
         rule, device = rule_for(call), values[0].device
         site = Site(call, rule, key, self.in_backward, self._listener)
         before = None if rule.fast else random_state(device)
+        planned = None
         if call.in_place:  # out of place, tapped, and written back
             target = args[0]
             data = [tensor.clone() if tensor is target else tensor for tensor in data]
@@ -253,9 +229,22 @@ class Interception:
             outputs = floating(result)
             if not outputs:
                 return result
+            if outputs[0] is result:
+                planned = Planned.of(call, rule, key, args, kwargs)
             queue = iter(site.tap(outputs, data))
             result = map_tensors(lambda t: next(queue) if t.is_floating_point() else t, result)
         if before is not None and not torch.equal(before, random_state(device)):
             call.random_state = before  # dropout inside an RNN kernel, say: running it again must draw the same
+        if not self.in_backward:
+            self._plan.advance(planned)
         self.sites.append(site)
         return result
+
+    def _tap_again(self, planned: Planned, args: tuple[Any, ...]) -> Any:
+        """Tap a call that stood at the same place in the last forward pass."""
+        result, data = planned.run(args)
+        planned.key.keys.next()
+        site = Site(planned.call, planned.rule, planned.key, False, self._listener)
+        self.sites.append(site)
+        self._plan.advance(planned)
+        return site.tap([result], data)[0]

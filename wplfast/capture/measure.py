@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..errors import VerificationError
 from .ownership import Axis, Codes, Layout, Ownership, Routed, Signature, Single, candidates, decode, matches
-from .tap import Site
+from .tap import Key, Site
 
 #: A site's key and the index of one of its outputs.
-_Place: TypeAlias = tuple[tuple[Any, ...], int]
+_Place: TypeAlias = tuple[Key, int]
 
 #: What to do about templates that are known already: trust them; measure again where they fail; fail.
 Check: TypeAlias = Literal["no", "again", "raise"]
 
 #: What a site's measurement may end in: owners of its outputs (None: zero gradient), probe again, or mixed samples.
 Measured: TypeAlias = list[Ownership | None] | Literal["unmeasured", "mixed", "nonfinite"]
+
+
+@dataclass
+class _Memo:
+    """The owners of a site's outputs in a batch of so many samples, by templates that were known."""
+
+    n_samples: int
+    shapes: list[torch.Size]
+    owners: list[Ownership | None]
 
 
 class Measurement:
@@ -34,6 +44,7 @@ class Measurement:
         self._check: Check = "no"
         self._dormant: set[_Place] = set()  # outputs whose gradient was zero so far: not worth a probing pass
         self._signatures: dict[_Place, list[Signature]] = defaultdict(list)
+        self._memo: dict[Key, _Memo] = {}
 
     def start_batch(self, n_samples: int, check: Check) -> None:
         """Draw the codes of a batch, and say how far to trust what is known."""
@@ -60,6 +71,8 @@ class Measurement:
             return 0
         needed = int(self._check != "no")
         for site in sites:
+            if self._remembered(site) is not None:
+                continue
             for index, shape in enumerate(site.shapes):
                 place = (site.key, index)
                 known = self._known.get(place)
@@ -83,6 +96,11 @@ class Measurement:
 
     def owners(self, site: Site, grads: Sequence[Tensor | None]) -> Measured:
         """Return who owns each output, given its gradients of the collecting pass."""
+        trusted = self._check == "no" and not self._signatures
+        if trusted and all(gradient is not None for gradient in grads):
+            remembered = self._remembered(site)
+            if remembered is not None:
+                return remembered
         owners: list[Ownership | None] = []
         for index, gradient in enumerate(grads):
             if gradient is None:
@@ -95,7 +113,16 @@ class Measurement:
             if owner == "unmeasured" or owner == "mixed" or owner == "nonfinite":
                 return owner
             owners.append(None if owner == "zero" else owner)
+        if trusted and all(isinstance(owner, Layout) for owner in owners):
+            self._memo[site.key] = _Memo(self.codes.n_samples, site.shapes, owners)
         return owners
+
+    def _remembered(self, site: Site) -> list[Ownership | None] | None:
+        """Return what the last batch found for a site, if this one has its sizes."""
+        memo = self._memo.get(site.key)
+        if memo is None or memo.n_samples != self.codes.n_samples or memo.shapes != site.shapes:
+            return None
+        return memo.owners
 
     def _owner(
         self, place: _Place, gradient: Tensor
@@ -123,10 +150,11 @@ class Measurement:
                 return layout
             if self._check == "raise":
                 raise VerificationError(
-                    f"the rows of {place[0][2]} belong to other samples than in earlier batches (does the model order "
-                    "them by the data?); pass verify='always' to measure every batch"
+                    f"the rows of {place[0].name} belong to other samples than in earlier batches (does the model "
+                    "order them by the data?); pass verify='always' to measure every batch"
                 )
             self._known.pop(place)
+            self._memo.pop(place[0], None)
             known = None
         if known != "routed":
             if len(coded) < self.codes.rounds:
@@ -141,6 +169,7 @@ class Measurement:
         owner = decode(coded, plain, self.codes) if len(coded) == self.codes.rounds else None
         if owner is None:
             self._known.pop(place, None)
+            self._memo.pop(place[0], None)
             return "mixed"
         self._known[place] = "routed"
         return Routed(owner, n_samples)

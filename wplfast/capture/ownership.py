@@ -60,7 +60,7 @@ class Axis:
         """Return the layout of a tensor of this shape; None if the template does not apply to it."""
         if self.dim >= len(shape) or shape[self.dim] != self.outer * n_samples * self.inner:
             return None
-        return Layout(self.dim, self.outer, n_samples, self.inner)
+        return _layout(self.dim, self.outer, n_samples, self.inner)
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,12 @@ class Layout:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Arrange rows as [N, T, D]."""
+        if self.dim == 0 and self.outer == 1:  # the common case, in one step
+            return tensor.reshape(self.n_samples, -1, tensor.shape[-1]) if tensor.numel() else self._rows(tensor)
+        return self._rows(tensor)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """Arrange rows wherever the samples lie."""
         return self.split(tensor).flatten(1, -2)
 
     def only(self, tensor: Tensor, sample: int) -> Tensor:
@@ -106,6 +112,12 @@ class Layout:
         view = [1] * len(leading)
         view[self.dim if len(leading) > self.dim else 0] = -1
         return position.view(view).expand(leading).reshape(-1)
+
+
+@lru_cache(maxsize=256)
+def _layout(dim: int, outer: int, n_samples: int, inner: int) -> Layout:
+    """Return a layout, made once."""
+    return Layout(dim, outer, n_samples, inner)
 
 
 @dataclass(frozen=True)
@@ -202,6 +214,8 @@ def sum_to(owner: Ownership, gradient: Tensor, shape: torch.Size) -> Tensor:
     if isinstance(owner, Routed):
         rows = owner.rows(gradient if gradient.dim() > 1 else gradient.unsqueeze(1)).sum(1, dtype=wide)
         return rows.sum_to_size((owner.n_samples, shape[-1] if shape else 1)).reshape(-1, *shape)
+    if owner.dim == 0 and owner.outer == owner.inner == 1 and gradient.shape[1:] == shape:
+        return gradient.to(wide)
     padded = (1,) * (gradient.dim() - len(shape)) + tuple(shape)
     parts = owner.split(gradient)  # [N, ..., outer, inner, ...]
     parts = parts.sum((owner.dim + 1, owner.dim + 2), dtype=wide).unsqueeze(owner.dim + 1)

@@ -36,6 +36,8 @@ from .uses import Use
 
 _Mode: TypeAlias = Literal["idle", "probe", "ordinary", "collect"]
 
+_HALF = (torch.bfloat16, torch.float16)
+
 #: Rounds of probing and collecting that one batch may take before something is wrong.
 MAX_ROUNDS = 4
 
@@ -195,7 +197,8 @@ class Session:
                     "is not supported: per-sample gradients cannot be captured there"
                 )
             return nothing
-        self._half |= any(g is not None and g.dtype in (torch.bfloat16, torch.float16) for g in grads)
+        if not self._half:
+            self._half = any(g is not None and g.dtype in _HALF for g in grads)
         if self._mode == "collect":
             self._collect_site(site, data, grads)
             return nothing
@@ -330,10 +333,11 @@ class Session:
 
     def _find_unseen(self) -> set[int]:
         """Return the parameters that gradients arrived at past the taps, and remember them."""
-        found = {index for index, p in enumerate(self.parameters) if p.grad is not None}
-        for derived in self.interception.derived:
-            if derived.grad is not None:
-                found |= set(derived._parameters)
+        with torch._C.DisableTorchFunctionSubclass():
+            found = {index for index, p in enumerate(self.parameters) if p.grad is not None}
+            for derived in self.interception.derived:
+                if derived.grad is not None:
+                    found |= set(derived._parameters)
         self._drop_gradients()
         fresh = found - self.unseen
         if fresh and self.batches:
@@ -350,8 +354,9 @@ class Session:
 
     def _drop_gradients(self) -> None:
         """Clear the gradients that a pass left."""
-        for tensor in (*self.parameters, *self.interception.leaves, *self.interception.derived):
-            tensor.grad = None
+        with torch._C.DisableTorchFunctionSubclass():
+            for tensor in (*self.parameters, *self.interception.leaves, *self.interception.derived):
+                tensor.grad = None
 
     def _one_by_one(self, wanted: set[int]) -> None:
         """Collect some parameters exactly, with one backward pass for each sample."""

@@ -8,6 +8,7 @@ is a detached alias, not a view, so in-place operations on it stay legal and ver
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -24,30 +25,61 @@ class Listener(Protocol):
         """Take the gradients of a site's outputs; return the ordinary gradients of its sources, or Nones."""
 
 
+class Key:
+    """A site across batches: the count-th call of a function on the same sources. Compared by identity."""
+
+    __slots__ = ("count", "keys")
+
+    def __init__(self, keys: Keys, count: int) -> None:
+        """Describe a site; :class:`Keys` gives out one key for each."""
+        self.keys, self.count = keys, count
+
+    @property
+    def name(self) -> str:
+        """Return the function's name."""
+        return self.keys.name
+
+    @property
+    def is_next(self) -> bool:
+        """Tell whether the next call of the function on these sources is the one."""
+        return self.keys.used == self.count
+
+
+class Keys:
+    """The keys of the calls of one function on the same sources, given out in the same order in every batch."""
+
+    def __init__(self, in_backward: bool, name: str) -> None:
+        """Know none yet."""
+        self.in_backward, self.name = in_backward, name
+        self.used = 0
+        self._keys: list[Key] = []
+
+    def next(self) -> Key:
+        """Return the key of the next call."""
+        if self.used == len(self._keys):
+            self._keys.append(Key(self, self.used))
+        self.used += 1
+        return self._keys[self.used - 1]
+
+
 class Site:
     """One call of one forward pass, as its tap and the session know it."""
 
-    __slots__ = ("call", "fired", "key", "late", "listener", "rule", "shapes")
+    __slots__ = ("call", "fired", "key", "late", "listener", "parameters", "rule", "shapes")
 
-    def __init__(self, call: Call, rule: Rule, key: tuple[Any, ...], late: bool, listener: Listener) -> None:
+    def __init__(self, call: Call, rule: Rule, key: Key, late: bool, listener: Listener) -> None:
         """Describe a call; ``late`` tells that it ran inside a backward pass (reentrant checkpointing)."""
         self.call, self.rule, self.key, self.late, self.listener = call, rule, key, late, listener
+        self.parameters = call.parameters  # indices of the watched parameters that the call uses
         self.shapes: list[torch.Size] = []
         self.fired = False
 
-    @property
-    def parameters(self) -> set[int]:
-        """Return the indices of the watched parameters that the call uses."""
-        return {index for source in self.call.sources for index in source.parameters}
-
-    def tap(self, outputs: list[Tensor], data: list[Tensor]) -> list[Tensor]:
+    def tap(self, outputs: list[Tensor], data: list[Tensor]) -> tuple[Tensor, ...]:
         """Return the outputs, tapped."""
         self.shapes = [output.shape for output in outputs]
-        leaves = [source.leaf for source in self.call.sources]
         if not self.rule.needs_data(self.call):
             data = []
-        tapped = _Tap.apply(self, data, len(outputs), *outputs, *leaves)  # type: ignore[no-untyped-call]
-        return list(tapped)
+        return _apply(self, data, len(outputs), *outputs, *self.call.leaves)
 
 
 class _Tap(torch.autograd.Function):
@@ -66,3 +98,7 @@ class _Tap(torch.autograd.Function):
         """Report the gradients and pass them on."""
         of_sources = ctx.site.listener.event(ctx.site, ctx.saved_tensors, grads)
         return (None, None, None, *grads, *of_sources)
+
+
+#: ``Function.apply`` without its check for functorch transforms, under which nothing is tapped anyway.
+_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Tap).apply

@@ -60,7 +60,7 @@ class FactoredUse(Use):
 
     def __init__(self, source: Source, rule: str, activations: Tensor, grad_outputs: Tensor) -> None:
         """Take A [N, T, D_in] and G [N, T, D_out] for a source that is a matrix [D_out, D_in] in some shape."""
-        super().__init__(source, len(activations), rule)
+        super().__init__(source, activations.shape[0], rule)
         self.activations, self.grad_outputs = activations, grad_outputs
 
     def per_sample(self, samples: range) -> Tensor:
@@ -108,7 +108,7 @@ class SummedUse(Use):
 
     def __init__(self, source: Source, rule: str, grads: Tensor) -> None:
         """Take the gradients [N, *source.shape], float32 or wider."""
-        super().__init__(source, len(grads), rule)
+        super().__init__(source, grads.shape[0], rule)
         self.grads = grads
 
     def per_sample(self, samples: range) -> Tensor:

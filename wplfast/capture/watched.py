@@ -34,6 +34,10 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     """Hand a call to the pass that watches one of its arguments."""
     kwargs = kwargs or {}
     if torch.is_grad_enabled():
+        for argument in args:  # most calls have their tensors right here
+            interceptor = _interceptors.get(id(argument))
+            if interceptor is not None:
+                return interceptor.call(func, args, kwargs)
         for tensor in tensors_in((args, kwargs)):
             interceptor = tensor._pass if isinstance(tensor, Derived) else _interceptors.get(id(tensor))
             if interceptor is not None:

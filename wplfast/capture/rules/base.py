@@ -9,7 +9,7 @@ from typing import TypeGuard
 from torch import Tensor
 
 from ...ops.layout import flat_dtype
-from ..call import Call, Slot, Source
+from ..call import Call, Source
 from ..local import LocalBackward
 from ..ownership import Layout, Ownership, Single, is_summable, sum_to
 from ..uses import OwnedUse, SummedUse, Use
@@ -67,17 +67,6 @@ def summed(source: Source, rule: str, owner: Ownership, gradient: Tensor) -> Use
     if is_summable(owner, gradient, shape):
         return SummedUse(source, rule, sum_to(owner, gradient, shape))
     return OwnedUse(source, rule, owner, gradient)
-
-
-def operands(call: Call) -> tuple[Source, int, int] | None:
-    """Return the source of a call on one source and one data tensor, its position (0 or 1) and the data's index."""
-    if len(call.args) != 2 or not all(isinstance(slot, Slot) for slot in call.args):
-        return None
-    kinds = [slot.kind for slot in call.args]
-    if sorted(kinds) != ["data", "source"]:
-        return None
-    position = kinds.index("source")
-    return call.sources[call.args[position].index], position, call.args[1 - position].index
 
 
 def by_batch(owner: Ownership) -> TypeGuard[Layout | Single]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..call import Call
 from ..ownership import Layout, Ownership, Single
 from ..uses import FactoredUse, Use
-from .base import Rule, operands, summed
+from .base import Rule, summed
 
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "mm"})
 
@@ -23,7 +23,7 @@ class MatmulRule(Rule):
     def matches(self, call: Call) -> bool:
         """Match products of a matrix among the sources with data of two or more dimensions."""
         if call.name in _PRODUCTS:
-            found = operands(call)
+            found = call.operands
             if found is None or call.kwargs:
                 return False
             source, _, index = found
@@ -58,7 +58,7 @@ class MatmulRule(Rule):
 
     def _product(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
         """Serve x @ w, and w @ x as its transpose."""
-        found = operands(call)
+        found = call.operands
         assert found is not None
         source, position, index = found
         x = data[index].to(gradient.dtype)

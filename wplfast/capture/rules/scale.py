@@ -10,7 +10,7 @@ from ... import ops
 from ..call import Call, Source
 from ..ownership import Ownership
 from ..uses import SummedUse, Use
-from .base import Rule, operands, summed
+from .base import Rule, summed
 
 _PRODUCTS = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
 _QUOTIENTS = frozenset({"div", "div_", "divide", "divide_", "true_divide", "__truediv__", "__itruediv__"})
@@ -23,7 +23,7 @@ class ScaleRule(Rule):
 
     def matches(self, call: Call) -> bool:
         """Match products of one source and one data tensor, and data divided by a source."""
-        found = operands(call)
+        found = call.operands
         if found is None or call.kwargs:
             return False
         return call.name in _PRODUCTS or (call.name in _QUOTIENTS and found[1] == 1)
@@ -36,7 +36,7 @@ class ScaleRule(Rule):
         owners: Sequence[Ownership | None],
     ) -> list[Use]:
         """Return the summed products."""
-        found, gradient, owner = operands(call), grads[0], owners[0]
+        found, gradient, owner = call.operands, grads[0], owners[0]
         if gradient is None or owner is None or found is None:
             return []
         source, _, index = found

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..call import Call
 from ..ownership import Ownership
 from ..uses import Use
-from .base import Rule, operands, summed
+from .base import Rule, summed
 
 #: function name -> signs of its first and second operand
 _SIGNS = {
@@ -26,7 +26,7 @@ class ShiftRule(Rule):
 
     def matches(self, call: Call) -> bool:
         """Match additions and subtractions of one source and one data tensor."""
-        return call.name in _SIGNS and operands(call) is not None and "out" not in call.kwargs
+        return call.name in _SIGNS and call.operands is not None and "out" not in call.kwargs
 
     def needs_data(self, call: Call) -> bool:
         """The gradient of a sum does not depend on its terms."""
@@ -54,7 +54,7 @@ class ShiftRule(Rule):
     @staticmethod
     def _factor(call: Call) -> float:
         """Return the operand's sign, times the factor ``alpha`` of the second operand."""
-        found = operands(call)
+        found = call.operands
         assert found is not None
         _, position, _ = found
         return _SIGNS[call.name][position] * float(call.kwargs.get("alpha", 1) if position == 1 else 1)
