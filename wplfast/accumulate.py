@@ -16,7 +16,7 @@ from .capture.batch import Alone
 from .capture.graph import leaves
 from .capture.session import Session
 from .capture.watched import Derived, check_supported, is_watched, watch
-from .checks import check_batch_statistics, check_losses, check_weights
+from .checks import batch_norms, check_batch_statistics, check_losses, check_weights
 from .errors import CoupledSamplesError, NonFiniteError, WplfastError
 from .fisher import Fisher, Report
 from .log import logger
@@ -128,6 +128,7 @@ class FisherAccumulator:
             if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._stack = stack.pop_all()
+        self._batch_norms = batch_norms(self.model)
         return self
 
     def __exit__(
@@ -182,7 +183,7 @@ class FisherAccumulator:
         session = self._usable()
         check_losses(losses)
         weights = check_weights(weights, losses)
-        check_batch_statistics(self.model)
+        check_batch_statistics(self._batch_norms)
         if not len(losses):
             return True
         if not bool(torch.isfinite(losses.detach()).all()):

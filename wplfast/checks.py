@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -9,14 +11,19 @@ from .capture.watched import Derived
 from .errors import CoupledSamplesError
 
 
-def check_batch_statistics(model: nn.Module) -> None:
+def batch_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """Return the modules that may normalise over the batch, by name."""
+    return {n: module for n, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+
+
+def check_batch_statistics(modules: Mapping[str, nn.modules.batchnorm._BatchNorm]) -> None:
     """Refuse normalisation over the batch, which the gradients alone cannot show in a first layer.
 
     Raises:
         CoupledSamplesError: naming the module.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+    for name, module in modules.items():
+        if module.training or module.running_mean is None:
             how = "is in training mode" if module.training else "has no running statistics"
             raise CoupledSamplesError(
                 f"{name or 'the model'} ({type(module).__name__}) {how}: it normalises over the batch, so samples are "

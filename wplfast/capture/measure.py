@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VerificationError
-from .ownership import Axis, Codes, Layout, Ownership, Routed, Signature, Single, candidates, decode, matches
+from .ownership import Axis, Codes, Layout, Ownership, Routed, Signature, Single, candidates, decode, is_mixed, matches
 from .tap import Key, Site
 
 #: A site's key and the index of one of its outputs.
@@ -42,13 +42,21 @@ class Measurement:
         self._generator = torch.Generator().manual_seed(0)
         self._known: dict[_Place, list[Axis] | Literal["routed"]] = {}
         self._check: Check = "no"
+        self._thorough = False
         self._dormant: set[_Place] = set()  # outputs whose gradient was zero so far: not worth a probing pass
         self._signatures: dict[_Place, list[Signature]] = defaultdict(list)
         self._memo: dict[Key, _Memo] = {}
 
-    def start_batch(self, n_samples: int, check: Check) -> None:
-        """Draw the codes of a batch, and say how far to trust what is known."""
-        self.codes, self._check = Codes(n_samples, self._generator), check
+    def start_batch(self, n_samples: int, check: Check, thorough: bool) -> None:
+        """Draw the codes of a batch, and say how far to trust what is known.
+
+        Args:
+            n_samples: size of the batch.
+            check: what to do about known templates.
+            thorough: tell any two samples apart before a template is believed. Otherwise one probing pass is enough:
+                two samples share a code with probability 1/32, but a template is wrong for nearly all rows at once.
+        """
+        self.codes, self._check, self._thorough = Codes(n_samples, self._generator), check, thorough
         self.start_probing()
 
     def start_probing(self) -> None:
@@ -69,16 +77,24 @@ class Measurement:
         """Return how many probing passes the sites of a batch need: none in steady state."""
         if self.codes.n_samples == 1:
             return 0
-        needed = int(self._check != "no")
+        fewest = self.codes.rounds if self._thorough else 1
+        needed = fewest if self._check != "no" else 0
         for site in sites:
             if self._remembered(site) is not None:
                 continue
             for index, shape in enumerate(site.shapes):
                 place = (site.key, index)
                 known = self._known.get(place)
-                if known == "routed" or (self._template(known, shape) is None and place not in self._dormant):
+                if known == "routed":
                     return self.codes.rounds
+                if self._template(known, shape) is None and place not in self._dormant:
+                    needed = fewest
         return needed
+
+    def is_new(self, sites: Sequence[Site]) -> bool:
+        """Tell whether some site was never measured at its sizes, or is measured in every batch."""
+        shapes = ((self._known.get((site.key, i)), shape) for site in sites for i, shape in enumerate(site.shapes))
+        return any(self._template(known, shape) is None for known, shape in shapes)
 
     def probe(self, site: Site, grads: Sequence[Tensor | None]) -> None:
         """Keep the projections of a probing pass, where something is to be measured or checked."""
@@ -157,7 +173,7 @@ class Measurement:
             self._memo.pop(place[0], None)
             known = None
         if known != "routed":
-            if len(coded) < self.codes.rounds:
+            if self._thorough and len(coded) < self.codes.rounds:
                 return "unmeasured"
             passing = self._structures(gradient.shape, coded, plain)
             if passing:
@@ -166,7 +182,11 @@ class Measurement:
                     assert isinstance(templates, list)
                     templates.append(passing[0])
                 return passing[0].fit(gradient.shape, n_samples) or "mixed"
-        owner = decode(coded, plain, self.codes) if len(coded) == self.codes.rounds else None
+        owner = None
+        if len(coded) == self.codes.rounds:
+            owner = decode(coded, plain, self.codes)
+        elif not is_mixed(coded[0], plain):
+            return "unmeasured"
         if owner is None:
             self._known.pop(place, None)
             self._memo.pop(place[0], None)

@@ -297,6 +297,14 @@ def _agree(after: Tensor, before: Tensor, code: Tensor) -> Tensor:
     return (after - code * before).abs() <= tolerance * code.abs() * level
 
 
+def is_mixed(coded: Signature, plain: Signature) -> bool:
+    """Tell whether one probing pass is enough to see that some row is scaled by no single code."""
+    nonzero = plain.rows.abs() > smallest(plain.rows.dtype)
+    ratio = torch.where(nonzero, coded.rows.double() / plain.rows.double(), 1.0)
+    code = ratio.abs().log2().round().clamp(-RADIX // 2, RADIX // 2 - 1).exp2().copysign(ratio)
+    return not bool((_agree(coded.rows, plain.rows, code.to(plain.rows.dtype)) | ~nonzero).all())
+
+
 def decode(digits: list[Signature], plain: Signature, codes: Codes) -> Tensor | None:
     """Read the owner of every row from the probing passes; None if some row belongs to no single sample."""
     before = plain.rows

@@ -36,6 +36,9 @@ from .uses import Use
 
 _Mode: TypeAlias = Literal["idle", "probe", "ordinary", "collect"]
 
+#: How many batches lie before those in which known owners are measured again.
+_CHECKED = frozenset(8**k for k in range(12))
+
 _HALF = (torch.bfloat16, torch.float16)
 
 #: Rounds of probing and collecting that one batch may take before something is wrong.
@@ -106,14 +109,15 @@ class Session:
         measurement, sites = self._measurement, self.interception.sites
         first = not self.batches
         checked = verify == "always" or bool(verify and first)
-        measurement.start_batch(len(losses), self._start_check(losses, verify))
+        check = self._start_check(losses, verify)
+        measurement.start_batch(len(losses), check, thorough=self._reorders)
         passes = max(measurement.passes_needed(sites), int(checked))
         keep = retain_graph or passes > 0 or first or measurement.has_dormant or bool(self._late or self.unseen)
         batch = self._batch = Batch(losses, weights, independent, alone if checked else None, checked, keep)
         for attempt in range(MAX_ROUNDS):
             for digit in range(passes):
                 self._probe(digit, with_ordinary=checked and attempt == digit == 0)
-            if passes and not first and may_replay:
+            if passes and not first and may_replay and measurement.is_new(sites):
                 self._collect(dry=True)  # find out about replays before anything is accumulated
                 if batch.mixed and not self._escalate(may_replay):
                     return False
@@ -133,7 +137,7 @@ class Session:
                 )
             batch.only = set(batch.retry)
             measurement.start_probing()
-            passes = max(1, measurement.passes_needed(sites))
+            passes = measurement.codes.rounds
         else:
             raise WplfastError(f"could not measure which samples the uses of {self._some(batch.retry)} belong to")
         self._one_by_one(batch.blocked | self.unseen)
@@ -149,12 +153,12 @@ class Session:
         if not self.batches:
             self._reorders = reorders_rows(losses)
             return "no"
-        power_of_four = self.batches & (self.batches - 1) == 0 and self.batches.bit_length() % 2 == 1
-        if verify and power_of_four:
+        now = bool(verify) and self.batches in _CHECKED
+        if now:
             self._reorders = self._reorders or reorders_rows(losses)
         if verify == "always" or self._reorders:
             return "again"
-        return "raise" if verify and power_of_four else "no"
+        return "raise" if now else "no"
 
     def abandon(self) -> None:
         """Forget a batch that will not be accumulated."""
