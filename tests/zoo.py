@@ -78,7 +78,7 @@ class Lambda(nn.Module):
 
 
 def par(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape) * 0.5)
+    return nn.Parameter(torch.randn(shape) * 0.5)
 
 
 def mlp() -> nn.Module:

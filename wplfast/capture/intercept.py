@@ -31,6 +31,8 @@ _ABOUT_ITSELF = frozenset(
 #: Functions on parameters alone whose result has the parameter's gradient, summed over what was expanded.
 _EXPANSIONS = frozenset({"expand", "expand_as", "broadcast_to"})
 _COPIES = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone"})
+#: Functions that take only type or shape from their other arguments.
+_LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 #: Functions whose indices may be the samples' own even where the model keeps them (token types, expanded).
 _LOOKUPS = frozenset({"embedding"})
 #: Properties that are operations on the value.
@@ -118,7 +120,8 @@ class Interception:
         call, data, key = self._take_apart(func, name, args, kwargs)
         if call.in_place and call.source_at(0, "self") is not None:
             return self._update_derived(call, data, args)
-        if key in self.derive or not data:
+        like = call.name in _LIKE and call.source_at(0, "self") is not None
+        if key in self.derive or not data or like:
             return self._derive(call, data, args)
         return self._tap(call, data, key, args, kwargs)
 

@@ -7,7 +7,7 @@ forms here say how (:mod:`.reduce` does it).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -133,21 +133,29 @@ class SummedUse(Use):
 class OwnedUse(Use):
     """The gradient of a source that has a sample axis itself, such as an expanded token: masked to each sample."""
 
-    def __init__(self, source: Source, rule: str, owner: Ownership, gradient: Tensor) -> None:
-        """Take the gradient of an output that the source was broadcast to, and who owns its elements."""
+    def __init__(
+        self,
+        source: Source,
+        rule: str,
+        owner: Ownership,
+        gradient: Tensor,
+        part: Callable[[Tensor], Tensor] = lambda whole: whole,
+    ) -> None:
+        """Take the gradient of an output, who owns its elements, and the part that the source was broadcast to."""
         super().__init__(source, owner.n_samples, rule)
-        self.owner, self.gradient = owner, gradient
+        self.owner, self.gradient, self.part = owner, gradient, part
 
     def per_sample(self, samples: range) -> Tensor:
         """Mask and sum over what was broadcast."""
         wide, shape = flat_dtype(self.gradient.dtype), self.source.value.shape
-        return torch.stack([self.owner.only(self.gradient, n).to(wide).sum_to_size(shape) for n in samples])
+        masked = (self.part(self.owner.only(self.gradient, n)) for n in samples)
+        return torch.stack([gradient.to(wide).sum_to_size(shape) for gradient in masked])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Weigh all elements at once."""
         wide = flat_dtype(self.gradient.dtype)
         scaled = self.owner.scale(self.gradient.to(wide), weights.to(self.gradient.device))
-        return scaled.sum_to_size(self.source.value.shape)
+        return self.part(scaled).sum_to_size(self.source.value.shape)
 
 
 def add_squares(grads: Tensor, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> None:

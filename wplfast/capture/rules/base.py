@@ -79,6 +79,11 @@ def channel_rows(owner: Ownership, tensor: Tensor) -> Tensor:
     return owner.rows(tensor.movedim(1, -1))
 
 
+def channels_of(source: Source, rule: str, owner: Ownership, gradient: Tensor) -> Use:
+    """Return the use of a bias per channel of [B, C, *L], whoever owns what."""
+    return OwnedUse(source, rule, owner, gradient, lambda whole: whole.movedim(1, -1))
+
+
 def row_sums(rows: Tensor) -> Tensor:
     """Sum rows [N, T, D] to the gradients of a bias [N, D], in float32 or wider."""
     wide = flat_dtype(rows.dtype)

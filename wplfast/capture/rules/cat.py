@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from ..call import Call, Slot
 from ..ownership import Layout, Ownership, Single
-from ..uses import Use
+from ..uses import OwnedUse, Use
 from .base import Rule, summed
 
 
@@ -32,21 +34,23 @@ class CatRule(Rule):
         data: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         owners: Sequence[Ownership | None],
-    ) -> list[Use] | None:
+    ) -> list[Use]:
         """Slice the gradient."""
         gradient, owner = grads[0], owners[0]
         if gradient is None or owner is None:
             return []
         dim = self._dimension(call) % gradient.dim()
-        if not isinstance(owner, Single) and not (isinstance(owner, Layout) and owner.dim != dim):
-            return None
+        apart = isinstance(owner, Single) or (isinstance(owner, Layout) and owner.dim != dim)
         found: list[Use] = []
         start = 0
         for slot in call.argument(0, "tensors"):
             length = self._length(call, slot, dim)
             if slot.kind == "source":
-                part = gradient.narrow(dim, start, length)
-                found.append(summed(call.sources[slot.index], self.name, owner, part))
+                source, part = call.sources[slot.index], partial(torch.narrow, dim=dim, start=start, length=length)
+                if apart:
+                    found.append(summed(source, self.name, owner, part(gradient)))
+                else:  # samples lie along the dimension itself, or in any order
+                    found.append(OwnedUse(source, self.name, owner, gradient, part))
             start += length
         return found
 

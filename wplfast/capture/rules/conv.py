@@ -15,7 +15,7 @@ from ...ops.layout import flat_dtype
 from ..call import Call, Source
 from ..ownership import Layout, Ownership, Single
 from ..uses import SummedUse, Use
-from .base import Rule, by_batch, channel_rows, row_sums
+from .base import Rule, by_batch, channel_rows, channels_of, row_sums
 
 #: function -> (spatial dimensions, transposed)
 _FORMS: dict[Callable[..., Any], tuple[int, bool]] = {
@@ -37,12 +37,13 @@ class Geometry:
     dilation: list[int]
     groups: int
     transposed: bool
+    output_padding: list[int]
 
     def weight_gradient(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
         """Return the ordinary weight gradient of [B, C, *S] inputs and their outputs' gradients."""
-        zeros = [0] * len(self.stride)
         _, found, _ = torch.ops.aten.convolution_backward(
-            gradient, x, weight, None, self.stride, self.padding, self.dilation, self.transposed, zeros, self.groups,
+            gradient, x, weight, None, self.stride, self.padding, self.dilation, self.transposed, self.output_padding,
+            self.groups,
             [False, True, False],
         )  # fmt: skip
         assert isinstance(found, Tensor)
@@ -125,9 +126,9 @@ class ConvRule(Rule):
         gradient, owner = grads[0], owners[0]
         if gradient is None or owner is None:
             return []
-        if not by_batch(owner):
-            return None
         weight, bias = call.source_at(1, "weight"), call.source_at(2, "bias")
+        if not by_batch(owner):
+            return None if bias is None or weight is not None else [channels_of(bias, self.name, owner, gradient)]
         found: list[Use] = []
         if weight is not None:
             x = data[call.argument(0, "input").index].to(gradient.dtype)
@@ -168,12 +169,14 @@ def _geometry(call: Call, x: Tensor, weight: Tensor) -> tuple[Geometry, Tensor]:
 
     stride = option(3, "stride", 1)
     if transposed:
-        return Geometry(stride, option(4, "padding", 0), option(7, "dilation", 1), groups(6), True), x
-    geometry = Geometry(stride, [0] * n_spatial, option(5, "dilation", 1), groups(6), False)
-    padding = call.argument(4, "padding")
-    if padding == "valid":
+        padding, dilation = option(4, "padding", 0), option(7, "dilation", 1)
+        return Geometry(stride, padding, dilation, groups(6), True, option(5, "output_padding", 0)), x
+    zeros = [0] * n_spatial
+    geometry = Geometry(stride, zeros, option(5, "dilation", 1), groups(6), False, zeros)
+    mode = call.argument(4, "padding")
+    if mode == "valid":
         return geometry, x
-    if padding == "same":
+    if mode == "same":
         totals = [d * (k - 1) for d, k in zip(geometry.dilation, weight.shape[2:], strict=True)]
         if any(total % 2 for total in totals):
             sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]

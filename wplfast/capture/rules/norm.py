@@ -17,7 +17,7 @@ from ... import ops
 from ..call import Call
 from ..ownership import Ownership
 from ..uses import SummedUse, Use
-from .base import Rule, by_batch, channel_rows, row_sums, summed
+from .base import Rule, by_batch, channel_rows, channels_of, row_sums, summed
 from .scale import scaled
 
 
@@ -72,7 +72,7 @@ class NormRule(Rule):
         bias = None if form.bias is None else call.source_at(form.bias, "bias")
         if form.by_channel:
             if not by_batch(owner):
-                return None
+                return None if bias is None or weight is not None else [channels_of(bias, self.name, owner, gradient)]
             if weight is not None:
                 x = self._normalised(call, form, data).to(gradient.dtype)
                 grads_of = ops.scale_grads(channel_rows(owner, x), channel_rows(owner, gradient))
@@ -86,6 +86,14 @@ class NormRule(Rule):
         if bias is not None:
             found.append(summed(bias, self.name, owner, gradient))
         return found
+
+    def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Sum the gradient where the bias is all that is asked for, and the data were not kept."""
+        gradient, form = grads[0], _FORMS[call.func]
+        if self.needs_data(call) or gradient is None:
+            return super().ordinary(call, data, grads)
+        last = gradient.movedim(1, -1) if form.by_channel else gradient
+        return [last.sum_to_size(source.value.shape) for source in call.sources]
 
     def _normalised(self, call: Call, form: _Form, data: Sequence[Tensor]) -> Tensor:
         """Run the call without its affine part."""

@@ -1,0 +1,318 @@
+"""Every fast rule in its variants against the one-sample loop in float64; each case asserts that the rule served."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_close, fisher_loop
+from torch import Tensor, nn
+from zoo import C, Case, D, Lambda, V, head, par, pooled, sequence, token_targets, tokens
+
+import wplfast
+from wplfast.capture.rules import RULES
+
+EXACT = {"rtol": 1e-11, "model_rtol": 1e-12}
+SIZES = [[(5, 4), (3, 4)], [(4, 4), (2, 4)], [(1, 4), (3, 6)]]
+
+
+def signal(dims, channels=4, size=7):
+    """[N, channels, 7, 6, 5][:dims]."""
+    return lambda n, t: torch.randn(n, channels, *[size, size - 1, size - 2][:dims])
+
+
+def after(layer, dims, channels=4, use=None):
+    """A model whose layer is followed by a non-linear function and a head."""
+    use = use or (lambda m, x: m.layer(x))
+
+    def forward(m, x):
+        return m.head(torch.tanh(use(m, x)).flatten(2).mean(2))
+
+    return Case(
+        lambda: Lambda(forward, layer=layer(), head=nn.LazyLinear(C)),
+        signal(dims, channels),
+        rules="conv" if "Conv" in type(layer()).__name__ else "norm",
+    )
+
+
+def perturbed(norm):
+    """Give a norm weights, biases and statistics that are not the initial ones."""
+    for tensor in norm.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) + 0.5)
+    return norm
+
+
+def frozen(module, name):
+    getattr(module, name).requires_grad_(False)
+    return module
+
+
+def twice(m, x):
+    return m.layer(torch.tanh(m.layer(x)))
+
+
+def frames(m, x):
+    """A sample's positions along the first spatial dimension as images of their own: [N * T, C, L]."""
+    n, c, t = x.shape[:3]
+    h = m.layer(x.transpose(1, 2).reshape(n * t, c, *x.shape[3:]))
+    return h.unflatten(0, (n, t)).transpose(1, 2)
+
+
+CONVOLUTIONS = {
+    "1d": after(lambda: nn.Conv1d(4, 6, 3), 1),
+    "2d": after(lambda: nn.Conv2d(4, 6, 3), 2),
+    "3d": after(lambda: nn.Conv3d(4, 3, 2), 3),
+    "no bias": after(lambda: nn.Conv2d(4, 6, 3, bias=False), 2),
+    "1x1": after(lambda: nn.Conv2d(4, 6, 1), 2),
+    "patches": after(lambda: nn.Conv2d(4, 6, 2, stride=2), 2),
+    "strided, padded, dilated": after(
+        lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 2)), 2
+    ),
+    "same": after(lambda: nn.Conv2d(4, 6, 3, padding="same"), 2),
+    "same, even kernel": after(lambda: nn.Conv2d(4, 6, (4, 2), padding="same"), 2),
+    "valid": after(lambda: nn.Conv1d(4, 6, 3, padding="valid"), 1),
+    **{
+        mode: after(lambda mode=mode: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode=mode), 2)
+        for mode in ("reflect", "replicate", "circular")
+    },
+    "grouped": after(lambda: nn.Conv2d(4, 6, 3, groups=2), 2),
+    "depthwise": after(lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4), 2),
+    "depthwise, multiplied": after(lambda: nn.Conv1d(4, 8, 3, padding=2, groups=4), 1),
+    "depthwise 3d": after(lambda: nn.Conv3d(4, 4, 2, groups=4), 3),
+    "kernel as large as the input": after(lambda: nn.Conv2d(4, 6, (7, 6)), 2),
+    "transposed 1d": after(lambda: nn.ConvTranspose1d(4, 6, 3), 1),
+    "transposed 2d": after(lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), 2),
+    "transposed 3d": after(lambda: nn.ConvTranspose3d(4, 3, 2), 3),
+    "transposed, grouped, dilated": after(lambda: nn.ConvTranspose2d(4, 6, 2, groups=2, dilation=2), 2),
+    "transposed, depthwise": after(lambda: nn.ConvTranspose2d(4, 4, 3, groups=4), 2),
+    "used twice": after(lambda: nn.Conv2d(4, 4, 3, padding=1), 2, use=twice),
+    "weight norm": after(lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 6, 3)), 1),
+    "frames [N * T]": after(lambda: nn.Conv1d(4, 6, 3), 2, use=frames),
+    "channels last": after(
+        lambda: nn.Conv2d(4, 6, 3, padding=1), 2, use=lambda m, x: m.layer(x.to(memory_format=torch.channels_last))
+    ),
+    "weight alone": after(lambda: frozen(nn.Conv2d(4, 6, 3), "bias"), 2),
+    "bias alone": after(lambda: frozen(nn.Conv2d(4, 6, 3), "weight"), 2),
+}
+
+
+def norm_of_features(layer):
+    return Case(
+        lambda: Lambda(lambda m, x: pooled(m, torch.tanh(m.layer(x) * x)), layer=layer(), head=head()),
+        sequence,
+        rules="norm",
+    )
+
+
+NORMS = {
+    "layer": norm_of_features(lambda: perturbed(nn.LayerNorm(D))),
+    "layer, no bias": norm_of_features(lambda: perturbed(nn.LayerNorm(D, bias=False))),
+    "layer, bias alone": norm_of_features(lambda: frozen(perturbed(nn.LayerNorm(D)), "weight")),
+    "rms": norm_of_features(lambda: perturbed(nn.RMSNorm(D))),
+    "layer over two dimensions": Case(
+        lambda: Lambda(
+            lambda m, x: m.head(torch.tanh(m.layer(x)).flatten(1)),
+            layer=perturbed(nn.LayerNorm((4, D))),
+            head=nn.Linear(4 * D, C),
+        ),
+        lambda n, t: torch.randn(n, 4, D),
+        rules="norm",
+    ),
+    "layer of time first": Case(
+        lambda: Lambda(
+            lambda m, x: m.head(torch.tanh(m.layer(x.transpose(0, 1)) * 2).mean(0)),
+            layer=perturbed(nn.LayerNorm(D)),
+            head=head(),
+        ),
+        sequence,
+        rules="norm",
+    ),
+    "layer used twice": Case(
+        lambda: Lambda(
+            lambda m, x: pooled(m, m.layer(torch.tanh(m.layer(x)) ** 2)), layer=perturbed(nn.LayerNorm(D)), head=head()
+        ),
+        sequence,
+        rules="norm",
+    ),
+    "group": after(lambda: perturbed(nn.GroupNorm(2, 4)), 2),
+    "group, a sequence": after(lambda: perturbed(nn.GroupNorm(2, 4)), 1),
+    "instance": after(lambda: perturbed(nn.InstanceNorm2d(4, affine=True)), 2),
+    "instance, running statistics": after(
+        lambda: perturbed(nn.InstanceNorm1d(4, affine=True, track_running_stats=True)), 1
+    ),
+    "batch 1d": after(lambda: perturbed(nn.BatchNorm1d(4)), 1),
+    "batch 2d": after(lambda: perturbed(nn.BatchNorm2d(4)), 2),
+    "batch 3d": after(lambda: perturbed(nn.BatchNorm3d(4)), 3),
+    "batch of [N, D]": Case(
+        lambda: Lambda(
+            lambda m, x: m.head(torch.tanh(m.layer(x) * x)), layer=perturbed(nn.BatchNorm1d(D)), head=head()
+        ),
+        lambda n, t: torch.randn(n, D),
+        rules="norm",
+    ),
+    "batch, frames [N * T]": after(lambda: perturbed(nn.BatchNorm1d(4)), 2, use=frames),
+}
+
+
+class Buffer(nn.Module):
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("buffer", tensor)
+
+
+def lookup(table, take):
+    def forward(m, x):
+        return m.head(torch.tanh(take(m, x)))
+
+    return Case(
+        lambda: Lambda(forward, **{k: make() for k, make in table.items()}, head=nn.Linear(D, V)),
+        tokens,
+        token_targets,
+        rules="embedding",
+    )
+
+
+E = {"embedding": lambda: nn.Embedding(V, D)}
+LOOKUPS = {
+    "embedding": lookup(E, lambda m, x: m.embedding(x)),
+    "padding": lookup({"embedding": lambda: nn.Embedding(V, D, padding_idx=3)}, lambda m, x: m.embedding(x)),
+    "padding from the end": lookup(
+        {"embedding": lambda: nn.Embedding(V, D, padding_idx=-1)}, lambda m, x: m.embedding(x)
+    ),
+    "used twice": lookup(E, lambda m, x: m.embedding(x) * m.embedding(x.flip(1))),
+    "time first": lookup(E, lambda m, x: m.embedding(x.t()).transpose(0, 1)),
+    "flattened": lookup(E, lambda m, x: m.embedding(x.reshape(-1)).unflatten(0, x.shape)),
+    "indexed": lookup(E, lambda m, x: m.embedding.weight[x]),
+    "indexed from the end": lookup(E, lambda m, x: m.embedding.weight[x - V]),
+    "max norm": lookup({"embedding": lambda: nn.Embedding(V, D, max_norm=1.0)}, lambda m, x: m.embedding(x)),
+    "token types from a buffer": lookup(
+        {**E, "types": lambda: nn.Embedding(2, D), "keep": lambda: Buffer(torch.zeros(1, 9, dtype=torch.long))},
+        lambda m, x: m.embedding(x) + m.types(m.keep.buffer[:, : x.shape[1]].expand(len(x), -1)),
+    ),
+    "positions from a buffer": lookup(
+        {**E, "positions": lambda: nn.Embedding(9, D), "keep": lambda: Buffer(torch.arange(9).unsqueeze(0))},
+        lambda m, x: m.embedding(x) + m.positions(m.keep.buffer[:, : x.shape[1]]),
+    ),
+}
+
+
+def function(use, rule, inputs=sequence, **parameters):
+    """A model that applies one function to [N, T, D] data and parameters."""
+    return Case(
+        lambda: Lambda(
+            lambda m, x: pooled(m, torch.tanh(use(m, x))), **{k: par(*s) for k, s in parameters.items()}, head=head()
+        ),
+        inputs,
+        rules=rule,
+    )
+
+
+def shuffled_cat(m, x):
+    rows = x.reshape(-1, D)
+    order = rows.sum(1).argsort()
+    joined = torch.cat([rows[order], m.p.expand(len(rows), -1)], -1).prod(-1, keepdim=True)
+    return torch.zeros_like(rows).index_copy(0, order, joined * rows[order]).view_as(x)
+
+
+FUNCTIONS = {
+    "x @ w": function(lambda m, x: x @ m.w, "matmul", w=(D, D)),
+    "x @ w.t()": function(lambda m, x: x @ m.w.t(), "matmul", w=(D, D)),
+    "w @ x": function(lambda m, x: (m.w @ x.transpose(1, 2)).transpose(1, 2), "matmul", w=(D, D)),
+    "w @ x, samples in columns": function(lambda m, x: (m.w @ x[:, 0].t()).t().unsqueeze(1), "matmul", w=(D, D)),
+    "torch.mm": function(lambda m, x: torch.mm(x[:, 0], m.w).unsqueeze(1), "matmul", w=(D, D)),
+    "addmm": function(lambda m, x: torch.addmm(m.b, x.reshape(-1, D), m.w).view_as(x), "matmul", w=(D, D), b=(D,)),
+    "addmm, alpha": function(
+        lambda m, x: torch.addmm(m.b, x.reshape(-1, D), m.w, alpha=2).view_as(x), "generic", w=(D, D), b=(D,)
+    ),
+    "F.linear of a slice": function(lambda m, x: F.linear(x, m.w[1:]), "linear", w=(D + 1, D)),
+    "linear in double precision, cast": function(
+        lambda m, x: F.linear(x.float(), m.w.float()).double() if x.dtype == torch.float64 else F.linear(x, m.w),
+        "linear",
+        w=(D, D),
+    ),
+    "einsum ntd,dk->ntk": function(lambda m, x: torch.einsum("ntd,dk->ntk", x, m.w), "einsum", w=(D, D)),
+    "einsum kd,ntd->ntk": function(lambda m, x: torch.einsum("kd, ntd -> ntk", m.w, x), "einsum", w=(D, D)),
+    "einsum, heads": function(
+        lambda m, x: torch.einsum("ntd,dhk->nhtk", x, m.w).transpose(1, 2).flatten(2), "einsum", w=(D, 2, D // 2)
+    ),
+    "einsum, heads merged": function(
+        lambda m, x: torch.einsum("nthk,hkd->ntd", x.unflatten(2, (2, -1)), m.w), "einsum", w=(2, D // 2, D)
+    ),
+    "einsum, ellipsis": function(lambda m, x: torch.einsum("...d,dk->...k", x, m.w), "einsum", w=(D, D)),
+    "einsum, shared letter": function(
+        lambda m, x: torch.einsum("ntd,td->ntd", x, m.w[: x.shape[1]]), "generic", w=(6, D)
+    ),
+    "x * p": function(lambda m, x: x * m.p, "scale", p=(D,)),
+    "p * x": function(lambda m, x: m.p * x, "scale", p=(1, 1, D)),
+    "x * scalar": function(lambda m, x: x * m.p, "scale", p=()),
+    "x *= p": function(lambda m, x: torch.tanh(x).mul_(m.p), "scale", p=(D,)),
+    "x / p": function(lambda m, x: x / (m.p + 3), "scale", p=(D,)),
+    "x / scalar": function(lambda m, x: x / m.p, "scale", p=(1,)),
+    "x[..., None] * p": function(lambda m, x: (x.unsqueeze(-1) * m.p).sum(-1), "scale", p=(D, 3)),
+    "x * p expanded": function(lambda m, x: x * m.p.expand(x.shape[1], D), "scale", p=(D,)),
+    "x + p": function(lambda m, x: x + m.p, "shift", p=(D,)),
+    "p - x": function(lambda m, x: m.p - x, "shift", p=(1, D)),
+    "torch.add, alpha": function(lambda m, x: torch.add(x, m.p, alpha=3), "shift", p=(D,)),
+    "x + p expanded over samples": function(lambda m, x: x + m.p.expand(len(x), -1, -1), "shift", p=(1, 1, D)),
+    "x + p repeated over samples": function(lambda m, x: x + m.p.repeat(len(x), 1, 1), "shift", p=(1, 1, D)),
+    "cat of an expanded token": function(
+        lambda m, x: torch.cat([m.p.expand(len(x), -1, -1), x, m.p.expand(len(x), 2, -1)], 1), "cat", p=(1, 1, D)
+    ),
+    "cat of a repeated token": function(
+        lambda m, x: torch.cat((x, m.p.repeat(len(x), 1, 1)), dim=-2), "cat", p=(1, 2, D)
+    ),
+    "cat of shuffled rows": function(shuffled_cat, "cat", p=(2,)),
+    "bias of a convolution, samples in columns": function(
+        lambda m, x: F.conv1d(x.permute(1, 2, 0), torch.eye(D).to(x).unsqueeze(-1), m.b).permute(2, 0, 1),
+        "conv",
+        b=(D,),
+    ),
+    "cast, then used": function(lambda m, x: m.p.to(x.dtype) * x + m.p.type_as(x), "scale", p=(D,)),
+}
+
+TABLES = {"conv": CONVOLUTIONS, "norm": NORMS, "lookup": LOOKUPS, "function": FUNCTIONS}
+ALL = {f"{table}: {name}": case for table, cases in TABLES.items() for name, case in cases.items()}
+#: Cases that mean to show that what a rule leaves alone is exact too.
+SLOW = {name for name, case in ALL.items() if case.rules == "generic"}
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_against_the_loop(name, sizes):
+    torch.manual_seed(sum(map(ord, name)))
+    case = ALL[name]
+    model = case.build()
+    model(case.inputs(2, 4))
+    model = model.double().eval()
+    data = [(case.inputs(n, t), case.targets(n, t)) for n, t in sizes]
+    data = [(x.double() if x.is_floating_point() else x, y) for x, y in data]
+    fisher = wplfast.fisher_diagonal(model, data, case.loss, with_grad=True)
+    tolerance = {"rtol": 1e-5} if "cast" in name else EXACT
+    assert_close(fisher, fisher_loop(model, data, case.loss), **tolerance)
+    assert any(case.rules in rules for rules in fisher.report.rules.values()), fisher.report.rules
+    assert bool(fisher.report.slow) == (name in SLOW), fisher.report.rules
+    losses = torch.cat([case.loss(model(x), y) for x, y in data])
+    watched = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name_, gradient in zip(watched, torch.autograd.grad(losses.mean(), watched.values()), strict=True):
+        torch.testing.assert_close(fisher.mean_grad[name_], gradient, rtol=tolerance["rtol"], atol=1e-9)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ["conv: 2d", "conv: depthwise", "norm: layer", "lookup: padding", "function: x @ w"])
+def test_sample_weights_in_float32(name, weighted):
+    torch.manual_seed(0)
+    case = ALL[name]
+    model = case.build()
+    model(case.inputs(2, 4))
+    model.eval()
+    x, y = case.inputs(6, 4), case.targets(6, 4)
+    weights = torch.rand(6, dtype=torch.float64) if weighted else torch.ones(6, dtype=torch.float64)
+    fisher = wplfast.fisher_diagonal(model, [(x, y, weights)], case.loss)
+    parts = [fisher_loop(model, [(x[n : n + 1], y[n : n + 1])], case.loss) for n in range(6)]
+    expected = {k: sum(w * p[k] for w, p in zip(weights, parts, strict=True)) / weights.sum() for k in parts[0]}
+    assert_close(fisher, expected)
+
+
+def test_every_rule_has_cases():
+    assert {rule.name for rule in RULES} - {case.rules for case in ALL.values()} == set()
