@@ -24,7 +24,7 @@ def fisher_loop(
 
     Args:
         model: the module, in the mode it is to be run in; copied unless it is in float64 already.
-        batches: (inputs, targets); inputs a tensor or a tuple.
+        batches: (inputs, targets); inputs a tensor, a tuple (positional) or a dict (keywords).
         loss_fn: returns losses [N].
         params: names to report (default: all that require grad).
         axes: the sample axis of inputs and of targets.
@@ -41,7 +41,7 @@ def fisher_loop(
         n_samples = targets.shape[axes[1]]
         for n in range(n_samples):
             one = map_tensors(lambda t: t.narrow(axes[0], n, 1), inputs)  # noqa: B023
-            outputs = model(*one) if isinstance(one, tuple) else model(one)
+            outputs = call(model, one)
             loss_fn(outputs, targets.narrow(axes[1], n, 1)).sum().backward()
             for name, p in watched.items():
                 if p.grad is not None:
@@ -49,6 +49,13 @@ def fisher_loop(
             model.zero_grad()
             count += 1
     return {name: value / count for name, value in total.items()}
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run the model: a dict is keywords, a tuple positional."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def assert_close(got: Any, expected: dict[str, Tensor], rtol: float = 1e-5, model_rtol: float = 2e-6) -> None:
