@@ -268,6 +268,16 @@ FUNCTIONS = {
         "conv",
         b=(D,),
     ),
+    "derived from a cast": function(lambda m, x: x * (1 + m.p.to(x.dtype)), "scale", p=(D,)),
+    "cast by type": function(lambda m, x: F.linear(x, m.w.type(x.dtype)), "linear", w=(D, D)),
+    "attention with a bias table": function(
+        lambda m, x: F.scaled_dot_product_attention(x, x, x, attn_mask=m.p[: x.shape[1], : x.shape[1]]),
+        "shift",
+        p=(6, 6),
+    ),
+    "causal attention of a learnt query scale": function(
+        lambda m, x: F.scaled_dot_product_attention(x * m.p, x, x, is_causal=True, scale=0.5), "scale", p=(D,)
+    ),
     "cast, then used": function(lambda m, x: m.p.to(x.dtype) * x + m.p.type_as(x), "scale", p=(D,)),
 }
 
@@ -316,3 +326,21 @@ def test_sample_weights_in_float32(name, weighted):
 
 def test_every_rule_has_cases():
     assert {rule.name for rule in RULES} - {case.rules for case in ALL.values()} == set()
+
+
+def test_attention_out_of_its_steps():
+    from wplfast.capture.attention import scaled_dot_product_attention
+
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    hidden = torch.rand(5, 7) < 0.5
+    hidden[2] = False  # a row that sees nothing
+    for options in (
+        {"enable_gqa": True},
+        {"enable_gqa": True, "attn_mask": hidden},
+        {"enable_gqa": True, "attn_mask": torch.randn(2, 1, 5, 7), "scale": 0.3},
+    ):
+        native = F.scaled_dot_product_attention(q, k, v, **options)
+        torch.testing.assert_close(scaled_dot_product_attention(q, k, v, **options), native)
+    k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
+    native = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v, is_causal=True), native)

@@ -25,6 +25,13 @@ class Source:
     leaves: tuple[Tensor, ...] = ()  # for derived tensors: the parameters' leaves in that graph
     region: tuple[int, torch.Size, tuple[int, ...], int] | None = None  # a pure view: parameter, size, stride, offset
     base: Source | None = None  # what it was expanded from
+    copy: Tensor | None = None  # of a cast or a copy: the value with its parameter-only graph
+
+    @property
+    def through(self) -> Tensor:
+        """The value in a graph that leads to the parameters' leaves."""
+        found = self.graph if self.copy is None else self.copy
+        return self.leaf if found is None else found
 
     @cached_property
     def key(self) -> tuple[Any, ...]:

@@ -73,7 +73,6 @@ def check_alone(
     captured: Mapping[int, Tensor],
     alone: Sequence[Tensor | None],
     dtypes: Sequence[torch.dtype],
-    skipped: set[int],
 ) -> None:
     """Compare one sample's captured gradient with the one that plain autograd gives it in a batch of its own.
 
@@ -85,7 +84,6 @@ def check_alone(
         captured: index -> the sample's gradient; absent where no use was collected.
         alone: the gradients alone; None where none arrived.
         dtypes: the parameters' dtypes.
-        skipped: indices not to compare.
 
     Raises:
         VerificationError: naming the first parameter that differs.
@@ -94,7 +92,7 @@ def check_alone(
     floor = 1e-3 * max(norms.values(), default=0.0)
     for index, expected in enumerate(alone):
         got = captured.get(index)
-        if index in skipped or (expected is None and got is None):
+        if expected is None and got is None:
             continue
         size = max(norms.get(index, 0.0), floor)
         difference = 0.0 if got is None else got.double()

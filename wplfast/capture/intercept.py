@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CoupledSamplesError, WplfastError
+from .attention import scaled_dot_product_attention
 from .call import Call, Slot, Source, autocast_state, floating, is_in_place, kind_of, random_state
 from .plan import Plan, Planned
 from .rules import rule_for
@@ -25,7 +26,7 @@ _ABOUT_ITSELF = frozenset(
     data_ptr detach detach_ dim element_size get_device is_complex is_conj is_contiguous is_floating_point
     is_inference is_neg is_pinned is_same_size is_set_to is_shared is_signed item ndimension nelement numel numpy
     ones_like register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad share_memory_ size storage
-    storage_offset stride tolist type untyped_storage
+    storage_offset stride tolist untyped_storage
     """.split()  # noqa: SIM905
 )
 #: Functions on parameters alone whose result has the parameter's gradient, summed over what was expanded.
@@ -51,7 +52,11 @@ def _see_through(func: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
-_SEEN_THROUGH = {F.multi_head_attention_forward: _see_through(F.multi_head_attention_forward)}
+#: Functions of several steps, as functions whose steps are intercepted one by one.
+_SEEN_THROUGH = {
+    F.multi_head_attention_forward: _see_through(F.multi_head_attention_forward),
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+}
 
 
 class Interception:
@@ -98,7 +103,11 @@ class Interception:
             if planned is not None and planned.fits(func, args, self._sources) and planned.key not in self.derive:
                 return self._tap_again(planned, args)
             name = getattr(func, "__name__", str(func))
-            if name in _ABOUT_ITSELF or self._reads_property(func, name):
+            if (
+                name in _ABOUT_ITSELF
+                or self._reads_property(func, name)
+                or (name == "type" and len(args) + len(kwargs) < 2)
+            ):
                 return func(*args, **kwargs)
             if torch._C._are_functorch_transforms_active():
                 return func(*args, **kwargs)  # a transform inside the model: the gradient arrives at the parameter
@@ -209,7 +218,7 @@ class Interception:
     @staticmethod
     def _below(call: Call) -> tuple[list[Tensor], tuple[int, ...]]:
         """Return the sources in their parameter-only graphs, and the parameters below them."""
-        graphs = [source.leaf if source.graph is None else source.graph for source in call.sources]
+        graphs = [source.through for source in call.sources]
         return graphs, tuple(sorted({index for source in call.sources for index in source.parameters}))
 
     def _tap(self, call: Call, data: list[Tensor], key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -39,8 +39,6 @@ _Mode: TypeAlias = Literal["idle", "probe", "ordinary", "collect"]
 #: How many batches lie before those in which known owners are measured again.
 _CHECKED = frozenset(8**k for k in range(12))
 
-_HALF = (torch.bfloat16, torch.float16)
-
 #: Rounds of probing and collecting that one batch may take before something is wrong.
 MAX_ROUNDS = 4
 
@@ -65,7 +63,7 @@ class Session:
         self.batches = 0
         self._measurement = Measurement()
         self._late: set[int] = set()  # parameters used inside reentrant checkpoints
-        self._half = False  # some gradient was in half precision
+        self._dtypes: set[torch.dtype] = set()  # of the gradients in verified batches
         self._reorders = False  # rows may lie in another order in every batch
         self._mode: _Mode = "idle"
         self._batch = Batch(torch.empty(0), None, None, None, False, False)
@@ -176,16 +174,18 @@ class Session:
         finally:
             self._mode, self.interception.in_backward = "idle", False
 
+    @torch.no_grad()
     def _verify(self, batch: Batch) -> None:
         """Compare captured rows with plain autograd, unless something overflowed, which the accumulator reports."""
         if not all(bool(torch.isfinite(f.sum())) for f in self.fisher):
             return
         skipped = batch.blocked | self.unseen
-        dtypes = [torch.bfloat16 if self._half else p.dtype for p in self.parameters]
+        seen = self._dtypes | {derived.dtype for derived in self.interception.derived}
+        dtypes = [max(seen | {p.dtype}, key=lambda dtype: torch.finfo(dtype).eps) for p in self.parameters]
         codes = self._measurement.codes.weights(0)
         check_identity(self.names, batch.coded, batch.ordinary, self.fisher, codes, dtypes, skipped)
         if batch.alone is not None:
-            check_alone(self.names, batch.single, batch.alone.gradients, dtypes, skipped)
+            check_alone(self.names, batch.single, batch.alone.gradients, dtypes)
 
     # ---- what the taps report --------------------------------------------------------------------------------------
 
@@ -201,8 +201,8 @@ class Session:
                     "is not supported: per-sample gradients cannot be captured there"
                 )
             return nothing
-        if not self._half:
-            self._half = any(g is not None and g.dtype in _HALF for g in grads)
+        if self._batch.verify:
+            self._dtypes |= {g.dtype for g in grads if g is not None}
         if self._mode == "collect":
             self._collect_site(site, data, grads)
             return nothing
@@ -288,6 +288,7 @@ class Session:
             )
         batch.uses[index].append(use)
 
+    @torch.no_grad()  # reentrant checkpoints flush at the end of the pass, where grad mode is on
     def _flush(self, index: int) -> None:
         """Square and accumulate what is known of one parameter."""
         batch = self._batch
@@ -379,6 +380,8 @@ class Session:
                 if gradient is not None:
                     wide = gradient.to(self.fisher[index].dtype).unsqueeze(0).contiguous()
                     ops.accumulate_squares_(self.fisher[index], wide, weight)
+                    if batch.alone is not None and sample == batch.alone.sample:
+                        batch.single[index] = wide[0]
                     if self.gradient is not None:
                         self.gradient[index] += wide[0] if weight is None else wide[0] * weight.to(wide.dtype)
             self._drop_gradients()

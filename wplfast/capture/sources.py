@@ -43,7 +43,8 @@ class Sources:
         graph, origin = tensor._graph, tensor._origin
         value = graph.detach()
         if origin is not None and graph.shape == origin.value.shape:  # cast or copied: the gradient is its origin's
-            return Source(tensor, value, origin.parameters, origin.graph, origin.leaves, origin.region, origin.base)
+            below = (origin.parameters, origin.graph, origin.leaves, origin.region, origin.base)
+            return Source(tensor, value, *below, copy=graph)
         indices = tensor._parameters
         leaves = tuple(self.leaves[i] for i in indices)
         region = None
