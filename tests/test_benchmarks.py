@@ -160,19 +160,20 @@ def test_peers_that_fail_are_shown(monkeypatch):
     def broken(model):
         raise NotImplementedError("no rule for this")
 
+    late = peer_libraries.Way("late", broken)
     wrong = peer_libraries.Way("wrong", lambda model: lambda x, y: [torch.zeros_like(p) for p in model.parameters()])
-    found = {"torch.func": [peer_libraries.Way("broken", broken)], "loop": [wrong]}
+    found = {"torch.func": [peer_libraries.Way("broken", broken)], "loop": [wrong, late]}
     found |= {"BackPACK": [wrong], "Opacus": [wrong]}
     monkeypatch.setattr(peers, "ways", lambda n, attention: found)
     monkeypatch.setattr(peers, "PACKAGES", {"BackPACK": ("no_such_package", "no-such-package")})
-    records = peers.run(CPU, ["mlp"], True, 3, 0.1)
+    records = peers.run(CPU, ["mlp"], True, 3, 0.0)
     (row,) = records
     assert row["contenders"]["torch.func"]["error"] == "NotImplementedError: no rule for this"
     assert row["contenders"]["loop"]["right"] is False
     assert row["contenders"]["loop"]["relative_error"] == pytest.approx(1)
     assert row["contenders"]["BackPACK"]["error"] == "not installed"
     shown = peers.table(records)
-    assert "WRONG" in shown
+    assert "WRONG, wrong (late: not tried)" in shown
     assert "no rule for this" in shown
     text = readme.peers(
         {"versions": dict.fromkeys(("backpack-for-pytorch", "opacus")), "peers": [{"threads": 1, "records": records}]}
