@@ -19,6 +19,7 @@ from .workloads import WORKLOADS, Block, Workload
 
 PACKAGES = {"BackPACK": ("backpack", "backpack-for-pytorch"), "Opacus": ("opacus", "opacus")}
 OURS = "wplfast"
+NOT_TRIED = "not tried for lack of time"
 
 Run = Callable[[], list[Tensor]]
 
@@ -60,7 +61,7 @@ def choose(
     run, record, tried, started = None, {}, [], time.perf_counter()
     for way in candidates:
         if tried and time.perf_counter() - started > seconds:
-            tried.append({"setting": str(way), "error": "not tried: time cap"})
+            tried.append({"setting": str(way), "error": NOT_TRIED})
             continue
         try:
             candidate = way.over(model.ordinary, *model.batch)
@@ -106,7 +107,7 @@ def measure_workload(workload: Workload, device: torch.device, quick: bool, roun
             if name in PACKAGES and importlib.util.find_spec(PACKAGES[name][0]) is None:
                 results[name] = {"error": "not installed"}
                 continue
-            run, results[name] = choose(candidates, model, expected, seconds)
+            run, results[name] = choose(candidates, model, expected, 2 * seconds)
             if run is not None:
                 runs[name] = run
         with steady(model) as fisher_pass:
@@ -172,13 +173,16 @@ def table(records: Sequence[dict]) -> str:
 
 def _remark(result: dict) -> str:
     """Return the setting, whether it is wrong, and which other settings are wrong or raise."""
-    others = []
+    others, late = [], 0
     for tried in result.get("tried", []):
         if tried["setting"] == result["setting"]:
             continue
-        if "error" in tried:
+        if tried.get("error") == NOT_TRIED:
+            late += 1
+        elif "error" in tried:
             others.append(f"{tried['setting']}: {tried['error'].partition(':')[0]}")
         elif not tried["relative_error"] < TOLERANCE:
             others.append(f"{tried['setting']}: wrong by {tried['relative_error']:.1e}")
+    others += [f"{late} {NOT_TRIED}"] * bool(late)
     wrong = "" if result["right"] else "WRONG, "
     return wrong + result.get("setting", "") + (f" ({'; '.join(others)})" if others else "")

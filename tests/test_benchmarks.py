@@ -173,7 +173,7 @@ def test_peers_that_fail_are_shown(monkeypatch):
     assert row["contenders"]["loop"]["relative_error"] == pytest.approx(1)
     assert row["contenders"]["BackPACK"]["error"] == "not installed"
     shown = peers.table(records)
-    assert "WRONG, wrong (late: not tried)" in shown
+    assert "WRONG, wrong (1 not tried for lack of time)" in shown
     assert "no rule for this" in shown
     text = readme.peers(
         {"versions": dict.fromkeys(("backpack-for-pytorch", "opacus")), "peers": [{"threads": 1, "records": records}]}
