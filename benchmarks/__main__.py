@@ -2,6 +2,8 @@
 
     python -m benchmarks penalty                  # against eager, foreach and, with --compile, torch.compile
     python -m benchmarks fisher --workloads mlp   # against one ordinary forward and backward pass
+    python -m benchmarks fisher --peers           # and against other libraries, those of the extra [peers] too
+    python -m benchmarks scaling --plot out.png   # against batch size, length, width, classes and samples
     python -m benchmarks all --json results.json
 
 Results are checked against float64 before anything is timed. All contenders of a case run once in every round.
@@ -18,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from . import fisher, penalty
+from . import figures, fisher, peers, penalty, scaling
 from .penalty import WrongResultError
-from .plumbing.record import environment, write_json
+from .plumbing.record import environment, write_bytes, write_json
 from .workloads import WORKLOADS
 
 
@@ -32,16 +34,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     before = torch.get_num_threads()
     try:
-        parts = [part for part in ("penalty", "fisher") if options.what in (part, "all")]
+        parts = [part for part in ("penalty", "fisher") if options.what in (part, "all")] or [options.what]
+        parts += ["peers"] * (options.peers and "fisher" in parts)
         records = {part: [_run(part, threads, options) for threads in options.threads or [before]] for part in parts}
     except WrongResultError as error:
         print(f"error: {error}; nothing was timed", file=sys.stderr)
         return 1
     finally:
         torch.set_num_threads(before)
+    settings = {key: getattr(options, key) for key in ("quick", "rounds", "seconds")}
+    record = {**environment(options.device), "settings": settings, **records}
+    if "peers" in records:
+        record["versions"] |= peers.versions()
     if options.json is not None:
-        settings = {key: getattr(options, key) for key in ("quick", "rounds", "seconds")}
-        write_json(options.json, {**environment(options.device), "settings": settings, **records})
+        write_json(options.json, record)
+    if options.plot is not None:
+        write_bytes(options.plot, figures.draw(record))
     return 0
 
 
@@ -52,10 +60,12 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict:
     load, started = _load(), time.perf_counter()
     if part == "penalty":
         records = penalty.run(device, options.sizes, rounds, seconds, options.compile)
-        table = penalty.table(records)
+    elif part == "scaling":
+        records = scaling.run(device, options.quick, rounds, seconds)
     else:
-        records = fisher.run(device, options.workloads, options.quick, rounds, seconds)
-        table = fisher.table(records)
+        module = peers if part == "peers" else fisher
+        records = module.run(device, options.workloads, options.quick, rounds, seconds)
+    table = {"penalty": penalty, "fisher": fisher, "peers": peers, "scaling": scaling}[part].table(records)
     place = environment(options.device)["hardware"]
     place = place.get("gpu") or f"{place['cpu']}, {threads} threads"
     print(f"\n{part}: {place}, torch {torch.__version__}, load {load[0]:.1f} to {_load()[0]:.1f}\n{table}", flush=True)
@@ -79,21 +89,29 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=form)
-    parser.add_argument("what", choices=("penalty", "fisher", "all"))
+    parser.add_argument("what", choices=("penalty", "fisher", "peers", "scaling", "all"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="one run each; default: PyTorch's")
     parser.add_argument("--sizes", type=float, nargs="+", metavar="N", help="penalty: parameters of large cases")
     parser.add_argument(
         "--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="fisher: which"
     )
+    parser.add_argument("--peers", action="store_true", help="fisher, all: other libraries too, as peers does (slow)")
     parser.add_argument("--compile", action="store_true", help="penalty: torch.compile too (minutes to compile)")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default 40)")
-    parser.add_argument("--seconds", type=float, help="a case's time cap (default 30); slower ones get fewer rounds")
+    parser.add_argument(
+        "--seconds", type=float, help="a case's time cap (default 30, scaling 3); slower ones get fewer rounds"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the record here")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="peers, scaling: draw the record into a PNG")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a test of these programs, not a measurement")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (4 if options.quick else 40)
-    options.seconds = options.seconds or (0.2 if options.quick else 30.0)
+    options.seconds = options.seconds or (0.2 if options.quick else 3.0 if options.what == "scaling" else 30.0)
+    if options.peers and options.what not in ("fisher", "all"):
+        parser.error(f"--peers goes with fisher or all, not with {options.what}")
+    if options.plot is not None and not (options.peers or options.what in figures.DRAWN):
+        parser.error(f"--plot draws {' and '.join(figures.DRAWN)}, not {options.what}")
     large = 64e6 if options.device == "cuda" else 10e6
     options.sizes = [int(size) for size in options.sizes or [1e5 if options.quick else large]]
     return options

@@ -16,6 +16,7 @@ METHODS = {
     "l2": "L2 anchor (F = 1)",
     "frozen": "frozen",
 }
+PEERS = {"torch.func": "`torch.func`: `vmap(grad)`", "loop": "one-sample loop"}
 
 
 def two_models(record: dict[str, Any]) -> str:
@@ -94,6 +95,69 @@ def speed(penalty: dict[str, Any], fisher: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def peers(record: dict[str, Any] | None) -> str:
+    """Render the comparison with other libraries, or nothing where it has not been recorded."""
+    if not (record and record.get("peers")):
+        return ""
+    names = list(record["peers"][0]["records"][0]["contenders"])
+    versions = ", ".join(f"{package} {record['versions'][package]}" for package in ("backpack-for-pytorch", "opacus"))
+    lines = _image("peers_cpu.png", "Time and peak memory of libraries that compute the same Fisher")
+    lines += [
+        "The Fisher of one batch with libraries that give per-sample gradients, each at the fastest of its settings "
+        "that is right, in one interleaved run: time over that of one ordinary forward and backward pass, median "
+        f"[quartiles], and peak memory ({versions}; `python -m benchmarks fisher --peers`).",
+        "",
+        "| | " + " | ".join(PEERS.get(name, name) for name in names) + " |",
+        "|---|" + "---|" * len(names),
+    ]
+    for run in record["peers"]:
+        for row in run["records"]:
+            cells = [_peer(row["contenders"][name]) for name in names]
+            lines.append(f"| {row['shown']}, {_threads(run['threads'])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _peer(result: dict[str, Any]) -> str:
+    """Render one contender on one workload."""
+    if "ratio" not in result:
+        return "not installed" if result["error"] == "not installed" else f"fails: {result['error'].partition(': ')[2]}"
+    ratio = result["ratio"]
+    wrong = "" if result["right"] else f", **wrong** by {result['relative_error']:.1g}"
+    memory = f"{result['peak_bytes'] / 1e6:,.3g} MB"
+    return f"{ratio['median']:.3g} [{ratio['q1']:.3g}, {ratio['q3']:.3g}], {memory}{wrong}"
+
+
+def scaling(record: dict[str, Any] | None) -> str:
+    """Render the powers that times and memory grow with, or nothing where they have not been recorded."""
+    if not (record and record.get("scaling")):
+        return ""
+    run = record["scaling"][-1]
+    lines = _image("scaling_cpu.png", "Time and memory against batch size, length, width, classes and samples")
+    lines += [
+        f"How a pass grows, fitted to the largest three sizes ({_threads(run['threads'])}; "
+        "`python -m benchmarks scaling`):",
+        "",
+        "| | sizes | Fisher pass | ordinary pass |",
+        "|---|---|---|---|",
+    ]
+    for row in run["records"]:
+        kind = "time" if "milliseconds" in row["points"][0] else "peak memory"
+        powers = [f"{row['name']}^{round(row['slopes'][name], 2) + 0.0:.2f}" for name in ("fisher", "unit")]
+        sizes = f"{row['points'][0]['size']:,} to {row['points'][-1]['size']:,}"
+        lines.append(f"| {kind}, {row['shown']} | {sizes} | {powers[0]} | {powers[1]} |")
+    return "\n".join(lines)
+
+
+def _image(name: str, words: str) -> list[str]:
+    """Return a figure's line and an empty one, or none where there is no figure."""
+    return [f"![{words}](benchmarks/results/{name})", ""] if (RESULTS / name).exists() else []
+
+
+def _threads(count: int) -> str:
+    """Render a number of threads."""
+    return f"{count} thread{'s' * (count > 1)}"
+
+
 def _time(result: dict[str, Any] | None) -> str:
     """Render a time."""
     if result is None:
@@ -121,7 +185,7 @@ def fill(text: str, section: str, content: str) -> str:
     _, closed, tail = rest.partition(end)
     if not (found and closed):
         raise ValueError(f"the README lacks the markers of {section!r}")
-    return f"{head}{begin}\n{content}\n{end}{tail}"
+    return "".join((head, begin, "\n", content, "\n" if content else "", end, tail))
 
 
 def render() -> str:
@@ -129,7 +193,15 @@ def render() -> str:
     record = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in NAMES}
     text = (ROOT / "README.md").read_text()
     text = fill(text, "two_models", two_models(record["two_models_mnist"]))
-    return fill(text, "speed", speed(record["penalty_cpu"], record["fisher_cpu"]))
+    text = fill(text, "speed", speed(record["penalty_cpu"], record["fisher_cpu"]))
+    text = fill(text, "peers", peers(_optional("peers_cpu") or record["fisher_cpu"]))
+    return fill(text, "scaling", scaling(_optional("scaling_cpu")))
+
+
+def _optional(name: str) -> dict[str, Any] | None:
+    """Read a record that need not exist."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 NAMES = ("two_models_mnist", "penalty_cpu", "fisher_cpu")

@@ -20,10 +20,12 @@ class Contender:
     Args:
         run: the work.
         prepare: runs before it, untimed; the work is then timed call by call.
+        seconds: once it has taken so long in all, and has run in three rounds, it sits out the rest.
     """
 
     run: Callable[[], object]
     prepare: Callable[[], object] | None = None
+    seconds: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def interleave(
         device: where the work runs.
 
     Returns:
-        Seconds per call by name, one entry per round.
+        Seconds per call by name, one entry per round that it took part in: the first ones.
     """
     repeats = {name: _repeats(contender, device) for name, contender in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -70,7 +72,8 @@ def interleave(
         shift = done // 2 % len(order)
         turn = order[shift:] + order[:shift]
         for name in turn if done % 2 == 0 else reversed(turn):
-            times[name].append(measure(contenders[name], repeats[name], device))
+            if done < 3 or repeats[name] * sum(times[name]) < contenders[name].seconds:
+                times[name].append(measure(contenders[name], repeats[name], device))
     return times
 
 

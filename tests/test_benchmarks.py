@@ -11,8 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
-from benchmarks import fisher, penalty, timing
+from benchmarks import figures, fisher, peers, penalty, readme, scaling, timing
 from benchmarks.__main__ import main
+from benchmarks.plumbing import peer_libraries
 
 CPU = torch.device("cpu")
 
@@ -95,3 +96,100 @@ def test_ratio_goes_round_by_round():
     found = timing.ratio([2.0, 40.0, 9.0], [1.0, 20.0, 3.0])
     assert (found.median, found.best) == (2.0, 2.0)
     assert found.q3 == 2.5
+
+
+def test_a_contender_sits_out_after_its_time():
+    slow = timing.Contender(lambda: None, lambda: None, seconds=0.0)
+    times = timing.interleave({"slow": slow, "b": timing.Contender(lambda: None)}, rounds=6, seconds=60, device=CPU)
+    assert [len(times["slow"]), len(times["b"])] == [3, 6]
+
+
+@pytest.mark.filterwarnings("ignore")  # of peers, and of vmap about operations without a batching rule
+@pytest.mark.parametrize("workload", ["mlp", "cnn", "decoder", "tied", "rnn"])
+@pytest.mark.parametrize("peer", ["torch.func", "loop", "BackPACK", "Opacus"])
+def test_peers_compute_the_same_fisher(peer, workload):
+    if peer in peers.PACKAGES:
+        pytest.importorskip(peers.PACKAGES[peer][0])
+        if peer == "BackPACK" and workload not in ("mlp", "cnn"):
+            pytest.skip("BackPACK has no rules for it")
+    model = fisher.Model(fisher.WORKLOADS[workload], CPU, quick=True)
+    expected = fisher.oracle(model.ordinary, model.batch)
+    errors = []
+    for way in peer_libraries.ways(len(model.batch[1]), peers.has_attention(model))[peer]:
+        try:
+            run = way.over(model.ordinary, *model.batch)
+            for _ in range(2):  # nothing is left over from a call before
+                errors.append(peers.error_of(run(), expected, len(model.batch[1])))
+        except RuntimeError:
+            assert peer == "Opacus", "only its expanded weights refuse models"
+    if peer == "Opacus" and workload in ("decoder", "tied"):
+        assert min(errors) < fisher.TOLERANCE < max(errors), "positions [T] have no axis of samples"
+    else:
+        assert max(errors) < fisher.TOLERANCE
+
+
+def test_peers_and_scaling_quick(tmp_path, capfd):
+    pytest.importorskip("matplotlib")
+    path, image = tmp_path / "record.json", tmp_path / "figure.png"
+    assert main(["fisher", "--peers", "--quick", "--threads", "1", "--workloads", "mlp", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    (row,) = record["peers"][0]["records"]
+    assert set(row["contenders"]) == {"wplfast", "BackPACK", "Opacus", "torch.func", "loop"}
+    for name in ("wplfast", "torch.func", "loop"):
+        result = row["contenders"][name]
+        assert result["right"]
+        assert result["relative_error"] < fisher.TOLERANCE
+        assert result["rounds"] >= 3
+        assert result["peak_bytes"] > 0
+        assert result["ratio"]["median"] > 0
+    assert record["fisher"][0]["records"]
+    assert "one sample at a time" in capfd.readouterr().out
+    assert "| one-sample loop |" in readme.peers(record)
+    assert main(["scaling", "--quick", "--threads", "1", "--json", str(path), "--plot", str(image)]) == 0
+    record = json.loads(path.read_text())
+    *timed, held = record["scaling"][0]["records"]
+    assert [series["name"] for series in timed] == ["N", "T", "D", "C"]
+    peaks = [point["peak_bytes"]["fisher"] for point in held["points"]]
+    assert max(peaks) < 1.05 * min(peaks), "memory does not grow with the number of samples"
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert "| C^" in readme.scaling(record)
+    assert readme.peers(record) == ""
+
+
+def test_peers_that_fail_are_shown(monkeypatch):
+    def broken(model):
+        raise NotImplementedError("no rule for this")
+
+    late = peer_libraries.Way("late", broken)
+    wrong = peer_libraries.Way("wrong", lambda model: lambda x, y: [torch.zeros_like(p) for p in model.parameters()])
+    found = {"torch.func": [peer_libraries.Way("broken", broken)], "loop": [wrong, late]}
+    found |= {"BackPACK": [wrong], "Opacus": [wrong]}
+    monkeypatch.setattr(peers, "ways", lambda n, attention: found)
+    monkeypatch.setattr(peers, "PACKAGES", {"BackPACK": ("no_such_package", "no-such-package")})
+    records = peers.run(CPU, ["mlp"], True, 3, 0.0)
+    (row,) = records
+    assert row["contenders"]["torch.func"]["error"] == "NotImplementedError: no rule for this"
+    assert row["contenders"]["loop"]["right"] is False
+    assert row["contenders"]["loop"]["relative_error"] == pytest.approx(1)
+    assert row["contenders"]["BackPACK"]["error"] == "not installed"
+    shown = peers.table(records)
+    assert "WRONG, wrong (1 not tried for lack of time)" in shown
+    assert "no rule for this" in shown
+    text = readme.peers(
+        {"versions": dict.fromkeys(("backpack-for-pytorch", "opacus")), "peers": [{"threads": 1, "records": records}]}
+    )
+    assert "fails: no rule for this" in text
+    assert "**wrong** by 1" in text
+    pytest.importorskip("matplotlib")
+    place = {"hardware": {"cpu": "a"}, "versions": {"torch": "b"}}
+    assert figures.draw({**place, "peers": [{"threads": 1, "records": records}]}).startswith(b"\x89PNG")
+
+
+def test_slope_is_the_exponent():
+    assert scaling.slope([1, 2, 4, 8, 16], [9, 9, 4, 16, 64]) == pytest.approx(2)
+
+
+def test_plot_is_refused_where_nothing_is_drawn(capsys):
+    with pytest.raises(SystemExit):
+        main(["penalty", "--quick", "--plot", "a.png"])
+    assert "not penalty" in capsys.readouterr().err
