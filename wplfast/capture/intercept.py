@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CoupledSamplesError, WplfastError
+from . import recurrent
 from .call import Call, Slot, Source, autocast_state, floating, is_in_place, kind_of, random_state
 from .rules import rule_for
 from .tap import Listener, Site
@@ -59,6 +60,7 @@ class Interception:
         self.sites: list[Site] = []
         self.derived: list[Derived] = []
         self.in_backward = False
+        self.reorders = False  # a call was seen whose rows lie in an order, or number, that depends on the data
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -80,6 +82,10 @@ class Interception:
         """Run a torch function some of whose arguments are watched or derived."""
         if func in _SEEN_THROUGH:
             return _SEEN_THROUGH[func](*args, **kwargs)
+        if not torch._C._are_functorch_transforms_active():
+            result = recurrent.see_through(self, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
         name = getattr(func, "__name__", str(func))
         with torch._C.DisableTorchFunctionSubclass():
             if name in _ABOUT_ITSELF or self._reads_property(func, name):
@@ -248,3 +254,28 @@ class Interception:
             call.random_state = before  # dropout inside an RNN kernel, say: running it again must draw the same
         self.sites.append(site)
         return result
+
+    def tap_result(self, func: Callable[..., Any], args: tuple[Any, ...], like: Tensor, moves: bool) -> Tensor | None:
+        """Tap a call that ran as a part of something else, on tensors without their graphs.
+
+        Args:
+            func: the function.
+            args: its arguments.
+            like: a tensor of the shape of its result.
+            moves: whether its data depend on the samples differentiably, had they their graphs.
+
+        Returns:
+            An alias of ``like`` that stands for the result in the graph: what gradient arrives at it is taken to be
+            that of the call's result. None if the call was measured to have no sample axis.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            call, data, key = self._take_apart(func, func.__name__, args, {})
+            if not call.sources:
+                return like
+            if key in self.derive or not data:
+                return None
+            call.differentiable_data = moves
+            site = Site(call, rule_for(call), key, self.in_backward, self._listener)
+            self.sites.append(site)
+            (tapped,) = site.tap([like], data)
+            return tapped

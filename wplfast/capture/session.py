@@ -150,7 +150,7 @@ class Session:
         power_of_four = self.batches & (self.batches - 1) == 0 and self.batches.bit_length() % 2 == 1
         if verify and power_of_four:
             self._reorders = self._reorders or reorders_rows(losses)
-        if verify == "always" or self._reorders:
+        if verify == "always" or self._reorders or self.interception.reorders:
             return "again"
         return "raise" if verify and power_of_four else "no"
 
