@@ -37,7 +37,7 @@ class Ordinary:
     reorders = False
 
     def tap_result(self, func, args, like, moves):
-        result = func(*args)
+        result = func(args[0].detach(), *args[1:])
         return like + (result - result.detach())
 
 

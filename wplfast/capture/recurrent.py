@@ -97,7 +97,7 @@ class _Layers:
         """Run all layers; NotImplemented if the call is not one to see through."""
         if not self._is_plain():
             return NotImplemented
-        x = self.data.transpose(0, 1) if self.batch_first else self.data
+        x = self.data.transpose(0, 1).contiguous() if self.batch_first else self.data
         sizes = self.sizes or [x.shape[1]] * len(x)
         # an initial state that is a parameter is added to zeros, which have a sample axis
         initial = [h if not _is_seen(h) else self.data.new_zeros(h.shape) + h for h in self.hx]
@@ -124,25 +124,26 @@ class _Layers:
         self, x: Tensor, states: list[Tensor], weights: Weights, steps: Steps, moves: bool
     ) -> tuple[Tensor, ...] | None:
         """Run one layer in one direction; None if its projections turn out to depend on parameters alone."""
-        given = F.linear(x, weights.ih, weights.b_ih)
-        if isinstance(given, Derived):
-            return None
         with torch.no_grad():
-            rows = given.detach().reshape(-1, given.shape[-1])
-            run = self.cell.forward(rows, [state.detach() for state in states], weights.detached(), steps)
-        lead = x.shape[:-1]
-        hidden = self.tapping.tap_result(
-            F.linear, (run.before.view(*lead, -1), weights.hh, weights.b_hh), run.hidden.view(*lead, -1), moves
-        )
+            plain = weights.detached()
+            begin = [state.detach() for state in states]
+            run = self.cell.forward(x.detach().reshape(-1, x.shape[-1]), begin, plain, steps)
+
+        def tap(data: Tensor, weight: Tensor | None, bias: Tensor | None, like: Tensor, moves: bool) -> Tensor | None:
+            lead = x.shape[:-1]
+            args = (data if data is x else data.view(*lead, -1), weight, bias)
+            return self.tapping.tap_result(F.linear, args, like.detach().view(*lead, -1), moves)
+
+        given = tap(x, weights.ih, weights.b_ih, run.projections[0], x.requires_grad)
+        hidden = tap(run.before, weights.hh, weights.b_hh, run.projections[1], moves)
         projected = None
-        if hidden is not None and run.unprojected is not None:
-            shown, like = run.unprojected.view(*lead, -1), run.results[0].view(*lead, -1)
-            projected = self.tapping.tap_result(F.linear, (shown, weights.hr), like, True)
-        if hidden is None:
+        if run.unprojected is not None:
+            projected = tap(run.unprojected, weights.hr, None, run.results[0], True)
+        if given is None or hidden is None or (projected is None and run.unprojected is not None):
             return None
-        tensors = (given, hidden, projected, *states)
-        output, *final = Scan.apply(self.cell, steps, run, *tensors)  # type: ignore[no-untyped-call]
-        return output.view(*lead, -1), *final
+        tensors = (x, given, hidden, projected, *states)
+        output, *final = Scan.apply(self.cell, steps, run, plain.ih, *tensors)  # type: ignore[no-untyped-call]
+        return output.view(*x.shape[:-1], -1), *final
 
 
 def _is_seen(tensor: Tensor) -> bool:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .product import Product
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -57,7 +59,7 @@ class Run:
 
     results: tuple[Tensor, ...]  # outputs [R, D], then the final states [N, .]
     before: Tensor  # the hidden state that each step began with: what W_hh is multiplied with
-    hidden: Tensor  # a tensor of the shape of that product; only its gradient matters
+    projections: tuple[Tensor, Tensor]  # of the shapes of both projections (input, hidden); gradients are all it takes
     kept: tuple[Tensor, ...]  # what the backward pass needs
     unprojected: Tensor | None = None  # what W_hr is multiplied with
 
@@ -65,15 +67,14 @@ class Run:
 class Cell(ABC):
     """One kind of cell: its loops over time, forwards and backwards."""
 
-    n_gates: int
     n_states = 1
 
     @abstractmethod
-    def forward(self, given: Tensor, states: Sequence[Tensor], weights: Weights, steps: Steps) -> Run:
+    def forward(self, x: Tensor, states: Sequence[Tensor], weights: Weights, steps: Steps) -> Run:
         """Run over time.
 
         Args:
-            given: the input projection ``x W_ih^T + b_ih`` of all steps [R, n_gates H]; left as it is.
+            x: the inputs of all steps [R, D].
             states: the states to begin with, [N, .].
             weights: the weights, without their graphs.
             steps: the steps.
@@ -85,15 +86,17 @@ class Cell(ABC):
 
 
 class Scan(torch.autograd.Function):
-    """The loop, which has run, from the projections' outputs and the initial states to the results."""
+    """The loop, which has run, from the inputs, the projections' outputs and the initial states to the results."""
 
     @staticmethod
-    def forward(ctx: Any, cell: Cell, steps: Steps, run: Run, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """Alias the results; ``tensors`` are both projections, the output's projection (or None) and the states."""
+    def forward(
+        ctx: Any, cell: Cell, steps: Steps, run: Run, w_ih: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Alias the results; ``tensors``: the inputs, both projections, that of the output (or None), the states."""
         ctx.cell, ctx.steps = cell, steps
         ctx.shapes = [None if t is None else t.shape for t in tensors]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*run.kept)
+        ctx.save_for_backward(w_ih, *run.kept)
         return tuple(result.detach() for result in run.results)
 
     @staticmethod
@@ -102,9 +105,11 @@ class Scan(torch.autograd.Function):
         """Run back over time."""
         output, *states = grads
         rows = None if output is None else output.reshape(-1, output.shape[-1])
-        found = ctx.cell.backward(ctx.saved_tensors, ctx.steps, (rows, *states))
-        pairs = zip(found, ctx.shapes, strict=True)
-        return (None, None, None, *(None if g is None or shape is None else g.view(shape) for g, shape in pairs))
+        w_ih, *kept = ctx.saved_tensors
+        found = ctx.cell.backward(kept, ctx.steps, (rows, *states))
+        of_inputs = Product(w_ih.t())(found[0]) if ctx.needs_input_grad[4] else None
+        pairs = zip((of_inputs, *found), ctx.shapes, strict=True)
+        return (None, None, None, None, *(None if g is None or shape is None else g.view(shape) for g, shape in pairs))
 
 
 def start(final: Tensor | None, steps: Steps, width: int, like: Tensor) -> Tensor:
