@@ -149,13 +149,13 @@ def classify(outputs, targets):
     return F.cross_entropy(outputs, targets, reduction="none")
 
 
-def check(model, data, axes=(0, 0), rules="linear", **options):
+def check(model, data, axes=(0, 0), rules="linear"):
     """Compare the Fisher with the loop's, and what served the parameters of the RNN."""
-    fisher = wplfast.fisher_diagonal(model, data, classify, train=model.training, **options)
+    fisher = wplfast.fisher_diagonal(model.eval(), data, classify)
     assert_close(fisher, fisher_loop(model, data, classify, axes=axes), rtol=1e-11, model_rtol=1e-12)
     for name, served in fisher.report.rules.items():
         if name.startswith("rnn"):
-            assert set(served) == {rules}, (name, served)
+            assert rules is None or set(served) == {rules}, (name, served)
     return fisher
 
 
@@ -198,12 +198,12 @@ def test_fisher_without_biases_and_with_frozen_weights(kind):
 class Packed(nn.Module):
     """Inputs [N, T, D + 1]; the last column holds the lengths."""
 
-    def __init__(self, kind, enforce_sorted, embed, **options):
+    def __init__(self, kind, enforce_sorted, embed, through, **options):
         super().__init__()
         self.inner = nn.Linear(D, D) if embed else nn.Identity()
         self.rnn = build(kind, **options)
         self.head = nn.Linear(2 * H if options.get("bidirectional") else H, C)
-        self.sorted = enforce_sorted
+        self.sorted, self.through = enforce_sorted, through
 
     def forward(self, x):
         lengths = x[:, 0, -1].long()
@@ -211,7 +211,7 @@ class Packed(nn.Module):
         out, states = self.rnn(packed)
         assert isinstance(out, PackedSequence)
         h = states[0] if isinstance(states, tuple) else states
-        if not self.inner.training:  # through the outputs too
+        if self.through == "outputs":
             out = pad_packed_sequence(out, batch_first=True)[0].sum(1)
             return self.head(torch.tanh(out))
         return self.head(torch.cat([*h], -1))
@@ -237,6 +237,5 @@ LENGTHS = {
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh"])
 def test_fisher_of_packed_sequences(kind, lengths, embed, through):
     enforce_sorted, batches = lengths
-    both = through == "outputs"
-    model = Packed(kind, enforce_sorted, embed, bidirectional=both).double().train(not both)
+    model = Packed(kind, enforce_sorted, embed, through, bidirectional=through == "outputs").double()
     check(model, [with_lengths(one, max(one)) for one in batches])
