@@ -119,12 +119,8 @@ class Gru(Cell):
         gates = torch.empty_like(given)
         hidden = torch.zeros_like(given) if weights.b_hh is None else weights.b_hh.expand_as(given).contiguous()
         h_before, out = x.new_empty(len(x), width), x.new_empty(len(x), width)
-        columns = (
-            *_parts(given, steps, 2 * width, 3 * width),
-            *_parts(hidden, steps, 2 * width, 3 * width),
-            *_parts(gates, steps, 2 * width, 3 * width),
-            *_parts(gates, steps, width, 2 * width),
-        )
+        thirds = [_parts(tensor, steps, 2 * width, 3 * width) for tensor in (given, hidden, gates)]
+        columns = (*thirds[0], *thirds[1], *thirds[2], *_parts(gates, steps, width, 2 * width))
         for product, x_both, x_n, h_both, h_n, both, n, r, z, h_now, h_old, result in zip(
             steps.of(hidden), *columns, steps.living(h), steps.of(h_before), steps.of(out), strict=True
         ):
