@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CoupledSamplesError, WplfastError
+from . import recurrent
 from .attention import scaled_dot_product_attention
 from .call import Call, Slot, Source, autocast_state, floating, is_in_place, kind_of, random_state
 from .plan import Plan, Planned
@@ -72,6 +73,7 @@ class Interception:
         self.sites: list[Site] = []
         self.derived: list[Derived] = []
         self.in_backward = False
+        self.reorders = False  # a call was seen whose rows lie in an order, or number, that depends on the data
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -98,6 +100,10 @@ class Interception:
         """Run a torch function some of whose arguments are watched or derived."""
         if func in _SEEN_THROUGH:
             return _SEEN_THROUGH[func](*args, **kwargs)
+        if func in recurrent.SEEN and not torch._C._are_functorch_transforms_active():
+            result = recurrent.see_through(self, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
         with torch._C.DisableTorchFunctionSubclass():
             planned = None if kwargs or self.in_backward else self._plan.expected()
             if planned is not None and planned.fits(func, args, self._sources) and planned.key not in self.derive:
@@ -260,3 +266,28 @@ class Interception:
         self.sites.append(site)
         self._plan.advance(planned)
         return site.tap([result], data)[0]
+
+    def tap_result(self, func: Callable[..., Any], args: tuple[Any, ...], like: Tensor, moves: bool) -> Tensor | None:
+        """Tap a call that ran as a part of something else, on tensors without their graphs.
+
+        Args:
+            func: the function.
+            args: its arguments.
+            like: a tensor of the shape of its result.
+            moves: whether its data depend on the samples differentiably, had they their graphs.
+
+        Returns:
+            An alias of ``like`` that stands for the result in the graph: what gradient arrives at it is taken to be
+            that of the call's result. None if the call was measured to have no sample axis.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            call, data, key = self._take_apart(func, func.__name__, args, {})
+            if not call.sources:
+                return like
+            if key in self.derive or not data:
+                return None
+            call.differentiable_data = moves
+            site = Site(call, rule_for(call), key, self.in_backward, self._listener)
+            self.sites.append(site)
+            (tapped,) = site.tap([like], data)
+            return tapped

@@ -148,8 +148,9 @@ class Session:
 
     def _start_check(self, losses: Tensor, verify: bool | Literal["always"]) -> Check:
         """Decide how far to trust what earlier batches told about the owners of rows."""
+        self._reorders = self._reorders or self.interception.reorders
         if not self.batches:
-            self._reorders = reorders_rows(losses)
+            self._reorders = self._reorders or reorders_rows(losses)
             return "no"
         now = bool(verify) and self.batches in _CHECKED
         if now:
