@@ -76,6 +76,40 @@ def fisher_linear_(
         increment_version(gradient)
 
 
+def fisher_conv_(
+    fisher: Tensor,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    weights: Tensor | None,
+    gradient: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Fisher += sum_n w_n (G_n^T patches of X_n)^2; the patches exist a few rows at a time, in the caches."""
+    weights = _wide_weights(weights)
+    spatial = (inputs.shape[2:-1], grad_outputs.shape[2:-1], fisher.shape[2:], stride, padding, dilation)
+    _C.fisher_conv(
+        DTYPES[inputs.dtype],
+        fisher.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        inputs.data_ptr(),
+        grad_outputs.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        inputs.shape[0],
+        inputs.shape[1],
+        inputs.shape[-1],
+        grad_outputs.shape[-1],
+        groups,
+        tuple(map(tuple, spatial)),
+        torch.get_num_threads(),
+    )
+    increment_version(fisher)
+    if gradient is not None:
+        increment_version(gradient)
+
+
 def _penalty(
     mode: int,
     grad: list[int],

@@ -1,5 +1,8 @@
 // Packed, register-blocked G^T A that squares each sample's product in its epilogue. Included by for_each_isa.inl.
 
+#include "fisher_pack.inl"
+#include "fisher_patches.inl"
+
 // Rows of a register tile: with two vectors of columns, 24 of 32 (AVX-512) or 12 of 16 (AVX2) registers accumulate.
 #if defined(WPLFAST_AVX512)
 constexpr int TILE_ROWS = 12;
@@ -8,13 +11,6 @@ constexpr int TILE_ROWS = 6;
 #endif
 template <class C>
 constexpr int TILE_COLUMNS = 2 * static_cast<int>(lanes<C>);
-
-// Consecutive (n, t) rows of one chunk: whole samples of equal length, or one piece of a sample.
-struct Chunk {
-  int64_t first_sample, n_samples;
-  int64_t first_step, n_steps;
-  bool begins, ends;  // false where a sample continues from the previous chunk, or into the next
-};
 
 // Each sample's product of a packed row panel [rows][TILE_ROWS] and column panel [rows][TILE_COLUMNS], and its
 // epilogue. sums, gradient and carry are tiles [TILE_ROWS][TILE_COLUMNS]; gradient and weights may be null.
@@ -75,89 +71,80 @@ void multiply_tile(const C* row_panel, const C* column_panel, const Chunk& chunk
   }
 }
 
-// Copies `count` elements in the compute type, squared and weighted as the epilogue asks.
-template <class T, class C>
-WPLFAST_INLINE void convert_row(const T* from, int64_t count, bool squared, C weight, C* to) {
-  constexpr int64_t L = lanes<C>;
-  int64_t i = 0;
-  for (; i + L <= count; i += L) {
-    const auto value = load(from + i);
-    store(to + i, (squared ? value * value : value) * weight);
+// Where the output has the elements [first, first + count) of a side.
+inline void output_offsets(const Side& side, int64_t first, int64_t count, int64_t* offsets) {
+  if (!side.is_patches) {
+    for (int64_t i = 0; i < count; ++i) offsets[i] = (first + i) * side.output_stride;
+    return;
   }
-  if (i < count) {
-    alignas(64) T tail[L] = {};
-    std::memcpy(tail, from + i, (count - i) * sizeof(T));
-    const auto value = load(tail);
-    store(to + i, (squared ? value * value : value) * weight);
-  }
-}
-
-// Packs columns [first, first + n_panels * WIDTH) of a chunk's rows into panels [rows][WIDTH], zero beyond the matrix.
-// `line` holds one converted row. Weights, if given, multiply each sample's rows.
-template <class T, class C, int WIDTH>
-void pack(const SampleMatrix& matrix, const Chunk& chunk, int64_t first, int64_t n_panels, bool squared,
-          const C* weights, C* line, C* packed) {
-  const int64_t rows = chunk.n_samples * chunk.n_steps;
-  const int64_t width = n_panels * WIDTH;
-  const int64_t count = matrix.size - first < width ? matrix.size - first : width;
-  const bool direct = sizeof(T) == sizeof(C) && !squared && weights == nullptr && count == width;
-  for (int64_t i = count; i < width + lanes<C>; ++i) line[i] = 0;
-  int64_t row = 0;
-  for (int64_t n = chunk.first_sample; n < chunk.first_sample + chunk.n_samples; ++n) {
-    const C weight = weights == nullptr ? C{1} : weights[n];
-    for (int64_t t = chunk.first_step; t < chunk.first_step + chunk.n_steps; ++t, ++row) {
-      const T* from = static_cast<const T*>(matrix.data) + n * matrix.stride_n + t * matrix.stride_t + first;
-      const C* source = line;
-      if (direct) {
-        source = reinterpret_cast<const C*>(from);
-      } else {
-        convert_row<T, C>(from, count, squared, weight, line);
-      }
-      C* to = packed + row * WIDTH;
-      for (int64_t panel = 0; panel < n_panels; ++panel, to += rows * WIDTH, source += WIDTH) {
-        std::memcpy(to, source, WIDTH * sizeof(C));
-      }
+  const int64_t channels = side.patches.channels, taps = side.patches.taps();
+  int64_t tap = first / channels, channel = first % channels;
+  for (int64_t i = 0; i < count; ++i) {
+    offsets[i] = (channel * taps + tap) * side.output_stride;
+    if (++channel == channels) {
+      channel = 0;
+      ++tap;
     }
   }
 }
 
-// Adds a block's sums, stored tile by tile, to the output, and clears them.
+// Adds a block's sums, stored tile by tile, to the output.
 template <class C>
-void flush(const FisherLinearPlan& plan, PanelRange rows, PanelRange columns, C* sums, void* output) {
+void add_sums(const ProductPlan& plan, PanelRange rows, PanelRange columns, const C* sums, C* output) {
   constexpr int64_t WIDTH = TILE_COLUMNS<C>;
+  const bool contiguous = !plan.column_side.is_patches && plan.column_side.output_stride == 1;
+  const int64_t all_rows = plan.row_side.size(), all_columns = plan.column_side.size();
+  int64_t row_offsets[TILE_ROWS], column_offsets[WIDTH];
   for (int64_t c = columns.begin; c < columns.end; ++c) {
-    const int64_t n_columns = plan.column_side.size - c * WIDTH < WIDTH ? plan.column_side.size - c * WIDTH : WIDTH;
+    const int64_t n_columns = all_columns - c * WIDTH < WIDTH ? all_columns - c * WIDTH : WIDTH;
+    output_offsets(plan.column_side, c * WIDTH, n_columns, column_offsets);
     for (int64_t r = rows.begin; r < rows.end; ++r, sums += TILE_ROWS * WIDTH) {
-      for (int64_t i = 0; i < TILE_ROWS && r * TILE_ROWS + i < plan.row_side.size; ++i) {
-        C* to = static_cast<C*>(output) + (r * TILE_ROWS + i) * plan.row_stride + c * WIDTH * plan.column_stride;
+      const int64_t n_rows = all_rows - r * TILE_ROWS < TILE_ROWS ? all_rows - r * TILE_ROWS : TILE_ROWS;
+      output_offsets(plan.row_side, r * TILE_ROWS, n_rows, row_offsets);
+      for (int64_t i = 0; i < n_rows; ++i) {
         const C* from = sums + i * WIDTH;
-        if (plan.column_stride == 1) {
+        C* to = output + row_offsets[i];
+        if (contiguous) {
+          to += column_offsets[0];
           for (int64_t j = 0; j < n_columns; ++j) to[j] += from[j];
         } else {
-          for (int64_t j = 0; j < n_columns; ++j) to[j * plan.column_stride] += from[j];
+          for (int64_t j = 0; j < n_columns; ++j) to[column_offsets[j]] += from[j];
         }
       }
-      std::memset(sums, 0, TILE_ROWS * WIDTH * sizeof(C));
     }
   }
+}
+
+inline PanelRange rows_of_block(const ProductPlan& plan, int64_t block) {
+  return panels_of_block(block % plan.row_blocks, plan.row_blocks, plan.row_panels);
+}
+
+inline PanelRange columns_of_block(const ProductPlan& plan, int64_t block) {
+  return panels_of_block(block / plan.row_blocks, plan.column_blocks, plan.column_panels);
+}
+
+template <class C>
+void flush(const ProductPlan& plan, int64_t block, const void* sums, const void* gradient) {
+  const PanelRange rows = rows_of_block(plan, block), columns = columns_of_block(plan, block);
+  add_sums(plan, rows, columns, static_cast<const C*>(sums), static_cast<C*>(plan.output));
+  if (plan.gradient == nullptr) return;
+  add_sums(plan, rows, columns, static_cast<const C*>(gradient), static_cast<C*>(plan.gradient));
 }
 
 // Where the arrays of one block lie in a thread's workspace, in elements; every start is aligned to 64 bytes.
 template <class C>
 struct Workspace {
-  int64_t sums, gradient, carry, packed_rows, packed_columns, line, end;
+  int64_t tiles, carry, packed_rows, packed_columns, line, end;
 
-  explicit Workspace(const FisherLinearPlan& plan) {
+  explicit Workspace(const ProductPlan& plan) {
     constexpr int64_t WIDTH = TILE_COLUMNS<C>;
     const int64_t row_panels = (plan.row_panels + plan.row_blocks - 1) / plan.row_blocks;
     const int64_t column_panels = (plan.column_panels + plan.column_blocks - 1) / plan.column_blocks;
-    const int64_t tiles = row_panels * column_panels * TILE_ROWS * WIDTH;
     const int64_t rows = plan.n_samples * plan.n_steps < CHUNK_ROWS ? plan.n_samples * plan.n_steps : CHUNK_ROWS;
     const int64_t widest =
         row_panels * TILE_ROWS < column_panels * WIDTH ? column_panels * WIDTH : row_panels * TILE_ROWS;
-    sums = 0;
-    gradient = aligned(sums + tiles);
-    carry = aligned(gradient + (plan.gradient == nullptr ? 0 : tiles));
+    tiles = row_panels * column_panels * TILE_ROWS * WIDTH;
+    carry = 0;
     packed_rows = aligned(carry + (plan.n_steps > CHUNK_ROWS ? tiles : 0));
     packed_columns = aligned(packed_rows + rows * row_panels * TILE_ROWS);
     line = aligned(packed_columns + rows * column_panels * WIDTH);
@@ -168,24 +155,29 @@ struct Workspace {
 };
 
 template <class C>
-int64_t workspace_bytes(const FisherLinearPlan& plan) {
+int64_t workspace_bytes(const ProductPlan& plan) {
   return Workspace<C>(plan).end * static_cast<int64_t>(sizeof(C));
 }
 
+template <class C>
+int64_t block_elements(const ProductPlan& plan) {
+  return Workspace<C>(plan).tiles;
+}
+
 template <class T, class C>
-void run_block(const FisherLinearPlan& plan, int64_t block, void* workspace) {
+void multiply(const ProductPlan& plan, int64_t block, int64_t unit, void* workspace, void* sums_out,
+              void* gradient_out) {
   constexpr int64_t WIDTH = TILE_COLUMNS<C>, TILE = TILE_ROWS * WIDTH;
-  const PanelRange rows = panels_of_block(block % plan.row_blocks, plan.row_blocks, plan.row_panels);
-  const PanelRange columns = panels_of_block(block / plan.row_blocks, plan.column_blocks, plan.column_panels);
+  const PanelRange rows = rows_of_block(plan, block), columns = columns_of_block(plan, block);
   const int64_t n_rows = rows.end - rows.begin, n_columns = columns.end - columns.begin;
   const Workspace<C> at(plan);
   C* base = static_cast<C*>(workspace);
-  C* sums = base + at.sums;
-  C* gradient = plan.gradient == nullptr ? nullptr : base + at.gradient;
   C* carry = base + at.carry;
   C* packed_rows = base + at.packed_rows;
   C* packed_columns = base + at.packed_columns;
   C* line = base + at.line;
+  C* sums = static_cast<C*>(sums_out);
+  C* gradient = plan.gradient == nullptr ? nullptr : static_cast<C*>(gradient_out);
   const C* weights = static_cast<const C*>(plan.weights);
   const bool weighs_rows = plan.epilogue != Epilogue::square;
   const bool squared = plan.epilogue == Epilogue::square_packed;
@@ -195,17 +187,17 @@ void run_block(const FisherLinearPlan& plan, int64_t block, void* workspace) {
   // A chunk holds as many whole samples as fit; a longer sample is cut into pieces of nearly equal length.
   const int64_t samples_per_chunk = plan.n_steps >= CHUNK_ROWS ? 1 : CHUNK_ROWS / plan.n_steps;
   const int64_t pieces = (plan.n_steps + CHUNK_ROWS - 1) / CHUNK_ROWS;
-  int64_t unflushed = 0;
-  for (int64_t n = 0; n < plan.n_samples; n += samples_per_chunk) {
-    const int64_t n_samples = plan.n_samples - n < samples_per_chunk ? plan.n_samples - n : samples_per_chunk;
+  const int64_t begin = unit * plan.unit_samples;
+  const int64_t end = plan.n_samples - begin < plan.unit_samples ? plan.n_samples : begin + plan.unit_samples;
+  for (int64_t n = begin; n < end; n += samples_per_chunk) {
+    const int64_t n_samples = end - n < samples_per_chunk ? end - n : samples_per_chunk;
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t first = plan.n_steps * piece / pieces, last = plan.n_steps * (piece + 1) / pieces;
       Chunk chunk{n, n_samples, first, last - first, piece == 0, piece == pieces - 1};
       const int64_t chunk_rows = n_samples * (last - first);
-      pack<T, C, TILE_ROWS>(plan.row_side, chunk, rows.begin * TILE_ROWS, n_rows, squared,
-                            weighs_rows ? weights : nullptr, line, packed_rows);
-      pack<T, C, WIDTH>(plan.column_side, chunk, columns.begin * WIDTH, n_columns, squared, nullptr, line,
-                        packed_columns);
+      pack_side<T, C, TILE_ROWS>(plan.row_side, chunk, rows, squared, weighs_rows ? weights : nullptr, line,
+                                 packed_rows);
+      pack_side<T, C, WIDTH>(plan.column_side, chunk, columns, squared, nullptr, line, packed_columns);
       if (weighs_rows) {  // T = 1: the chunk's rows are one product
         chunk.n_steps = chunk_rows;
         chunk.n_samples = 1;
@@ -219,21 +211,15 @@ void run_block(const FisherLinearPlan& plan, int64_t block, void* workspace) {
         }
       }
     }
-    unflushed += weighs_rows ? 1 : n_samples;
-    if (unflushed >= FLUSH_SAMPLES || n + samples_per_chunk >= plan.n_samples) {
-      flush(plan, rows, columns, sums, plan.output);
-      if (gradient != nullptr) flush(plan, rows, columns, gradient, plan.gradient);
-      unflushed = 0;
-    }
   }
 }
 
 template <class T, class C>
-FisherLinearKernel make_kernel() {
-  return {TILE_ROWS, TILE_COLUMNS<C>, workspace_bytes<C>, run_block<T, C>};
+ProductKernel make_kernel() {
+  return {TILE_ROWS, TILE_COLUMNS<C>, block_elements<C>, workspace_bytes<C>, multiply<T, C>, flush<C>};
 }
 
-FisherLinearKernel fisher_linear_kernel(Dtype dtype) {
+ProductKernel product_kernel(Dtype dtype) {
   switch (dtype) {
     case Dtype::f64:
       return make_kernel<double, double>();
