@@ -7,10 +7,12 @@
 #include <vector>
 
 #include "fisher_conv.h"
+#include "fisher_embedding.h"
 #include "fisher_linear.h"
 #include "isa.h"
 #include "parallel.h"
 #include "penalty.h"
+#include "scale_grads.h"
 #include "squares.h"
 
 namespace py = pybind11;
@@ -140,6 +142,38 @@ void fisher_conv_binding(int dtype, uintptr_t fisher, uintptr_t gradient, uintpt
   fisher_conv(call);
 }
 
+void fisher_embedding_binding(int dtype, uintptr_t fisher, uintptr_t gradient, uintptr_t indices,
+                              uintptr_t grad_outputs, uintptr_t weights, int64_t n_samples, int64_t n_steps,
+                              int64_t n_rows, int64_t size, int threads) {
+  const FisherEmbeddingCall call{pointer(fisher),
+                                 pointer(gradient),
+                                 static_cast<const int64_t*>(pointer(indices)),
+                                 pointer(grad_outputs),
+                                 static_cast<const double*>(pointer(weights)),
+                                 n_samples,
+                                 n_steps,
+                                 n_rows,
+                                 size,
+                                 static_cast<Dtype>(dtype),
+                                 threads};
+  py::gil_scoped_release release;
+  fisher_embedding(call);
+}
+
+// (address, stride of n, stride of t, stride of d)
+Strided strided(const py::tuple& tensor) {
+  return {pointer(tensor[0].cast<uintptr_t>()), tensor[1].cast<int64_t>(), tensor[2].cast<int64_t>(),
+          tensor[3].cast<int64_t>()};
+}
+
+void scale_grads_binding(int dtype, uintptr_t grads, const py::tuple& activations, const py::tuple& grad_outputs,
+                         int64_t n_samples, int64_t n_steps, int64_t size, bool steps_are_contiguous, int threads) {
+  const ScaleGradsCall call{pointer(grads), strided(activations), strided(grad_outputs),     n_samples, n_steps,
+                            size,           steps_are_contiguous, static_cast<Dtype>(dtype), threads};
+  py::gil_scoped_release release;
+  scale_grads(call);
+}
+
 void accumulate_squares_binding(int dtype, uintptr_t fisher, uintptr_t grads, uintptr_t weights, int64_t n_samples,
                                 int64_t numel, int threads) {
   const SquaresCall call{pointer(fisher), pointer(grads), static_cast<const double*>(pointer(weights)),
@@ -158,6 +192,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("penalty", &penalty_binding, "Value of the penalty, optionally storing or adding its gradient.");
   m.def("fisher_linear", &fisher_linear_binding, "Fisher diagonal of a linear layer.");
   m.def("fisher_conv", &fisher_conv_binding, "Fisher diagonal of a convolution's weight.");
+  m.def("fisher_embedding", &fisher_embedding_binding, "Fisher diagonal of a table that rows are taken from.");
+  m.def("scale_grads", &scale_grads_binding, "Per-sample gradients of an elementwise scale.");
   m.def("accumulate_squares", &accumulate_squares_binding, "Weighted sum of squared per-sample gradients.");
   m.def("isa", [] { return isa_name(selected_isa()); }, "Instruction set in use: avx512, avx2 or portable.");
   m.def("max_threads", &max_threads, "Most threads OpenMP would use; 1 in a serial build.");

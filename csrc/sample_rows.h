@@ -16,13 +16,13 @@ struct SampleMatrix {
 // holds, for each tap k of the kernel, the channels of pixel l * stride - padding + k * dilation, or zeros outside the
 // image. They are never in memory; packing copies what a tile needs. One and two dimensions have leading ones.
 struct SamplePatches {
-  const void* data;       // first pixel's first channel of the group
-  int64_t pixel_stride;   // channels of all groups
-  int64_t channels;       // of one group
-  int64_t n_images;       // M
-  int64_t size[3];        // S
-  int64_t positions[3];   // L
-  int64_t kernel[3];      // K
+  const void* data;      // first pixel's first channel of the group
+  int64_t pixel_stride;  // channels of all groups
+  int64_t channels;      // of one group
+  int64_t n_images;      // M
+  int64_t size[3];       // S
+  int64_t positions[3];  // L
+  int64_t kernel[3];     // K
   int64_t stride[3], padding[3], dilation[3];
 
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
