@@ -148,7 +148,9 @@ def scale_grads(activations: Tensor, grad_outputs: Tensor) -> Tensor:
         both = tuple(t if _contiguous_in(t, 2) else t.contiguous() for t in both)
     grads = torch.empty(activations.shape[::2], dtype=flat_dtype(activations.dtype))
     a, g = ((tensor.data_ptr(), *tensor.stride()) for tensor in both)
-    _C.scale_grads(DTYPES[activations.dtype], grads.data_ptr(), a, g, *activations.shape, steps, torch.get_num_threads())
+    _C.scale_grads(
+        DTYPES[activations.dtype], grads.data_ptr(), a, g, *activations.shape, steps, torch.get_num_threads()
+    )
     return grads
 
 
