@@ -215,15 +215,16 @@ def test_fisher_linear_takes_strides(backend):
 
 
 def per_sample_weight_grads(x, g, kernel, stride, padding, dilation, groups):
-    """Return [N, C_out, C_in / groups, *K] by autograd through torch's convolution, one image at a time."""
+    """Return [N, C_out, C_in / groups, *K] by autograd through torch's convolution."""
     conv = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[len(kernel) - 1]
-    grads = []
-    for images, grad_images in zip(x.movedim(-1, 2), g.movedim(-1, 2), strict=True):  # [M, C, *S]
-        weight = x.new_zeros(g.shape[-1], x.shape[-1] // groups, *kernel, requires_grad=True)
+    weight = x.new_zeros(g.shape[-1], x.shape[-1] // groups, *kernel)
+
+    def inner_product(weight, images, grad_images):  # [M, C, *S]
         output = conv(images, weight, None, stride, padding, dilation, groups)
-        output = output[(..., *(slice(size) for size in g.shape[2:-1]))]
-        grads.append(torch.autograd.grad(output, weight, grad_images)[0])
-    return torch.stack(grads)
+        return (output[(..., *(slice(size) for size in g.shape[2:-1]))] * grad_images).sum()
+
+    of_one = torch.func.grad(inner_product)
+    return torch.func.vmap(of_one, (None, 0, 0))(weight, x.movedim(-1, 2), g.movedim(-1, 2))
 
 
 #: (N, M, S, C_in, L or None for all positions, C_out, K, stride, padding, dilation, groups)
