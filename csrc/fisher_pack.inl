@@ -7,46 +7,55 @@ struct Chunk {
   bool begins, ends;  // false where a sample continues from the previous chunk, or into the next
 };
 
-// Copies `count` elements in the compute type, squared and weighted as the epilogue asks.
+// Copies `count` elements in the compute type.
 template <class T, class C>
-WPLFAST_INLINE void convert_row(const T* from, int64_t count, bool squared, C weight, C* to) {
+WPLFAST_INLINE void copy_row(const T* from, int64_t count, C* to) {
   constexpr int64_t L = lanes<C>;
   int64_t i = 0;
-  for (; i + L <= count; i += L) {
-    const auto value = load(from + i);
-    store(to + i, (squared ? value * value : value) * weight);
-  }
-  if (i < count) {
-    const auto value = load_first(from + i, count - i);
-    store(to + i, (squared ? value * value : value) * weight);
+  for (; i + L <= count; i += L) store(to + i, load(from + i));
+  if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
+}
+
+// Copies WIDTH elements in the compute type, squared and weighted; `readable` ones exist.
+template <class T, class C, int WIDTH>
+WPLFAST_INLINE void convert_panel_row(const T* from, int64_t readable, bool squared, C weight, C* to) {
+  constexpr int64_t L = lanes<C>, REST = WIDTH % L;
+  const auto changed = [&](Vector<C> value) { return (squared ? value * value : value) * weight; };
+  WPLFAST_UNROLL
+  for (int64_t i = 0; i + L <= WIDTH; i += L) store(to + i, changed(load(from + i)));
+  if constexpr (REST > 0) {
+    constexpr int64_t LAST = WIDTH - REST;
+    const Vector<C> value = readable >= LAST + L ? load(from + LAST) : load_first(from + LAST, REST);
+    store_first(to + LAST, changed(value), REST);
   }
 }
 
 // Packs columns [first, first + n_panels * WIDTH) of a chunk's rows into panels [rows][WIDTH], zero beyond the matrix.
-// `line` holds one converted row. Weights, if given, multiply each sample's rows.
+// Weights, if given, multiply each sample's rows.
 template <class T, class C, int WIDTH>
-void pack(const SampleMatrix& matrix, const Chunk& chunk, int64_t first, int64_t n_panels, bool squared,
-          const C* weights, C* line, C* packed) {
-  const int64_t rows = chunk.n_samples * chunk.n_steps;
-  const int64_t width = n_panels * WIDTH;
-  const int64_t count = matrix.size - first < width ? matrix.size - first : width;
-  const bool direct = sizeof(T) == sizeof(C) && !squared && weights == nullptr && count == width;
-  for (int64_t i = count; i < width + lanes<C>; ++i) line[i] = 0;
+void pack_matrix(const SampleMatrix& matrix, const Chunk& chunk, int64_t first, int64_t n_panels, bool squared,
+                 const C* weights, C* packed) {
+  const int64_t rows = chunk.n_samples * chunk.n_steps, left = matrix.size - first;
+  const int64_t full = left / WIDTH < n_panels ? left / WIDTH : n_panels;
+  const int64_t rest = full < n_panels ? left - full * WIDTH : 0;
+  const bool plain = !squared && weights == nullptr;
   int64_t row = 0;
   for (int64_t n = chunk.first_sample; n < chunk.first_sample + chunk.n_samples; ++n) {
     const C weight = weights == nullptr ? C{1} : weights[n];
     for (int64_t t = chunk.first_step; t < chunk.first_step + chunk.n_steps; ++t, ++row) {
       const T* from = static_cast<const T*>(matrix.data) + n * matrix.stride_n + t * matrix.stride_t + first;
-      const C* source = line;
-      if (direct) {
-        source = reinterpret_cast<const C*>(from);
-      } else {
-        convert_row<T, C>(from, count, squared, weight, line);
-      }
       C* to = packed + row * WIDTH;
-      for (int64_t panel = 0; panel < n_panels; ++panel, to += rows * WIDTH, source += WIDTH) {
-        std::memcpy(to, source, WIDTH * sizeof(C));
+      for (int64_t panel = 0; panel < full; ++panel, to += rows * WIDTH, from += WIDTH) {
+        if (sizeof(T) == sizeof(C) && plain) {
+          std::memcpy(to, from, WIDTH * sizeof(C));
+        } else {
+          convert_panel_row<T, C, WIDTH>(from, left - panel * WIDTH, squared, weight, to);
+        }
       }
+      if (full == n_panels) continue;
+      copy_row(from, rest, to);
+      for (int64_t i = 0; i < rest && !plain; ++i) to[i] = (squared ? to[i] * to[i] : to[i]) * weight;
+      std::memset(to + rest, 0, (WIDTH - rest) * sizeof(C));
     }
   }
 }

@@ -129,7 +129,9 @@ void fisher_product(const Product& product) {
   const int64_t n_rows = product.rows.size(), n_columns = product.columns.size();
   if (n_rows == 0 || n_columns == 0 || product.n_samples == 0 || product.n_steps == 0) return;
   const ProductKernel kernel = kernel_for(product.dtype);
-  const bool swapped = padded(n_columns, n_rows, kernel) < padded(n_rows, n_columns, kernel);
+  const int64_t area = padded(n_rows, n_columns, kernel), swapped_area = padded(n_columns, n_rows, kernel);
+  // Patches are packed more quickly as rows, all of a matrix's columns at once.
+  const bool swapped = swapped_area < area || (product.columns.is_patches && swapped_area * 8 <= area * 9);
   plan.n_samples = product.n_samples;
   plan.n_steps = product.n_steps;
   plan.unit_samples = samples_per_unit(product.n_samples, product.n_steps);

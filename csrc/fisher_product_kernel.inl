@@ -134,21 +134,18 @@ void flush(const ProductPlan& plan, int64_t block, const void* sums, const void*
 // Where the arrays of one block lie in a thread's workspace, in elements; every start is aligned to 64 bytes.
 template <class C>
 struct Workspace {
-  int64_t tiles, carry, packed_rows, packed_columns, line, end;
+  int64_t tiles, carry, packed_rows, packed_columns, end;
 
   explicit Workspace(const ProductPlan& plan) {
     constexpr int64_t WIDTH = TILE_COLUMNS<C>;
     const int64_t row_panels = (plan.row_panels + plan.row_blocks - 1) / plan.row_blocks;
     const int64_t column_panels = (plan.column_panels + plan.column_blocks - 1) / plan.column_blocks;
     const int64_t rows = plan.n_samples * plan.n_steps < CHUNK_ROWS ? plan.n_samples * plan.n_steps : CHUNK_ROWS;
-    const int64_t widest =
-        row_panels * TILE_ROWS < column_panels * WIDTH ? column_panels * WIDTH : row_panels * TILE_ROWS;
     tiles = row_panels * column_panels * TILE_ROWS * WIDTH;
     carry = 0;
     packed_rows = aligned(carry + (plan.n_steps > CHUNK_ROWS ? tiles : 0));
-    packed_columns = aligned(packed_rows + rows * row_panels * TILE_ROWS);
-    line = aligned(packed_columns + rows * column_panels * WIDTH);
-    end = aligned(line + widest + lanes<C>);
+    packed_columns = aligned(packed_rows + rows * (plan.row_side.is_patches ? 1 : row_panels) * TILE_ROWS);
+    end = aligned(packed_columns + rows * column_panels * WIDTH);
   }
 
   static int64_t aligned(int64_t element) { return (element + 15) / 16 * 16; }
@@ -175,7 +172,6 @@ void multiply(const ProductPlan& plan, int64_t block, int64_t unit, void* worksp
   C* carry = base + at.carry;
   C* packed_rows = base + at.packed_rows;
   C* packed_columns = base + at.packed_columns;
-  C* line = base + at.line;
   C* sums = static_cast<C*>(sums_out);
   C* gradient = plan.gradient == nullptr ? nullptr : static_cast<C*>(gradient_out);
   const C* weights = static_cast<const C*>(plan.weights);
@@ -195,19 +191,51 @@ void multiply(const ProductPlan& plan, int64_t block, int64_t unit, void* worksp
       const int64_t first = plan.n_steps * piece / pieces, last = plan.n_steps * (piece + 1) / pieces;
       Chunk chunk{n, n_samples, first, last - first, piece == 0, piece == pieces - 1};
       const int64_t chunk_rows = n_samples * (last - first);
-      pack_side<T, C, TILE_ROWS>(plan.row_side, chunk, rows, squared, weighs_rows ? weights : nullptr, line,
-                                 packed_rows);
-      pack_side<T, C, WIDTH>(plan.column_side, chunk, columns, squared, nullptr, line, packed_columns);
-      if (weighs_rows) {  // T = 1: the chunk's rows are one product
-        chunk.n_steps = chunk_rows;
-        chunk.n_samples = 1;
+      const C* row_weights = weighs_rows ? weights : nullptr;
+      PatchRow patch_row[CHUNK_ROWS];
+      int64_t n_patch_rows = 0;
+      if (plan.column_side.is_patches) {
+        n_patch_rows = patch_rows(plan.column_side.patches, chunk, patch_row);
+        for (int64_t c = 0; c < n_columns; ++c) {
+          C* panel = packed_columns + c * chunk_rows * WIDTH;
+          pack_patches<T, C, WIDTH>(plan.column_side.patches, patch_row, n_patch_rows, (columns.begin + c) * WIDTH,
+                                    panel);
+          if (squared) square_and_weigh<C, WIDTH>(chunk_rows, squared, nullptr, panel);
+        }
+      } else {
+        pack_matrix<T, C, WIDTH>(plan.column_side.matrix, chunk, columns.begin * WIDTH, n_columns, squared, nullptr,
+                                 packed_columns);
       }
-      for (int64_t c = 0; c < n_columns; ++c) {
+      if (plan.row_side.is_patches) {
+        n_patch_rows = patch_rows(plan.row_side.patches, chunk, patch_row);
+      } else {
+        pack_matrix<T, C, TILE_ROWS>(plan.row_side.matrix, chunk, rows.begin * TILE_ROWS, n_rows, squared, row_weights,
+                                     packed_rows);
+      }
+      Chunk whole = chunk;
+      if (weighs_rows) {  // T = 1: the chunk's rows are one product
+        whole.n_steps = chunk_rows;
+        whole.n_samples = 1;
+      }
+      const auto multiply_one = [&](int64_t r, int64_t c, const C* row_panel) {
+        const int64_t tile = (c * n_rows + r) * TILE;
+        multiply_tile(row_panel, packed_columns + c * chunk_rows * WIDTH, whole, plan.epilogue, weights, sums + tile,
+                      gradient == nullptr ? nullptr : gradient + tile, pieces == 1 ? nullptr : carry + tile);
+      };
+      if (plan.row_side.is_patches) {
+        // Each panel is packed when it is needed: it never leaves the L1 cache, where all of them would.
         for (int64_t r = 0; r < n_rows; ++r) {
-          const int64_t tile = (c * n_rows + r) * TILE;
-          multiply_tile(packed_rows + r * chunk_rows * TILE_ROWS, packed_columns + c * chunk_rows * WIDTH, chunk,
-                        plan.epilogue, weights, sums + tile, gradient == nullptr ? nullptr : gradient + tile,
-                        pieces == 1 ? nullptr : carry + tile);
+          pack_patches<T, C, TILE_ROWS>(plan.row_side.patches, patch_row, n_patch_rows, (rows.begin + r) * TILE_ROWS,
+                                        packed_rows);
+          if (weighs_rows) {
+            const C* of_chunk = weights == nullptr ? nullptr : weights + chunk.first_sample;
+            square_and_weigh<C, TILE_ROWS>(chunk_rows, squared, of_chunk, packed_rows);
+          }
+          for (int64_t c = 0; c < n_columns; ++c) multiply_one(r, c, packed_rows);
+        }
+      } else {
+        for (int64_t c = 0; c < n_columns; ++c) {
+          for (int64_t r = 0; r < n_rows; ++r) multiply_one(r, c, packed_rows + r * chunk_rows * TILE_ROWS);
         }
       }
     }

@@ -69,13 +69,21 @@ WPLFAST_INLINE void store(Half* to, F32 value) {
 // The first `count` (fewer than a vector's) elements at `from`, and zeros; nothing beyond them is read.
 template <class T>
 WPLFAST_INLINE auto load_first(const T* from, int64_t count) {
-#if defined(WPLFAST_AVX512)
-  if constexpr (sizeof(T) == 8) return (F64)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), from);
-  if constexpr (sizeof(T) == 4) return (F32)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
-#endif
   alignas(64) T first[WPLFAST_VECTOR_BYTES / (sizeof(T) == 8 ? 8 : 4)] = {};
+#if defined(WPLFAST_AVX512)
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 8) {
+    return (F64)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from);
+  } else if constexpr (sizeof(T) == 4) {
+    return (F32)_mm512_maskz_loadu_ps(mask, from);
+  } else {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(first), _mm256_maskz_loadu_epi16(mask, from));
+    return load(first);  // the compiler sees through the array
+  }
+#else
   std::memcpy(first, from, count * sizeof(T));
   return load(first);
+#endif
 }
 
 // Stores the first `count` (fewer than a vector's) elements; nothing beyond them is written.
