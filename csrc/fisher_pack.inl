@@ -59,3 +59,32 @@ void pack_matrix(const SampleMatrix& matrix, const Chunk& chunk, int64_t first, 
     }
   }
 }
+
+// Asks for part `part` of `parts` of the memory that packing a chunk will read: it comes from far away, and the product
+// of the chunk before it can hide that. Of patches, the same share of the images is taken as the chunk has of the rows.
+template <class T>
+void prefetch_part(const Side& side, int64_t n_steps, const Chunk& chunk, int64_t first, int64_t count, int64_t part,
+                   int64_t parts) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  const int64_t rows = chunk.n_samples * chunk.n_steps;
+  const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+  if (begin == end) return;
+  if (side.is_patches) {
+    const int64_t elements = side.patches.n_images * side.patches.image_elements();
+    const int64_t start = chunk.first_sample * elements + chunk.first_step * elements / n_steps;
+    const T* from = static_cast<const T*>(side.patches.data) + start + begin * elements / n_steps;
+    for (int64_t i = 0; i < (end - begin) * elements / n_steps; i += LINE) __builtin_prefetch(from + i, 0, 2);
+    return;
+  }
+  const int64_t length = side.matrix.size - first < count ? side.matrix.size - first : count;
+  int64_t n = chunk.first_sample + begin / chunk.n_steps, t = begin % chunk.n_steps;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* from = static_cast<const T*>(side.matrix.data) + n * side.matrix.stride_n +
+                    (chunk.first_step + t) * side.matrix.stride_t + first;
+    for (int64_t i = 0; i < length; i += LINE) __builtin_prefetch(from + i, 0, 2);
+    if (++t == chunk.n_steps) {
+      t = 0;
+      ++n;
+    }
+  }
+}

@@ -43,8 +43,11 @@ int64_t padded(int64_t rows, int64_t columns, const ProductKernel& kernel) {
 // Chooses the number of blocks: at least what the caches ask for, and then what leaves the busiest thread least to do.
 // Returns whether units of samples should be computed in parallel too.
 bool choose_blocks(ProductPlan& plan, const ProductKernel& kernel, int64_t n_plans, int threads) {
-  const int64_t least_rows = ceil_div(plan.row_panels * kernel.tile_rows, BLOCK_ROWS);
-  const int64_t least_columns = ceil_div(plan.column_panels * kernel.tile_columns, BLOCK_COLUMNS);
+  const bool patches = plan.row_side.is_patches;
+  const int64_t most_rows = patches ? BLOCK_PATCH_ROWS : BLOCK_ROWS;
+  const int64_t most_columns = patches ? BLOCK_PATCH_COLUMNS : BLOCK_COLUMNS;
+  const int64_t least_rows = ceil_div(plan.row_panels * kernel.tile_rows, most_rows);
+  const int64_t least_columns = ceil_div(plan.column_panels * kernel.tile_columns, most_columns);
   const int64_t units = plan.n_units();
   const int64_t sums = n_plans * plan.row_panels * plan.column_panels * kernel.tile_rows * kernel.tile_columns * units;
   const bool may_split = threads > 1 && units > 1 && sums <= MOST_PARTIAL_SUMS;
@@ -116,7 +119,7 @@ int64_t padded_area(int64_t rows, int64_t columns, Dtype dtype) {
 }
 
 int64_t samples_per_unit(int64_t n_samples, int64_t n_steps) {
-  const int64_t per_chunk = n_steps >= CHUNK_ROWS ? 1 : CHUNK_ROWS / n_steps;
+  const int64_t per_chunk = samples_per_chunk(n_steps);
   const int64_t wanted = std::max(ceil_div(UNIT_ROWS, n_steps), ceil_div(n_samples, MOST_UNITS));
   const int64_t most = n_steps == 1 ? UNIT_SAMPLES * CHUNK_ROWS : UNIT_SAMPLES;
   return ceil_div(std::min(wanted, most), per_chunk) * per_chunk;
@@ -124,14 +127,14 @@ int64_t samples_per_unit(int64_t n_samples, int64_t n_steps) {
 
 void fisher_product(const Product& product) {
   ProductPlan plan{};
-  plan.row_side = product.rows;
-  plan.column_side = product.columns;
   const int64_t n_rows = product.rows.size(), n_columns = product.columns.size();
   if (n_rows == 0 || n_columns == 0 || product.n_samples == 0 || product.n_steps == 0) return;
   const ProductKernel kernel = kernel_for(product.dtype);
   const int64_t area = padded(n_rows, n_columns, kernel), swapped_area = padded(n_columns, n_rows, kernel);
   // Patches are packed more quickly as rows, all of a matrix's columns at once.
   const bool swapped = swapped_area < area || (product.columns.is_patches && swapped_area * 8 <= area * 9);
+  plan.row_side = swapped ? product.columns : product.rows;
+  plan.column_side = swapped ? product.rows : product.columns;
   plan.n_samples = product.n_samples;
   plan.n_steps = product.n_steps;
   plan.unit_samples = samples_per_unit(product.n_samples, product.n_steps);

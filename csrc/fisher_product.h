@@ -25,9 +25,15 @@ enum class Epilogue : int {
 
 constexpr int64_t CHUNK_ROWS = 192;
 
-// The most rows and columns of a block: one buffer of sums takes at most 192 KiB in fp32.
+// A chunk holds as many whole samples as fit; a longer sample is cut into pieces of nearly equal length.
+inline int64_t samples_per_chunk(int64_t n_steps) { return n_steps >= CHUNK_ROWS ? 1 : CHUNK_ROWS / n_steps; }
+
+// The most rows and columns of a block: one buffer of sums takes at most 192 KiB in fp32. Patches are rows that are not
+// kept packed, which leaves room for more of them.
 constexpr int64_t BLOCK_ROWS = 192;
+constexpr int64_t BLOCK_PATCH_ROWS = 576;
 constexpr int64_t BLOCK_COLUMNS = 256;
+constexpr int64_t BLOCK_PATCH_COLUMNS = 128;
 
 // One side of the product. Element i of a matrix's row belongs to the output's row or column at i * output_stride;
 // column (k, c) of patches belongs to the one at c * taps + k, where PyTorch's layout has it.

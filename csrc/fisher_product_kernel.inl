@@ -161,6 +161,13 @@ int64_t block_elements(const ProductPlan& plan) {
   return Workspace<C>(plan).tiles;
 }
 
+// The chunk of the samples from n on, or one of the pieces of a sample that is longer than a chunk.
+inline Chunk chunk_at(const ProductPlan& plan, int64_t n, int64_t end, int64_t piece, int64_t pieces) {
+  const int64_t fitting = samples_per_chunk(plan.n_steps);
+  const int64_t first = plan.n_steps * piece / pieces, last = plan.n_steps * (piece + 1) / pieces;
+  return {n, end - n < fitting ? end - n : fitting, first, last - first, piece == 0, piece == pieces - 1};
+}
+
 template <class T, class C>
 void multiply(const ProductPlan& plan, int64_t block, int64_t unit, void* workspace, void* sums_out,
               void* gradient_out) {
@@ -180,17 +187,15 @@ void multiply(const ProductPlan& plan, int64_t block, int64_t unit, void* worksp
   std::memset(sums, 0, n_rows * n_columns * TILE * sizeof(C));
   if (gradient != nullptr) std::memset(gradient, 0, n_rows * n_columns * TILE * sizeof(C));
 
-  // A chunk holds as many whole samples as fit; a longer sample is cut into pieces of nearly equal length.
-  const int64_t samples_per_chunk = plan.n_steps >= CHUNK_ROWS ? 1 : CHUNK_ROWS / plan.n_steps;
-  const int64_t pieces = (plan.n_steps + CHUNK_ROWS - 1) / CHUNK_ROWS;
+  const int64_t pieces = (plan.n_steps + CHUNK_ROWS - 1) / CHUNK_ROWS, step = samples_per_chunk(plan.n_steps);
   const int64_t begin = unit * plan.unit_samples;
   const int64_t end = plan.n_samples - begin < plan.unit_samples ? plan.n_samples : begin + plan.unit_samples;
-  for (int64_t n = begin; n < end; n += samples_per_chunk) {
-    const int64_t n_samples = end - n < samples_per_chunk ? end - n : samples_per_chunk;
+  for (int64_t n = begin; n < end; n += step) {
     for (int64_t piece = 0; piece < pieces; ++piece) {
-      const int64_t first = plan.n_steps * piece / pieces, last = plan.n_steps * (piece + 1) / pieces;
-      Chunk chunk{n, n_samples, first, last - first, piece == 0, piece == pieces - 1};
-      const int64_t chunk_rows = n_samples * (last - first);
+      const Chunk chunk = chunk_at(plan, n, end, piece, pieces);
+      const int64_t chunk_rows = chunk.n_samples * chunk.n_steps;
+      const int64_t next_n = piece + 1 < pieces ? n : n + step;
+      const Chunk next = chunk_at(plan, next_n, plan.n_samples, (piece + 1) % pieces, pieces);
       const C* row_weights = weighs_rows ? weights : nullptr;
       PatchRow patch_row[CHUNK_ROWS];
       int64_t n_patch_rows = 0;
@@ -217,7 +222,15 @@ void multiply(const ProductPlan& plan, int64_t block, int64_t unit, void* worksp
         whole.n_steps = chunk_rows;
         whole.n_samples = 1;
       }
+      int64_t done = 0;
       const auto multiply_one = [&](int64_t r, int64_t c, const C* row_panel) {
+        if (next_n < plan.n_samples) {
+          prefetch_part<T>(plan.row_side, plan.n_steps, next, rows.begin * TILE_ROWS, n_rows * TILE_ROWS, done,
+                           n_rows * n_columns);
+          prefetch_part<T>(plan.column_side, plan.n_steps, next, columns.begin * WIDTH, n_columns * WIDTH, done,
+                           n_rows * n_columns);
+        }
+        ++done;
         const int64_t tile = (c * n_rows + r) * TILE;
         multiply_tile(row_panel, packed_columns + c * chunk_rows * WIDTH, whole, plan.epilogue, weights, sums + tile,
                       gradient == nullptr ? nullptr : gradient + tile, pieces == 1 ? nullptr : carry + tile);
