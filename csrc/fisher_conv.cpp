@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "fisher_groups.h"
 #include "fisher_product.h"
 
 namespace wplfast {
@@ -37,6 +38,10 @@ void fisher_conv(const FisherConvCall& call) {
   const SamplePatches patches = patches_of(call);
   if (call.n_samples == 0 || patches.rows() == 0 || patches.columns() == 0 || call.c_out == 0) return;
   const int64_t rows = patches.rows(), group_out = call.c_out / call.groups;
+  if (fisher_groups_cost(call) < call.groups * padded_area(group_out, patches.columns(), call.dtype)) {
+    fisher_groups(call, patches);
+    return;
+  }
   Product product{};
   product.rows = {false, {call.grad_outputs, group_out, rows * call.c_out, call.c_out}, {}, patches.columns()};
   if (is_linear(patches)) {

@@ -1,20 +1,13 @@
 // Packing: copies the rows of a chunk, in the compute type, into panels. Included by fisher_product_kernel.inl.
 
+#include "copy_row.inl"
+
 // Consecutive (n, t) rows of one chunk: whole samples of equal length, or one piece of a sample.
 struct Chunk {
   int64_t first_sample, n_samples;
   int64_t first_step, n_steps;
   bool begins, ends;  // false where a sample continues from the previous chunk, or into the next
 };
-
-// Copies `count` elements in the compute type.
-template <class T, class C>
-WPLFAST_INLINE void copy_row(const T* from, int64_t count, C* to) {
-  constexpr int64_t L = lanes<C>;
-  int64_t i = 0;
-  for (; i + L <= count; i += L) store(to + i, load(from + i));
-  if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
-}
 
 // Copies WIDTH elements in the compute type, squared and weighted; `readable` ones exist.
 template <class T, class C, int WIDTH>
