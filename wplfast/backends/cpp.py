@@ -142,10 +142,10 @@ def _contiguous_in(tensor: Tensor, dim: int) -> bool:
 
 def scale_grads(activations: Tensor, grad_outputs: Tensor) -> Tensor:
     """Return sum_t A[n, t] G[n, t]; the kernels take tensors that are both contiguous in t, or both in d."""
-    both = (activations, grad_outputs)
+    both = [activations, grad_outputs]
     steps = all(_contiguous_in(tensor, 1) for tensor in both) and not all(_contiguous_in(t, 2) for t in both)
     if not steps:
-        both = tuple(t if _contiguous_in(t, 2) else t.contiguous() for t in both)
+        both = [tensor if _contiguous_in(tensor, 2) else tensor.contiguous() for tensor in both]
     grads = torch.empty(activations.shape[::2], dtype=flat_dtype(activations.dtype))
     a, g = ((tensor.data_ptr(), *tensor.stride()) for tensor in both)
     _C.scale_grads(
