@@ -6,10 +6,13 @@
 #include <string>
 #include <vector>
 
+#include "fisher_conv.h"
+#include "fisher_embedding.h"
 #include "fisher_linear.h"
 #include "isa.h"
 #include "parallel.h"
 #include "penalty.h"
+#include "scale_grads.h"
 #include "squares.h"
 
 namespace py = pybind11;
@@ -104,6 +107,73 @@ void fisher_linear_binding(int dtype, uintptr_t fisher, uintptr_t gradient, cons
   fisher_linear(call);
 }
 
+// (S, L, K, stride, padding, dilation), each with one to three integers; `absent` stands for missing leading ones.
+void read_spatial(const py::tuple& geometry, int which, int64_t absent, int64_t (&to)[3]) {
+  const py::sequence values = geometry[which].cast<py::sequence>();
+  const int n_spatial = static_cast<int>(values.size());
+  for (int dim = 0; dim < 3; ++dim) {
+    to[dim] = dim < 3 - n_spatial ? absent : values[dim - (3 - n_spatial)].cast<int64_t>();
+  }
+}
+
+void fisher_conv_binding(int dtype, uintptr_t fisher, uintptr_t gradient, uintptr_t inputs, uintptr_t grad_outputs,
+                         uintptr_t weights, int64_t n_samples, int64_t n_images, int64_t c_in, int64_t c_out,
+                         int64_t groups, const py::tuple& geometry, int threads) {
+  FisherConvCall call{};
+  call.fisher = pointer(fisher);
+  call.gradient = pointer(gradient);
+  call.inputs = pointer(inputs);
+  call.grad_outputs = pointer(grad_outputs);
+  call.weights = static_cast<const double*>(pointer(weights));
+  call.n_samples = n_samples;
+  call.n_images = n_images;
+  call.c_in = c_in;
+  call.c_out = c_out;
+  call.groups = groups;
+  read_spatial(geometry, 0, 1, call.size);
+  read_spatial(geometry, 1, 1, call.positions);
+  read_spatial(geometry, 2, 1, call.kernel);
+  read_spatial(geometry, 3, 1, call.stride);
+  read_spatial(geometry, 4, 0, call.padding);
+  read_spatial(geometry, 5, 1, call.dilation);
+  call.dtype = static_cast<Dtype>(dtype);
+  call.threads = threads;
+  py::gil_scoped_release release;
+  fisher_conv(call);
+}
+
+void fisher_embedding_binding(int dtype, uintptr_t fisher, uintptr_t gradient, uintptr_t indices,
+                              uintptr_t grad_outputs, uintptr_t weights, int64_t n_samples, int64_t n_steps,
+                              int64_t n_rows, int64_t size, int threads) {
+  const FisherEmbeddingCall call{pointer(fisher),
+                                 pointer(gradient),
+                                 static_cast<const int64_t*>(pointer(indices)),
+                                 pointer(grad_outputs),
+                                 static_cast<const double*>(pointer(weights)),
+                                 n_samples,
+                                 n_steps,
+                                 n_rows,
+                                 size,
+                                 static_cast<Dtype>(dtype),
+                                 threads};
+  py::gil_scoped_release release;
+  fisher_embedding(call);
+}
+
+// (address, stride of n, stride of t, stride of d)
+Strided strided(const py::tuple& tensor) {
+  return {pointer(tensor[0].cast<uintptr_t>()), tensor[1].cast<int64_t>(), tensor[2].cast<int64_t>(),
+          tensor[3].cast<int64_t>()};
+}
+
+void scale_grads_binding(int dtype, uintptr_t grads, const py::tuple& activations, const py::tuple& grad_outputs,
+                         int64_t n_samples, int64_t n_steps, int64_t size, bool steps_are_contiguous, int threads) {
+  const ScaleGradsCall call{pointer(grads), strided(activations), strided(grad_outputs),     n_samples, n_steps,
+                            size,           steps_are_contiguous, static_cast<Dtype>(dtype), threads};
+  py::gil_scoped_release release;
+  scale_grads(call);
+}
+
 void accumulate_squares_binding(int dtype, uintptr_t fisher, uintptr_t grads, uintptr_t weights, int64_t n_samples,
                                 int64_t numel, int threads) {
   const SquaresCall call{pointer(fisher), pointer(grads), static_cast<const double*>(pointer(weights)),
@@ -121,6 +191,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of wplfast over raw addresses; see wplfast/backends/cpp.py.";
   m.def("penalty", &penalty_binding, "Value of the penalty, optionally storing or adding its gradient.");
   m.def("fisher_linear", &fisher_linear_binding, "Fisher diagonal of a linear layer.");
+  m.def("fisher_conv", &fisher_conv_binding, "Fisher diagonal of a convolution's weight.");
+  m.def("fisher_embedding", &fisher_embedding_binding, "Fisher diagonal of a table that rows are taken from.");
+  m.def("scale_grads", &scale_grads_binding, "Per-sample gradients of an elementwise scale.");
   m.def("accumulate_squares", &accumulate_squares_binding, "Weighted sum of squared per-sample gradients.");
   m.def("isa", [] { return isa_name(selected_isa()); }, "Instruction set in use: avx512, avx2 or portable.");
   m.def("max_threads", &max_threads, "Most threads OpenMP would use; 1 in a serial build.");

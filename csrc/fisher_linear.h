@@ -6,15 +6,9 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "sample_rows.h"
 
 namespace wplfast {
-
-// A tensor [N, T, size] whose last dimension is contiguous; strides count elements.
-struct SampleMatrix {
-  const void* data;
-  int64_t size;
-  int64_t stride_n, stride_t;
-};
 
 struct FisherLinearCall {
   void* fisher;               // [D_out, D_in], compute type, contiguous

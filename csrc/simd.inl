@@ -66,6 +66,42 @@ WPLFAST_INLINE void store(Half* to, F32 value) {
 #endif
 }
 
+// The first `count` (fewer than a vector's) elements at `from`, and zeros; nothing beyond them is read.
+template <class T>
+WPLFAST_INLINE auto load_first(const T* from, int64_t count) {
+  alignas(64) T first[WPLFAST_VECTOR_BYTES / (sizeof(T) == 8 ? 8 : 4)] = {};
+#if defined(WPLFAST_AVX512)
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 8) {
+    return (F64)_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from);
+  } else if constexpr (sizeof(T) == 4) {
+    return (F32)_mm512_maskz_loadu_ps(mask, from);
+  } else {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(first), _mm256_maskz_loadu_epi16(mask, from));
+    return load(first);  // the compiler sees through the array
+  }
+#else
+  std::memcpy(first, from, count * sizeof(T));
+  return load(first);
+#endif
+}
+
+// Stores the first `count` (fewer than a vector's) elements; nothing beyond them is written.
+template <class C>
+WPLFAST_INLINE void store_first(C* to, Vector<C> value, int64_t count) {
+#if defined(WPLFAST_AVX512)
+  if constexpr (sizeof(C) == 8) {
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << count) - 1), (__m512d)value);
+  } else {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)value);
+  }
+  return;
+#endif
+  alignas(64) C first[lanes<C>];
+  store(first, value);
+  std::memcpy(to, first, count * sizeof(C));
+}
+
 // Store that bypasses the caches where the machine can (`to` must be aligned to the vector), for data that is larger
 // than they are: an ordinary store would first read the line that it overwrites.
 template <class T, class V>

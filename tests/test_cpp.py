@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,28 @@ def random_anchors(sizes: list[int], dtype: torch.dtype) -> dict[str, list[Tenso
     }
 
 
+#: (N, M, S, C_in, C_out, K, stride, padding, dilation, groups): tiles with patches on either side, groups, depthwise.
+CONVOLUTIONS = [
+    (33, 1, (12, 12), 8, 33, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (5, 2, (25, 21), 3, 30, (5, 3), (2, 1), (2, 1), (1, 2), 1),
+    (300, 1, (4, 4), 5, 70, (4, 4), (1, 1), (0, 0), (1, 1), 1),
+    (20, 1, (9, 8), 40, 60, (3, 3), (1, 2), (1, 1), (1, 1), 2),
+    (40, 1, (16, 17), 70, 70, (3, 3), (1, 1), (1, 1), (1, 1), 70),
+    (9, 2, (100,), 12, 24, (5,), (2,), (4,), (2,), 6),
+    (6, 1, (5, 6, 7), 4, 9, (3, 2, 3), (1, 1, 2), (1, 0, 1), (1, 2, 1), 1),
+    (12, 1, (9, 9), 20, 30, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+]
+
+
+def random_convolution(case: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, list[int], list[Any]]:
+    """Return the inputs, the gradients of the outputs, the weight's shape and the geometry."""
+    n, m, size, c_in, c_out, kernel, stride, padding, dilation, groups = case
+    spans = zip(size, kernel, stride, padding, dilation, strict=True)
+    positions = [(s + 2 * p - d * (k - 1) - 1) // step + 1 for s, k, step, p, d in spans]
+    x, g = torch.randn(n, m, *size, c_in).to(dtype), torch.randn(n, m, *positions, c_out).to(dtype)
+    return x, g, [c_out, c_in // groups, *kernel], [stride, padding, dilation, groups]
+
+
 def all_results(dtype: torch.dtype) -> list[Tensor]:
     """Run every operator on inputs that only the seed decides."""
     torch.manual_seed(0)
@@ -69,6 +92,21 @@ def all_results(dtype: torch.dtype) -> list[Tensor]:
         gradient = torch.zeros_like(fisher)
         cpp.fisher_linear_(fisher, a, g, torch.rand(n), gradient)
         results += [fisher, gradient]
+    for case in CONVOLUTIONS:
+        x, g, shape, geometry = random_convolution(case, dtype)
+        fisher = torch.rand(shape, dtype=wide(dtype))
+        gradient = torch.zeros_like(fisher)
+        cpp.fisher_conv_(fisher, x, g, torch.rand(len(x)), gradient, *geometry)
+        results += [fisher, gradient]
+    for n, t, d, v in ((50, 40, 70, 20), (30, 20, 300, 5000)):
+        fisher = torch.rand(v, d, dtype=wide(dtype))
+        gradient = torch.zeros_like(fisher)
+        g = torch.randn(n, t, d).to(dtype)
+        cpp.fisher_embedding_(fisher, torch.randint(-1, v, (n, t)), g, torch.rand(n), gradient)
+        results += [fisher, gradient]
+    for size in ((30, 100, 65), (4, 65, 3000)):
+        a, g = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
+        results += [cpp.scale_grads(a, g), cpp.scale_grads(a.transpose(1, 2), g.transpose(1, 2))]
     for n, numel in ((10_000, 33), (50, 70_000)):
         squares = torch.zeros(numel, dtype=wide(dtype))
         cpp.accumulate_squares_(squares, torch.randn(n, numel).to(dtype), torch.rand(n))
@@ -147,8 +185,15 @@ def test_in_place_operators_advance_the_version_counter() -> None:
     before = fisher._version, gradient._version
     cpp.fisher_linear_(fisher, torch.randn(4, 2, 2), torch.randn(4, 2, 3), None, gradient)
     assert (fisher._version, gradient._version) > before
+    before = fisher._version, gradient._version
+    cpp.fisher_embedding_(fisher, torch.tensor([[0], [1]]), torch.randn(2, 1, 2), None, gradient)
+    assert (fisher._version, gradient._version) > before
+    fisher, gradient = torch.zeros(3, 2, 1), torch.zeros(3, 2, 1)
+    before = fisher._version, gradient._version
+    cpp.fisher_conv_(fisher, torch.randn(4, 1, 5, 2), torch.randn(4, 1, 5, 3), None, gradient, [1], [0], [1], 1)
+    assert (fisher._version, gradient._version) > before
     before = (fisher._version,)
-    cpp.accumulate_squares_(fisher, torch.randn(4, 3, 2), None)
+    cpp.accumulate_squares_(fisher, torch.randn(4, 3, 2, 1), None)
     assert (fisher._version,) > before
 
 
@@ -187,6 +232,25 @@ def check_against_float64(dtype: torch.dtype) -> None:
         reference.fisher_linear_(want[0], a.double(), g.double(), w, want[1])
         assert relative_error(got[0], want[0]) < 2e-6, (n, t, d_in, d_out)
         assert relative_error(got[1], want[1]) < 2e-6, (n, t, d_in, d_out)
+    for case in CONVOLUTIONS:
+        x, g, shape, geometry = random_convolution(case, dtype)
+        w = torch.rand(len(x))
+        got, want = torch.zeros(2, *shape, dtype=wide(dtype)), torch.zeros(2, *shape, dtype=torch.float64)
+        cpp.fisher_conv_(got[0], x, g, w, got[1], *geometry)
+        reference.fisher_conv_(want[0], x.double(), g.double(), w, want[1], *geometry)
+        assert relative_error(got[0], want[0]) < 3e-6, case
+        assert relative_error(got[1], want[1]) < 3e-6, case
+    for n, t, d, v in ((50, 40, 70, 20), (30, 20, 33, 5000), (3, 4, 5, 6)):
+        indices, g, w = torch.randint(-1, v, (n, t)), torch.randn(n, t, d).to(dtype), torch.rand(n)
+        got, want = torch.zeros(2, v, d, dtype=wide(dtype)), torch.zeros(2, v, d, dtype=torch.float64)
+        cpp.fisher_embedding_(got[0], indices, g, w, got[1])
+        reference.fisher_embedding_(want[0], indices, g.double(), w, want[1])
+        assert relative_error(got[0], want[0]) < 1e-6, (n, t, d, v)
+        assert relative_error(got[1], want[1]) < 1e-6, (n, t, d, v)
+    for size in ((3, 100, 65), (4, 65, 300), (2, 3, 1)):
+        a, g = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
+        for first, second in ((a, g), (a.transpose(1, 2), g.transpose(1, 2))):
+            assert relative_error(cpp.scale_grads(first, second), (first.double() * second.double()).sum(1)) < 1e-6
     anchors = random_anchors([0, 1, 31, 1000, 70_001], dtype)
     value, packed = cpp.penalty_with_grad(**anchors, alpha=scalar(2.0), l2=scalar(0.1))
     expected = reference.penalty_with_grad(**as_float64(anchors), alpha=scalar(2.0), l2=scalar(0.1))
@@ -254,10 +318,10 @@ def sanitized_harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
         reason = "no C++ compiler" if compiler is None else "no csrc/ beside the tests"
         pytest.fail(reason) if required else pytest.skip(reason)
     program = tmp_path_factory.mktemp("native") / "fuzz_kernels"
-    kernels = [ROOT / "csrc" / f"{name}.cpp" for name in ("isa", "penalty", "fisher_linear", "squares")]
+    kernels = sorted(path for path in (ROOT / "csrc").glob("*.cpp") if path.name != "bindings.cpp")
     flags = ["-std=c++17", "-O1", "-g", "-fopenmp", "-Wno-psabi", "-fsanitize=address,undefined"]
     command = [*compiler.split(), *flags, "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
-    command += [str(path) for path in (ROOT / "tests" / "native" / "fuzz_kernels.cpp", *kernels)]
+    command += [str(path) for path in (*sorted((ROOT / "tests" / "native").glob("*.cpp")), *kernels)]
     result = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True, check=False)
     if result.returncode != 0:
         reason = f"the harness does not compile: {result.stderr[-2000:]}"

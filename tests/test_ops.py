@@ -98,6 +98,55 @@ def test_fisher_linear_by_hand(backend):
     assert fisher.tolist() == [[101.0, 8.0]]
 
 
+def test_fisher_conv_by_hand(backend):
+    # One channel, X = [1, 2, 3], a kernel of 2 with padding 1: positions see [0, 1], [1, 2], [2, 3], [3, 0].
+    x = torch.tensor([1.0, 2.0, 3.0]).view(1, 1, 3, 1)
+    g = torch.tensor([1.0, 0.0, -1.0, 2.0]).view(1, 1, 4, 1)
+    fisher, gradient = torch.full((1, 1, 2), 100.0), torch.zeros(1, 1, 2)
+    options = {"stride": [1], "padding": [1], "dilation": [1], "groups": 1}
+    backend.fisher_conv_(fisher, x, g, torch.tensor([2.0]), gradient, **options)
+    # per-sample gradient: [0 - 2 + 6, 1 - 3 + 0] = [4, -2]
+    assert fisher.flatten().tolist() == [132.0, 108.0]
+    assert gradient.flatten().tolist() == [8.0, -4.0]
+    # The first half of the positions alone, and the same image as both images of a sample and as two samples.
+    fisher = torch.zeros(1, 1, 2)
+    backend.fisher_conv_(
+        fisher, x.expand(1, 2, 3, 1).contiguous(), g[:, :, :2].expand(1, 2, 2, 1).contiguous(), None, None, **options
+    )
+    assert fisher.flatten().tolist() == [0.0, 4.0]
+    fisher = torch.zeros(1, 1, 2)
+    backend.fisher_conv_(
+        fisher, x.expand(2, 1, 3, 1).contiguous(), g[:, :, :2].expand(2, 1, 2, 1).contiguous(), None, None, **options
+    )
+    assert fisher.flatten().tolist() == [0.0, 2.0]
+
+
+def test_fisher_embedding_by_hand(backend):
+    indices = torch.tensor([[0, 2, 0], [2, -1, -5]])
+    g = torch.tensor([[[1.0], [2.0], [3.0]], [[5.0], [7.0], [9.0]]])
+    fisher, gradient = torch.tensor([[100.0], [0.0], [0.0]]), torch.zeros(3, 1)
+    backend.fisher_embedding_(fisher, indices, g, None, gradient)
+    assert fisher.flatten().tolist() == [116.0, 0.0, 29.0]  # (1 + 3)^2; 2^2 + 5^2
+    assert gradient.flatten().tolist() == [4.0, 0.0, 7.0]
+    fisher = torch.zeros(3, 1)
+    backend.fisher_embedding_(fisher, indices, g, torch.tensor([0.5, 2.0]), None)
+    assert fisher.flatten().tolist() == [8.0, 0.0, 52.0]
+
+
+def test_embedding_index_beyond_the_table(backend):
+    fisher, gradient = torch.zeros(3, 2), torch.zeros(3, 2)
+    with pytest.raises(IndexError, match="must be below 3, got 3"):
+        backend.fisher_embedding_(fisher, torch.tensor([[0, 1, 3]]), torch.ones(1, 3, 2), None, gradient)
+    assert not fisher.any()
+    assert not gradient.any()
+
+
+def test_scale_grads_by_hand(backend):
+    a = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    g = torch.tensor([[[5.0, 6.0], [7.0, -8.0]]])
+    assert backend.scale_grads(a, g).tolist() == [[26.0, -20.0]]
+
+
 def test_squares_by_hand(backend):
     fisher = torch.tensor([1.0, 0.0])
     backend.accumulate_squares_(fisher, torch.tensor([[1.0, 2.0], [3.0, -4.0]]), None)
@@ -165,6 +214,141 @@ def test_fisher_linear_takes_strides(backend):
     torch.testing.assert_close(fisher, one)
 
 
+def per_sample_weight_grads(x, g, kernel, stride, padding, dilation, groups):
+    """Return [N, C_out, C_in / groups, *K] by autograd through torch's convolution."""
+    conv = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[len(kernel) - 1]
+    weight = x.new_zeros(g.shape[-1], x.shape[-1] // groups, *kernel)
+
+    def inner_product(weight, images, grad_images):  # [M, C, *S]
+        output = conv(images, weight, None, stride, padding, dilation, groups)
+        return (output[(..., *(slice(size) for size in g.shape[2:-1]))] * grad_images).sum()
+
+    of_one = torch.func.grad(inner_product)
+    return torch.func.vmap(of_one, (None, 0, 0))(weight, x.movedim(-1, 2), g.movedim(-1, 2))
+
+
+#: (N, M, S, C_in, L or None for all positions, C_out, K, stride, padding, dilation, groups)
+CONVOLUTIONS = {
+    "plain": (3, 1, (9, 7), 5, None, 6, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "three channels": (2, 1, (32, 32), 3, None, 32, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "whole tiles": (2, 1, (8, 8), 64, None, 128, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "stride": (3, 1, (11, 8), 4, None, 7, (3, 2), (2, 3), (1, 0), (1, 1), 1),
+    "dilation": (2, 1, (12, 13), 6, None, 5, (3, 3), (1, 2), (3, 2), (2, 3), 1),
+    "pixels": (3, 1, (5, 6), 10, None, 12, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "every other pixel": (3, 1, (5, 6), 10, None, 12, (1, 1), (2, 2), (0, 0), (1, 1), 1),
+    "fewer positions": (2, 1, (9, 9), 6, (3, 4), 4, (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "kernel beyond the image": (4, 1, (2, 3), 5, None, 3, (5, 5), (1, 1), (3, 3), (1, 1), 1),
+    "one position": (200, 1, (4, 4), 6, None, 17, (4, 4), (1, 1), (0, 0), (1, 1), 1),
+    "many images": (3, 4, (5, 5), 3, None, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "two groups": (2, 2, (7, 7), 24, None, 40, (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "small groups": (2, 1, (7, 9), 24, None, 36, (3, 3), (2, 1), (1, 2), (1, 1), 12),
+    "depthwise": (3, 1, (10, 9), 37, None, 37, (3, 3), (1, 1), (1, 1), (1, 1), 37),
+    "depthwise, large stride": (2, 2, (13, 12), 70, None, 70, (5, 2), (3, 2), (2, 1), (1, 2), 70),
+    "channel multiplier": (2, 1, (6, 7), 10, None, 30, (3, 3), (1, 1), (1, 1), (1, 1), 10),
+    "1-D": (3, 1, (50,), 8, None, 9, (5,), (2,), (2,), (1,), 1),
+    "1-D, long": (2, 1, (700,), 2, None, 3, (4,), (1,), (0,), (3,), 1),
+    "1-D, depthwise": (2, 1, (40,), 20, None, 20, (4,), (1,), (3,), (1,), 20),
+    "3-D": (2, 1, (5, 6, 4), 3, None, 4, (3, 2, 3), (1, 2, 1), (1, 0, 1), (1, 1, 1), 1),
+    "3-D, groups": (2, 2, (4, 5, 6), 8, (2, 2, 3), 4, (2, 2, 2), (2, 1, 1), (0, 1, 0), (1, 2, 2), 4),
+    "no samples": (0, 1, (5, 5), 3, (5, 5), 4, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "no positions": (2, 1, (5, 5), 3, (0, 5), 4, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "many samples": (300, 1, (3, 3), 4, None, 5, (2, 2), (1, 1), (0, 0), (1, 1), 1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_fisher_conv_against_float64(backend, case, dtype):
+    n, m, size, c_in, positions, c_out, kernel, stride, padding, dilation, groups = case
+    if positions is None:
+        spans = zip(size, kernel, stride, padding, dilation, strict=True)
+        positions = [(s + 2 * p - d * (k - 1) - 1) // step + 1 for s, k, step, p, d in spans]
+    x, g = torch.randn(n, m, *size, c_in).to(dtype), torch.randn(n, m, *positions, c_out).to(dtype)
+    geometry = (stride, padding, dilation, groups)
+    shape, wide = (c_out, c_in // groups, *kernel), layout.flat_dtype(dtype)
+    exact = torch.zeros(0, *shape, dtype=torch.float64)
+    if g.numel() > 0:
+        exact = per_sample_weight_grads(x.double(), g.double(), kernel, *geometry)
+    tolerance = 3 * TOLERANCE[dtype]  # float32 sums over hundreds of positions
+    for w in (None, torch.rand(n)):
+        weights = torch.ones(len(exact), dtype=torch.float64) if w is None or len(exact) == 0 else w.double()
+        fisher, gradient = torch.full(shape, 0.5, dtype=wide), torch.ones(shape, dtype=wide)
+        backend.fisher_conv_(fisher, x, g, w, gradient, *geometry)
+        assert relative(fisher, 0.5 + torch.einsum("n,n...->...", weights, exact.square())) <= tolerance
+        assert relative(gradient, 1 + torch.einsum("n,n...->...", weights, exact)) <= tolerance
+        again = torch.full(shape, 0.5, dtype=wide)
+        backend.fisher_conv_(again, x, g, w, None, *geometry)
+        assert relative(again, fisher) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fisher_conv_serves_transposed_convolutions(backend, dtype):
+    x, weight = torch.randn(3, 6, 5, 4), torch.randn(6, 2, 3, 3, dtype=torch.float64)  # [C_in, C_out / groups, *K]
+    g = torch.randn(3, 4, 10, 7)
+    options = {"stride": (2, 2), "padding": (1, 1), "groups": 2}
+    x, g = x.to(dtype), g.to(dtype)
+    exact = torch.zeros_like(weight)
+    for image, grad_image in zip(x.double(), g.double(), strict=True):
+        w = weight.clone().requires_grad_()
+        out = torch.nn.functional.conv_transpose2d(image[None], w, output_padding=(1, 0), **options)
+        exact += torch.autograd.grad(out, w, grad_image[None])[0].square()
+    fisher = torch.zeros(6, 2, 3, 3, dtype=layout.flat_dtype(dtype))
+    last = (t.permute(0, 2, 3, 1).contiguous()[:, None] for t in (g, x))
+    backend.fisher_conv_(fisher, *last, None, None, dilation=(1, 1), **options)
+    assert relative(fisher, exact) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    "size",
+    [(5, 7, 3, 10), (4, 33, 65, 6), (300, 2, 16, 3), (1, 1, 1, 1), (3, 50, 130, 5000), (0, 3, 4, 5), (3, 0, 4, 5)],
+    ids=str,
+)
+def test_fisher_embedding_against_float64(backend, size, weighted, dtype):
+    n, t, d, v = size
+    indices, g = torch.randint(-1, v, (n, t)), torch.randn(n, t, d).to(dtype)
+    w = torch.rand(n) if weighted else None
+    wide = layout.flat_dtype(dtype)
+    one_hot = torch.nn.functional.one_hot(indices + 1, v + 1)[..., 1:].double()
+    per_sample = torch.einsum("ntv,ntd->nvd", one_hot, g.double())
+    weights = torch.ones(n, dtype=torch.float64) if w is None else w.double()
+    fisher, gradient = torch.full((v, d), 0.5, dtype=wide), torch.ones(v, d, dtype=wide)
+    backend.fisher_embedding_(fisher, indices, g, w, gradient)
+    assert relative(fisher, 0.5 + torch.einsum("n,nvd->vd", weights, per_sample.square())) <= TOLERANCE[dtype]
+    assert relative(gradient, 1 + torch.einsum("n,nvd->vd", weights, per_sample)) <= TOLERANCE[dtype]
+
+
+SCALE_LAYOUTS = {
+    "contiguous": lambda n, t, d: torch.randn(n, t, d),
+    "channels first": lambda n, t, d: torch.randn(n, d, t).transpose(1, 2),
+    "time first": lambda n, t, d: torch.randn(t, n, d).transpose(0, 1),
+    "gaps": lambda n, t, d: torch.randn(n, t, 2 * d)[..., ::2],
+    "one for all steps": lambda n, t, d: torch.randn(n, 1, d).expand(n, t, d),
+    "one for all": lambda n, t, d: torch.randn(n, 1, 1).expand(n, t, d),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layouts", [(a, b) for a in SCALE_LAYOUTS for b in ("contiguous", "channels first")], ids=str)
+def test_scale_grads_against_float64(backend, layouts, dtype):
+    for size in ((3, 5, 7), (2, 300, 70), (1, 1, 1), (4, 1, 130), (2, 33, 1), (0, 3, 4), (3, 0, 4), (3, 4, 0)):
+        a, g = (SCALE_LAYOUTS[name](*size).to(dtype) for name in layouts)
+        got = backend.scale_grads(a, g)
+        assert got.dtype == layout.flat_dtype(dtype)
+        assert got.shape == size[::2]
+        assert got.is_contiguous()
+        assert relative(got, (a.double() * g.double()).sum(1)) <= TOLERANCE[dtype]
+
+
+def test_scale_grads_of_long_sums(backend):
+    a, g = torch.rand(2, 200_000, 5), torch.rand(2, 200_000, 5)
+    exact = (a.double() * g.double()).sum(1)
+    assert relative(backend.scale_grads(a, g), exact) <= 3e-7
+    first = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (a, g))
+    assert relative(backend.scale_grads(*first), exact) <= 3e-7
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(3, 5), (1, 1), (1000, 33), (4, 5000), (0, 3), (7, 0)], ids=str)
 def test_squares_against_float64(backend, size, dtype):
@@ -225,6 +409,11 @@ def test_opcheck():
     )
     linear = (torch.zeros(5, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 5), None, None)
     torch.library.opcheck(torch.ops.wplfast.fisher_linear_.default, linear)
+    conv = (torch.zeros(6, 2, 3), torch.randn(2, 1, 9, 4), torch.randn(2, 1, 9, 6), None, None, [1], [1], [1], 2)
+    torch.library.opcheck(torch.ops.wplfast.fisher_conv_.default, conv)
+    embedding = (torch.zeros(9, 4), torch.randint(9, (2, 3)), torch.randn(2, 3, 4), None, None)
+    torch.library.opcheck(torch.ops.wplfast.fisher_embedding_.default, embedding)
+    torch.library.opcheck(torch.ops.wplfast.scale_grads.default, (torch.randn(2, 3, 4), torch.randn(2, 3, 4)))
     torch.library.opcheck(torch.ops.wplfast.accumulate_squares_.default, (torch.zeros(4), torch.randn(3, 4), None))
 
 

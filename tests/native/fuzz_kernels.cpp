@@ -1,101 +1,19 @@
 // Fuzzes the kernels without Python against naive double loops; meant for -fsanitize=address,undefined.
 // Every array is a heap block of exactly the size it needs, shifted by a random number of elements, so that a read or
 // write beyond it is caught. Usage: fuzz_kernels [rounds] [seed]
-#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
-#include <random>
 #include <vector>
 
 #include "fisher_linear.h"
+#include "fuzz.h"
 #include "isa.h"
 #include "penalty.h"
 #include "squares.h"
 
+namespace fuzz {
 namespace {
-
-using namespace wplfast;
-
-std::mt19937_64 generator;
-
-int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-double normal() { return std::normal_distribution<double>()(generator); }
-bool coin() { return integer(0, 1) == 1; }
-
-bool is_wide(Dtype dtype) { return dtype == Dtype::f64; }
-Dtype compute_type(Dtype dtype) { return is_wide(dtype) ? Dtype::f64 : Dtype::f32; }
-
-float from_bfloat16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
-
-uint16_t to_bfloat16(float value) {
-  const uint32_t bits = bits_of(value);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// A typed array at an element-aligned address.
-class Array {
- public:
-  Array(Dtype dtype, int64_t size, const std::function<double()>& fill)
-      : dtype_(dtype), size_(size), shift_(integer(0, 3)), bytes_((size + shift_) * size_of(dtype)) {
-    for (int64_t i = 0; i < size; ++i) set(i, fill());
-  }
-  int64_t size() const { return size_; }
-  void* data() { return bytes_.data() + shift_ * size_of(dtype_); }
-  double get(int64_t i) const {
-    const char* at = bytes_.data() + (shift_ + i) * size_of(dtype_);
-    if (dtype_ == Dtype::f64) return read<double>(at);
-    if (dtype_ == Dtype::f32) return read<float>(at);
-    if (dtype_ == Dtype::bf16) return from_bfloat16(read<uint16_t>(at));
-    return to_float(Half{read<uint16_t>(at)});
-  }
-
- private:
-  template <class T>
-  static T read(const char* at) {
-    T value;
-    std::memcpy(&value, at, sizeof value);
-    return value;
-  }
-  template <class T>
-  static void write(char* at, T value) {
-    std::memcpy(at, &value, sizeof value);
-  }
-  void set(int64_t i, double value) {
-    char* at = bytes_.data() + (shift_ + i) * size_of(dtype_);
-    if (dtype_ == Dtype::f64) {
-      write(at, value);
-    } else if (dtype_ == Dtype::f32) {
-      write(at, static_cast<float>(value));
-    } else if (dtype_ == Dtype::bf16) {
-      write(at, to_bfloat16(static_cast<float>(value)));
-    } else {
-      write(at, to_half(static_cast<float>(value)).bits);
-    }
-  }
-
-  Dtype dtype_;
-  int64_t size_, shift_;
-  std::vector<char> bytes_;
-};
-
-double zero() { return 0; }
-
-void expect(bool ok, const char* what, double got, double want) {
-  if (ok) return;
-  std::fprintf(stderr, "%s: got %.9g, want %.9g\n", what, got, want);
-  std::exit(1);
-}
-
-// Compares with an error relative to the sum of magnitudes, which cancellation does not shrink.
-void expect_close(const char* what, double got, double want, double magnitude, double tolerance) {
-  expect(std::abs(got - want) <= tolerance * magnitude + 1e-30, what, got, want);
-}
-
-double storage_epsilon(Dtype dtype) {
-  return dtype == Dtype::f64 ? 1e-15 : dtype == Dtype::f32 ? 5e-7 : dtype == Dtype::bf16 ? 5e-3 : 7e-4;
-}
 
 void fuzz_penalty() {
   const Dtype dtype = static_cast<Dtype>(integer(0, 3)), wide = compute_type(dtype);
@@ -214,14 +132,19 @@ void fuzz_squares() {
 }
 
 }  // namespace
+}  // namespace fuzz
 
 int main(int argc, char** argv) {
+  using namespace fuzz;
   const int64_t rounds = argc > 1 ? std::atoll(argv[1]) : 50;
   generator.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0);
   for (int64_t round = 0; round < rounds; ++round) {
     fuzz_penalty();
     fuzz_fisher_linear();
     fuzz_squares();
+    fuzz_conv();
+    fuzz_embedding();
+    fuzz_scale_grads();
   }
   std::printf("%s: %lld rounds passed\n", isa_name(selected_isa()), static_cast<long long>(rounds));
   return 0;

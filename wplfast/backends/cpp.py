@@ -76,6 +76,84 @@ def fisher_linear_(
         increment_version(gradient)
 
 
+def fisher_conv_(
+    fisher: Tensor,
+    inputs: Tensor,
+    grad_outputs: Tensor,
+    weights: Tensor | None,
+    gradient: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Fisher += sum_n w_n (G_n^T patches of X_n)^2; the patches exist a few rows at a time, in the caches."""
+    weights = _wide_weights(weights)
+    spatial = (inputs.shape[2:-1], grad_outputs.shape[2:-1], fisher.shape[2:], stride, padding, dilation)
+    _C.fisher_conv(
+        DTYPES[inputs.dtype],
+        fisher.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        inputs.data_ptr(),
+        grad_outputs.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        inputs.shape[0],
+        inputs.shape[1],
+        inputs.shape[-1],
+        grad_outputs.shape[-1],
+        groups,
+        tuple(map(tuple, spatial)),
+        torch.get_num_threads(),
+    )
+    increment_version(fisher)
+    if gradient is not None:
+        increment_version(gradient)
+
+
+def fisher_embedding_(
+    fisher: Tensor, indices: Tensor, grad_outputs: Tensor, weights: Tensor | None, gradient: Tensor | None
+) -> None:
+    """Fisher[v] += sum_n w_n (sum_{t: indices[n, t] = v} G[n, t])^2, row by row of the table.
+
+    Raises:
+        IndexError: if an index is V or more; nothing has been written then.
+    """
+    weights = _wide_weights(weights)
+    _C.fisher_embedding(
+        DTYPES[grad_outputs.dtype],
+        fisher.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        indices.data_ptr(),
+        grad_outputs.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        *grad_outputs.shape[:2],
+        *fisher.shape,
+        torch.get_num_threads(),
+    )
+    increment_version(fisher)
+    if gradient is not None:
+        increment_version(gradient)
+
+
+def _contiguous_in(tensor: Tensor, dim: int) -> bool:
+    """Tell whether elements along a dimension lie beside each other."""
+    return tensor.stride(dim) == 1 or tensor.shape[dim] <= 1
+
+
+def scale_grads(activations: Tensor, grad_outputs: Tensor) -> Tensor:
+    """Return sum_t A[n, t] G[n, t]; the kernels take tensors that are both contiguous in t, or both in d."""
+    both = [activations, grad_outputs]
+    steps = all(_contiguous_in(tensor, 1) for tensor in both) and not all(_contiguous_in(t, 2) for t in both)
+    if not steps:
+        both = [tensor if _contiguous_in(tensor, 2) else tensor.contiguous() for tensor in both]
+    grads = torch.empty(activations.shape[::2], dtype=flat_dtype(activations.dtype))
+    a, g = ((tensor.data_ptr(), *tensor.stride()) for tensor in both)
+    _C.scale_grads(
+        DTYPES[activations.dtype], grads.data_ptr(), a, g, *activations.shape, steps, torch.get_num_threads()
+    )
+    return grads
+
+
 def _penalty(
     mode: int,
     grad: list[int],

@@ -117,6 +117,8 @@ def fisher_embedding_(
     """Add each sample's rows into a table of its own distinct rows, square those, and add them to fisher."""
     n, t, d = grad_outputs.shape
     used = indices >= 0
+    if used.any() and (largest := int(indices.max())) >= len(fisher):
+        raise IndexError(f"indices must be below {len(fisher)}, got {largest}")
     sample = torch.arange(n, device=indices.device).view(n, 1).expand(n, t)[used]
     pairs, place = torch.stack([sample, indices[used]]).unique(dim=1, return_inverse=True)
     sums = fisher.new_zeros(pairs.shape[1], d).index_add_(0, place, grad_outputs[used].to(fisher.dtype))

@@ -1,0 +1,83 @@
+// Packing: copies the rows of a chunk, in the compute type, into panels. Included by fisher_product_kernel.inl.
+
+#include "copy_row.inl"
+
+// Consecutive (n, t) rows of one chunk: whole samples of equal length, or one piece of a sample.
+struct Chunk {
+  int64_t first_sample, n_samples;
+  int64_t first_step, n_steps;
+  bool begins, ends;  // false where a sample continues from the previous chunk, or into the next
+};
+
+// Copies WIDTH elements in the compute type, squared and weighted; `readable` ones exist.
+template <class T, class C, int WIDTH>
+WPLFAST_INLINE void convert_panel_row(const T* from, int64_t readable, bool squared, C weight, C* to) {
+  constexpr int64_t L = lanes<C>, REST = WIDTH % L;
+  const auto changed = [&](Vector<C> value) { return (squared ? value * value : value) * weight; };
+  WPLFAST_UNROLL
+  for (int64_t i = 0; i + L <= WIDTH; i += L) store(to + i, changed(load(from + i)));
+  if constexpr (REST > 0) {
+    constexpr int64_t LAST = WIDTH - REST;
+    const Vector<C> value = readable >= LAST + L ? load(from + LAST) : load_first(from + LAST, REST);
+    store_first(to + LAST, changed(value), REST);
+  }
+}
+
+// Packs columns [first, first + n_panels * WIDTH) of a chunk's rows into panels [rows][WIDTH], zero beyond the matrix.
+// Weights, if given, multiply each sample's rows.
+template <class T, class C, int WIDTH>
+void pack_matrix(const SampleMatrix& matrix, const Chunk& chunk, int64_t first, int64_t n_panels, bool squared,
+                 const C* weights, C* packed) {
+  const int64_t rows = chunk.n_samples * chunk.n_steps, left = matrix.size - first;
+  const int64_t full = left / WIDTH < n_panels ? left / WIDTH : n_panels;
+  const int64_t rest = full < n_panels ? left - full * WIDTH : 0;
+  const bool plain = !squared && weights == nullptr;
+  int64_t row = 0;
+  for (int64_t n = chunk.first_sample; n < chunk.first_sample + chunk.n_samples; ++n) {
+    const C weight = weights == nullptr ? C{1} : weights[n];
+    for (int64_t t = chunk.first_step; t < chunk.first_step + chunk.n_steps; ++t, ++row) {
+      const T* from = static_cast<const T*>(matrix.data) + n * matrix.stride_n + t * matrix.stride_t + first;
+      C* to = packed + row * WIDTH;
+      for (int64_t panel = 0; panel < full; ++panel, to += rows * WIDTH, from += WIDTH) {
+        if (sizeof(T) == sizeof(C) && plain) {
+          std::memcpy(to, from, WIDTH * sizeof(C));
+        } else {
+          convert_panel_row<T, C, WIDTH>(from, left - panel * WIDTH, squared, weight, to);
+        }
+      }
+      if (full == n_panels) continue;
+      copy_row(from, rest, to);
+      for (int64_t i = 0; i < rest && !plain; ++i) to[i] = (squared ? to[i] * to[i] : to[i]) * weight;
+      std::memset(to + rest, 0, (WIDTH - rest) * sizeof(C));
+    }
+  }
+}
+
+// Asks for part `part` of `parts` of the memory that packing a chunk will read: it comes from far away, and the product
+// of the chunk before it can hide that. Of patches, the same share of the images is taken as the chunk has of the rows.
+template <class T>
+void prefetch_part(const Side& side, int64_t n_steps, const Chunk& chunk, int64_t first, int64_t count, int64_t part,
+                   int64_t parts) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  const int64_t rows = chunk.n_samples * chunk.n_steps;
+  const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+  if (begin == end) return;
+  if (side.is_patches) {
+    const int64_t elements = side.patches.n_images * side.patches.image_elements();
+    const int64_t start = chunk.first_sample * elements + chunk.first_step * elements / n_steps;
+    const T* from = static_cast<const T*>(side.patches.data) + start + begin * elements / n_steps;
+    for (int64_t i = 0; i < (end - begin) * elements / n_steps; i += LINE) __builtin_prefetch(from + i, 0, 2);
+    return;
+  }
+  const int64_t length = side.matrix.size - first < count ? side.matrix.size - first : count;
+  int64_t n = chunk.first_sample + begin / chunk.n_steps, t = begin % chunk.n_steps;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* from = static_cast<const T*>(side.matrix.data) + n * side.matrix.stride_n +
+                    (chunk.first_step + t) * side.matrix.stride_t + first;
+    for (int64_t i = 0; i < length; i += LINE) __builtin_prefetch(from + i, 0, 2);
+    if (++t == chunk.n_steps) {
+      t = 0;
+      ++n;
+    }
+  }
+}
