@@ -22,6 +22,7 @@ from torch import Tensor  # noqa: E402
 from wplfast.backends import reference  # noqa: E402
 from wplfast.backends import triton as backend  # noqa: E402
 from wplfast.backends.triton import conv_taps, launch, reduce, tables  # noqa: E402
+from wplfast.backends.triton import fisher_embedding as embedding_module  # noqa: E402
 from wplfast.backends.triton import fisher_linear as fisher_module  # noqa: E402
 from wplfast.backends.triton import penalty_kernel as penalty_module  # noqa: E402
 from wplfast.ops.layout import flat_dtype, packed_starts, packed_views  # noqa: E402
@@ -442,6 +443,97 @@ def test_fisher_conv_of_nothing_adds_nothing(x: tuple[int, ...], g: tuple[int, .
     before = fisher.clone()
     backend.fisher_conv_(fisher, torch.randn(x).to(DEVICE), torch.randn(g).to(DEVICE), None, None, [1], [0], [1], 1)
     assert torch.equal(fisher, before)
+
+
+def uses(n: int, t: int, v: int, unused: float) -> Tensor:
+    """Return random indices below v, small ones more often, and negative ones."""
+    indices = (torch.rand(n, t) ** 3 * v).long()
+    indices[torch.rand(n, t) < unused] = -3
+    return indices.to(DEVICE)
+
+
+def check_embedding(indices: Tensor, g: Tensor, v: int, weights: Tensor | None, gradient: bool, bound: float) -> None:
+    """Compare one call of fisher_embedding_ with the float64 oracle, and a second call with the first."""
+    start = torch.rand(2, v, g.shape[2], dtype=flat_dtype(g.dtype), device=DEVICE)
+    results = []
+    for _ in range(REPEATS):
+        fisher, mean = start.clone()
+        backend.fisher_embedding_(fisher, indices, g, weights, mean if gradient else None)
+        results.append([fisher, mean])
+    assert same_bits(results[0], results[-1])
+    fisher, mean = exact(start).clone()
+    weights = None if weights is None else exact(weights)
+    reference.fisher_embedding_(fisher, indices.cpu(), exact(g), weights, mean if gradient else None)
+    assert error(results[0][0], fisher) < bound
+    assert error(results[0][1], mean) < bound
+
+
+@on_device
+@pytest.mark.parametrize("shape", [(4, 30, 3, 20), (1, 100, 2, 8), (40, 1, 4, 24), (2, 30, 2, 300), (3, 4, 90, 5)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fisher_embedding(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    n, t, v, d = shape
+    weights = torch.rand(n).to(DEVICE) if n > 1 else None
+    g = torch.randn(n, t, d).to(DEVICE, dtype)
+    check_embedding(uses(n, t, v, 0.2), g, v, weights, n > 2, 1e-14 if dtype == torch.float64 else 1e-6)
+
+
+@on_device
+def test_fisher_embedding_with_runs_of_every_length_across_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SPAN", 4), ("ROWS", 4), ("SPANS", 2)):
+        monkeypatch.setattr(embedding_module, name, value)
+    for n, t, v, unused in [(9, 2, 1, 0), (2, 23, 1, 0), (9, 6, 2, 0.3), (8, 8, 3, 0), (5, 9, 6, 0.1), (1, 4, 9, 0.5)]:
+        check_embedding(uses(n, t, v, unused), torch.randn(n, t, 3).to(DEVICE), v, torch.rand(n).to(DEVICE), True, 1e-6)
+
+
+@on_device
+def test_fisher_embedding_in_several_launches_and_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding_module, "MAX_USES", 20)
+    check_embedding(uses(5, 9, 4, 0), torch.randn(5, 9, 3).to(DEVICE), 4, torch.rand(5).to(DEVICE), False, 1e-6)
+    for n, t, v, d, unused in [
+        (0, 3, 4, 5, 0),
+        (3, 0, 4, 5, 0),
+        (3, 4, 5, 0, 0),
+        (3, 4, 0, 5, 1.1),
+        (3, 40, 2, 5, 1.1),
+    ]:
+        fisher = torch.rand(v, d, device=DEVICE)
+        before = fisher.clone()
+        backend.fisher_embedding_(fisher, uses(n, t, v, unused), torch.randn(n, t, d).to(DEVICE), None, None)
+        assert torch.equal(fisher, before)
+
+
+LAYOUTS = {
+    "columns": lambda x: x,
+    "steps": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "samples": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "expanded": lambda x: x[:, :1].expand(x.shape),
+    "every other": lambda x: torch.cat([x, x], 2)[:, :, ::2],
+    "shifted": lambda x: torch.cat([x, x], 2)[:, :, x.shape[2] - 1 : -1],
+}
+
+
+@on_device
+@pytest.mark.parametrize("layouts", [("columns",) * 2, ("steps",) * 2, ("columns", "steps"), ("steps", "samples"),
+                                     ("expanded", "columns"), ("every other", "shifted")])  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_grads(dtype: torch.dtype, layouts: tuple[str, str]) -> None:
+    for n, t, d in [(3, 70, 24), (1, 130, 8), (2, 150, 5), (5, 1, 33), (2, 49, 200)][:: 1 if dtype == BF16 else 3]:
+        a, g = (LAYOUTS[layout](torch.randn(n, t, d).to(DEVICE, dtype)) for layout in layouts)
+        results = [backend.scale_grads(a, g) for _ in range(REPEATS)]
+        expected, size = reference.scale_grads(*exact((a, g))), reference.scale_grads(*exact((a.abs(), g.abs())))
+        assert (results[0].shape, results[0].dtype) == ((n, d), flat_dtype(dtype))
+        assert results[0].is_contiguous()
+        bound = 1e-15 if dtype == torch.float64 else 3e-7
+        assert bool(((exact(results[0]) - expected).abs() <= bound * size).all())
+        assert same_bits(results[:1], results[-1:])
+
+
+@on_device
+def test_scale_grads_of_nothing_are_zero() -> None:
+    for shape in [(0, 3, 4), (3, 0, 4), (3, 4, 0)]:
+        a = torch.ones(shape, device=DEVICE)
+        assert torch.equal(backend.scale_grads(a, a), torch.zeros(shape[0], shape[2], device=DEVICE))
 
 
 @on_device
