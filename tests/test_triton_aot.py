@@ -24,9 +24,11 @@ from wplfast.backends.triton import (  # noqa: E402
     conv_taps,
     conv_unfold,
     fisher_config,
+    fisher_embedding,
     launch,
     penalty_kernel,
     reduce,
+    scale,
     split,
     squares,
 )
@@ -204,7 +206,6 @@ def test_fisher_linear_variants(terms: int, steps: int, changes: dict[str, bool]
 CONVOLUTIONS = [
     (1, 512, 784, False, {}),
     (1, 512, 784, True, {"HAS_WEIGHTS": True}),
-    (1, 512, 49, False, {}),
     (1, 64, 3136, False, {"PACKED": True, "OUT_PITCH": 8, "IN_PITCH": 8, "WIDE_ROWS": False}),
     (3, 512, 784, False, {}),
 ]
@@ -239,6 +240,50 @@ def test_fisher_conv_resources(terms, size, steps, gradient, changes, arch, monk
     assert set(stores) == {16} or constants["PACKED"]
 
 
+@pytest.mark.parametrize(("dtype", "arch"), [("fp32", 90), *[("bf16", arch) for arch in ARCHITECTURES]])
+def test_kernels_that_wait_for_memory_load_16_bytes_a_thread(dtype: str, arch: int) -> None:
+    both = {"fisher": "*fp32", "gradient": "*fp32", "partials": "*fp32", "mean_partials": "*fp32", "tokens": "*i64"}
+    rows = {"UNIT": 8, "SPAN": fisher_embedding.SPAN, "BLOCK": fisher_embedding.BLOCK, "HAS_GRADIENT": True}
+    uses = {"grad_outputs": f"*{dtype}", "weights": "*fp32", "order": "*i64"}
+    scales = {"out": "*fp32", "activations": f"*{dtype}", "grad_outputs": f"*{dtype}"}
+    units = {"T_UNIT": 8, "D_UNIT": 8, "A_UNIT": 8, "G_UNIT": 8}
+    depthwise = {"fisher": "*fp32", "grad_outputs": f"*{dtype}", "inputs": f"*{dtype}"}
+    cases = [
+        (
+            "embedding", fisher_embedding.fisher_embedding_kernel, both | uses,
+            rows | {"ROWS": fisher_embedding.ROWS, "HAS_WEIGHTS": True}, fisher_embedding.WARPS, 96,
+        ),
+        (
+            "fold_spans", fisher_embedding.fold_spans_kernel, both, rows | {"SPANS": fisher_embedding.SPANS},
+            fisher_embedding.WARPS, 128,
+        ),
+        (
+            "depthwise", conv_depthwise.fisher_depthwise_kernel, depthwise,
+            {
+                "BC": conv_depthwise.CHANNELS, "BH": 1, "BW": conv_depthwise.BOX, "TAPS": conv_depthwise.TAPS,
+                "OCTETS": True, "REPEAT": False, "HAS_WEIGHTS": False, "HAS_GRADIENT": False, "weights": None,
+                "gradient": None,
+            },
+            conv_depthwise.WARPS, 128,
+        ),
+    ]  # fmt: skip
+    for name, steps, columns, a_dim, g_dim in (
+        ("columns", 16, 128, scale.COLUMNS, scale.COLUMNS),
+        ("steps", 256, 8, scale.STEPS, scale.STEPS),
+        ("both", 16, 128, scale.COLUMNS, scale.STEPS),
+    ):
+        constants = units | {"BT": steps, "BD": columns, "A_DIM": a_dim, "G_DIM": g_dim}
+        cases.append((f"scale {name}", scale.scale_grads_kernel, scales, constants, scale.WARPS, 128))
+    for name, kernel, pointers, constants, warps, most in cases:
+        compiled = compile_kernel(kernel, arch, pointers, constants, num_warps=warps)
+        used, loads = resources(compiled), vector_widths(compiled.asm["ptx"], "ld")
+        report(f"{name} {dtype}", arch, used, f"ld {loads} st {vector_widths(compiled.asm['ptx'], 'st')}")
+        assert used["spills"] == 0
+        assert used["registers"] <= most
+        assert loads.get(16, 0) > 0
+        assert loads.get(2, 0) == 0
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_small_kernels_do_not_spill(arch: int) -> None:
     cases = {
@@ -249,20 +294,6 @@ def test_small_kernels_do_not_spill(arch: int) -> None:
         ),
         "fold_partials": (reduce.fold_partials_kernel, {"partials": "*fp32", "out": "*fp32"}, {"BLOCK": 1024}),
         "fold_taps": (reduce.fold_taps_kernel, {"partials": "*fp32", "out": "*fp32"}, {"ROWS": 64, "TAPS": 16}),
-        "fisher_depthwise": (
-            conv_depthwise.fisher_depthwise_kernel,
-            {"fisher": "*fp32", "gradient": "*fp32", "grad_outputs": "*bf16", "inputs": "*bf16", "weights": "*fp32"},
-            {
-                "BC": conv_depthwise.CHANNELS,
-                "BH": 1,
-                "BW": conv_depthwise.BOX,
-                "TAPS": conv_depthwise.TAPS,
-                "OCTETS": True,
-                "REPEAT": False,
-                "HAS_WEIGHTS": True,
-                "HAS_GRADIENT": True,
-            },
-        ),
         "unfold": (
             conv_unfold.unfold_kernel,
             {"inputs": "*fp32", "out": "*bf16"},

@@ -17,30 +17,30 @@ from torch import Tensor
 
 from .. import reference
 from . import fisher_linear
-from .conv_depthwise import BOX, add_depthwise
+from .conv_depthwise import add_depthwise
 from .conv_geometry import Geometry, choose_blocks, geometry
 from .conv_taps import add_taps, as_channels
 from .conv_unfold import unfold
 from .fisher_config import choose_operands
 from .launch import capability, on_device
+from .split import OCTET
 
 #: From this many input channels in a group on, a tap fills enough of a tile.
 MIN_CHANNELS = 16
 #: Narrow groups share a tile unless they have this many output channels: then all taps of one fill a tile better.
 _MIN_UNFOLDED = 32
-#: No box has more positions.
-_MAX_BOX = 64
+#: No box has more positions, no tile more rows.
+_MAX_BOX, _MAX_TILE = 64, 128
 
 
-def _near(shape: Geometry, c_in: int, c_out: int) -> bool:
+def _near(shape: Geometry, c_in: int, c_out: int, groups: int) -> bool:
     """Tell whether offsets within a box and between taps fit 32 bits, and a sample's positions too."""
-    steps = max(_MAX_BOX, BOX)
-    plane, row = shape.size[1] * shape.size[2], shape.size[2]
-    rows = [(k - 1) * d + p for k, d, p in zip(shape.kernel, shape.dilation, shape.padding, strict=True)]
-    rows = [reach + steps * s for reach, s in zip(rows, (1, *shape.stride[1:]), strict=True)]
-    widest = (rows[0] * plane + rows[1] * row + rows[2]) * c_in
-    width = (c_in * shape.taps, c_out * steps * shape.positions[2])
-    return max(widest, *width, shape.n_steps) < 1 << 31
+    x_pitch, g_pitch = (c + groups * OCTET for c in (c_in, c_out))  # at most, if groups are padded to octets
+    deep, high, wide = ((k - 1) * d + p for k, d, p in zip(shape.kernel, shape.dilation, shape.padding, strict=True))
+    high, wide = high + _MAX_BOX * shape.stride[1], wide + _MAX_BOX * shape.stride[2]
+    widest = ((deep * shape.size[1] + high) * shape.size[2] + wide) * x_pitch
+    longest = _MAX_BOX * (shape.positions[2] + 1) * g_pitch
+    return max(widest, longest, c_in * shape.taps * _MAX_TILE, shape.n_steps) < 1 << 31
 
 
 def fisher_conv_(
@@ -60,10 +60,8 @@ def fisher_conv_(
     n, c_in, c_out = len(inputs), inputs.shape[-1], grad_outputs.shape[-1]
     shape = geometry(inputs, grad_outputs, fisher.shape[2:], stride, padding, dilation)
     served = inputs.dtype != torch.float64 and capability(fisher.device) >= 80
-    if not served or not _near(shape, c_in, c_out):
-        reference.fisher_conv_(
-            fisher, inputs, grad_outputs, weights, gradient, stride, padding, dilation, groups
-        )  # fmt: skip
+    if not served or not _near(shape, c_in, c_out, groups):
+        reference.fisher_conv_(fisher, inputs, grad_outputs, weights, gradient, stride, padding, dilation, groups)
         return
     group_in, group_out = c_in // groups, c_out // groups
     if shape.pointwise and groups == 1:

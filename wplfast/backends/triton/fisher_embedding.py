@@ -81,14 +81,16 @@ def fisher_embedding_kernel(
     continues = (start > 0) & (tl.load(tokens + before) == opening)
     goes_on = (end < n_uses) & (tl.load(tokens + after) == closing)
     squares, mean, total = tl.zeros((BLOCK,), wide), tl.zeros((BLOCK,), wide), tl.zeros((BLOCK,), wide)
-    if continues & (opening >= 0):  # also where none of its runs starts here: the second launch reads this slot
+    token = tl.load(tokens + tl.minimum(p, n_uses - 1))
+    use, sample = _use(order, tl.minimum(p, n_uses - 1), n_steps)
+    busy = p < end
+    # The second launch reads this slot even if none of the token's runs starts here. If one does, it is written below,
+    # perhaps by other threads: never write it twice.
+    if continues & (opening >= 0) & ((p >= end) | (token != opening)):
         _add_partials(
             fisher, gradient, partials, mean_partials, opening, 2 * span, columns, width, squares, mean, False,
             HAS_GRADIENT,
         )  # fmt: skip
-    token = tl.load(tokens + tl.minimum(p, n_uses - 1))
-    use, sample = _use(order, tl.minimum(p, n_uses - 1), n_steps)
-    busy = p < end
     while busy:
         far = tl.minimum(p + ROWS - 1, n_uses - 1)
         _, far_sample = _use(order, far, n_steps)
