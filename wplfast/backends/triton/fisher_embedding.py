@@ -18,7 +18,7 @@ from .launch import OPTIONS, on_device
 from .split import OCTET
 
 #: Sorted uses a program owns; rows it reads at once where a sample repeats a token; columns; spans summed at once.
-SPAN, ROWS, BLOCK, SPANS = 32, 16, 256, 16
+SPAN, ROWS, BLOCK, SPANS = 32, 16, 256, 8
 WARPS, _MIN_BLOCK = 2, 32
 #: Uses in one launch; more go in several.
 MAX_USES = (1 << 31) - 1 - SPAN
