@@ -21,8 +21,9 @@ from torch import Tensor  # noqa: E402
 
 from wplfast.backends import reference  # noqa: E402
 from wplfast.backends import triton as backend  # noqa: E402
+from wplfast.backends.triton import conv_taps, launch, reduce, tables  # noqa: E402
+from wplfast.backends.triton import fisher_embedding as embedding_module  # noqa: E402
 from wplfast.backends.triton import fisher_linear as fisher_module  # noqa: E402
-from wplfast.backends.triton import launch, reduce, tables  # noqa: E402
 from wplfast.backends.triton import penalty_kernel as penalty_module  # noqa: E402
 from wplfast.ops.layout import flat_dtype, packed_starts, packed_views  # noqa: E402
 
@@ -40,6 +41,8 @@ GRADIENT = {
     torch.float16: 2**-10,
     torch.float64: 1e-15,
 }
+#: A GPU runs programs in another order every time; the interpreter, which takes seconds, does not.
+REPEATS = 2 if DEVICE == "cuda" else 1
 SIZES = [(0,), (1,), (3, 5), (16,), (2048,), (2049,), (70, 131), (8192 + 3,)]
 
 
@@ -336,6 +339,208 @@ def test_fisher_linear_of_nothing_adds_nothing(shape: tuple[int, ...]) -> None:
     before = fisher.clone()
     backend.fisher_linear_(fisher, a, g, None, None)
     assert torch.equal(fisher, before)
+
+
+def conv(
+    n: int, m: int, size: tuple, channels: tuple, kernel: tuple, settings: tuple, dtype: torch.dtype, short: int = 0
+) -> tuple:
+    """Return inputs and output gradients of a convolution, ``short`` positions missing, and its Fisher's shape."""
+    stride, padding, dilation, groups = settings
+    reach = [s + 2 * p - d * (k - 1) for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)]
+    positions = [(r - 1) // s + 1 - short for r, s in zip(reach, stride, strict=True)]
+    x = torch.randn(n, m, *size, channels[0]).to(DEVICE, dtype)
+    g = torch.randn(n, m, *positions, channels[1]).to(DEVICE, dtype)
+    return x, g, (channels[1], channels[0] // groups, *kernel)
+
+
+def check_conv(
+    x: Tensor, g: Tensor, shape: tuple, weights: Tensor | None, gradient: bool, settings: tuple, bound: float
+) -> None:
+    """Compare one call of fisher_conv_ with the float64 oracle, and a second call with the first."""
+    start = torch.rand(2, *shape, dtype=flat_dtype(x.dtype), device=DEVICE)
+    results = []
+    for _ in range(REPEATS):
+        fisher, mean = start.clone()
+        backend.fisher_conv_(fisher, x, g, weights, mean if gradient else None, *settings)
+        results.append([fisher, mean])
+    assert same_bits(results[0], results[-1])
+    fisher, mean = exact(start).clone()
+    inputs = [*exact((x, g)), None if weights is None else exact(weights), mean if gradient else None]
+    reference.fisher_conv_(fisher, *inputs, *settings)
+    assert error(results[0][0], fisher) < bound
+    assert error(results[0][1], mean) < bound
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CONVOLUTIONS = {
+    "two images": (2, 2, (4, 5), (16, 24), (3, 2), ((2, 1), (1, 0), (1, 2), 1), BF16),
+    "odd widths": (3, 1, (3, 9), (20, 17), (1, 2), ((1, 1), (0, 1), (1, 1), 1), FP32),
+    "no tap sees all": (2, 1, (3, 3), (16, 8), (2, 2), ((1, 1), (2, 2), (1, 1), 1), BF16),
+    "one dimension": (5, 2, (9,), (20, 17), (3,), ((2,), (1,), (1,), 1), FP16, 1),
+    "three dimensions": (2, 2, (4, 3, 3), (16, 16), (2, 1, 2), ((2, 1, 1), (1, 1, 0), (1, 1, 2), 1), BF16),
+    "several tiles": (2, 1, (6,), (272, 144), (2,), ((1,), (0,), (1,), 2), BF16),
+    "packed groups": (2, 1, (3, 11), (24, 16), (2, 1), ((1, 1), (1, 0), (1, 1), 4), FP32),
+    "last block part full": (3, 1, (5,), (96, 48), (3,), ((1,), (1,), (1,), 6), BF16),
+    "padded groups": (2, 1, (5,), (12, 24), (2,), ((1,), (0,), (1,), 3), BF16),
+    "strided points": (3, 1, (5, 4), (24, 16), (1, 1), ((2, 2), (0, 0), (1, 1), 1), BF16),
+    "points": (3, 2, (5, 4), (24, 16), (1, 1), ((1, 1), (0, 0), (1, 1), 1), BF16),
+    "one position": (9, 1, (3, 3), (3, 8), (3, 3), ((1, 1), (0, 0), (1, 1), 1), FP32),
+    "one position in place": (9, 1, (2, 2), (16, 8), (2, 2), ((1, 1), (0, 0), (1, 1), 1), BF16),
+    "colours": (3, 2, (6, 7), (3, 9), (3, 3), ((2, 2), (1, 1), (1, 1), 1), BF16),
+    "few channels": (3, 1, (3, 2, 5), (6, 64), (1, 2, 2), ((1, 2, 2), (0, 1, 0), (1, 1, 2), 2), FP32),
+    "depthwise": (3, 2, (6, 7), (9, 9), (3, 3), ((2, 2), (1, 1), (1, 1), 9), FP32),
+    "depthwise multiplied": (5, 1, (3, 2, 4), (8, 16), (1, 2, 2), ((1, 1, 1), (0, 1, 1), (1, 2, 1), 8), BF16, 1),
+    "depthwise in octets": (1, 1, (21,), (72, 72), (5,), ((1,), (2,), (1,), 72), FP16),
+    "float64": (2, 1, (4, 4), (4, 4), (2, 2), ((1, 1), (0, 0), (1, 1), 2), torch.float64),
+}
+
+
+@on_device
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_fisher_conv(name: str) -> None:
+    n, m, size, channels, kernel, settings, *rest = CONVOLUTIONS[name]
+    x, g, shape = conv(n, m, size, channels, kernel, settings, *rest)
+    bound = 1e-14 if x.dtype == torch.float64 else 1e-6
+    gradient = len(name) % 2 == 0  # half of the cases
+    check_conv(x, g, shape, torch.rand(n).to(DEVICE), gradient, settings, bound)
+    if name in ("one dimension", "colours", "depthwise"):
+        check_conv(x, g, shape, None, not gradient, settings, bound)
+
+
+@on_device
+def test_fisher_conv_in_several_launches_and_without_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fisher_module, "WORKSPACE", 2000)
+    monkeypatch.setattr(conv_taps, "_MAX_SCRATCH", 0)
+    settings = (1,), (1,), (1,), 1
+    for channels in ((17, 20), (3, 9)):
+        x, g, shape = conv(4, 1, (7,), channels, (2,), settings, FP32)
+        check_conv(x, g, shape, torch.rand(4).to(DEVICE), True, settings, 1e-6)
+    x, g, shape = conv(1, 1, (7,), (16, 24), (2,), settings, BF16)  # one sample cannot be split
+    check_conv(x, g, shape, None, True, settings, 1e-6)
+
+
+@on_device
+@pytest.mark.parametrize(("channels", "groups"), [((16, 16), 1), ((3, 8), 1), ((8, 8), 8)])
+def test_fisher_conv_leaves_unseen_inputs_alone(channels: tuple[int, int], groups: int) -> None:
+    settings = (2, 2), (0, 0), (1, 1), groups
+    x, g, shape = conv(2, 1, (9, 9), channels, (1, 2), settings, FP32, short=1)
+    seen = x.clone()
+    x[:, :, 1::2] = x[:, :, 7:] = x[:, :, :, 6:] = float("inf")
+    results = []
+    for inputs in (x, seen):
+        results.append(torch.zeros(shape, device=DEVICE))
+        backend.fisher_conv_(results[-1], inputs, g, None, None, *settings)
+    assert same_bits(results[:1], results[1:])
+
+
+@on_device
+@pytest.mark.parametrize(
+    ("x", "g"), [((0, 1, 4, 8), (0, 1, 3, 8)), ((2, 0, 4, 8), (2, 0, 3, 8)), ((2, 1, 4, 8), (2, 1, 0, 8)),
+                 ((2, 1, 4, 0), (2, 1, 3, 8)), ((2, 1, 4, 8), (2, 1, 3, 0))],
+)  # fmt: skip
+def test_fisher_conv_of_nothing_adds_nothing(x: tuple[int, ...], g: tuple[int, ...]) -> None:
+    fisher = torch.rand(g[3], x[3], 2, device=DEVICE)
+    before = fisher.clone()
+    backend.fisher_conv_(fisher, torch.randn(x).to(DEVICE), torch.randn(g).to(DEVICE), None, None, [1], [0], [1], 1)
+    assert torch.equal(fisher, before)
+
+
+def uses(n: int, t: int, v: int, unused: float) -> Tensor:
+    """Return random indices below v, small ones more often, and negative ones."""
+    indices = (torch.rand(n, t) ** 3 * v).long()
+    indices[torch.rand(n, t) < unused] = -3
+    return indices.to(DEVICE)
+
+
+def check_embedding(indices: Tensor, g: Tensor, v: int, weights: Tensor | None, gradient: bool, bound: float) -> None:
+    """Compare one call of fisher_embedding_ with the float64 oracle, and a second call with the first."""
+    start = torch.rand(2, v, g.shape[2], dtype=flat_dtype(g.dtype), device=DEVICE)
+    results = []
+    for _ in range(REPEATS):
+        fisher, mean = start.clone()
+        backend.fisher_embedding_(fisher, indices, g, weights, mean if gradient else None)
+        results.append([fisher, mean])
+    assert same_bits(results[0], results[-1])
+    fisher, mean = exact(start).clone()
+    weights = None if weights is None else exact(weights)
+    reference.fisher_embedding_(fisher, indices.cpu(), exact(g), weights, mean if gradient else None)
+    assert error(results[0][0], fisher) < bound
+    assert error(results[0][1], mean) < bound
+
+
+@on_device
+@pytest.mark.parametrize("shape", [(4, 30, 3, 20), (1, 100, 2, 8), (40, 1, 4, 24), (2, 30, 2, 300), (3, 4, 90, 5)])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_fisher_embedding(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    n, t, v, d = shape
+    weights = torch.rand(n).to(DEVICE) if n > 1 else None
+    g = torch.randn(n, t, d).to(DEVICE, dtype)
+    check_embedding(uses(n, t, v, 0.2), g, v, weights, n > 2, 1e-6)
+
+
+@on_device
+@pytest.mark.parametrize(("dtype", "bound"), [(FP16, 1e-6), (torch.float64, 1e-14)])
+def test_fisher_embedding_of_other_types(dtype: torch.dtype, bound: float) -> None:
+    g = torch.randn(3, 9, 12).to(DEVICE, dtype)
+    check_embedding(uses(3, 9, 4, 0.2), g, 4, torch.rand(3, dtype=torch.float64).to(DEVICE), True, bound)
+
+
+@on_device
+def test_fisher_embedding_with_runs_of_every_length_across_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SPAN", 4), ("ROWS", 4), ("SPANS", 2)):
+        monkeypatch.setattr(embedding_module, name, value)
+    for n, t, v, unused in [(9, 2, 1, 0), (2, 23, 1, 0), (9, 6, 2, 0.3), (8, 8, 3, 0), (5, 9, 6, 0.1), (1, 4, 9, 0.5)]:
+        check_embedding(uses(n, t, v, unused), torch.randn(n, t, 3).to(DEVICE), v, torch.rand(n).to(DEVICE), True, 1e-6)
+
+
+@on_device
+def test_fisher_embedding_in_several_launches_and_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding_module, "MAX_USES", 20)
+    check_embedding(uses(5, 9, 4, 0), torch.randn(5, 9, 3).to(DEVICE), 4, torch.rand(5).to(DEVICE), False, 1e-6)
+    for n, t, v, d, unused in [
+        (0, 3, 4, 5, 0),
+        (3, 0, 4, 5, 0),
+        (3, 4, 5, 0, 0),
+        (3, 4, 0, 5, 1.1),
+        (3, 40, 2, 5, 1.1),
+    ]:
+        fisher = torch.rand(v, d, device=DEVICE)
+        before = fisher.clone()
+        backend.fisher_embedding_(fisher, uses(n, t, v, unused), torch.randn(n, t, d).to(DEVICE), None, None)
+        assert torch.equal(fisher, before)
+
+
+LAYOUTS = {
+    "columns": lambda x: x,
+    "steps": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "samples": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "expanded": lambda x: x[:, :1].expand(x.shape),
+    "every other": lambda x: torch.cat([x, x], 2)[:, :, ::2],
+    "shifted": lambda x: torch.cat([x, x], 2)[:, :, x.shape[2] - 1 : -1],
+}
+
+
+@on_device
+@pytest.mark.parametrize("layouts", [("columns",) * 2, ("steps",) * 2, ("columns", "steps"), ("steps", "samples"),
+                                     ("expanded", "columns"), ("every other", "shifted")])  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_grads(dtype: torch.dtype, layouts: tuple[str, str]) -> None:
+    for n, t, d in [(3, 70, 24), (1, 130, 8), (2, 150, 5), (5, 1, 33), (2, 49, 200)][:: 1 if dtype == BF16 else 3]:
+        a, g = (LAYOUTS[layout](torch.randn(n, t, d).to(DEVICE, dtype)) for layout in layouts)
+        results = [backend.scale_grads(a, g) for _ in range(REPEATS)]
+        expected, size = reference.scale_grads(*exact((a, g))), reference.scale_grads(*exact((a.abs(), g.abs())))
+        assert (results[0].shape, results[0].dtype) == ((n, d), flat_dtype(dtype))
+        assert results[0].is_contiguous()
+        bound = 1e-15 if dtype == torch.float64 else 3e-7
+        assert bool(((exact(results[0]) - expected).abs() <= bound * size).all())
+        assert same_bits(results[:1], results[-1:])
+
+
+@on_device
+def test_scale_grads_of_nothing_are_zero() -> None:
+    for shape in [(0, 3, 4), (3, 0, 4), (3, 4, 0)]:
+        a = torch.ones(shape, device=DEVICE)
+        assert torch.equal(backend.scale_grads(a, a), torch.zeros(shape[0], shape[2], device=DEVICE))
 
 
 @on_device

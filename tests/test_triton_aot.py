@@ -19,7 +19,19 @@ torch = pytest.importorskip("torch")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from wplfast.backends.triton import fisher_config, launch, penalty_kernel, reduce, split, squares  # noqa: E402
+from wplfast.backends.triton import (  # noqa: E402
+    conv_depthwise,
+    conv_taps,
+    conv_unfold,
+    fisher_config,
+    fisher_embedding,
+    launch,
+    penalty_kernel,
+    reduce,
+    scale,
+    split,
+    squares,
+)
 from wplfast.backends.triton.fisher_linear import fisher_linear_kernel  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing")
@@ -65,6 +77,11 @@ def vector_widths(ptx: str, instruction: str) -> dict[int, int]:
         width = int(count or 1) * int(bits) // 8
         widths[width] = widths.get(width, 0) + 1
     return widths
+
+
+def asynchronous_copies(ptx: str) -> dict[int, int]:
+    """Return how many asynchronous copies of each width in bytes the code has."""
+    return {b: len(re.findall(rf"cp\.async\.c[ag]\.shared\.global .*?, 0x{b:x}\b", ptx)) for b in (4, 8, 16)}
 
 
 PENALTY = {"chunks": "*i64", "partials": "*fp64", "alpha": "*fp64", "l2": "*fp64"}
@@ -152,9 +169,7 @@ def test_fisher_linear_resources(arch, operands, size, steps, gradient, monkeypa
     compiled = compile_fisher(arch, operands, tile, steps, gradient)
     used, ptx = resources(compiled), compiled.asm["ptx"]
     products = len(re.findall(TENSOR_CORES[arch], ptx))
-    copies = {
-        int(b): len(re.findall(rf"cp\.async\.c[ag]\.shared\.global .*?, 0x{int(b):x}\b", ptx)) for b in (4, 8, 16)
-    }
+    copies = asynchronous_copies(ptx)
     kind = f"{operands.terms} {str(operands.dtype).removeprefix('torch.')} {operands.precision}"
     name = f"fisher {kind} {tile.m}x{tile.n}x{tile.k} w{tile.warps} s{tile.stages} T{steps} grad {int(gradient)}"
     report(name, arch, used, f"mma {products} cp.async {copies}")
@@ -186,6 +201,89 @@ def test_fisher_linear_variants(terms: int, steps: int, changes: dict[str, bool]
     assert used["spills"] == 0 or "WIDE_ROWS" in changes
 
 
+#: Terms of the operands, channels of both sides, positions of a sample, plain gradient, changed constants. The tiles
+#: are those of the linear kernel, of which more rows are checked above: here a few stand for all.
+CONVOLUTIONS = [
+    (1, 512, 784, False, {}),
+    (1, 512, 784, True, {"HAS_WEIGHTS": True}),
+    (1, 64, 3136, False, {"PACKED": True, "OUT_PITCH": 8, "IN_PITCH": 8, "WIDE_ROWS": False}),
+    (3, 512, 784, False, {}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("terms", "size", "steps", "gradient", "changes"), CONVOLUTIONS)
+def test_fisher_conv_resources(terms, size, steps, gradient, changes, arch, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    tile = tile_for(monkeypatch, arch, fisher_config.Operands(terms, torch.bfloat16), size, steps, gradient)
+    pointers = {"fisher": "*fp32", "grad_outputs": "*bf16", "inputs": "*bf16", "gradient": "*fp32", "weights": "*fp32"}
+    constants = {
+        "BM": tile.m, "BN": tile.n, "BH": tile.k // 8, "BW": 8, "PACKED": False, "OUT_PITCH": 0, "IN_PITCH": 0,
+        "TERMS": terms, "PRECISION": "ieee", "UPCAST": False, "ONE": steps <= tile.k, "ADD": False,
+        "HAS_WEIGHTS": False, "HAS_GRADIENT": gradient, "WIDE_ROWS": True,
+    } | changes  # fmt: skip
+    for name, present in (("weights", constants["HAS_WEIGHTS"]), ("gradient", gradient)):
+        if not present:
+            constants[name] = None
+            del pointers[name]
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    compiled = compile_kernel(conv_taps.fisher_conv_kernel, arch, pointers, constants, **options)
+    used, ptx = resources(compiled), compiled.asm["ptx"]
+    copies, stores = asynchronous_copies(ptx), vector_widths(ptx, "st")
+    name = f"conv {terms} {tile.m}x{tile.n}x{tile.k} w{tile.warps} s{tile.stages} T{steps} {changes or gradient}"
+    report(name, arch, used, f"mma {len(re.findall(TENSOR_CORES[arch], ptx))} cp.async {copies} st {stores}")
+    assert used["spills"] == 0
+    assert used["shared"] <= SHARED[arch]
+    assert re.search(TENSOR_CORES[arch], ptx)
+    assert copies[16] > 0, "operands must come 16 bytes at a time"
+    assert copies[4] == copies[8] == 0
+    assert set(stores) == {16} or constants["PACKED"]
+
+
+@pytest.mark.parametrize(("dtype", "arch"), [("fp32", 90), *[("bf16", arch) for arch in ARCHITECTURES]])
+def test_kernels_that_wait_for_memory_load_16_bytes_a_thread(dtype: str, arch: int) -> None:
+    both = {"fisher": "*fp32", "gradient": "*fp32", "partials": "*fp32", "mean_partials": "*fp32", "tokens": "*i64"}
+    rows = {"UNIT": 8, "SPAN": fisher_embedding.SPAN, "BLOCK": fisher_embedding.BLOCK, "HAS_GRADIENT": True}
+    uses = {"grad_outputs": f"*{dtype}", "weights": "*fp32", "order": "*i64"}
+    scales = {"out": "*fp32", "activations": f"*{dtype}", "grad_outputs": f"*{dtype}"}
+    units = {"T_UNIT": 8, "D_UNIT": 8, "A_UNIT": 8, "G_UNIT": 8}
+    depthwise = {"fisher": "*fp32", "grad_outputs": f"*{dtype}", "inputs": f"*{dtype}"}
+    cases = [
+        (
+            "embedding", fisher_embedding.fisher_embedding_kernel, both | uses,
+            rows | {"ROWS": fisher_embedding.ROWS, "HAS_WEIGHTS": True}, fisher_embedding.WARPS, 96,
+        ),
+        (
+            "fold_spans", fisher_embedding.fold_spans_kernel, both, rows | {"SPANS": fisher_embedding.SPANS},
+            fisher_embedding.WARPS, 128,
+        ),
+        (
+            "depthwise", conv_depthwise.fisher_depthwise_kernel, depthwise,
+            {
+                "BC": conv_depthwise.CHANNELS, "BH": 1, "BW": conv_depthwise.BOX, "TAPS": conv_depthwise.TAPS,
+                "OCTETS": True, "REPEAT": False, "HAS_WEIGHTS": False, "HAS_GRADIENT": False, "weights": None,
+                "gradient": None,
+            },
+            conv_depthwise.WARPS, 128,
+        ),
+    ]  # fmt: skip
+    for name, steps, columns, a_dim, g_dim in (
+        ("columns", 16, 128, scale.COLUMNS, scale.COLUMNS),
+        ("steps", 256, 8, scale.STEPS, scale.STEPS),
+        ("both", 16, 128, scale.COLUMNS, scale.STEPS),
+    ):
+        constants = units | {"BT": steps, "BD": columns, "A_DIM": a_dim, "G_DIM": g_dim}
+        cases.append((f"scale {name}", scale.scale_grads_kernel, scales, constants, scale.WARPS, 128))
+    for name, kernel, pointers, constants, warps, most in cases:
+        compiled = compile_kernel(kernel, arch, pointers, constants, num_warps=warps)
+        used, loads = resources(compiled), vector_widths(compiled.asm["ptx"], "ld")
+        report(f"{name} {dtype}", arch, used, f"ld {loads} st {vector_widths(compiled.asm['ptx'], 'st')}")
+        assert used["spills"] == 0
+        assert used["registers"] <= most
+        assert loads.get(16, 0) > 0
+        assert loads.get(2, 0) == 0
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_small_kernels_do_not_spill(arch: int) -> None:
     cases = {
@@ -195,6 +293,12 @@ def test_small_kernels_do_not_spill(arch: int) -> None:
             {"SPAN": reduce.SPAN, "BLOCK": 1024},
         ),
         "fold_partials": (reduce.fold_partials_kernel, {"partials": "*fp32", "out": "*fp32"}, {"BLOCK": 1024}),
+        "fold_taps": (reduce.fold_taps_kernel, {"partials": "*fp32", "out": "*fp32"}, {"ROWS": 64, "TAPS": 16}),
+        "unfold": (
+            conv_unfold.unfold_kernel,
+            {"inputs": "*fp32", "out": "*bf16"},
+            {"TERMS": 3, "ROWS": 8, "COLUMNS": 128},
+        ),
         "split": (
             split.split_kernel,
             {"x": "*fp32", "out": "*bf16"},

@@ -1,20 +1,36 @@
-"""The Triton backend: the five operators of the contract as GPU kernels.
+"""The Triton backend: the operators of the contract as GPU kernels.
 
 =====================  ==============================================================================
 ``penalty_kernel``     value, gradient and accumulation over any number of tensors in one launch
 ``reduce``             deterministic sums of partial results
 ``tables``             address tables on the device, cached and safe for streams and CUDA graphs
 ``fisher_linear``      the squared per-sample gradients of a linear layer on tensor cores
+``fisher_conv``        likewise of a convolution: which of the ``conv_*`` kernels serves it
+``fisher_embedding``   likewise of a table that rows are taken from: sorted uses, no atomics
+``products``           what kernels on tensor cores share
 ``fisher_config``      which precision, tile and split a call of it gets
 ``split``              float32 operands as sums of bfloat16 terms, padded for wide loads
+``scale``              per-sample gradients of an elementwise scale
 ``squares``            sums of squared per-sample gradients that are already in memory
 =====================  ==============================================================================
 
 Importing it needs Triton, not a GPU. Under ``TRITON_INTERPRET=1`` every kernel also runs on CPU tensors.
 """
 
+from .fisher_conv import fisher_conv_
+from .fisher_embedding import fisher_embedding_
 from .fisher_linear import fisher_linear_
 from .penalty_kernel import penalty, penalty_add_grad_, penalty_with_grad
+from .scale import scale_grads
 from .squares import accumulate_squares_
 
-__all__ = ["accumulate_squares_", "fisher_linear_", "penalty", "penalty_add_grad_", "penalty_with_grad"]
+__all__ = [
+    "accumulate_squares_",
+    "fisher_conv_",
+    "fisher_embedding_",
+    "fisher_linear_",
+    "penalty",
+    "penalty_add_grad_",
+    "penalty_with_grad",
+    "scale_grads",
+]

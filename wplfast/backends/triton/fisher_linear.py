@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import reference
 from .fisher_config import Operands, Tile, choose_operands, choose_splits, choose_tile
 from .launch import INTERPRETED, OPTIONS, capability, on_device
+from .products import add_sample, add_tile, product
 from .reduce import fold_partials
 from .split import OCTET, split
 
@@ -31,45 +32,6 @@ _GROUP = 8
 
 _SIZES = ("n_samples", "n_steps", "d_out", "d_in", "g_octets", "a_octets")
 _STRIDES = ("g_sample", "g_step", "g_plane", "a_sample", "a_step", "a_plane")
-
-
-@triton.jit
-def _dot(g, a, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """Return acc + g a; UPCAST is for the interpreter, which multiplies bfloat16 as integers."""
-    if UPCAST:
-        g = g.to(tl.float32)
-        a = a.to(tl.float32)
-    return tl.dot(g, a, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _product(
-    g_ptr, a_ptr, g_plane, a_plane, g_mask, a_mask, acc,
-    TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Return acc + G^T A over one chunk of t; with several terms the small products come first."""
-    g0 = tl.load(g_ptr, mask=g_mask, other=0.0)
-    a0 = tl.load(a_ptr, mask=a_mask, other=0.0)
-    if TERMS > 1:
-        g1 = tl.load(g_ptr + g_plane, mask=g_mask, other=0.0)
-        a1 = tl.load(a_ptr + a_plane, mask=a_mask, other=0.0)
-        if TERMS > 2:
-            g2 = tl.load(g_ptr + 2 * g_plane, mask=g_mask, other=0.0)
-            a2 = tl.load(a_ptr + 2 * a_plane, mask=a_mask, other=0.0)
-            acc = _dot(g2, a0, acc, PRECISION, UPCAST)
-            acc = _dot(g0, a2, acc, PRECISION, UPCAST)
-            acc = _dot(g1, a1, acc, PRECISION, UPCAST)
-        acc = _dot(g1, a0, acc, PRECISION, UPCAST)
-        acc = _dot(g0, a1, acc, PRECISION, UPCAST)
-    return _dot(g0, a0, acc, PRECISION, UPCAST)
-
-
-@triton.jit
-def _add_tile(out, offsets, mask, tile, ADD: tl.constexpr):
-    """Add a tile to the accumulator, or store it as a partial result."""
-    if ADD:
-        tile += tl.load(out + offsets, mask=mask, other=0.0)
-    tl.store(out + offsets, tile, mask=mask)
 
 
 @triton.jit(do_not_specialize=_SIZES + _STRIDES)
@@ -105,8 +67,7 @@ def fisher_linear_kernel(
     first = (n_samples * split.to(tl.int64) // n_splits).to(tl.int32)
     last = (n_samples * (split + 1).to(tl.int64) // n_splits).to(tl.int32)
     f_acc = tl.zeros((BM, BN), tl.float32)
-    if HAS_GRADIENT:
-        d_acc = tl.zeros((BM, BN), tl.float32)
+    d_acc = tl.zeros((BM, BN), tl.float32)
     if ONE:
         steps = rk < n_steps
         for n in range(first, last):
@@ -116,18 +77,10 @@ def fisher_linear_kernel(
             g_mask, a_mask = steps[None, :] & g_columns, steps[:, None] & a_columns
             if SQUARE or HAS_WEIGHTS:
                 acc = tl.zeros((BM, BN), tl.float32)
-                acc = _product(g_ptr, a_ptr, g_skip, a_skip, g_mask, a_mask, acc, TERMS, PRECISION, UPCAST)
-                scaled = acc
-                if HAS_WEIGHTS:
-                    scaled = acc * tl.load(weights + n).to(tl.float32)
-                if SQUARE:
-                    f_acc += scaled * acc
-                else:
-                    f_acc += scaled
-                if HAS_GRADIENT:
-                    d_acc += scaled
+                acc = product(g_ptr, a_ptr, g_skip, a_skip, g_mask, a_mask, acc, TERMS, PRECISION, UPCAST)
+                f_acc, d_acc = add_sample(acc, f_acc, d_acc, weights, n, SQUARE, HAS_WEIGHTS, HAS_GRADIENT)
             else:
-                f_acc = _product(g_ptr, a_ptr, g_skip, a_skip, g_mask, a_mask, f_acc, TERMS, PRECISION, UPCAST)
+                f_acc = product(g_ptr, a_ptr, g_skip, a_skip, g_mask, a_mask, f_acc, TERMS, PRECISION, UPCAST)
     else:
         chunks = tl.cdiv(n_steps, BK)
         acc = tl.zeros((BM, BN), tl.float32)
@@ -139,26 +92,18 @@ def fisher_linear_kernel(
             g_ptr = grad_outputs + (sample * g_sample + step * g_step) * 8 + g_offsets
             a_ptr = activations + (sample * a_sample + step * a_step) * 8 + a_offsets
             g_mask, a_mask = steps[None, :] & g_columns, steps[:, None] & a_columns
-            acc = _product(g_ptr, a_ptr, g_skip, a_skip, g_mask, a_mask, acc, TERMS, PRECISION, UPCAST)
+            acc = product(g_ptr, a_ptr, g_skip, a_skip, g_mask, a_mask, acc, TERMS, PRECISION, UPCAST)
             if chunk == chunks - 1:
-                scaled = acc
-                if HAS_WEIGHTS:
-                    scaled = acc * tl.load(weights + n).to(tl.float32)
-                if SQUARE:
-                    f_acc += scaled * acc
-                else:
-                    f_acc += scaled
-                if HAS_GRADIENT:
-                    d_acc += scaled
+                f_acc, d_acc = add_sample(acc, f_acc, d_acc, weights, n, SQUARE, HAS_WEIGHTS, HAS_GRADIENT)
                 acc = tl.zeros((BM, BN), tl.float32)
     # Where d_in is a multiple of 8, rows of the result lie on 16-byte boundaries and stores are as wide as loads.
     pitch = a_octets * 8 if WIDE_ROWS else d_in
     base = (split.to(tl.int64) * d_out + m_start) * pitch + n_start
     offsets = tl.arange(0, BM)[:, None] * pitch + tl.arange(0, BN)[None, :]
     mask = (rm < d_out)[:, None] & (rn < pitch)[None, :]
-    _add_tile(fisher + base, offsets, mask, f_acc, ADD)
+    add_tile(fisher + base, offsets, mask, f_acc, ADD)
     if HAS_GRADIENT:
-        _add_tile(gradient + base, offsets, mask, d_acc, ADD)
+        add_tile(gradient + base, offsets, mask, d_acc, ADD)
 
 
 def _readable(x: Tensor, operands: Operands) -> bool:
@@ -168,7 +113,7 @@ def _readable(x: Tensor, operands: Operands) -> bool:
     return operands.terms == 1 and octets and near and x.data_ptr() % 16 == 0
 
 
-def _as_operand(x: Tensor, operands: Operands) -> Tensor:
+def as_operand(x: Tensor, operands: Operands) -> Tensor:
     """Return x [N, T, D] as [terms, N, T, pitch], a view if the kernel can read it in place."""
     if _readable(x, operands):
         return x.unsqueeze(0)
@@ -177,7 +122,7 @@ def _as_operand(x: Tensor, operands: Operands) -> Tensor:
     return terms.view(operands.terms, n, t, -1)
 
 
-def _launch(
+def add_products(
     fisher: Tensor,
     g: Tensor,
     a: Tensor,
@@ -219,12 +164,14 @@ def _one_step(fisher: Tensor, a: Tensor, g: Tensor, weights: Tensor | None, grad
     g_squared = split(g, operands.terms, operands.dtype, square=True, weights=weights, rows=rows)
     a_squared = split(a, operands.terms, operands.dtype, square=True, rows=rows)
     groups = (operands.terms, rows // 64, 64, -1)
-    _launch(fisher, g_squared.view(groups), a_squared.view(groups), operands, square=False)
+    add_products(fisher, g_squared.view(groups), a_squared.view(groups), operands, square=False)
     if gradient is not None:
         operands = choose_operands(a.dtype)
         if weights is None:  # all samples as the steps of one
             a, g = a.transpose(0, 1), g.transpose(0, 1)
-        _launch(gradient, _as_operand(g, operands), _as_operand(a, operands), operands, weights=weights, square=False)
+        add_products(
+            gradient, as_operand(g, operands), as_operand(a, operands), operands, weights=weights, square=False
+        )
 
 
 def fisher_linear_(
@@ -251,5 +198,5 @@ def fisher_linear_(
             if t == 1:
                 _one_step(fisher, a, g, w, gradient)
             else:
-                a, g = _as_operand(a, operands), _as_operand(g, operands)
-                _launch(fisher, g, a, operands, weights=w, gradient=gradient)
+                a, g = as_operand(a, operands), as_operand(g, operands)
+                add_products(fisher, g, a, operands, weights=w, gradient=gradient)

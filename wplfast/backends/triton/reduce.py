@@ -54,3 +54,29 @@ def fold_partials(partials: Tensor, out: Tensor) -> None:
     numel = out.numel()
     grid = (triton.cdiv(numel, _FOLD_BLOCK),)
     fold_partials_kernel[grid](partials, out, len(partials), numel, _FOLD_BLOCK, **OPTIONS)
+
+
+@triton.jit(do_not_specialize=["n_partials", "taps"])
+def fold_taps_kernel(partials, out, n_partials, taps, rows, ROWS: tl.constexpr, TAPS: tl.constexpr):
+    """out[row, tap] += sum over s of partials[s, tap, row]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tap = tl.program_id(1) * TAPS + tl.arange(0, TAPS)
+    mask = (row < rows)[:, None] & (tap < taps)[None, :]
+    total = tl.zeros((ROWS, TAPS), out.dtype.element_ty)
+    for s in range(n_partials):
+        plane = tl.cast(s, tl.int64) * taps + tap
+        total += tl.load(partials + plane[None, :] * rows + row[:, None], mask=mask, other=0.0)
+    target = out + row[:, None] * taps + tap[None, :]
+    tl.store(target, tl.load(target, mask=mask, other=0.0) + total, mask=mask)
+
+
+def fold_taps(partials: Tensor, out: Tensor, taps: int) -> None:
+    """Add partials [S, taps, rows] to the contiguous ``out`` [rows, taps], in the order of S."""
+    if taps == 1:
+        fold_partials(partials, out)
+        return
+    rows = out.numel() // taps
+    block = min(16, triton.next_power_of_2(taps))
+    height = _FOLD_BLOCK // block
+    grid = (triton.cdiv(rows, height), triton.cdiv(taps, block))
+    fold_taps_kernel[grid](partials, out, len(partials), taps, rows, ROWS=height, TAPS=block, **OPTIONS)
