@@ -70,8 +70,7 @@ def _register(name: str, keys: tuple[str, ...]) -> None:
     """Register one backend's functions for its dispatch keys."""
     for key in keys:
         for op in SCHEMAS:
-            if hasattr(_available[name], op):
-                library.impl(op, getattr(_available[name], op), key)
+            library.impl(op, getattr(_available[name], op), key)
         _serving[key] = name
 
 
