@@ -53,6 +53,17 @@ def _see_through(func: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
+def _folded(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy the input of ``F.linear`` where PyTorch does so for a weight that requires grad.
+
+    For one that does not, as ours when the call runs, it would keep the strides and run a slower batched product.
+    """
+    x = args[0] if args else None
+    if type(x) is Tensor and x.dim() > 2 and not x.is_contiguous():
+        return (x.contiguous(), *args[1:])
+    return args
+
+
 #: Functions of several steps, as functions whose steps are intercepted one by one.
 _SEEN_THROUGH = {
     F.multi_head_attention_forward: _see_through(F.multi_head_attention_forward),
@@ -105,6 +116,8 @@ class Interception:
             if result is not NotImplemented:
                 return result
         with torch._C.DisableTorchFunctionSubclass():
+            if func is F.linear:
+                args = _folded(args)
             planned = None if kwargs or self.in_backward else self._plan.expected()
             if planned is not None and planned.fits(func, args, self._sources) and planned.key not in self.derive:
                 return self._tap_again(planned, args)

@@ -136,9 +136,9 @@ class Measurement:
     def _remembered(self, site: Site) -> list[Ownership | None] | None:
         """Return what the last batch found for a site, if this one has its sizes."""
         memo = self._memo.get(site.key)
-        if memo is None or memo.n_samples != self.codes.n_samples or memo.shapes != site.shapes:
+        if memo is None or memo.n_samples != self.codes.n_samples:
             return None
-        return memo.owners
+        return memo.owners if memo.shapes is site.shapes or memo.shapes == site.shapes else None
 
     def _owner(
         self, place: _Place, gradient: Tensor

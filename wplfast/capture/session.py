@@ -29,6 +29,7 @@ from .graph import reorders_rows
 from .identity import check_alone, check_identity
 from .intercept import Interception
 from .measure import Check, Measurement, at_least_1d
+from .ownership import Ownership
 from .reduce import accumulate, gradient_of, weighted_sum
 from .rules import GENERIC
 from .tap import Site
@@ -258,23 +259,31 @@ class Session:
                 batch.retry |= parameters
                 if owners == "mixed":
                     batch.mixed.append(site)
-            elif any(owner is not None for owner in owners) and not batch.dry:
-                started = time.perf_counter()
-                pairs = zip(grads, owners, strict=True)
-                grads = [None if g is None or owner is None else at_least_1d(g) for g, owner in pairs]
-                uses = site.rule.uses(site.call, data, grads, owners)
-                if uses is None:
-                    uses = GENERIC.uses(site.call, data, grads, owners)
-                for use in uses:
-                    for index in use.source.parameters:
-                        self._take(index, use, site)
-                self.seconds[uses[0].rule if uses else site.rule.name] += time.perf_counter() - started
+            elif not batch.dry:
+                self._use(site, data, grads, owners)
         if not site.late and not site.fired:
             site.fired = True
+            pending = batch.pending
             for index in parameters:
-                batch.pending[index] -= 1
-                if batch.pending[index] == 0 and index not in self._late:
+                pending[index] -= 1
+                if not pending[index] and index not in self._late:
                     self._flush(index)
+
+    def _use(
+        self, site: Site, data: Sequence[Tensor], grads: Sequence[Tensor | None], owners: Sequence[Ownership | None]
+    ) -> None:
+        """Turn a site's gradients into uses."""
+        owned = [None if g is None or o is None else at_least_1d(g) for g, o in zip(grads, owners, strict=True)]
+        if all(gradient is None for gradient in owned):
+            return
+        started = time.perf_counter()
+        uses = site.rule.uses(site.call, data, owned, owners)
+        if uses is None:
+            uses = GENERIC.uses(site.call, data, owned, owners)
+        for use in uses:
+            for index in use.source.parameters:
+                self._take(index, use, site)
+        self.seconds[uses[0].rule if uses else site.rule.name] += time.perf_counter() - started
 
     def _take(self, index: int, use: Use, site: Site) -> None:
         """Keep a use until all uses of its parameter are in."""
