@@ -99,21 +99,6 @@ void pack_patches(const SamplePatches& patches, const PatchRow* rows, int64_t n_
   }
 }
 
-// Asks for what the first run of the panel from column `first` on will copy: pixels are too far apart for the hardware.
-template <class T, int WIDTH>
-void prefetch_patches(const SamplePatches& patches, const PatchRow* rows, int64_t n_rows, int64_t first) {
-  PatchRun runs[WIDTH];
-  patch_runs(patches, first, 1, runs);
-  const int64_t step = patches.stride[2] * patches.pixel_stride, limit = patches.size[2] * patches.pixel_stride;
-  for (const PatchRow* row = rows; row < rows + n_rows; ++row) {
-    const int64_t z = row->z + runs->z, y = row->y + runs->y;
-    if (z < 0 || z >= patches.size[0] || y < 0 || y >= patches.size[1]) continue;
-    const T* pixels = static_cast<const T*>(patches.data) + row->image + (z * patches.size[1] + y) * limit;
-    const T* from = pixels + row->start + runs->offset;
-    for (int64_t i = 0; i < row->count; ++i) __builtin_prefetch(from + i * step);
-  }
-}
-
 // Squares a panel's rows and multiplies each by its sample's weight (T = 1).
 template <class C, int WIDTH>
 void square_and_weigh(int64_t rows, bool squared, const C* weights, C* panel) {

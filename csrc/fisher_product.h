@@ -23,7 +23,7 @@ enum class Epilogue : int {
   plain,          // T = 1, the gradient: nothing is squared
 };
 
-constexpr int64_t CHUNK_ROWS = 192;
+constexpr int64_t CHUNK_ROWS = 256;
 
 // A chunk holds as many whole samples as fit; a longer sample is cut into pieces of nearly equal length.
 inline int64_t samples_per_chunk(int64_t n_steps) { return n_steps >= CHUNK_ROWS ? 1 : CHUNK_ROWS / n_steps; }

@@ -244,13 +244,7 @@ void multiply(const ProductPlan& plan, int64_t block, int64_t unit, void* worksp
             const C* of_chunk = weights == nullptr ? nullptr : weights + chunk.first_sample;
             square_and_weigh<C, TILE_ROWS>(chunk_rows, squared, of_chunk, packed_rows);
           }
-          for (int64_t c = 0; c < n_columns; ++c) {
-            if (c == n_columns - 1 && r + 1 < n_rows) {
-              prefetch_patches<T, TILE_ROWS>(plan.row_side.patches, patch_row, n_patch_rows,
-                                             (rows.begin + r + 1) * TILE_ROWS);
-            }
-            multiply_one(r, c, packed_rows);
-          }
+          for (int64_t c = 0; c < n_columns; ++c) multiply_one(r, c, packed_rows);
         }
       } else {
         for (int64_t c = 0; c < n_columns; ++c) {
