@@ -268,6 +268,12 @@ FUNCTIONS = {
         "conv",
         b=(D,),
     ),
+    "where": function(lambda m, x: torch.where(x > 0, x, m.p), "select", p=(D,)),
+    "where, a mask of positions": function(
+        lambda m, x: x + torch.where(torch.arange(D) > 2, m.p.expand(len(x), x.shape[1], D), x), "select", p=(D,)
+    ),
+    "where, of two parameters": function(lambda m, x: x * torch.where(x > 0, m.p, m.q), "select", p=(D,), q=(1, D)),
+    "masked_fill": function(lambda m, x: x * m.p.expand_as(x).masked_fill(x < 0, 0.1), "select", p=(D,)),
     "derived from a cast": function(lambda m, x: x * (1 + m.p.to(x.dtype)), "scale", p=(D,)),
     "cast by type": function(lambda m, x: F.linear(x, m.w.type(x.dtype)), "linear", w=(D, D)),
     "attention with a bias table": function(

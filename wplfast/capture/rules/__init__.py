@@ -13,11 +13,12 @@ from .linear import LINEAR
 from .matmul import MATMUL
 from .norm import NORM
 from .scale import SCALE
+from .select import SELECT
 from .shift import SHIFT
 
 __all__ = ["GENERIC", "RULES", "Rule", "rule_for"]
 
-RULES: list[Rule] = [LINEAR, SHIFT, SCALE, MATMUL, CONV, NORM, EMBEDDING, EINSUM, CAT, GENERIC]
+RULES: list[Rule] = [LINEAR, SHIFT, SCALE, MATMUL, CONV, NORM, EMBEDDING, EINSUM, CAT, SELECT, GENERIC]
 
 
 def rule_for(call: Call) -> Rule:

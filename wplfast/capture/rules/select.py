@@ -1,0 +1,57 @@
+"""Parameters chosen elementwise: ``torch.where(condition, p, x)`` and ``p.masked_fill(mask, value)``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+from ..ownership import Ownership
+from ..uses import Use
+from .base import Rule, summed
+
+
+class SelectRule(Rule):
+    """The gradient of what was chosen is G where it was chosen, and zero elsewhere."""
+
+    name = "select"
+
+    def matches(self, call: Call) -> bool:
+        """Match both functions with a tensor as their condition and no other arguments."""
+        if call.kwargs:
+            return False
+        if call.name == "where":
+            return len(call.args) == 3 and call.source_at(0, "condition") is None
+        return call.name == "masked_fill" and len(call.args) == 3 and call.source_at(0, "self") is not None
+
+    def uses(
+        self,
+        call: Call,
+        data: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        owners: Sequence[Ownership | None],
+    ) -> list[Use] | None:
+        """Mask the gradient."""
+        gradient, owner = grads[0], owners[0]
+        if gradient is None or owner is None:
+            return []
+        if call.name == "masked_fill":
+            mask = call.tensor_at(1, "mask", data)
+            if mask is None or call.source_at(2, "value") is not None:
+                return None
+            return [summed(call.sources[0], self.name, owner, gradient.masked_fill(mask, 0))]
+        condition = call.tensor_at(0, "condition", data)
+        if condition is None:
+            return None
+        found: list[Use] = []
+        for position, chosen in ((1, condition), (2, ~condition)):
+            source = call.source_at(position, "")
+            if source is not None:
+                part = torch.where(chosen, gradient, gradient.new_zeros(()))
+                found.append(summed(source, self.name, owner, part))
+        return found
+
+
+SELECT = SelectRule()
