@@ -34,8 +34,10 @@ def accumulate(
 def weighted_sum(parameter: int, uses: Sequence[Use], weights: Tensor, like: Tensor) -> Tensor:
     """Return ``sum_n weights[n] sum_uses g_n`` in the shape of ``like``."""
     total = torch.zeros_like(like)
-    for use in uses:
-        total += _push(use.source, parameter, use.weighted_sum(weights).unsqueeze(0))[0]
+    for same in _by_source(uses):
+        found = sum(use.weighted_sum(weights) for use in same)
+        assert isinstance(found, Tensor)
+        total += _push(same[0].source, parameter, found.unsqueeze(0))[0]
     return total
 
 
@@ -45,6 +47,14 @@ def gradient_of(parameter: int, uses: Sequence[Use], sample: int, like: Tensor) 
     for use in uses:
         total += _push(use.source, parameter, use.per_sample(range(sample, sample + 1)))[0]
     return total
+
+
+def _by_source(uses: Sequence[Use]) -> list[list[Use]]:
+    """Group the uses of one derived tensor, whose gradients can be summed before they are pushed down its graph."""
+    groups: dict[int, list[Use]] = {}
+    for use in uses:
+        groups.setdefault(id(use.source.leaf if use.source.graph is None else use.source.graph), []).append(use)
+    return list(groups.values())
 
 
 _Region = tuple[torch.Size, tuple[int, ...], int]
@@ -100,9 +110,11 @@ def _materialised(
     total_fisher = fisher if fisher.is_contiguous() else torch.zeros_like(fisher, memory_format=torch.contiguous_format)
     for samples in chunks(group[0].n_samples, fisher.numel()):
         total = fisher.new_zeros((len(samples), *fisher.shape))
-        for use in group:
-            grads = use.per_sample(samples)
-            total += grads if direct else _push(use.source, parameter, grads)
+        for same in _by_source(group):
+            grads = same[0].per_sample(samples)
+            for use in same[1:]:
+                grads = grads + use.per_sample(samples)
+            total += grads if direct else _push(same[0].source, parameter, grads)
         chosen = None if weights is None else weights[samples.start : samples.stop].contiguous()
         add_squares(total, total_fisher, gradient, chosen)
     if total_fisher is not fisher:
