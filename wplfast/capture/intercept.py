@@ -15,7 +15,8 @@ from . import recurrent
 from .attention import scaled_dot_product_attention
 from .call import Call, Slot, Source, autocast_state, floating, is_in_place, kind_of, random_state
 from .plan import Plan, Planned
-from .rules import rule_for
+from .product import is_faster
+from .rules import Rule, rule_for
 from .sources import Sources
 from .tap import Key, Keys, Listener, Site
 from .watched import Derived, map_tensors, tensors_in
@@ -62,6 +63,16 @@ def _folded(args: tuple[Any, ...]) -> tuple[Any, ...]:
     if type(x) is Tensor and x.dim() > 2 and not x.is_contiguous():
         return (x.contiguous(), *args[1:])
     return args
+
+
+def _product_of(call: Call, rule: Rule, data: list[Tensor]) -> tuple[Tensor, Tensor | None] | None:
+    """Return what a call multiplies its data with, where a product of our own is faster than PyTorch's."""
+    if call.in_place or call.autocast is not None or len(data) != 1 or data[0].dim() < 2 or not data[0].numel():
+        return None
+    product = rule.product(call)
+    if product is None or not is_faster(product[0]) or data[0].dtype != product[0].dtype:
+        return None
+    return product
 
 
 #: Functions of several steps, as functions whose steps are intercepted one by one.
@@ -247,12 +258,16 @@ class Interception:
         site = Site(call, rule, key, self.in_backward, self._listener)
         before = None if rule.fast else random_state(device)
         planned = None
+        product = _product_of(call, rule, data)
         if call.in_place:  # out of place, tapped, and written back
             target = args[0]
             data = [tensor.clone() if tensor is target else tensor for tensor in data]
             (tapped,) = site.tap(call.run(values, data), data)
             target.copy_(tapped)
             result = None if call.name == "__setitem__" else target
+        elif product is not None:
+            planned = Planned.of(call, rule, key, args, kwargs, product)
+            result = site.multiply(data[0], *product)
         else:
             result = call.result(values, data)
             if any(tensor.is_complex() for tensor in tensors_in(result)):
@@ -261,7 +276,7 @@ class Interception:
             if not outputs:
                 return result
             if outputs[0] is result:
-                planned = Planned.of(call, rule, key, args, kwargs)
+                planned = Planned.of(call, rule, key, args, kwargs, None)
             queue = iter(site.tap(outputs, data))
             result = map_tensors(lambda t: next(queue) if t.is_floating_point() else t, result)
         if before is not None and not torch.equal(before, random_state(device)):
@@ -273,12 +288,16 @@ class Interception:
 
     def _tap_again(self, planned: Planned, args: tuple[Any, ...]) -> Any:
         """Tap a call that stood at the same place in the last forward pass."""
-        result, data = planned.run(args)
         planned.key.keys.next()
         site = Site(planned.call, planned.rule, planned.key, False, self._listener)
+        if planned.product is not None:
+            result = site.multiply(args[planned.data[0]], *planned.product)
+        else:
+            output, data = planned.run(args)
+            (result,) = site.tap([output], data)
         self.sites.append(site)
         self._plan.advance(planned)
-        return site.tap([result], data)[0]
+        return result
 
     def tap_result(self, func: Callable[..., Any], args: tuple[Any, ...], like: Tensor, moves: bool) -> Tensor | None:
         """Tap a call that ran as a part of something else, on tensors without their graphs.

@@ -28,9 +28,18 @@ class Planned:
     tensors: tuple[Tensor | None, ...]  # the watched parameter that stands at each argument
     data: list[int]  # positions of data, in the order of their slots
     values: list[tuple[int, Tensor]]  # positions of parameters, and their values without grad
+    product: tuple[Tensor, Tensor | None] | None  # what to multiply with, if the call is run as a tapped product
 
     @classmethod
-    def of(cls, call: Call, rule: Rule, key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Planned | None:
+    def of(
+        cls,
+        call: Call,
+        rule: Rule,
+        key: Key,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        product: tuple[Tensor, Tensor | None] | None,
+    ) -> Planned | None:
         """Remember a call; None if it is of another kind."""
         simple = rule.fast and not call.in_place and not kwargs and not key.keys.in_backward and not call.constants
         if not simple or any(source.graph is not None for source in call.sources) or call.data_kinds:
@@ -48,7 +57,7 @@ class Planned:
                     return None
             elif value is not None and type(value) not in (bool, int, float, str):
                 return None
-        return cls(call, rule, key, tuple(tensors), [data[i] for i in range(len(data))], values)
+        return cls(call, rule, key, tuple(tensors), [data[i] for i in range(len(data))], values, product)
 
     def fits(self, func: Callable[..., Any], args: tuple[Any, ...], sources: Sources) -> bool:
         """Tell whether a call is this one again, at the same addresses and shapes."""

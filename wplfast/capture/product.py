@@ -1,4 +1,4 @@
-"""Products with one matrix, again and again: what a recurrence does at every step."""
+"""Products with one matrix where PyTorch's own are slow: what a pass multiplies with, forwards and backwards."""
 
 from __future__ import annotations
 
@@ -11,42 +11,52 @@ _OP = "mkldnn::_linear_pointwise"
 _WORTH_IT = 1 << 14
 
 
-class Product:
-    """``x -> x W^T`` for W [D_out, D_in], without an autograd graph.
+def is_faster(weight: Tensor) -> bool:
+    """Tell whether oneDNN is likely to multiply with a matrix faster than PyTorch does.
 
-    Where PyTorch's CPU products go to MKL, its fused LSTM goes to oneDNN, which on some processors (AMD's) takes half
-    the time for matrices of few rows. PyTorch's own fusing compiler calls oneDNN in the same way as this class.
+    PyTorch's float32 products on CPUs go to MKL, which on some processors (AMD's) uses narrower vectors and takes twice
+    the time of oneDNN. PyTorch's fused LSTM and its compiler call oneDNN in the same way as this file.
     """
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.numel() >= _WORTH_IT
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and torch._C._dispatch_has_kernel_for_dispatch_key(_OP, "CPU")
+    )
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x W^T + b`` by oneDNN, for x [*, D_in] and W [D_out, D_in] of any strides; not a view."""
+    rows = x.reshape(-1, weight.shape[1])
+    product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    found: Tensor = product if x.dim() == 2 else torch.ops.aten._unsafe_view(product, (*x.shape[:-1], weight.shape[0]))
+    return found
+
+
+class Product:
+    """``x -> x W^T`` for W [D_out, D_in] of any strides, without an autograd graph."""
 
     def __init__(self, weight: Tensor) -> None:
-        """Take the matrix, of any strides."""
-        self._fast = (
-            weight.device.type == "cpu"
-            and weight.dtype == torch.float32
-            and weight.numel() >= _WORTH_IT
-            and torch.backends.mkldnn.is_available()
-            and torch.backends.mkldnn.enabled
-            and torch._C._dispatch_has_kernel_for_dispatch_key(_OP, "CPU")
-        )
-        self._weight = weight.contiguous() if self._fast else weight.t()
+        """Take the matrix."""
+        self._fast = is_faster(weight)
+        self._weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return ``x W^T`` for x [n, D_in]."""
-        if self._fast:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
-            return product
-        return x @ self._weight
+        return multiply(x, self._weight) if self._fast else x @ self._weight.t()
 
     def into(self, out: Tensor, x: Tensor) -> None:
         """Set ``out = x W^T``."""
         if self._fast:
-            out.copy_(self(x))
+            out.copy_(multiply(x, self._weight))
         else:
-            torch.mm(x, self._weight, out=out)
+            torch.mm(x, self._weight.t(), out=out)
 
     def onto(self, total: Tensor, x: Tensor) -> None:
         """Add: ``total += x W^T``."""
         if self._fast:
-            total.add_(self(x))
+            total.add_(multiply(x, self._weight))
         else:
-            total.addmm_(x, self._weight)
+            total.addmm_(x, self._weight.t())

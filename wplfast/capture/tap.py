@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
+from .product import multiply
 from .rules import Rule
 
 
@@ -79,7 +80,13 @@ class Site:
         self.shapes = [output.shape for output in outputs]
         if not self.rule.needs_data(self.call):
             data = []
-        return _apply(self, data, len(outputs), *outputs, *self.call.leaves)
+        return _tap(self, data, len(outputs), *outputs, *self.call.leaves)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the call, which is ``x W^T + b``, by oneDNN and tap it: one node of the graph instead of two."""
+        result = _multiply(self, x, weight, bias, *self.call.leaves)
+        self.shapes = [result.shape]
+        return result
 
 
 class _Tap(torch.autograd.Function):
@@ -100,5 +107,28 @@ class _Tap(torch.autograd.Function):
         return (None, None, None, *grads, *of_sources)
 
 
+class _TappedProduct(torch.autograd.Function):
+    """A product with a matrix of parameters, and the tap behind it."""
+
+    @staticmethod
+    def forward(ctx: Any, site: Site, x: Tensor, weight: Tensor, bias: Tensor | None, *leaves: Tensor) -> Tensor:
+        """Multiply."""
+        ctx.site, ctx.keeps = site, site.rule.needs_data(site.call)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, *([x] if ctx.keeps else []))
+        return multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Report the gradient, and send it through the matrix."""
+        weight, *data = ctx.saved_tensors
+        of_sources = ctx.site.listener.event(ctx.site, tuple(data), (gradient,))
+        of_input = None
+        if gradient is not None and ctx.needs_input_grad[1]:
+            of_input = multiply(gradient, weight.t())
+        return (None, of_input, None, None, *of_sources)
+
+
 #: ``Function.apply`` without its check for functorch transforms, under which nothing is tapped anyway.
-_apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Tap).apply
+_tap: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Tap).apply
+_multiply: Callable[..., Tensor] = super(torch.autograd.Function, _TappedProduct).apply

@@ -54,6 +54,10 @@ class Rule(ABC):
             The uses; None to leave the call to the generic rule.
         """
 
+    def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
+        """Return W [D_out, D_in] and b [D_out] where the call is ``x W^T + b`` of its only data; None otherwise."""
+        return None
+
     def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the ordinary gradients of the sources, as autograd computes them: what ``verify`` compares with."""
         return LocalBackward(call, data)(grads)

@@ -51,6 +51,13 @@ class LinearRule(Rule):
         """The bias alone does not need the input."""
         return call.source_at(1, "weight") is not None
 
+    def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
+        """Return weight and bias."""
+        if len(call.data_shapes) != 1:
+            return None
+        weight = call.tensor_at(1, "weight", ())
+        return None if weight is None else (weight, call.tensor_at(2, "bias", ()))
+
     def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return G^T A and the sum of G over all rows: the call need not be run again."""
         gradient = grads[0]

@@ -56,6 +56,20 @@ class MatmulRule(Rule):
             found.append(summed(bias, self.name, owner, gradient))
         return found
 
+    def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
+        """Return the matrix transposed, and what addmm adds if it is a vector."""
+        if len(call.data_shapes) != 1:
+            return None
+        if call.name == "addmm":
+            matrix, bias = call.tensor_at(2, "mat2", ()), call.tensor_at(0, "input", ())
+            if matrix is None or bias is None or bias.shape != matrix.shape[1:]:
+                return None
+            return matrix.t(), bias
+        found = call.operands
+        if found is None or (found[1] == 0) != (call.name == "__rmatmul__"):
+            return None
+        return found[0].value.t(), None
+
     def _product(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
         """Serve x @ w, and w @ x as its transpose."""
         found = call.operands
