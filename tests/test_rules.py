@@ -350,3 +350,42 @@ def test_attention_out_of_its_steps():
     k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
     native = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, is_causal=True), native)
+
+
+def large(use, inputs=(5, 4, 160), **parameters):
+    """A float32 model with matrices large enough to be multiplied by oneDNN where PyTorch's products are slow."""
+    return use, inputs, parameters
+
+
+LARGE = {
+    "linear, then in place": large(lambda m, x: F.linear(x, m.w, m.b).relu_(), w=(160, 160), b=(160,)),
+    "no bias": large(lambda m, x: F.linear(x, m.w), w=(160, 160)),
+    "rows [N, D]": large(lambda m, x: F.linear(x[:, 0], m.w, m.b).unsqueeze(1), w=(130, 160), b=(130,)),
+    "time first": large(lambda m, x: F.linear(x.transpose(0, 1), m.w, m.b).transpose(0, 1), w=(160, 160), b=(160,)),
+    "twice, the second on the first": large(lambda m, x: F.linear(F.linear(x, m.w).tanh(), m.w), w=(160, 160)),
+    "x @ w": large(lambda m, x: x @ m.w, w=(160, 130)),
+    "addmm": large(
+        lambda m, x: torch.addmm(m.b, x.reshape(-1, 160), m.w).unflatten(0, (-1, 4)), w=(160, 130), b=(130,)
+    ),
+    "a slice of a packed projection": large(lambda m, x: F.linear(x, m.w.chunk(2)[1]), w=(320, 160)),
+    "a recurrence": large(
+        lambda m, x: torch.tanh(torch.tanh(x[:, :1] @ m.w + m.b) @ m.w + x[:, 1:2] @ m.w + m.b), w=(160, 160), b=(160,)
+    ),
+    "checkpointed": large(
+        lambda m, x: torch.utils.checkpoint.checkpoint(lambda h: F.linear(h, m.w).tanh(), x @ m.w, use_reentrant=False),
+        w=(160, 160),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_products_in_float32(name):
+    torch.manual_seed(0)
+    use, shape, parameters = LARGE[name]
+    made = {key: nn.Parameter(torch.randn(size) * size[-1] ** -0.5) for key, size in parameters.items()}
+    model = Lambda(lambda m, x: m.head(torch.tanh(use(m, x)).mean(1)), **made, head=nn.LazyLinear(C))
+    data = [(torch.randn(n, *shape[1:]), torch.randint(0, C, (n,))) for n in (5, 5, 5, 3)]
+    model(data[0][0])
+    fisher = wplfast.fisher_diagonal(model, data, wplfast.losses.cross_entropy)
+    assert_close(fisher, fisher_loop(model, data, wplfast.losses.cross_entropy))
+    assert not fisher.report.slow

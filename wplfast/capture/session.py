@@ -23,13 +23,12 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import CoupledSamplesError, NonFiniteError, WplfastError
-from .batch import Alone, Batch
+from .batch import Alone, Batch, Moment
 from .coupling import UNKNOWN, describe, is_about_positions
 from .graph import reorders_rows
 from .identity import check_alone, check_identity
 from .intercept import Interception
 from .measure import Check, Measurement, at_least_1d
-from .ownership import Ownership
 from .reduce import accumulate, gradient_of, weighted_sum
 from .rules import GENERIC
 from .tap import Site
@@ -245,7 +244,7 @@ class Session:
         batch = self._batch
         batch.start_round(self.interception.sites, dry)
         self._run(torch.ones(len(batch.losses)), "collect", batch.keep)
-        for index in list(batch.uses):
+        for index in {*batch.uses, *batch.grouped}:
             self._flush(index)
 
     def _collect_site(self, site: Site, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
@@ -260,7 +259,11 @@ class Session:
                 if owners == "mixed":
                     batch.mixed.append(site)
             elif not batch.dry:
-                self._use(site, data, grads, owners)
+                moment = Moment(site, data, grads, owners)
+                if site.key.keys.used > 1 and site.rule.stackable(site.call):
+                    batch.defer(moment)
+                else:
+                    self._use(moment)
         if not site.late and not site.fired:
             site.fired = True
             pending = batch.pending
@@ -269,17 +272,16 @@ class Session:
                 if not pending[index] and index not in self._late:
                     self._flush(index)
 
-    def _use(
-        self, site: Site, data: Sequence[Tensor], grads: Sequence[Tensor | None], owners: Sequence[Ownership | None]
-    ) -> None:
+    def _use(self, moment: Moment) -> None:
         """Turn a site's gradients into uses."""
-        owned = [None if g is None or o is None else at_least_1d(g) for g, o in zip(grads, owners, strict=True)]
-        if all(gradient is None for gradient in owned):
+        site, owners = moment.site, moment.owners
+        grads = [None if g is None or o is None else at_least_1d(g) for g, o in zip(moment.grads, owners, strict=True)]
+        if all(gradient is None for gradient in grads):
             return
         started = time.perf_counter()
-        uses = site.rule.uses(site.call, data, owned, owners)
+        uses = site.rule.uses(site.call, moment.data, grads, owners)
         if uses is None:
-            uses = GENERIC.uses(site.call, data, owned, owners)
+            uses = GENERIC.uses(site.call, moment.data, grads, owners)
         for use in uses:
             for index in use.source.parameters:
                 self._take(index, use, site)
@@ -302,6 +304,8 @@ class Session:
     def _flush(self, index: int) -> None:
         """Square and accumulate what is known of one parameter."""
         batch = self._batch
+        for moment in batch.deferred(index):
+            self._use(moment)
         uses = batch.uses.pop(index, [])
         if index in batch.retry or index in self.unseen or not uses:
             return

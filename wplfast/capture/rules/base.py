@@ -54,6 +54,10 @@ class Rule(ABC):
             The uses; None to leave the call to the generic rule.
         """
 
+    def stackable(self, call: Call) -> bool:
+        """Tell whether calls on [N, D] with the same sources are steps of the call on [N, T, D], steps along T."""
+        return False
+
     def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """Return W [D_out, D_in] and b [D_out] where the call is ``x W^T + b`` of its only data; None otherwise."""
         return None

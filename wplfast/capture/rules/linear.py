@@ -22,6 +22,10 @@ class LinearRule(Rule):
         """Match F.linear with data as its input."""
         return call.func is F.linear and call.is_data(0, "input")
 
+    def stackable(self, call: Call) -> bool:
+        """A layer treats rows alike."""
+        return call.source_at(1, "weight") is not None and len(call.data_shapes) == 1
+
     def uses(
         self,
         call: Call,

@@ -32,6 +32,10 @@ class MatmulRule(Rule):
             return False
         return call.argument(4, "alpha") in (None, 1) and call.is_data(1, "mat1") and not call.is_data(2, "mat2")
 
+    def stackable(self, call: Call) -> bool:
+        """So does a product from the right."""
+        return call.operands is not None and self.product(call) is not None
+
     def uses(
         self,
         call: Call,

@@ -32,6 +32,10 @@ class ShiftRule(Rule):
         """The gradient of a sum does not depend on its terms."""
         return False
 
+    def stackable(self, call: Call) -> bool:
+        """So does the sum with a vector."""
+        return call.sources[0].value.dim() < 2 and call.sources[0].base is None
+
     def uses(
         self,
         call: Call,
