@@ -18,7 +18,7 @@ from .capture.session import Session
 from .capture.watched import Derived, check_supported, is_watched, watch
 from .checks import batch_norms, check_batch_statistics, check_losses, check_weights
 from .errors import CoupledSamplesError, NonFiniteError, WplfastError
-from .fisher import Fisher, Report
+from .fisher import SLOW_RULES, Fisher, Report
 from .log import logger
 from .parameters import Params, named
 
@@ -300,7 +300,7 @@ class FisherAccumulator:
 
     def _log_slow(self, session: Session) -> None:
         """Name the parameters that no fast rule serves, once."""
-        slow = [n for i, n in enumerate(self.parameters) if session.rules[i] & {"generic", "one by one"}]
+        slow = [n for i, n in enumerate(self.parameters) if session.rules[i] & SLOW_RULES]
         if slow:
             shown = ", ".join(slow[:6]) + (f" and {len(slow) - 6} more" if len(slow) > 6 else "")
             logger.info("served by the exact per-sample path (slower): %s", shown)

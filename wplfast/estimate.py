@@ -17,6 +17,7 @@ from .accumulate import FisherAccumulator
 from .alone import run_alone
 from .batches import Batch, Unpack
 from .capture.batch import Alone
+from .capture.call import random_state, set_random_state
 from .capture.session import MAX_ROUNDS
 from .checks import check_losses
 from .errors import WplfastError
@@ -112,6 +113,7 @@ def fisher_diagonal(
         mc_samples,
         generator,
         max_samples,
+        device,
         check=bool(verify) and deterministic,
     )
     with undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
@@ -147,18 +149,19 @@ class _Pass:
     mc_samples: int
     generator: torch.Generator
     max_samples: int | None
+    device: torch.device
     check: bool  # run a sample of the first batch alone
     independent: bool | None = None
 
     def run(self, batch: Batch) -> None:
         """Run one batch; once more if its first pass only told how to capture it, with the same random numbers."""
-        drawn, state = self.generator.get_state(), torch.get_rng_state()
+        drawn, state = self.generator.get_state(), random_state(self.device)
         before = Snapshot(self.model) if self.accumulator.is_learning else None
         for attempt in range(MAX_ROUNDS):
             if attempt and before is not None:
                 before.restore()
             self.generator.set_state(drawn)
-            torch.set_rng_state(state)
+            set_random_state(self.device, state)
             if self._attempt(batch, batch.forward(self.model)):
                 return
         raise WplfastError("could not measure which samples the uses of the parameters belong to")

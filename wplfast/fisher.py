@@ -15,6 +15,10 @@ from . import storage
 from .parameters import check_names
 
 
+#: The rules that compute one sample at a time.
+SLOW_RULES = frozenset({"generic", "one by one"})
+
+
 @dataclass
 class Report:
     """How a Fisher pass was served.
@@ -41,7 +45,7 @@ class Report:
     @property
     def slow(self) -> tuple[str, ...]:
         """Parameters that the exact per-sample path served, wholly or in part."""
-        return tuple(name for name, rules in self.rules.items() if {"generic", "one by one"} & set(rules))
+        return tuple(name for name, rules in self.rules.items() if SLOW_RULES & set(rules))
 
     @property
     def fast_share(self) -> float:
@@ -53,7 +57,7 @@ class Report:
     @property
     def fast_time_share(self) -> float:
         """Share of the backward passes' time that was not spent in the exact per-sample path."""
-        slow = sum(self.seconds.get(rule, 0.0) for rule in ("generic", "one by one"))
+        slow = sum(self.seconds.get(rule, 0.0) for rule in SLOW_RULES)
         return 1.0 - slow / self.total_seconds if self.total_seconds else 1.0
 
 
