@@ -14,7 +14,6 @@ from torch import Tensor
 from . import storage
 from .parameters import check_names
 
-
 #: The rules that compute one sample at a time.
 SLOW_RULES = frozenset({"generic", "one by one"})
 
