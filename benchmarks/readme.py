@@ -88,10 +88,10 @@ def speed(penalty: dict[str, Any], fisher: dict[str, Any]) -> str:
         lines.append(f"| {records[0]['shown']} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "A pass is a steady batch; a whole call is `fisher_diagonal` over 32 batches, verification included. Ratios fall "
-        "below 1 because no weight gradients are computed, and because oneDNN, which the pass multiplies with, is twice "
-        "as fast on this processor as the MKL behind PyTorch's float32 products. (\\*: within a cap on time fewer than "
-        "30 pairs, or whole calls of fewer batches, from which 32 are projected.)",
+        "A pass is a steady batch; a whole call is `fisher_diagonal` over 32 batches, verification included. Ratios "
+        "fall below 1 because no weight gradients are computed, and because oneDNN, which the pass multiplies with, is "
+        "twice as fast on this processor as the MKL behind PyTorch's float32 products. (\\*: within a cap on time "
+        "fewer than 30 pairs, or whole calls of fewer batches, from which 32 are projected.)",
     ]
     return "\n".join(lines)
 
