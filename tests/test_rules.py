@@ -251,6 +251,23 @@ FUNCTIONS = {
     "x / scalar": function(lambda m, x: x / m.p, "scale", p=(1,)),
     "x[..., None] * p": function(lambda m, x: (x.unsqueeze(-1) * m.p).sum(-1), "scale", p=(D, 3)),
     "x * p expanded": function(lambda m, x: x * m.p.expand(x.shape[1], D), "scale", p=(D,)),
+    "steps that differ": function(
+        lambda m, x: torch.stack([x[:, 0] - m.p, m.p - x[:, 1], torch.add(x[:, 0], m.p, alpha=2), x[:, 1] + m.p], 1),
+        "shift",
+        p=(D,),
+    ),
+    "steps with different views": function(
+        lambda m, x: torch.stack(
+            [F.linear(x[:, 0], m.w[:D]), F.linear(x[:, 1], m.w[1:]), F.linear(x[:, 1], m.w[:D])], 1
+        ),
+        "linear",
+        w=(D + 1, D),
+    ),
+    "expanded and copied": function(lambda m, x: x @ m.w[:1].expand(D, D).clone(), "matmul", w=(D, D)),
+    "an overlapping view": function(lambda m, x: x @ m.w.view(-1).unfold(0, D, 1)[:D], "matmul", w=(D, D)),
+    "rows of one sample at a time": function(
+        lambda m, x: torch.stack([F.linear(row, m.w) for row in x])[:, -1:], "linear", w=(D, D)
+    ),
     "x + p": function(lambda m, x: x + m.p, "shift", p=(D,)),
     "p - x": function(lambda m, x: m.p - x, "shift", p=(1, D)),
     "torch.add, alpha": function(lambda m, x: torch.add(x, m.p, alpha=3), "shift", p=(D,)),

@@ -34,8 +34,12 @@ class Moment:
     def stacks_with(self, other: Moment) -> bool:
         """Tell whether both are rows [N, D] of the same samples, so that they are steps of one call on [N, T, D]."""
         owner, (gradient,) = self.owners[0], self.grads
+        call, another = self.site.call, other.site.call
         return (
-            isinstance(owner, Layout)
+            call.args == another.args
+            and call.kwargs == another.kwargs
+            and all(a.leaf is b.leaf for a, b in zip(call.sources, another.sources, strict=True))
+            and isinstance(owner, Layout)
             and owner is other.owners[0]
             and owner.dim == 0
             and owner.outer == owner.inner == 1

@@ -11,7 +11,20 @@ import torch
 from torch import Tensor
 
 from ..errors import VerificationError
-from .ownership import Axis, Codes, Layout, Ownership, Routed, Signature, Single, candidates, decode, is_mixed, matches
+from .ownership import (
+    Axis,
+    Codes,
+    Layout,
+    Ownership,
+    Routed,
+    Signature,
+    Single,
+    candidates,
+    decode,
+    is_mixed,
+    matches,
+    shows_samples,
+)
 from .tap import Key, Site
 
 #: A site's key and the index of one of its outputs.
@@ -176,12 +189,17 @@ class Measurement:
             if self._thorough and len(coded) < self.codes.rounds:
                 return "unmeasured"
             passing = self._structures(gradient.shape, coded, plain)
-            if passing:
-                if len(passing) == 1:  # several: too little of the gradient is nonzero to tell; measured again
+            layouts = [layout for axis in passing if (layout := axis.fit(gradient.shape, n_samples)) is not None]
+            if layouts:
+                # Where most of the gradient is zero, other owners would have shown the same: measured again.
+                telling = len(layouts) == 1 and shows_samples(layouts[0], gradient.shape, plain)
+                if not telling and len(coded) < self.codes.rounds:
+                    return "unmeasured"
+                if telling:
                     templates = self._known.setdefault(place, [])
                     assert isinstance(templates, list)
                     templates.append(passing[0])
-                return passing[0].fit(gradient.shape, n_samples) or "mixed"
+                return layouts[0]
         owner = None
         if len(coded) == self.codes.rounds:
             owner = decode(coded, plain, self.codes)

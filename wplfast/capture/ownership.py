@@ -288,6 +288,15 @@ def matches(layout: Layout, shape: torch.Size, coded: Signature, plain: Signatur
     return bool(_agree(after, before, code).all())
 
 
+def shows_samples(layout: Layout, shape: torch.Size, plain: Signature) -> bool:
+    """Tell whether at least half of the samples, and two of them, own something that is not zero."""
+    before = plain.rows if layout.has_rows(len(shape)) or len(shape) == 1 else plain.columns
+    if before is None:
+        return False
+    owners = layout.owners(shape, before.device)[before.abs() > smallest(before.dtype)]
+    return 2 * len(owners.unique()) >= max(4, layout.n_samples)
+
+
 def _agree(after: Tensor, before: Tensor, code: Tensor) -> Tensor:
     """Compare projections elementwise: |after - code * before| small against the row and against the tensor."""
     wide = torch.float64 if before.dtype == torch.float64 else torch.float32

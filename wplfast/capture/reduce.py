@@ -27,7 +27,8 @@ def accumulate(
     for region, group in _regions(uses, fisher).items():
         target = _view(fisher, region)
         plain = None if gradient is None else _view(gradient, region)
-        if not _fused(group, target, plain, weights):
+        whole = region is not None or all(use.source.graph is None for use in group)
+        if not (whole and _fused(group, target, plain, weights)):
             _materialised(parameter, group, target, plain, weights, direct=region is not None)
 
 
@@ -90,8 +91,6 @@ def _regions(uses: Sequence[Use], fisher: Tensor) -> dict[_Region | None, list[U
 
 def _fused(group: Sequence[Use], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
     """Serve uses of one form without materialising their per-sample gradients; tell whether that was so."""
-    if any(use.source.graph is not None and use.source.region is None for use in group):
-        return False
     if any(use.source.value.shape != fisher.shape or type(use) is not type(group[0]) for use in group):
         return False
     use = group[0].joined(group[1:])
