@@ -181,7 +181,7 @@ class Session:
         if not all(bool(torch.isfinite(f.sum())) for f in self.fisher):
             return
         skipped = batch.blocked | self.unseen
-        seen = self._dtypes | {derived.dtype for derived in self.interception.derived}
+        seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
         dtypes = [max(seen | {p.dtype}, key=lambda dtype: torch.finfo(dtype).eps) for p in self.parameters]
         codes = self._measurement.codes.weights(0)
         check_identity(self.names, batch.coded, batch.ordinary, self.fisher, codes, dtypes, skipped)
