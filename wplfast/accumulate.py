@@ -234,6 +234,11 @@ class FisherAccumulator:
         """Tell whether the next batch may ask for its forward pass again: nothing was measured yet."""
         return self._session is None or self._session.is_learning
 
+    @property
+    def n_learnt(self) -> int:
+        """Number of calls that were found to have no sample axis."""
+        return 0 if self._session is None else len(self._session.interception.derive)
+
     def result(self) -> Fisher:
         """Return the Fisher of all samples so far; accumulation may go on.
 

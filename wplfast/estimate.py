@@ -157,13 +157,16 @@ class _Pass:
         """Run one batch; once more if its first pass only told how to capture it, with the same random numbers."""
         drawn, state = self.generator.get_state(), random_state(self.device)
         before = Snapshot(self.model) if self.accumulator.is_learning else None
-        for attempt in range(MAX_ROUNDS):
-            if attempt and before is not None:
+        fruitless, learnt = 0, 0  # chains of functions of constants are followed one step at a time
+        while fruitless < MAX_ROUNDS:
+            if self._attempt(batch, batch.forward(self.model)):
+                return
+            if before is not None:
                 before.restore()
             self.generator.set_state(drawn)
             set_random_state(self.device, state)
-            if self._attempt(batch, batch.forward(self.model)):
-                return
+            fruitless = fruitless + 1 if self.accumulator.n_learnt == learnt else 0
+            learnt = self.accumulator.n_learnt
         raise WplfastError("could not measure which samples the uses of the parameters belong to")
 
     def _attempt(self, batch: Batch, outputs: Any) -> bool:

@@ -117,7 +117,7 @@ class Gru(Cell):
         h = states[0].clone(memory_format=torch.contiguous_format)
         width, w_hh, given = h.shape[1], Product(weights.hh), _project(x, weights.ih, weights.b_ih)
         gates = torch.empty_like(given)
-        hidden = torch.zeros_like(given) if weights.b_hh is None else weights.b_hh.expand_as(given).contiguous()
+        hidden = torch.zeros_like(given) if weights.b_hh is None else weights.b_hh.expand_as(given).clone()
         h_before, out = x.new_empty(len(x), width), x.new_empty(len(x), width)
         thirds = [_parts(tensor, steps, 2 * width, 3 * width) for tensor in (given, hidden, gates)]
         columns = (*thirds[0], *thirds[1], *thirds[2], *_parts(gates, steps, width, 2 * width))

@@ -25,7 +25,17 @@ _REORDERING = (
 
 def reorders_rows(losses: Tensor) -> bool:
     """Tell whether an operation between the parameters and the losses may order rows by data."""
-    return any(node.name().startswith(_REORDERING) for node in _nodes(losses))
+    return any(node.name().startswith(_REORDERING) or _joins(node, len(losses)) for node in _nodes(losses))
+
+
+def _joins(node: Node, n_samples: int) -> bool:
+    """Tell whether a node joins one tensor per sample, or moves rows in a circle, along dimension 0."""
+    if node.name().startswith(("CatBackward", "StackBackward")):
+        return len(node.next_functions) == n_samples > 1 and getattr(node, "_saved_dim", 0) == 0
+    if node.name().startswith("RollBackward"):
+        dims = getattr(node, "_saved_dims", ())
+        return not dims or 0 in dims
+    return False
 
 
 def leaves(losses: Tensor) -> list[Tensor]:

@@ -69,7 +69,7 @@ def _product_of(call: Call, rule: Rule, data: list[Tensor]) -> tuple[Tensor, Ten
     """Return what a call multiplies its data with, where a product of our own is faster than PyTorch's."""
     if call.in_place or call.autocast is not None or len(data) != 1 or data[0].dim() < 2 or not data[0].numel():
         return None
-    product = rule.product(call)
+    product = rule.product(call) if data[0].layout == torch.strided else None
     if product is None or not is_faster(product[0]) or data[0].dtype != product[0].dtype:
         return None
     return product
@@ -127,6 +127,8 @@ class Interception:
             if result is not NotImplemented:
                 return result
         with torch._C.DisableTorchFunctionSubclass():
+            if torch._C._are_functorch_transforms_active():
+                return func(*args, **kwargs)  # a transform inside the model: the gradient arrives at the parameter
             if func is F.linear:
                 args = _folded(args)
             planned = None if kwargs or self.in_backward else self._plan.expected()
@@ -139,8 +141,6 @@ class Interception:
                 or (name == "type" and len(args) + len(kwargs) < 2)
             ):
                 return func(*args, **kwargs)
-            if torch._C._are_functorch_transforms_active():
-                return func(*args, **kwargs)  # a transform inside the model: the gradient arrives at the parameter
             if kwargs.get("scale_grad_by_freq"):
                 raise CoupledSamplesError(
                     f"{name} with scale_grad_by_freq=True divides gradients by counts over the batch"
@@ -159,8 +159,11 @@ class Interception:
         call, data, key = self._take_apart(func, name, args, kwargs)
         if call.in_place and call.source_at(0, "self") is not None:
             return self._update_derived(call, data, args)
-        like = call.name in _LIKE and call.source_at(0, "self") is not None
-        if key in self.derive or not data or like:
+        if call.name in _LIKE:
+            if call.source_at(0, "self") is None:  # data cast or shaped like a parameter
+                return call.result([source.value for source in call.sources], data)
+            return self._derive(call, data, args)
+        if not data or (key in self.derive and not call.differentiable_data):
             return self._derive(call, data, args)
         return self._tap(call, data, key, args, kwargs)
 
@@ -234,6 +237,12 @@ class Interception:
         target = args[0]
         if not isinstance(target, Derived):
             return call.func(*args)  # in place on a leaf that requires grad: PyTorch's own error
+        memory = target.untyped_storage().data_ptr()
+        if any(other is not target and other.untyped_storage().data_ptr() == memory for other in self.derived):
+            raise WplfastError(
+                f"{call.name} changes a view of a tensor that was computed from parameters, or one that has views; use "
+                "an out-of-place form"
+            )
         if call.differentiable_data:
             raise WplfastError(
                 f"{call.name} writes data into a tensor that was computed from parameters; use the out-of-place form"
@@ -316,7 +325,7 @@ class Interception:
             call, data, key = self._take_apart(func, func.__name__, args, {})
             if not call.sources:
                 return like
-            if key in self.derive or not data:
+            if not data or (key in self.derive and not moves):
                 return None
             call.differentiable_data = moves
             site = Site(call, rule_for(call), key, self.in_backward, self._listener)

@@ -55,12 +55,17 @@ class Measurement:
         self._generator = torch.Generator().manual_seed(0)
         self._known: dict[_Place, list[Axis] | Literal["routed"]] = {}
         self._check: Check = "no"
-        self._thorough = False
+        self._thorough = self._unusual = False
         self._dormant: set[_Place] = set()  # outputs whose gradient was zero so far: not worth a probing pass
         self._signatures: dict[_Place, list[Signature]] = defaultdict(list)
         self._memo: dict[Key, _Memo] = {}
 
-    def start_batch(self, n_samples: int, check: Check, thorough: bool) -> None:
+    def is_unusual(self, sites: Sequence[Site], n_samples: int) -> bool:
+        """Tell whether a batch has sites or sizes that the last ones did not have."""
+        memos = ((self._memo.get(site.key), site) for site in sites)
+        return any(memo is None or memo.n_samples != n_samples or memo.shapes != site.shapes for memo, site in memos)
+
+    def start_batch(self, n_samples: int, check: Check, thorough: bool, unusual: bool) -> None:
         """Draw the codes of a batch, and say how far to trust what is known.
 
         Args:
@@ -68,8 +73,10 @@ class Measurement:
             check: what to do about known templates.
             thorough: tell any two samples apart before a template is believed. Otherwise one probing pass is enough:
                 two samples share a code with probability 1/32, but a template is wrong for nearly all rows at once.
+            unusual: measure templates again that another shape with the same number of rows would fit too.
         """
         self.codes, self._check, self._thorough = Codes(n_samples, self._generator), check, thorough
+        self._unusual = unusual
         self.start_probing()
 
     def start_probing(self) -> None:
@@ -119,9 +126,12 @@ class Measurement:
                 self._signatures[place].append(Signature.of(gradient, self.codes.n_samples))
 
     def _template(self, known: list[Axis] | Literal["routed"] | None, shape: torch.Size) -> Layout | None:
-        """Return the layout of the known template that fits a shape."""
-        layouts = (axis.fit(shape, self.codes.n_samples) for axis in known) if isinstance(known, list) else ()
-        return next((layout for layout in layouts if layout is not None), None)
+        """Return the layout of the known template that fits a shape; None if several fit, and differ."""
+        if not isinstance(known, list):
+            return None
+        fitting = {axis.fit(shape, self.codes.n_samples) for axis in known if not (axis.is_between and self._unusual)}
+        fitting.discard(None)
+        return fitting.pop() if len(fitting) == 1 else None
 
     def owners(self, site: Site, grads: Sequence[Tensor | None]) -> Measured:
         """Return who owns each output, given its gradients of the collecting pass."""
@@ -198,7 +208,8 @@ class Measurement:
                 if telling:
                     templates = self._known.setdefault(place, [])
                     assert isinstance(templates, list)
-                    templates.append(passing[0])
+                    if passing[0] not in templates:
+                        templates.append(passing[0])
                 return layouts[0]
         owner = None
         if len(coded) == self.codes.rounds:

@@ -56,6 +56,11 @@ class Axis:
     outer: int = 1
     inner: int = 1
 
+    @property
+    def is_between(self) -> bool:
+        """Tell whether the sample axis has others on both sides, whose sizes may change while their product stays."""
+        return self.outer > 1 and self.inner > 1
+
     def fit(self, shape: torch.Size, n_samples: int) -> Layout | None:
         """Return the layout of a tensor of this shape; None if the template does not apply to it."""
         if self.dim >= len(shape) or shape[self.dim] != self.outer * n_samples * self.inner:

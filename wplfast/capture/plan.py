@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .call import Call, autocast_state
+from .call import Call, Slot, autocast_state
 from .rules import Rule
 from .sources import Sources
 from .tap import Key
@@ -42,7 +42,11 @@ class Planned:
     ) -> Planned | None:
         """Remember a call; None if it is of another kind."""
         simple = rule.fast and not call.in_place and not kwargs and not key.keys.in_backward and not call.constants
-        if not simple or any(source.graph is not None for source in call.sources) or call.data_kinds:
+        if (
+            not simple
+            or any(source.graph is not None or source.copy is not None for source in call.sources)
+            or call.data_kinds
+        ):
             return None
         tensors: list[Tensor | None] = []
         data: dict[int, int] = {}
@@ -69,6 +73,8 @@ class Planned:
                 if value is not tensor:
                     return False
             elif type(value) is Tensor:
+                if type(before) is not Slot or before.kind != "data":
+                    return False
                 if not value.requires_grad or value.is_leaf or value.shape != call.data_shapes[before.index]:
                     return False
             elif value is not before and (type(value) is not type(before) or value != before):

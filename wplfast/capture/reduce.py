@@ -79,14 +79,22 @@ def _regions(uses: Sequence[Use], fisher: Tensor) -> dict[_Region | None, list[U
         return {None: list(uses)}
     spans = []
     for size, stride, offset in (region for region in regions if region is not None):
-        numel, extent = size.numel(), 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-        overlaps = any(n > 1 and s == 0 for n, s in zip(size, stride, strict=True))
-        if numel == 0 or extent != numel or overlaps:
-            return {None: list(uses)}  # not one run of memory
-        spans.append((offset, offset + extent))
+        if size.numel() == 0 or not _is_run(size, stride):
+            return {None: list(uses)}
+        spans.append((offset, offset + size.numel()))
     spans.sort()
     disjoint = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     return regions if disjoint else {None: list(uses)}
+
+
+def _is_run(size: torch.Size, stride: Sequence[int]) -> bool:
+    """Tell whether a view is one run of memory without gaps or overlaps, in any order of its dimensions."""
+    expected = 1
+    for s, n in sorted((s, n) for s, n in zip(stride, size, strict=True) if n > 1):
+        if s != expected:
+            return False
+        expected *= n
+    return True
 
 
 def _fused(group: Sequence[Use], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:

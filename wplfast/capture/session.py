@@ -64,6 +64,7 @@ class Session:
         self._measurement = Measurement()
         self._late: set[int] = set()  # parameters used inside reentrant checkpoints
         self._dtypes: set[torch.dtype] = set()  # of the gradients in verified batches
+        self._verified = False
         self._reorders = False  # rows may lie in another order in every batch
         self._mode: _Mode = "idle"
         self._batch = Batch(torch.empty(0), None, None, None, False, False)
@@ -106,9 +107,10 @@ class Session:
         """
         measurement, sites = self._measurement, self.interception.sites
         first = not self.batches
-        checked = verify == "always" or bool(verify and first)
-        check = self._start_check(losses, verify)
-        measurement.start_batch(len(losses), check, thorough=self._reorders)
+        checked = verify == "always" or bool(verify and not self._verified)  # a batch of one sample verifies little
+        unusual = measurement.is_unusual(sites, len(losses))
+        check = self._start_check(losses, verify, unusual)
+        measurement.start_batch(len(losses), check, self._reorders, unusual)
         passes = max(measurement.passes_needed(sites), int(checked))
         keep = retain_graph or passes > 0 or first or measurement.has_dormant or bool(self._late or self.unseen)
         batch = self._batch = Batch(losses, weights, independent, alone if checked else None, checked, keep)
@@ -141,19 +143,20 @@ class Session:
         self._one_by_one(batch.blocked | self.unseen)
         if checked:
             self._verify(batch)
+            self._verified = self._verified or len(losses) > 1
         if not retain_graph:
             self.interception.start_batch()
         self.batches += 1
         return True
 
-    def _start_check(self, losses: Tensor, verify: bool | Literal["always"]) -> Check:
+    def _start_check(self, losses: Tensor, verify: bool | Literal["always"], unusual: bool) -> Check:
         """Decide how far to trust what earlier batches told about the owners of rows."""
         self._reorders = self._reorders or self.interception.reorders
         if not self.batches:
             self._reorders = self._reorders or reorders_rows(losses)
             return "no"
         now = bool(verify) and self.batches in _CHECKED
-        if now:
+        if now or unusual:
             self._reorders = self._reorders or reorders_rows(losses)
         if verify == "always" or self._reorders:
             return "again"

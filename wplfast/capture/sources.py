@@ -18,7 +18,7 @@ class Sources:
         self._index = {id(p): i for i, p in enumerate(parameters)}
         self.leaves = [p.detach().requires_grad_() for p in parameters]
         self._sources = [Source(leaf, leaf.detach(), (i,)) for i, leaf in enumerate(self.leaves)]
-        self._constants = {t.untyped_storage().data_ptr() for t in constants if t.numel()}
+        self._constants = {t.untyped_storage().data_ptr() for t in (*constants, *self.leaves) if t.numel()}
         self._interceptor = interceptor
 
     def of(self, tensor: Tensor) -> Source | None:

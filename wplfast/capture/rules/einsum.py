@@ -102,6 +102,10 @@ def _parse(call: Call) -> _Letters | None:
         missing = len(call.data_shapes[index["data"]]) - len(data.replace("...", ""))
         fill = "".join(chr(ord("\u0100") + i) for i in range(missing))
         data, output = data.replace("...", fill), output.replace("...", fill)
+    sizes = dict(zip(data, call.data_shapes[index["data"]], strict=False))
+    shape = call.sources[index["source"]].value.shape
+    if any(sizes.get(letter, size) != size for letter, size in zip(source, shape, strict=False)):
+        return None  # a size of 1 is broadcast
     letters = _Letters(data, source, output, index["data"], index["source"])
     if any(len(set(term)) != len(term) for term in (data, source, output)):
         return None

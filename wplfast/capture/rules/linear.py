@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,7 +21,8 @@ class LinearRule(Rule):
 
     def matches(self, call: Call) -> bool:
         """Match F.linear with data as its input."""
-        return call.func is F.linear and call.is_data(0, "input")
+        weight = call.tensor_at(1, "weight", call.constants) if not call.is_data(1, "weight") else None
+        return call.func is F.linear and call.is_data(0, "input") and weight is not None and weight.dim() == 2
 
     def stackable(self, call: Call) -> bool:
         """A layer treats rows alike."""
@@ -43,6 +45,8 @@ class LinearRule(Rule):
             if not owner.has_rows(gradient.dim()):
                 return None
             x = data[call.argument(0, "input").index]
+            if x.layout != torch.strided:
+                return None
             rows = owner.rows(gradient)
             found.append(FactoredUse(weight, self.name, owner.rows(x.to(gradient.dtype)), rows))
             if bias is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ..call import Call
@@ -54,6 +55,8 @@ class MatmulRule(Rule):
         found: list[Use] = []
         bias, matrix = call.source_at(0, "input"), call.source_at(2, "mat2")
         x = call.tensor_at(1, "mat1", data)
+        if x is not None and x.layout != torch.strided:
+            return None
         if matrix is not None and x is not None:
             found.append(FactoredUse(matrix, self.name, owner.rows(gradient), owner.rows(x.to(gradient.dtype))))
         if bias is not None:
@@ -79,6 +82,8 @@ class MatmulRule(Rule):
         found = call.operands
         assert found is not None
         source, position, index = found
+        if data[index].layout != torch.strided:
+            return None
         x = data[index].to(gradient.dtype)
         left = (position == 0) != (call.name == "__rmatmul__")
         if not left:

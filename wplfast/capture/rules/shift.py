@@ -61,7 +61,8 @@ class ShiftRule(Rule):
         found = call.operands
         assert found is not None
         _, position, _ = found
-        return _SIGNS[call.name][position] * float(call.kwargs.get("alpha", 1) if position == 1 else 1)
+        scaled = 0 if call.name == "rsub" else 1  # the operand that alpha multiplies
+        return _SIGNS[call.name][position] * float(call.kwargs.get("alpha", 1) if position == scaled else 1)
 
 
 SHIFT = ShiftRule()
