@@ -117,7 +117,7 @@ class Session:
         for attempt in range(MAX_ROUNDS):
             for digit in range(passes):
                 self._probe(digit, with_ordinary=checked and attempt == digit == 0)
-            if passes and not first and may_replay and measurement.is_new(sites):
+            if passes and not (first or attempt) and may_replay and measurement.is_new(sites):
                 self._collect(dry=True)  # find out about replays before anything is accumulated
                 if batch.mixed and not self._escalate(may_replay):
                     return False
