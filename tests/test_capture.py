@@ -11,18 +11,8 @@ from torch import nn
 
 import wplfast
 from wplfast.capture.call import Source
-from wplfast.capture.ownership import (
-    Axis,
-    Codes,
-    Layout,
-    Routed,
-    Signature,
-    Single,
-    candidates,
-    decode,
-    matches,
-    sum_to,
-)
+from wplfast.capture.codes import Codes, Signature, candidates, decode, matches
+from wplfast.capture.ownership import Axis, Layout, Routed, Single, sum_to
 from wplfast.capture.rules.base import summed
 from wplfast.capture.uses import FactoredUse
 from wplfast.capture.watched import WatchedParameter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -12,74 +11,14 @@ from torch import Tensor
 
 from ..errors import CoupledSamplesError, WplfastError
 from . import recurrent
-from .attention import scaled_dot_product_attention
 from .call import Call, Slot, Source, autocast_state, floating, is_in_place, kind_of, random_state
+from .functions import COPIES, EXPANSIONS, LIKE, LOOKUPS, SEEN_THROUGH, is_about_itself
 from .plan import Plan, Planned
-from .product import is_faster
-from .rules import Rule, rule_for
+from .product import folded, product_of
+from .rules import rule_for
 from .sources import Sources
 from .tap import Key, Keys, Listener, Site
 from .watched import Derived, map_tensors, tensors_in
-
-#: Functions that read or set something about a parameter itself; they run natively on the parameter.
-_ABOUT_ITSELF = frozenset(
-    """
-    __delete__ __dir__ __format__ __hash__ __len__ __reduce_ex__ __repr__ __set__ __str__ _is_view apply_ backward
-    data_ptr detach detach_ dim element_size get_device is_complex is_conj is_contiguous is_floating_point
-    is_inference is_neg is_pinned is_same_size is_set_to is_shared is_signed item ndimension nelement numel numpy
-    ones_like register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad share_memory_ size storage
-    storage_offset stride tolist untyped_storage
-    """.split()  # noqa: SIM905
-)
-#: Functions on parameters alone whose result has the parameter's gradient, summed over what was expanded.
-_EXPANSIONS = frozenset({"expand", "expand_as", "broadcast_to"})
-_COPIES = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone"})
-#: Functions that take only type or shape from their other arguments.
-_LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
-#: Functions whose indices may be the samples' own even where the model keeps them (token types, expanded).
-_LOOKUPS = frozenset({"embedding"})
-#: Properties that are operations on the value.
-_VIEW_PROPERTIES = frozenset({"T", "H", "mT", "mH", "real", "imag"})
-
-
-def _see_through(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Copy a composite Python function so that it runs instead of dispatching itself; its inner calls still dispatch.
-
-    ``F.multi_head_attention_forward`` reaches ``__torch_function__`` as one call, which would hide its projections.
-    """
-    assert isinstance(func, types.FunctionType)
-    scope = {**func.__globals__, "has_torch_function": lambda *_: False}
-    copy = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
-
-
-def _folded(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copy the input of ``F.linear`` where PyTorch does so for a weight that requires grad.
-
-    For one that does not, as ours when the call runs, it would keep the strides and run a slower batched product.
-    """
-    x = args[0] if args else None
-    if type(x) is Tensor and x.dim() > 2 and not x.is_contiguous():
-        return (x.contiguous(), *args[1:])
-    return args
-
-
-def _product_of(call: Call, rule: Rule, data: list[Tensor]) -> tuple[Tensor, Tensor | None] | None:
-    """Return what a call multiplies its data with, where a product of our own is faster than PyTorch's."""
-    if call.in_place or call.autocast is not None or len(data) != 1 or data[0].dim() < 2 or not data[0].numel():
-        return None
-    product = rule.product(call) if data[0].layout == torch.strided else None
-    if product is None or not is_faster(product[0]) or data[0].dtype != product[0].dtype:
-        return None
-    return product
-
-
-#: Functions of several steps, as functions whose steps are intercepted one by one.
-_SEEN_THROUGH = {
-    F.multi_head_attention_forward: _see_through(F.multi_head_attention_forward),
-    F.scaled_dot_product_attention: scaled_dot_product_attention,
-}
 
 
 class Interception:
@@ -120,8 +59,8 @@ class Interception:
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function some of whose arguments are watched or derived."""
-        if func in _SEEN_THROUGH:
-            return _SEEN_THROUGH[func](*args, **kwargs)
+        if func in SEEN_THROUGH:
+            return SEEN_THROUGH[func](*args, **kwargs)
         if func in recurrent.SEEN and not torch._C._are_functorch_transforms_active():
             result = recurrent.see_through(self, func, args, kwargs)
             if result is not NotImplemented:
@@ -130,16 +69,12 @@ class Interception:
             if torch._C._are_functorch_transforms_active():
                 return func(*args, **kwargs)  # a transform inside the model: the gradient arrives at the parameter
             if func is F.linear:
-                args = _folded(args)
+                args = folded(args)
             planned = None if kwargs or self.in_backward else self._plan.expected()
             if planned is not None and planned.fits(func, args, self._sources) and planned.key not in self.derive:
                 return self._tap_again(planned, args)
             name = getattr(func, "__name__", str(func))
-            if (
-                name in _ABOUT_ITSELF
-                or self._reads_property(func, name)
-                or (name == "type" and len(args) + len(kwargs) < 2)
-            ):
+            if is_about_itself(func, name, len(args) + len(kwargs)):
                 return func(*args, **kwargs)
             if kwargs.get("scale_grad_by_freq"):
                 raise CoupledSamplesError(
@@ -147,19 +82,12 @@ class Interception:
                 )
             return self._call(func, name, args, kwargs)
 
-    @staticmethod
-    def _reads_property(func: Callable[..., Any], name: str) -> bool:
-        """Tell whether a call reads an attribute rather than computes a view."""
-        if name != "__get__":
-            return False
-        return getattr(getattr(func, "__self__", None), "__name__", "") not in _VIEW_PROPERTIES
-
     def _call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sort the tensors of a call, then derive or tap."""
         call, data, key = self._take_apart(func, name, args, kwargs)
         if call.in_place and call.source_at(0, "self") is not None:
             return self._update_derived(call, data, args)
-        if call.name in _LIKE:
+        if call.name in LIKE:
             if call.source_at(0, "self") is None:  # data cast or shaped like a parameter
                 return call.result([source.value for source in call.sources], data)
             return self._derive(call, data, args)
@@ -183,7 +111,7 @@ class Interception:
                     slots[id(tensor)] = Slot("source", len(sources))
                     sources.append(source)
                 elif self._sources.is_constant(tensor) and not (
-                    name in _LOOKUPS and tensor.dim() > 1 and len(tensor) > 1
+                    name in LOOKUPS and tensor.dim() > 1 and len(tensor) > 1
                 ):
                     slots[id(tensor)] = Slot("constant", len(constants))
                     constants.append(tensor)
@@ -215,7 +143,7 @@ class Interception:
     def _derive(self, call: Call, data: list[Tensor], args: tuple[Any, ...]) -> Any:
         """Compute on parameters alone, in a graph that leads to their leaves."""
         graphs, indices = self._below(call)
-        plain = call.name in _EXPANSIONS or call.name in _COPIES
+        plain = call.name in EXPANSIONS or call.name in COPIES
         origin = call.sources[0] if plain and len(call.sources) == 1 and not call.constants else None
         if call.in_place:  # parameters written into a plain tensor, which is derived from now on
             (graph,) = call.run(graphs, data)
@@ -267,7 +195,7 @@ class Interception:
         site = Site(call, rule, key, self.in_backward, self._listener)
         before = None if rule.fast else random_state(device)
         planned = None
-        product = _product_of(call, rule, data)
+        product = product_of(call, rule, data)
         if call.in_place:  # out of place, tapped, and written back
             target = args[0]
             data = [tensor.clone() if tensor is target else tensor for tensor in data]

@@ -11,20 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import VerificationError
-from .ownership import (
-    Axis,
-    Codes,
-    Layout,
-    Ownership,
-    Routed,
-    Signature,
-    Single,
-    candidates,
-    decode,
-    is_mixed,
-    matches,
-    shows_samples,
-)
+from .codes import Codes, Signature, candidates, decode, is_mixed, matches, shows_samples
+from .ownership import Axis, Layout, Ownership, Routed, Single
 from .tap import Key, Site
 
 #: A site's key and the index of one of its outputs.

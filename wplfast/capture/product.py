@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .call import Call
+from .rules import Rule
 
 _OP = "mkldnn::_linear_pointwise"
 
@@ -60,3 +65,24 @@ class Product:
             total.add_(multiply(x, self._weight))
         else:
             total.addmm_(x, self._weight.t())
+
+
+def product_of(call: Call, rule: Rule, data: list[Tensor]) -> tuple[Tensor, Tensor | None] | None:
+    """Return what a call multiplies its data with, where a product of our own is faster than PyTorch's."""
+    if call.in_place or call.autocast is not None or len(data) != 1 or data[0].dim() < 2 or not data[0].numel():
+        return None
+    product = rule.product(call) if data[0].layout == torch.strided else None
+    if product is None or not is_faster(product[0]) or data[0].dtype != product[0].dtype:
+        return None
+    return product
+
+
+def folded(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy the input of ``F.linear`` where PyTorch does so for a weight that requires grad.
+
+    For one that does not, as ours when the call runs, it would keep the strides and run a slower batched product.
+    """
+    x = args[0] if args else None
+    if type(x) is Tensor and x.dim() > 2 and not x.is_contiguous():
+        return (x.contiguous(), *args[1:])
+    return args

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import CoupledSamplesError, NonFiniteError, WplfastError
+from .arrivals import Arrivals
 from .batch import Alone, Batch, Moment
 from .coupling import UNKNOWN, describe, is_about_positions
 from .graph import reorders_rows
@@ -57,6 +58,7 @@ class Session:
         """Collect into ``fisher`` (and ``gradient``), one contiguous accumulator per parameter."""
         self.names, self.parameters, self.fisher, self.gradient = names, parameters, fisher, gradient
         self.interception = Interception(parameters, constants, self)
+        self.arrivals = Arrivals(parameters, self.interception)
         self.rules: dict[int, set[str]] = defaultdict(set)
         self.seconds: dict[str, float] = defaultdict(float)
         self.unseen: set[int] = set()
@@ -164,7 +166,7 @@ class Session:
 
     def abandon(self) -> None:
         """Forget a batch that will not be accumulated."""
-        self._drop_gradients()
+        self.arrivals.drop()
         self.interception.start_batch()
 
     def _run(self, weights: Tensor, mode: _Mode, keep: bool) -> None:
@@ -225,20 +227,7 @@ class Session:
         self._batch.with_ordinary = with_ordinary
         self._run(self._measurement.codes.weights(digit), "probe", keep=True)
         if with_ordinary:
-            self._batch.ordinary = self._ordinary_gradients()
-
-    def _ordinary_gradients(self) -> list[Tensor | None]:
-        """Take the gradients that an ordinary backward pass left, down to the parameters."""
-        for derived in self.interception.derived:
-            if derived.grad is not None:
-                torch.autograd.backward(derived._graph, derived.grad.to(derived._graph.dtype), retain_graph=True)
-                derived.grad = None
-        gradients = []
-        for parameter, leaf in zip(self.parameters, self.interception.leaves, strict=True):
-            parts = [g.to_dense() for g in (leaf.grad, parameter.grad) if g is not None]
-            gradients.append(sum(parts[1:], parts[0]) if parts else None)
-            leaf.grad = None
-        return gradients
+            self._batch.ordinary = self.arrivals.take()
 
     # ---- collecting ------------------------------------------------------------------------------------------------
 
@@ -355,12 +344,8 @@ class Session:
 
     def _find_unseen(self) -> set[int]:
         """Return the parameters that gradients arrived at past the taps, and remember them."""
-        with torch._C.DisableTorchFunctionSubclass():
-            found = {index for index, p in enumerate(self.parameters) if p.grad is not None}
-            for derived in self.interception.derived:
-                if derived.grad is not None:
-                    found |= set(derived._parameters)
-        self._drop_gradients()
+        found = self.arrivals.past_the_taps()
+        self.arrivals.drop()
         fresh = found - self.unseen
         if fresh and self.batches:
             raise WplfastError(
@@ -374,12 +359,6 @@ class Session:
         self.unseen |= fresh
         return fresh
 
-    def _drop_gradients(self) -> None:
-        """Clear the gradients that a pass left."""
-        with torch._C.DisableTorchFunctionSubclass():
-            for tensor in (*self.parameters, *self.interception.leaves, *self.interception.derived):
-                tensor.grad = None
-
     def _one_by_one(self, wanted: set[int]) -> None:
         """Collect some parameters exactly, with one backward pass for each sample."""
         if not wanted:
@@ -390,7 +369,7 @@ class Session:
             one = torch.zeros(len(batch.losses))
             one[sample] = 1
             self._run(one, "ordinary", keep=True)
-            gradients = self._ordinary_gradients()
+            gradients = self.arrivals.take()
             weight = None if batch.weights is None else batch.weights[sample : sample + 1]
             for index in wanted:
                 gradient = gradients[index]
@@ -401,7 +380,7 @@ class Session:
                         batch.single[index] = wide[0]
                     if self.gradient is not None:
                         self.gradient[index] += wide[0] if weight is None else wide[0] * weight.to(wide.dtype)
-            self._drop_gradients()
+            self.arrivals.drop()
         for index in wanted:
             self.rules[index].add("one by one")
         self.seconds["one by one"] += time.perf_counter() - started
