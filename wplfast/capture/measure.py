@@ -217,13 +217,14 @@ class Measurement:
         return all(matches(layout, shape, one, plain, weights(digit)) for digit, one in enumerate(coded))
 
     def _structures(self, shape: torch.Size, coded: list[Signature], plain: Signature) -> list[Axis]:
-        """Return the first two templates that the measurement admits."""
+        """Return the first two templates that the measurement admits, or one that leaves no room for another."""
         found: list[Axis] = []
+        dense = float((plain.rows != 0).double().mean()) > 0.5  # two templates by rows agree on few of them
         for axis in candidates(shape, self.codes.n_samples):
             layout = axis.fit(shape, self.codes.n_samples)
             if layout is not None and self._matches(layout, shape, coded, plain):
                 found.append(axis)
-                if len(found) == 2:
+                if len(found) == 2 or (dense and layout.has_rows(len(shape))):
                     break
         return found
 
