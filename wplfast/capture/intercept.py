@@ -61,13 +61,14 @@ class Interception:
         """Run a torch function some of whose arguments are watched or derived."""
         if func in SEEN_THROUGH:
             return SEEN_THROUGH[func](*args, **kwargs)
-        if func in recurrent.SEEN and not torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active():
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)  # a transform inside the model: the gradient arrives at the parameter
+        if func in recurrent.SEEN:
             result = recurrent.see_through(self, func, args, kwargs)
             if result is not NotImplemented:
                 return result
         with torch._C.DisableTorchFunctionSubclass():
-            if torch._C._are_functorch_transforms_active():
-                return func(*args, **kwargs)  # a transform inside the model: the gradient arrives at the parameter
             if func is F.linear:
                 args = folded(args)
             planned = None if kwargs or self.in_backward else self._plan.expected()

@@ -50,8 +50,7 @@ class Measurement:
 
     def is_unusual(self, sites: Sequence[Site], n_samples: int) -> bool:
         """Tell whether a batch has sites or sizes that the last ones did not have."""
-        memos = ((self._memo.get(site.key), site) for site in sites)
-        return any(memo is None or memo.n_samples != n_samples or memo.shapes != site.shapes for memo, site in memos)
+        return any(self._remembered(site, n_samples) is None for site in sites)
 
     def start_batch(self, n_samples: int, check: Check, thorough: bool, unusual: bool) -> None:
         """Draw the codes of a batch, and say how far to trust what is known.
@@ -83,12 +82,13 @@ class Measurement:
 
     def passes_needed(self, sites: Sequence[Site]) -> int:
         """Return how many probing passes the sites of a batch need: none in steady state."""
-        if self.codes.n_samples == 1:
+        n_samples = self.codes.n_samples
+        if n_samples == 1:
             return 0
         fewest = self.codes.rounds if self._thorough else 1
         needed = fewest if self._check != "no" else 0
-        for site in sites:
-            if self._remembered(site) is not None:
+        for site in sites if self._unusual else ():  # in a usual batch all of them are remembered
+            if self._remembered(site, n_samples) is not None:
                 continue
             for index, shape in enumerate(site.shapes):
                 place = (site.key, index)
@@ -125,7 +125,7 @@ class Measurement:
         """Return who owns each output, given its gradients of the collecting pass."""
         trusted = self._check == "no" and not self._signatures
         if trusted and all(gradient is not None for gradient in grads):
-            remembered = self._remembered(site)
+            remembered = self._remembered(site, self.codes.n_samples)
             if remembered is not None:
                 return remembered
         owners: list[Ownership | None] = []
@@ -144,10 +144,10 @@ class Measurement:
             self._memo[site.key] = _Memo(self.codes.n_samples, site.shapes, owners)
         return owners
 
-    def _remembered(self, site: Site) -> list[Ownership | None] | None:
+    def _remembered(self, site: Site, n_samples: int) -> list[Ownership | None] | None:
         """Return what the last batch found for a site, if this one has its sizes."""
         memo = self._memo.get(site.key)
-        if memo is None or memo.n_samples != self.codes.n_samples:
+        if memo is None or memo.n_samples != n_samples:
             return None
         return memo.owners if memo.shapes is site.shapes or memo.shapes == site.shapes else None
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops.layout import is_run
 from .call import Source
 from .uses import Use, add_squares, chunks
 
@@ -79,22 +80,12 @@ def _regions(uses: Sequence[Use], fisher: Tensor) -> dict[_Region | None, list[U
         return {None: list(uses)}
     spans = []
     for size, stride, offset in (region for region in regions if region is not None):
-        if size.numel() == 0 or not _is_run(size, stride):
+        if size.numel() == 0 or not is_run(size, stride):
             return {None: list(uses)}
         spans.append((offset, offset + size.numel()))
     spans.sort()
     disjoint = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     return regions if disjoint else {None: list(uses)}
-
-
-def _is_run(size: torch.Size, stride: Sequence[int]) -> bool:
-    """Tell whether a view is one run of memory without gaps or overlaps, in any order of its dimensions."""
-    expected = 1
-    for s, n in sorted((s, n) for s, n in zip(stride, size, strict=True) if n > 1):
-        if s != expected:
-            return False
-        expected *= n
-    return True
 
 
 def _fused(group: Sequence[Use], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:

@@ -96,8 +96,7 @@ class FactoredUse(Use):
             a, g, fisher, gradient = g, a, fisher.t(), None if gradient is None else gradient.t()
         else:
             return False
-        if flat_dtype(a.dtype) != fisher.dtype:  # an operation in a narrower or wider type than its parameter
-            a, g = a.to(fisher.dtype), g.to(fisher.dtype)
+        a, g = widened(a, fisher), widened(g, fisher)
         a, g = (t if t.stride(2) == 1 or t.shape[2] <= 1 else t.contiguous() for t in (a, g))
         ops.fisher_linear_(fisher, a, g, weights, gradient)
         return True
@@ -156,6 +155,11 @@ class OwnedUse(Use):
         wide = flat_dtype(self.gradient.dtype)
         scaled = self.owner.scale(self.gradient.to(wide), weights.to(self.gradient.device))
         return self.part(scaled).sum_to_size(self.source.value.shape)
+
+
+def widened(tensor: Tensor, accumulator: Tensor) -> Tensor:
+    """Bring a factor to the accumulator's type, if the operation ran in a narrower or wider one than its parameter."""
+    return tensor if flat_dtype(tensor.dtype) == accumulator.dtype else tensor.to(accumulator.dtype)
 
 
 def add_squares(grads: Tensor, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> None:

@@ -18,10 +18,13 @@ ALIGNMENT = 16
 
 def is_dense(tensor: Tensor) -> bool:
     """Tell whether the elements fill one range of memory without gaps or overlaps."""
-    if tensor.is_contiguous():
-        return True
+    return tensor.is_contiguous() or is_run(tensor.shape, tensor.stride())
+
+
+def is_run(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Tell whether elements of these sizes and strides fill one range of memory, in any order of dimensions."""
     expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size == 1:
             continue
         if stride != expected:

@@ -67,6 +67,32 @@ class Rule(ABC):
         return LocalBackward(call, data)(grads)
 
 
+class OneOutputRule(Rule):
+    """A rule for calls with one floating point output."""
+
+    @abstractmethod
+    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
+        """Return one use per source; None to leave the call to the generic rule.
+
+        Args:
+            call: the call.
+            data: its data tensors, in the order of their slots (empty unless ``needs_data``).
+            gradient: the gradient of the output.
+            owner: who owns its elements.
+        """
+
+    def uses(
+        self,
+        call: Call,
+        data: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        owners: Sequence[Ownership | None],
+    ) -> list[Use] | None:
+        """Serve the output, if it took part in the loss."""
+        gradient, owner = grads[0], owners[0]
+        return [] if gradient is None or owner is None else self.serve(call, data, gradient, owner)
+
+
 def summed(source: Source, rule: str, owner: Ownership, gradient: Tensor) -> Use:
     """Return the use of a source that was broadcast to the shape of ``gradient``: the sum over what was broadcast."""
     if source.base is not None and is_summable(owner, gradient, source.base.value.shape):

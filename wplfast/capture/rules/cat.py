@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 from ..call import Call, Slot
 from ..ownership import Layout, Ownership, Single
 from ..uses import OwnedUse, Use
-from .base import Rule, summed
+from .base import OneOutputRule, summed
 
 
-class CatRule(Rule):
+class CatRule(OneOutputRule):
     """y = cat([p, x], dim): the gradient of p is the slice of G that it became."""
 
     name = "cat"
@@ -28,30 +28,16 @@ class CatRule(Rule):
             and "out" not in call.kwargs
         )
 
-    def uses(
-        self,
-        call: Call,
-        data: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
-    ) -> list[Use]:
+    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use]:
         """Slice the gradient."""
-        gradient, owner = grads[0], owners[0]
-        if gradient is None or owner is None:
-            return []
         dim = self._dimension(call) % gradient.dim()
         apart = isinstance(owner, Single) or (isinstance(owner, Layout) and owner.dim != dim)
         found: list[Use] = []
-        start = 0
-        for slot in call.argument(0, "tensors"):
-            length = self._length(call, slot, dim)
-            if slot.kind == "source":
-                source, part = call.sources[slot.index], partial(torch.narrow, dim=dim, start=start, length=length)
-                if apart:
-                    found.append(summed(source, self.name, owner, part(gradient)))
-                else:  # samples lie along the dimension itself, or in any order
-                    found.append(OwnedUse(source, self.name, owner, gradient, part))
-            start += length
+        for index, part in self._parts(call, dim):
+            if apart:
+                found.append(summed(call.sources[index], self.name, owner, part(gradient)))
+            else:  # samples lie along the dimension itself, or in any order
+                found.append(OwnedUse(call.sources[index], self.name, owner, gradient, part))
         return found
 
     def needs_data(self, call: Call) -> bool:
@@ -64,14 +50,19 @@ class CatRule(Rule):
         found: list[Tensor | None] = [None] * len(call.sources)
         if gradient is None:
             return found
-        dim, start = self._dimension(call) % gradient.dim(), 0
+        for index, part in self._parts(call, self._dimension(call) % gradient.dim()):
+            before = found[index]
+            found[index] = part(gradient) if before is None else before + part(gradient)
+        return found
+
+    def _parts(self, call: Call, dim: int) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
+        """Yield each source's index, and what takes its slice of a tensor of the output's shape."""
+        start = 0
         for slot in call.argument(0, "tensors"):
             length = self._length(call, slot, dim)
             if slot.kind == "source":
-                part, before = gradient.narrow(dim, start, length), found[slot.index]
-                found[slot.index] = part if before is None else before + part
+                yield slot.index, partial(torch.narrow, dim=dim, start=start, length=length)
             start += length
-        return found
 
     @staticmethod
     def _dimension(call: Call) -> int:

@@ -14,8 +14,8 @@ from ... import ops
 from ...ops.layout import flat_dtype
 from ..call import Call, Source
 from ..ownership import Layout, Ownership, Single
-from ..uses import SummedUse, Use
-from .base import Rule, by_batch, channel_rows, channels_of, row_sums
+from ..uses import SummedUse, Use, widened
+from .base import OneOutputRule, by_batch, channel_rows, channels_of, row_sums
 
 #: function -> (spatial dimensions, transposed)
 _FORMS: dict[Callable[..., Any], tuple[int, bool]] = {
@@ -81,7 +81,7 @@ class ConvUse(Use):
         """Call the fused operator; a transposed convolution is an ordinary one from outputs to inputs."""
         if not fisher.is_contiguous():
             return False
-        slid, fixed = (self._images(t, fisher.dtype) for t in (self.x, self.grad_outputs))
+        slid, fixed = (self._images(widened(t, fisher)) for t in (self.x, self.grad_outputs))
         if self.geometry.transposed:
             slid, fixed = fixed, slid
         form = self.geometry
@@ -91,14 +91,12 @@ class ConvUse(Use):
         )  # fmt: skip
         return True
 
-    def _images(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    def _images(self, tensor: Tensor) -> Tensor:
         """Arrange [B, C, *S] as [N, M, *S, C], channels last."""
-        if flat_dtype(tensor.dtype) != dtype:
-            tensor = tensor.to(dtype)
         return self.owner.split(tensor.movedim(1, -1)).flatten(1, 2).contiguous()
 
 
-class ConvRule(Rule):
+class ConvRule(OneOutputRule):
     """The weight's gradient correlates input and G; the bias's is G summed over positions."""
 
     name = "conv"
@@ -115,17 +113,8 @@ class ConvRule(Rule):
         """The bias alone does not need the input."""
         return call.source_at(1, "weight") is not None
 
-    def uses(
-        self,
-        call: Call,
-        data: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
-    ) -> list[Use] | None:
+    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
         """Return one use for the weight, and the summed gradient of the bias."""
-        gradient, owner = grads[0], owners[0]
-        if gradient is None or owner is None:
-            return []
         weight, bias = call.source_at(1, "weight"), call.source_at(2, "bias")
         if not by_batch(owner):
             return None if bias is None or weight is not None else [channels_of(bias, self.name, owner, gradient)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..call import Call, Slot
 from ..ownership import Layout, Ownership, Single
 from ..uses import FactoredUse, Use
-from .base import Rule
+from .base import OneOutputRule
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Letters:
         return "".join(a for a in self.source if a in self.output)
 
 
-class EinsumRule(Rule):
+class EinsumRule(OneOutputRule):
     """The source's letters are contracted with the data (D_in) or go to the output (D_out); the others are rows."""
 
     name = "einsum"
@@ -49,17 +49,10 @@ class EinsumRule(Rule):
         """Match equations that are a matrix product over a source with all of D_in before or after all of D_out."""
         return call.func is torch.einsum and _parse(call) is not None
 
-    def uses(
-        self,
-        call: Call,
-        data: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
-    ) -> list[Use] | None:
+    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
         """Return the factors of the source as a matrix."""
-        gradient, owner, letters = grads[0], owners[0], _parse(call)
-        if gradient is None or owner is None or letters is None:
-            return []
+        letters = _parse(call)
+        assert letters is not None
         if isinstance(owner, Layout):
             letter = letters.output[owner.dim]
             if letter not in letters.rows:

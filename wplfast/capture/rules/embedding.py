@@ -12,8 +12,8 @@ from ... import ops
 from ...ops.layout import flat_dtype
 from ..call import Call, Slot, Source
 from ..ownership import Ownership
-from ..uses import Use
-from .base import Rule
+from ..uses import Use, widened
+from .base import OneOutputRule
 
 
 class LookupUse(Use):
@@ -57,13 +57,12 @@ class LookupUse(Use):
         """Call the fused operator."""
         if not fisher.is_contiguous():
             return False
-        g = self.grad_outputs
-        g = (g if flat_dtype(g.dtype) == fisher.dtype else g.to(fisher.dtype)).contiguous()
+        g = widened(self.grad_outputs, fisher).contiguous()
         ops.fisher_embedding_(fisher, self.indices.contiguous(), g, weights, gradient)
         return True
 
 
-class EmbeddingRule(Rule):
+class EmbeddingRule(OneOutputRule):
     """y = table[indices]: the gradient of a row is the sum of those of its copies."""
 
     name = "embedding"
@@ -79,17 +78,9 @@ class EmbeddingRule(Rule):
             return False
         return len(call.data_kinds) == 1 and call.data_kinds[0][1] in (torch.int64, torch.int32)
 
-    def uses(
-        self,
-        call: Call,
-        data: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
-    ) -> list[Use] | None:
+    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
         """Return what was looked up, and its gradients."""
-        gradient, owner, source = grads[0], owners[0], call.sources[0]
-        if gradient is None or owner is None:
-            return []
+        source = call.sources[0]
         if not owner.has_rows(gradient.dim()) or gradient.dim() < 2:
             return None
         size = len(source.value)

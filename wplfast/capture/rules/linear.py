@@ -11,10 +11,10 @@ from torch import Tensor
 from ..call import Call
 from ..ownership import Ownership
 from ..uses import FactoredUse, SummedUse, Use
-from .base import Rule, row_sums, summed
+from .base import OneOutputRule, row_sums, summed
 
 
-class LinearRule(Rule):
+class LinearRule(OneOutputRule):
     """y = x W^T + b: row r of y belongs to the sample that owns row r of x."""
 
     name = "linear"
@@ -28,17 +28,8 @@ class LinearRule(Rule):
         """A layer treats rows alike."""
         return call.source_at(1, "weight") is not None and len(call.data_shapes) == 1
 
-    def uses(
-        self,
-        call: Call,
-        data: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
-    ) -> list[Use] | None:
+    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
         """Return (A, G) for the weight and G summed over T for the bias."""
-        gradient, owner = grads[0], owners[0]
-        if gradient is None or owner is None:
-            return []
         weight, bias = call.source_at(1, "weight"), call.source_at(2, "bias")
         found: list[Use] = []
         if weight is not None:

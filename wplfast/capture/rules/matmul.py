@@ -11,12 +11,12 @@ from torch import Tensor
 from ..call import Call
 from ..ownership import Layout, Ownership, Single
 from ..uses import FactoredUse, Use
-from .base import Rule, summed
+from .base import OneOutputRule, summed
 
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "mm"})
 
 
-class MatmulRule(Rule):
+class MatmulRule(OneOutputRule):
     """y = x W with W [D_in, D_out]: the per-sample gradient is A^T G, that of a linear layer transposed."""
 
     name = "matmul"
@@ -37,17 +37,8 @@ class MatmulRule(Rule):
         """So does a product from the right."""
         return call.operands is not None and self.product(call) is not None
 
-    def uses(
-        self,
-        call: Call,
-        data: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
-    ) -> list[Use] | None:
+    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
         """Return (G, A) for the matrix, and G summed for what addmm adds."""
-        gradient, owner = grads[0], owners[0]
-        if gradient is None or owner is None:
-            return []
         if call.name != "addmm":
             return self._product(call, data, gradient, owner)
         if not owner.has_rows(gradient.dim()):
@@ -73,9 +64,7 @@ class MatmulRule(Rule):
                 return None
             return matrix.t(), bias
         found = call.operands
-        if found is None or (found[1] == 0) != (call.name == "__rmatmul__"):
-            return None
-        return found[0].value.t(), None
+        return None if found is None or _is_left(call, found[1]) else (found[0].value.t(), None)
 
     def _product(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
         """Serve x @ w, and w @ x as its transpose."""
@@ -85,8 +74,7 @@ class MatmulRule(Rule):
         if data[index].layout != torch.strided:
             return None
         x = data[index].to(gradient.dtype)
-        left = (position == 0) != (call.name == "__rmatmul__")
-        if not left:
+        if not _is_left(call, position):
             if not owner.has_rows(gradient.dim()):
                 return None
             return [FactoredUse(source, self.name, owner.rows(gradient), owner.rows(x))]
@@ -95,6 +83,11 @@ class MatmulRule(Rule):
             return None
         rows, x_rows = turned.rows(gradient.transpose(-1, -2)), turned.rows(x.transpose(-1, -2))
         return [FactoredUse(source, self.name, x_rows, rows)]
+
+
+def _is_left(call: Call, position: int) -> bool:
+    """Tell whether the operand that was given at a position stands on the left of the product."""
+    return (position == 0) != (call.name == "__rmatmul__")
 
 
 def _transposed(owner: Ownership, ndim: int) -> Layout | Single | None:

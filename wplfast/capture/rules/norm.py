@@ -17,7 +17,7 @@ from ... import ops
 from ..call import Call
 from ..ownership import Ownership
 from ..uses import SummedUse, Use
-from .base import Rule, by_batch, channel_rows, channels_of, row_sums, summed
+from .base import OneOutputRule, by_batch, channel_rows, channels_of, row_sums, summed
 from .scale import scaled
 
 
@@ -43,7 +43,7 @@ _FORMS: dict[Callable[..., Any], _Form] = {
 }
 
 
-class NormRule(Rule):
+class NormRule(OneOutputRule):
     """The gradients of weight and bias are sums of G times the normalised input, and of G."""
 
     name = "norm"
@@ -56,17 +56,9 @@ class NormRule(Rule):
         """The bias alone does not need the input."""
         return call.source_at(_FORMS[call.func].weight, "weight") is not None
 
-    def uses(
-        self,
-        call: Call,
-        data: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
-    ) -> list[Use] | None:
+    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
         """Return the summed gradients of the affine part."""
-        gradient, owner, form = grads[0], owners[0], _FORMS[call.func]
-        if gradient is None or owner is None:
-            return []
+        form = _FORMS[call.func]
         found: list[Use] = []
         weight = call.source_at(form.weight, "weight")
         bias = None if form.bias is None else call.source_at(form.bias, "bias")

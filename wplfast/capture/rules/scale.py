@@ -10,13 +10,13 @@ from ... import ops
 from ..call import Call, Source
 from ..ownership import Ownership
 from ..uses import SummedUse, Use
-from .base import Rule, summed
+from .base import OneOutputRule, summed
 
 _PRODUCTS = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
 _QUOTIENTS = frozenset({"div", "div_", "divide", "divide_", "true_divide", "__truediv__", "__itruediv__"})
 
 
-class ScaleRule(Rule):
+class ScaleRule(OneOutputRule):
     """y = x p: the gradient of p is G x, summed over what p was broadcast along; for y = x / p it is -G x / p^2."""
 
     name = "scale"
@@ -28,17 +28,10 @@ class ScaleRule(Rule):
             return False
         return call.name in _PRODUCTS or (call.name in _QUOTIENTS and found[1] == 1)
 
-    def uses(
-        self,
-        call: Call,
-        data: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
-    ) -> list[Use]:
+    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use]:
         """Return the summed products."""
-        found, gradient, owner = call.operands, grads[0], owners[0]
-        if gradient is None or owner is None or found is None:
-            return []
+        found = call.operands
+        assert found is not None
         source, _, index = found
         if call.name in _QUOTIENTS:
             return [summed(source, self.name, owner, gradient * data[index] / -source.value.square())]
@@ -48,9 +41,8 @@ class ScaleRule(Rule):
 def scaled(source: Source, rule: str, owner: Ownership, x: Tensor, gradient: Tensor) -> Use:
     """Return the use of a source that x was multiplied with: ``gradient * x`` summed over what was broadcast."""
     shape = source.value.shape
-    features = gradient.shape[-1:].numel()
     if owner.has_rows(gradient.dim()) and shape == gradient.shape[-1:] == x.shape[-1:] and x.shape == gradient.shape:
-        return SummedUse(source, rule, ops.scale_grads(owner.rows(x), owner.rows(gradient)).view(-1, features))
+        return SummedUse(source, rule, ops.scale_grads(owner.rows(x), owner.rows(gradient)))
     return summed(source, rule, owner, gradient * x)
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from ..call import Call
 from ..ownership import Ownership
 from ..uses import Use
-from .base import Rule, summed
+from .base import OneOutputRule, summed
 
 
-class SelectRule(Rule):
+class SelectRule(OneOutputRule):
     """The gradient of what was chosen is G where it was chosen, and zero elsewhere."""
 
     name = "select"
@@ -26,17 +26,8 @@ class SelectRule(Rule):
             return len(call.args) == 3 and call.source_at(0, "condition") is None
         return call.name == "masked_fill" and len(call.args) == 3 and call.source_at(0, "self") is not None
 
-    def uses(
-        self,
-        call: Call,
-        data: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
-    ) -> list[Use] | None:
+    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
         """Mask the gradient."""
-        gradient, owner = grads[0], owners[0]
-        if gradient is None or owner is None:
-            return []
         if call.name == "masked_fill":
             mask = call.tensor_at(1, "mask", data)
             if mask is None or call.source_at(2, "value") is not None:

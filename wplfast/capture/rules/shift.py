@@ -9,7 +9,7 @@ from torch import Tensor
 from ..call import Call
 from ..ownership import Ownership
 from ..uses import Use
-from .base import Rule, summed
+from .base import OneOutputRule, summed
 
 #: function name -> signs of its first and second operand
 _SIGNS = {
@@ -19,7 +19,7 @@ _SIGNS = {
 }
 
 
-class ShiftRule(Rule):
+class ShiftRule(OneOutputRule):
     """y = x + p: the gradient of p is that of y, summed over what p was broadcast along."""
 
     name = "shift"
@@ -36,17 +36,8 @@ class ShiftRule(Rule):
         """So does the sum with a vector."""
         return call.sources[0].value.dim() < 2 and call.sources[0].base is None
 
-    def uses(
-        self,
-        call: Call,
-        data: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
-    ) -> list[Use]:
+    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use]:
         """Return the summed gradients."""
-        gradient, owner = grads[0], owners[0]
-        if gradient is None or owner is None:
-            return []
         factor = self._factor(call)
         return [summed(call.sources[0], self.name, owner, gradient if factor == 1 else gradient * factor)]
 
