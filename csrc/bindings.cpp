@@ -1,6 +1,7 @@
 // The Python module wplfast._C: addresses and sizes in, nothing of torch. wplfast/backends/cpp.py is its only caller
 // and has checked every argument through the op contract; tensors must stay alive during a call.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <string>
@@ -12,6 +13,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "penalty.h"
+#include "prepared_penalty.h"
 #include "scale_grads.h"
 #include "squares.h"
 
@@ -43,10 +45,10 @@ void check_lengths(int64_t expected, const Integers& list, const char* what, boo
   }
 }
 
-void penalty_binding(int mode, int dtype, const py::list& numels, const py::list& theta, const py::list& theta_hat,
-                     const py::list& offset, const py::list& fisher, const py::list& grad, uintptr_t alpha,
-                     bool alpha_per_parameter, uintptr_t l2, uintptr_t scale, int64_t padding, uintptr_t value,
-                     int threads) {
+void penalty_binding(int mode, int dtype, int fisher_dtype, const py::list& numels, const py::list& theta,
+                     const py::list& theta_hat, const py::list& offset, const py::list& fisher, const py::list& grad,
+                     uintptr_t alpha, bool alpha_per_parameter, uintptr_t l2, uintptr_t scale, int64_t padding,
+                     uintptr_t value, int threads) {
   const Integers sizes(numels), thetas(theta), hats(theta_hat), offsets(offset), fishers(fisher), grads(grad);
   const int64_t n = sizes.size();
   check_lengths(n, thetas, "theta", false);
@@ -68,6 +70,7 @@ void penalty_binding(int mode, int dtype, const py::list& numels, const py::list
   PenaltyCall call{anchors.data(),
                    n,
                    static_cast<Dtype>(dtype),
+                   static_cast<Dtype>(fisher_dtype),
                    static_cast<PenaltyMode>(mode),
                    *static_cast<const double*>(pointer(l2)),
                    scale == 0 ? 1.0 : *static_cast<const double*>(pointer(scale)),
@@ -83,6 +86,15 @@ void penalty_binding(int mode, int dtype, const py::list& numels, const py::list
   } else {
     *static_cast<float*>(pointer(value)) = static_cast<float>(sum);
   }
+}
+
+// (gradients, their addresses as bytes of int64), or None
+py::object gradients_binding(const ParameterTable& parameters) {
+  std::vector<void*> addresses;
+  const py::object gradients = parameters.gradients(addresses);
+  if (gradients.is_none()) return gradients;
+  return py::make_tuple(gradients,
+                        py::bytes(reinterpret_cast<const char*>(addresses.data()), addresses.size() * sizeof(void*)));
 }
 
 // (address, size of the last dimension, stride of n, stride of t)
@@ -190,6 +202,17 @@ PYBIND11_MODULE(_C, m) {
   using namespace wplfast;
   m.doc() = "CPU kernels of wplfast over raw addresses; see wplfast/backends/cpp.py.";
   m.def("penalty", &penalty_binding, "Value of the penalty, optionally storing or adding its gradient.");
+  py::class_<ParameterTable>(m, "ParameterTable", "What parameters were when a table of them was made.")
+      .def(py::init<const py::capsule&, const py::list&>())
+      .def("unchanged", &ParameterTable::unchanged, "Whether all are what and where they were.")
+      .def("gradients", &gradients_binding, "Their gradients and the addresses of these, or None.");
+  py::class_<PreparedPenalty>(m, "PreparedPenalty", "The penalty over parameters that stay where they are.")
+      .def(py::init<const ParameterTable&, int, int, const std::vector<int64_t>&, const std::vector<uintptr_t>&,
+                    const std::vector<uintptr_t>&, const std::vector<uintptr_t>&, uintptr_t, bool, uintptr_t, uintptr_t,
+                    int64_t>())
+      .def("value", &PreparedPenalty::value, "Writes the value.")
+      .def("store", &PreparedPenalty::store, "Writes the value and the packed gradient.")
+      .def("add", &PreparedPenalty::add, "Writes the value and adds the gradient to .grad.");
   m.def("fisher_linear", &fisher_linear_binding, "Fisher diagonal of a linear layer.");
   m.def("fisher_conv", &fisher_conv_binding, "Fisher diagonal of a convolution's weight.");
   m.def("fisher_embedding", &fisher_embedding_binding, "Fisher diagonal of a table that rows are taken from.");

@@ -79,8 +79,9 @@ double penalty(const PenaltyCall& call) {
     streaming &= reinterpret_cast<uintptr_t>(anchor.grad) % 64 == 0;
     if (call.mode == PenaltyMode::store) zero_padding(anchor, call.dtype, call.padding);
   }
-  const PenaltyBlockFunction block =
-      WPLFAST_PICK(selected_isa(), penalty_block)(call.dtype, call.mode, offset, call.l2 != 0, streaming);
+  const auto choose = WPLFAST_PICK(selected_isa(), penalty_block);
+  const PenaltyBlockFunction block = choose(call, call.mode, offset, streaming);
+  const PenaltyBlockFunction value_block = choose(call, PenaltyMode::value, offset, false);
 
   // Every thread takes one range of the elements, so that it streams contiguous memory; every block has its own slot,
   // so that the order of the final sum does not depend on the threads.
@@ -89,7 +90,8 @@ double penalty(const PenaltyCall& call) {
     schedule.visit_range(total * thread / threads, total * (thread + 1) / threads, [&](int64_t p, int64_t b) {
       const Anchor& anchor = call.anchors[p];
       const int64_t count = std::min(BLOCK, anchor.numel - b * BLOCK);
-      partial[schedule.blocks[p] + b] = block(anchor, b * BLOCK, count, call.l2, call.scale);
+      const PenaltyBlockFunction evaluate = anchor.grad == nullptr ? value_block : block;
+      partial[schedule.blocks[p] + b] = evaluate(anchor, b * BLOCK, count, call.l2, call.scale);
     });
   });
   double value = 0;

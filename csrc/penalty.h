@@ -16,8 +16,8 @@ struct Anchor {
   const void* theta;      // storage type
   const void* theta_hat;  // storage type
   const void* offset;     // compute type; null means zero
-  const void* fisher;     // compute type
-  void* grad;             // storage type; unused by PenaltyMode::value
+  const void* fisher;     // compute type, or bfloat16
+  void* grad;             // storage type; unused by PenaltyMode::value; null in PenaltyMode::add adds the value alone
   int64_t numel;
   double alpha;
 };
@@ -26,6 +26,7 @@ struct PenaltyCall {
   const Anchor* anchors;
   int64_t n_anchors;
   Dtype dtype;
+  Dtype fisher_dtype;  // the compute type of dtype, or bfloat16
   PenaltyMode mode;
   double l2;
   double scale;     // PenaltyMode::add: grad += scale * gradient

@@ -3,12 +3,12 @@
 // Two vectors per step keep enough loads in flight; more would spill on AVX2 with an offset and l2.
 constexpr int UNROLL = 2;
 
-template <class T, class C, PenaltyMode MODE, bool OFFSET, bool L2, bool STREAMING>
+template <class T, class F, class C, PenaltyMode MODE, bool OFFSET, bool L2, bool STREAMING>
 struct PenaltyBlock {
   using V = Vector<C>;
   static constexpr int64_t LANES = lanes<C>;
 
-  static WPLFAST_INLINE void step(const T* theta, const T* theta_hat, const C* offset, const C* fisher, T* grad,
+  static WPLFAST_INLINE void step(const T* theta, const T* theta_hat, const C* offset, const F* fisher, T* grad,
                                   C alpha, C l2, C scale, V& fisher_sum, V& square_sum) {
     const V p = load(theta);
     V d = p - load(theta_hat);
@@ -32,7 +32,7 @@ struct PenaltyBlock {
     const T* theta = static_cast<const T*>(anchor.theta) + begin;
     const T* theta_hat = static_cast<const T*>(anchor.theta_hat) + begin;
     const C* offset = OFFSET ? static_cast<const C*>(anchor.offset) + begin : nullptr;
-    const C* fisher = static_cast<const C*>(anchor.fisher) + begin;
+    const F* fisher = static_cast<const F*>(anchor.fisher) + begin;
     T* grad = MODE == PenaltyMode::value ? nullptr : static_cast<T*>(anchor.grad) + begin;
     const C alpha = static_cast<C>(anchor.alpha), l2 = static_cast<C>(l2_wide), scale = static_cast<C>(scale_wide);
 
@@ -53,10 +53,11 @@ struct PenaltyBlock {
     if (i < count) {  // a last partial vector, padded with zeros, which add nothing
       const int64_t rest = count - i;
       alignas(64) T tail_theta[LANES] = {}, tail_hat[LANES] = {}, tail_grad[LANES] = {};
-      alignas(64) C tail_offset[LANES] = {}, tail_fisher[LANES] = {};
+      alignas(64) C tail_offset[LANES] = {};
+      alignas(64) F tail_fisher[LANES] = {};
       std::memcpy(tail_theta, theta + i, rest * sizeof(T));
       std::memcpy(tail_hat, theta_hat + i, rest * sizeof(T));
-      std::memcpy(tail_fisher, fisher + i, rest * sizeof(C));
+      std::memcpy(tail_fisher, fisher + i, rest * sizeof(F));
       if constexpr (OFFSET) std::memcpy(tail_offset, offset + i, rest * sizeof(C));
       if constexpr (MODE == PenaltyMode::add) std::memcpy(tail_grad, grad + i, rest * sizeof(T));
       step(tail_theta, tail_hat, tail_offset, tail_fisher, tail_grad, alpha, l2, scale, fisher_sum[0], square_sum[0]);
@@ -73,35 +74,42 @@ struct PenaltyBlock {
   }
 };
 
-template <class T, class C, PenaltyMode MODE, bool STREAMING>
+template <class T, class F, class C, PenaltyMode MODE, bool STREAMING>
 PenaltyBlockFunction choose_terms(bool offset, bool l2) {
   if (offset) {
-    return l2 ? PenaltyBlock<T, C, MODE, true, true, STREAMING>::run
-              : PenaltyBlock<T, C, MODE, true, false, STREAMING>::run;
+    return l2 ? PenaltyBlock<T, F, C, MODE, true, true, STREAMING>::run
+              : PenaltyBlock<T, F, C, MODE, true, false, STREAMING>::run;
   }
-  return l2 ? PenaltyBlock<T, C, MODE, false, true, STREAMING>::run
-            : PenaltyBlock<T, C, MODE, false, false, STREAMING>::run;
+  return l2 ? PenaltyBlock<T, F, C, MODE, false, true, STREAMING>::run
+            : PenaltyBlock<T, F, C, MODE, false, false, STREAMING>::run;
 }
 
-template <class T, class C>
+template <class T, class F, class C>
 PenaltyBlockFunction choose_mode(PenaltyMode mode, bool offset, bool l2, bool streaming) {
-  if (mode == PenaltyMode::value) return choose_terms<T, C, PenaltyMode::value, false>(offset, l2);
-  if (mode == PenaltyMode::add) return choose_terms<T, C, PenaltyMode::add, false>(offset, l2);
+  if (mode == PenaltyMode::value) return choose_terms<T, F, C, PenaltyMode::value, false>(offset, l2);
+  if (mode == PenaltyMode::add) return choose_terms<T, F, C, PenaltyMode::add, false>(offset, l2);
   if constexpr (sizeof(T) >= 4) {
-    if (streaming) return choose_terms<T, C, PenaltyMode::store, true>(offset, l2);
+    if (streaming) return choose_terms<T, F, C, PenaltyMode::store, true>(offset, l2);
   }
-  return choose_terms<T, C, PenaltyMode::store, false>(offset, l2);
+  return choose_terms<T, F, C, PenaltyMode::store, false>(offset, l2);
 }
 
-PenaltyBlockFunction penalty_block(Dtype dtype, PenaltyMode mode, bool offset, bool l2, bool streaming) {
-  switch (dtype) {
+template <class T>
+PenaltyBlockFunction choose_fisher(Dtype fisher, PenaltyMode mode, bool offset, bool l2, bool streaming) {
+  if (fisher == Dtype::bf16) return choose_mode<T, BFloat16, float>(mode, offset, l2, streaming);
+  return choose_mode<T, float, float>(mode, offset, l2, streaming);
+}
+
+PenaltyBlockFunction penalty_block(const PenaltyCall& call, PenaltyMode mode, bool offset, bool streaming) {
+  const bool l2 = call.l2 != 0;
+  switch (call.dtype) {
     case Dtype::f64:
-      return choose_mode<double, double>(mode, offset, l2, streaming);
+      return choose_mode<double, double, double>(mode, offset, l2, streaming);
     case Dtype::bf16:
-      return choose_mode<BFloat16, float>(mode, offset, l2, streaming);
+      return choose_fisher<BFloat16>(call.fisher_dtype, mode, offset, l2, streaming);
     case Dtype::f16:
-      return choose_mode<Half, float>(mode, offset, l2, streaming);
+      return choose_fisher<Half>(call.fisher_dtype, mode, offset, l2, streaming);
     default:
-      return choose_mode<float, float>(mode, offset, l2, streaming);
+      return choose_fisher<float>(call.fisher_dtype, mode, offset, l2, streaming);
   }
 }

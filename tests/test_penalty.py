@@ -360,10 +360,11 @@ def test_rebind_checks_names_and_shapes(anchored):
     _, wpl, _ = anchored
     with pytest.raises(NameMismatchError, match="lacks"):
         wpl.rebind(nn.Linear(5, 7))
-    other = trunk()
-    other[0] = nn.Linear(5, 8)
-    with pytest.raises(ValueError, match=r"must have shape \[7, 5\] as its anchor, got \[8, 5\]"):
-        wpl.rebind(other)
+    for smaller in (nn.Linear(5, 6), nn.Linear(4, 7), nn.Bilinear(5, 1, 7)):
+        other = trunk()
+        other[0] = smaller
+        with pytest.raises(ValueError, match=r"must have at least its anchor's shape \[7, 5\], got"):
+            wpl.rebind(other)
 
 
 # ---- state -------------------------------------------------------------------------------------------------

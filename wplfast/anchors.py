@@ -8,73 +8,161 @@ offset from there: theta_bar alone would lose what theta - theta_bar is made of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .ops.layout import flat_dtype, is_dense, packed_starts, packed_views
+from .ops.layout import flat_dtype, is_dense, packed_starts, packed_views, same_order
+
+_CHUNK = 1 << 20  # elements that a merge widens to float64 at a time
 
 
-@dataclass
-class Anchor:
-    """The state of one parameter; the tensors are views of flat buffers, in the parameter's memory order."""
+class Anchors:
+    """The anchors of some parameters; a new one holds nothing: F = 0 at the current values.
 
-    theta_hat: Tensor  # the newest anchor, in the parameter's dtype
-    fisher: Tensor  # float32 or wider
-    offset: Tensor | None = None  # theta_bar - theta_hat, once there are several anchors
-    constant: float = 0.0  # c
-
-    def merge(self, theta_hat: Tensor, fisher: Tensor, decay: float) -> Anchor:
-        """Return the exact sum of ``decay`` times this penalty and that of a newer anchor."""
-        old, new = self.fisher.double() * decay, fisher.double()
-        gap = self.theta_hat.double() - theta_hat.double()  # theta_bar - theta_hat of the newer anchor
-        if self.offset is not None:
-            gap += self.offset.double()
-        total = old + new
-        share = torch.where(total > 0, old / total, 0.0)
-        constant = decay * self.constant + float((share * new * gap.square()).sum())
-        offset = (share * gap).to(self.fisher.dtype)
-        return Anchor(theta_hat, total.to(self.fisher.dtype), offset, constant)
-
-
-def pack(anchors: Sequence[Anchor], parameters: Sequence[Tensor]) -> list[Anchor]:
-    """Lay anchors out in flat buffers, one of each kind per device and dtype, as the parameters are now.
+    All tensors are views of flat buffers, in the memory order of their parameters.
 
     Args:
-        anchors: one per parameter; any device, dtype and memory order, shapes as the parameters.
-        parameters: the parameters.
+        parameters: they give shapes, devices, dtypes and memory orders.
+        fisher_dtype: bfloat16, or None for float32; F of float64 parameters is in float64 in any case.
     """
-    packed: list[Anchor | None] = [None] * len(anchors)
-    for indices in by_kind(parameters).values():
-        chosen = [anchors[i] for i in indices]
-        like = [dense_like(parameters[i]) for i in indices]
-        _, length = packed_starts([p.numel() for p in like])
-        dtype, device = like[0].dtype, like[0].device
+
+    def __init__(self, parameters: Sequence[Tensor], fisher_dtype: torch.dtype | None = None) -> None:
+        self._fisher_dtype = fisher_dtype
+        dense = [dense_like(p) for p in parameters]
+        self.theta_hat = _buffers(dense, lambda dtype: dtype)
+        self.fisher = _buffers(dense, self._kept_as)
+        self.offset: list[Tensor] | None = None  # theta_bar - theta_hat, once there are several anchors
+        self.constant = torch.zeros(len(dense), dtype=torch.float64)  # c
+        self.bound = torch.zeros(len(dense), dtype=torch.float64)  # no entry of a parameter's F is larger
+        torch._foreach_copy_(self.theta_hat, dense)
+        self._storages = {t.untyped_storage().data_ptr() for t in (*self.theta_hat, *self.fisher)}
+
+    def fits(self, parameters: Sequence[Tensor]) -> bool:
+        """Tell whether the parameters still have the devices, dtypes and memory orders that they had."""
+        return all(
+            hat.dtype == p.dtype and hat.device == p.device and hat.shape == p.shape and same_order(hat, p)
+            for hat, p in zip(self.theta_hat, parameters, strict=True)
+        )
+
+    def moved(self, parameters: Sequence[Tensor], sources: Sequence[int] | None = None) -> Anchors:
+        """Return these anchors laid out beside other parameters.
+
+        Args:
+            parameters: they may be on other devices, of other dtypes, and larger in any dimension: what is beyond the
+                old shape is free (F = 0).
+            sources: for each, which of the old anchors it takes; default: the same position's.
+        """
+        sources = range(len(parameters)) if sources is None else sources
+        new = Anchors(parameters, self._fisher_dtype)
+        for i, source in enumerate(sources):
+            corner = tuple(slice(0, size) for size in self.fisher[source].shape)
+            new.theta_hat[i][corner] = self.theta_hat[source].to(new.theta_hat[i])
+            new.fisher[i][corner] = self.fisher[source].to(new.fisher[i])
+            if self.offset is not None:
+                new.with_offset()[i][corner] = self.offset[source].to(new.fisher[i].device)
+        new.constant, new.bound = self.constant[list(sources)], self.bound[list(sources)]
+        return new
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor lies in these buffers."""
+        return tensor.untyped_storage().data_ptr() in self._storages
+
+    def columns(self, indices: Sequence[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return theta_hat, offset (empty where there is none) and F of some parameters."""
+        offset = [] if self.offset is None else [self.offset[i] for i in indices]
+        return [self.theta_hat[i] for i in indices], offset, [self.fisher[i] for i in indices]
+
+    def constants(self, indices: Sequence[int], summed: bool, device: torch.device) -> Tensor | None:
+        """Return c of some parameters, or their sum, float64 on a device; None where all are zero."""
+        chosen = self.constant[list(indices)]
+        if not bool(chosen.any()):
+            return None
+        return (chosen.sum() if summed else chosen).to(device)
+
+    def with_offset(self) -> list[Tensor]:
+        """Return the offsets, made now if there were none."""
+        if self.offset is None:
+            self.offset = _buffers(self.theta_hat, flat_dtype)
+        return self.offset
+
+    def merge_(
+        self,
+        indices: Sequence[int],
+        theta_hat: Sequence[Tensor],
+        fisher: Sequence[Tensor],
+        weight: float,
+        decay: float,
+    ) -> bool:
+        """Make the penalty the exact sum of ``decay`` times what it is and ``weight`` times a newer one.
+
+        Args:
+            indices: of the parameters that the newer one anchors; the others keep what they have.
+            theta_hat: its anchors, on the parameters' devices.
+            fisher: its Fishers, likewise.
+            weight: factor on the newer one.
+            decay: factor on what was there.
+
+        Returns:
+            Whether buffers were exchanged, so that tables of them are out of date.
+        """
+        exchanged, offsets = self.offset is None, self.with_offset()
+        chosen, added = list(indices), []
+        for i, new_hat, new_fisher in zip(indices, theta_hat, fisher, strict=True):
+            tensors = self.theta_hat[i], self.fisher[i], offsets[i]
+            given = [_ordered(t, self.theta_hat[i]) for t in (new_hat, new_fisher)]
+            parts = zip(*(_run(t).split(_CHUNK) for t in (*tensors, *given)), strict=True)
+            terms = [_merge_run(a, b, c, d, e, weight, decay) for a, b, c, d, e in parts]
+            added.append(torch.stack(terms).sum())
+        self.constant[chosen] = decay * self.constant[chosen] + torch.stack([term.cpu() for term in added])
+        return exchanged
+
+    def replace_(
+        self,
+        indices: Sequence[int],
+        theta_hat: Sequence[Tensor],
+        fisher: Sequence[Tensor],
+        weight: float,
+        decay: float,
+    ) -> bool:
+        """Make F the sum of ``decay`` times what it is and ``weight`` times a newer one, around the newer anchor alone.
+
+        Arguments and result are those of :meth:`merge_`.
+        """
+        old = [self.fisher[i] for i in indices]
+        wide = [f.float() if f.dtype == torch.bfloat16 else f for f in old]  # rounded once
+        torch._foreach_mul_(wide, decay)
+        torch._foreach_add_(wide, list(fisher), alpha=weight)
+        torch._foreach_copy_(old, wide)
+        torch._foreach_copy_([self.theta_hat[i] for i in indices], list(theta_hat))
+        self.constant[list(indices)] = 0
+        if self.offset is None:
+            return False
+        if len(indices) == len(self.fisher):
+            self.offset = None
+            return True
+        torch._foreach_zero_([self.offset[i] for i in indices])
+        return False
+
+    def clip_(self, indices: Sequence[int], max_norm: float) -> None:
+        """Scale the penalty of each parameter whose F has a larger Euclidean norm down to it."""
+        chosen = list(indices)
+        for positions in by_kind(self.fisher[i] for i in chosen).values():
+            fisher = [self.fisher[chosen[k]] for k in positions]
+            norms = torch.stack(torch._foreach_norm(fisher, 2, dtype=torch.float64))
+            factors = (max_norm / norms).clamp_(max=1.0)  # of F = 0 too: 1 / 0 is inf
+            torch._foreach_mul_(fisher, list(factors.unbind()))
+            if bool(self.constant.any()):
+                self.constant[[chosen[k] for k in positions]] *= factors.cpu()
+
+    def _kept_as(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of F for parameters of a dtype."""
         wide = flat_dtype(dtype)
-        several = any(anchor.offset is not None for anchor in chosen)
-        columns: list[list[Tensor]] = []
-        for values, kind in (
-            ([anchor.theta_hat for anchor in chosen], dtype),
-            ([anchor.fisher for anchor in chosen], wide),
-            ([anchor.offset for anchor in chosen] if several else None, wide),
-        ):
-            if values is None:
-                columns.append([])
-                continue
-            views = packed_views(torch.zeros(length, dtype=kind, device=device), like)
-            for view, value in zip(views, values, strict=True):
-                if value is not None:
-                    view.copy_(value)
-            columns.append(views)
-        for position, i in enumerate(indices):
-            offset = columns[2][position] if several else None
-            packed[i] = Anchor(columns[0][position], columns[1][position], offset, anchors[i].constant)
-    return [anchor for anchor in packed if anchor is not None]
+        return wide if wide == torch.float64 or self._fisher_dtype is None else self._fisher_dtype
 
 
-def by_kind(parameters: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+def by_kind(parameters: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
     """Group indices by device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, parameter in enumerate(parameters):
@@ -88,70 +176,46 @@ def dense_like(parameter: Tensor) -> Tensor:
     return parameter if is_dense(parameter) else parameter.contiguous()
 
 
-def nothing(parameter: Tensor) -> Anchor:
-    """Return an anchor that does not hold: F = 0 at the current value."""
-    return Anchor(parameter.detach(), torch.zeros_like(parameter, dtype=flat_dtype(parameter.dtype)))
+def _buffers(like: Sequence[Tensor], dtype_of: Callable[[torch.dtype], torch.dtype]) -> list[Tensor]:
+    """Return a zeroed tensor for each dense one, of its shape and memory order: views of one buffer per kind."""
+    found: dict[int, Tensor] = {}
+    for (device, dtype), indices in by_kind(like).items():
+        chosen = [like[i] for i in indices]
+        _, length = packed_starts([t.numel() for t in chosen])
+        flat = torch.zeros(length, dtype=dtype_of(dtype), device=device)
+        found |= dict(zip(indices, packed_views(flat, chosen), strict=True))
+    return [found[i] for i in range(len(like))]
 
 
-#: Version of the keys that ``to_state`` writes.
-STATE_VERSION = 1
+def _ordered(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in another one's memory order, copied if need be."""
+    if is_dense(tensor) and same_order(tensor, like):
+        return tensor
+    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=like.device).copy_(tensor)
 
 
-def to_state(names: Sequence[str], anchors: Sequence[Anchor], n_anchors: int) -> dict[str, Tensor]:
-    """Return anchors as named tensors: what a state_dict or a file holds."""
-    state = {"version": torch.tensor(STATE_VERSION), "n_anchors": torch.tensor(n_anchors)}
-    for name, anchor in zip(names, anchors, strict=False):
-        state[f"fisher.{name}"] = anchor.fisher
-        state[f"theta_hat.{name}"] = anchor.theta_hat
-        if anchor.offset is not None:
-            state[f"offset.{name}"] = anchor.offset
-    if anchors:
-        state["constant"] = torch.tensor([anchor.constant for anchor in anchors], dtype=torch.float64)
-    return state
+def _run(tensor: Tensor) -> Tensor:
+    """View a dense tensor as one dimension, in the order of its memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
-@dataclass
-class Restored:
-    """What a state held: anchors (None if there were none), or what is wrong with it."""
-
-    anchors: list[Anchor] | None
-    n_anchors: int
-    missing: list[str]
-    unexpected: list[str]
-    errors: list[str]
-
-    @property
-    def whole(self) -> bool:
-        """Tell whether it can be taken over."""
-        return not (self.missing or self.unexpected or self.errors)
-
-
-def from_state(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Restored:
-    """Read what ``to_state`` wrote, strictly by name and shape.
-
-    Args:
-        state: the named tensors.
-        shapes: the parameters' shapes by name.
-    """
-    wanted = {"version", "n_anchors"}
-    if "constant" in state or int(state.get("n_anchors", torch.tensor(0))):
-        wanted |= {f"{kind}.{name}" for kind in ("fisher", "theta_hat") for name in shapes} | {"constant"}
-    missing = sorted(wanted - state.keys())
-    unexpected = sorted(state.keys() - wanted - {f"offset.{name}" for name in shapes})
-    errors = []
-    if "version" in state and int(state["version"]) != STATE_VERSION:
-        errors.append(f"the penalty's state must be of version {STATE_VERSION}, got {int(state['version'])}")
-    for name, shape in shapes.items():
-        for kind in ("fisher", "theta_hat", "offset"):
-            tensor = state.get(f"{kind}.{name}")
-            if tensor is not None and tensor.shape != shape:
-                errors.append(
-                    f"{kind}[{name!r}] must have shape {list(shape)} as its parameter, got {list(tensor.shape)}"
-                )
-    restored = Restored(None, int(state.get("n_anchors", torch.tensor(0))), missing, unexpected, errors)
-    if restored.whole and "constant" in state:
-        restored.anchors = [
-            Anchor(state[f"theta_hat.{n}"], state[f"fisher.{n}"], state.get(f"offset.{n}"), float(c))
-            for n, c in zip(shapes, state["constant"], strict=True)
-        ]
-    return restored
+def _merge_run(
+    theta_hat: Tensor,
+    fisher: Tensor,
+    offset: Tensor,
+    new_hat: Tensor,
+    new_fisher: Tensor,
+    weight: float,
+    decay: float,
+) -> Tensor:
+    """Merge one run in place, in float64 throughout; return what it adds to c, 0-d."""
+    rounded = new_hat.to(theta_hat.dtype)
+    old, new = fisher.double().mul_(decay), new_fisher.double() * weight
+    gap = (theta_hat.double() + offset).sub_(rounded)  # theta_bar - theta_hat of the newer anchor
+    total = old + new
+    share = torch.where(total > 0, old / total, 0.0)
+    added = (share * new).mul_(gap).mul_(gap).sum()
+    theta_hat.copy_(rounded)
+    fisher.copy_(total)
+    offset.copy_(share.mul_(gap))
+    return added

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,29 +13,63 @@ from .fisher import Fisher
 from .parameters import check_names
 
 
+@dataclass
+class Found:
+    """What was found for each parameter: its name there, the tensor, its least and its largest entry (0 if empty)."""
+
+    keys: list[str]
+    tensors: list[Tensor]
+    low: list[float]
+    high: list[float]
+
+
 def look_up(
     mapping: Mapping[str, Tensor],
     names: Sequence[str],
-    theta: Sequence[Tensor],
-    index: Mapping[str, int],
+    parameters: Sequence[Tensor],
     what: str,
     prefix: str,
-) -> dict[str, Tensor]:
-    """Find every name's tensor, by the identity of its parameter, then by name; check shapes and values."""
-    by_identity = mapping.names_of(theta) if isinstance(mapping, Fisher) and not prefix else {}
-    keys = {name: by_identity.get(index[name], prefix + name) for name in names}
-    check_names(mapping, keys.values(), what)
-    found = {}
-    for name, key in keys.items():
-        tensor, shape = mapping[key], theta[index[name]].shape
+) -> Found:
+    """Find every parameter's tensor, by the identity of the parameter, then by name.
+
+    Args:
+        mapping: tensors by name, on any device.
+        names: of the parameters.
+        parameters: they give shapes, and devices that the tensors are brought to.
+        what: is looked up, for error messages.
+        prefix: put before every name.
+
+    Raises:
+        NameMismatchError: if a name is missing.
+        ValueError: if something found is no floating point tensor of the parameter's shape.
+        NonFiniteError: if a tensor has NaN or inf.
+    """
+    by_identity = mapping.names_of(parameters) if isinstance(mapping, Fisher) and not prefix else {}
+    keys = [by_identity.get(index, prefix + name) for index, name in enumerate(names)]
+    check_names(mapping, keys, what)
+    tensors = []
+    for key, parameter in zip(keys, parameters, strict=True):
+        tensor, shape = mapping[key], parameter.shape
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.shape != shape:
             got = f"{tensor.dtype}{list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{what}[{key!r}] must be floating point of shape {list(shape)}, got {got}")
+        tensors.append(tensor.detach().to(parameter.device))
+    low, high = _extremes(tensors)
+    for key, least, largest in zip(keys, low, high, strict=True):
+        if not (float("-inf") < least and largest < float("inf")):  # NaN passes through aminmax
+            raise NonFiniteError(f"{what}[{key!r}] has NaN or inf")
+    return Found(keys, tensors, low, high)
+
+
+def _extremes(tensors: Sequence[Tensor]) -> tuple[list[float], list[float]]:
+    """Return every tensor's least and largest entry, with one synchronisation for each device."""
+    low, high = [0.0] * len(tensors), [0.0] * len(tensors)
+    devices: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
         if tensor.numel():
-            low, high = tensor.detach().aminmax()
-            if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                raise NonFiniteError(f"{what}[{key!r}] has NaN or inf")
-            if what == "fisher" and bool(low < 0):
-                raise ValueError(f"fisher[{key!r}] must not be negative, got a least entry of {low.item():g}")
-        found[name] = tensor.detach()
-    return found
+            devices.setdefault(tensor.device, []).append(index)
+    for indices in devices.values():
+        pairs = [torch.stack(tensors[index].aminmax()).double() for index in indices]
+        for index, (least, largest) in zip(indices, torch.stack(pairs).tolist(), strict=True):
+            low[index], high[index] = least, largest
+    return low, high

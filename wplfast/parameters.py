@@ -67,7 +67,8 @@ def check_names(given: Iterable[str], wanted: Iterable[str], what: str) -> None:
         NameMismatchError: if one is missing; the message lists both sides and suggests a prefix that would match.
     """
     given, wanted = list(given), list(wanted)
-    missing = [name for name in wanted if name not in set(given)]
+    have = set(given)
+    missing = [name for name in wanted if name not in have]
     if not missing:
         return
     lines = [f"{what} lacks {len(missing)} of {len(wanted)} names: {_some(missing)}; it has {_some(given)}"]

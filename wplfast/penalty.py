@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, storage
-from .anchors import Anchor, Restored, from_state, nothing, pack, to_state
+from .anchor_state import Faults, faults, from_state, has_anchors, to_state
+from .anchors import Anchors
 from .coefficients import Alpha, alpha_tensor
+from .consolidation import Normalization, Options, Rule, consolidate_
 from .errors import NameMismatchError, StaleParameterError
-from .lookup import look_up
 from .parameters import Params, check_names, device_of, named
-from .tables import Group, add_grad_, build, unchanged, value_of
+from .tables import Table, Tables
 
-_MAX_TABLES = 32  # active sets whose tables are kept
+#: A change of F by less than half a unit in bfloat16's last place (2^-9) is rounded away.
+_LEAST_BFLOAT16_RATE = 2**-7
 
 
 class WeightPlasticityLoss(nn.Module):
@@ -34,10 +35,13 @@ class WeightPlasticityLoss(nn.Module):
             matches all). What counts is alpha times F, so search over ``alpha * fisher.flat.mean()``, by decades around
             1. An F made of squared batch gradients is smaller by up to the batch size, and its alpha larger.
         l2: strength of a plain weight decay term over the same parameters.
+        fisher_dtype: how F is kept: float32 (the default), or bfloat16, which halves its memory and traffic and rounds
+            every entry by up to 2^-9 = 0.2%, once for each :meth:`consolidate`. F of float64 parameters is float64.
 
     Raises:
         TypeError: if params is of no known form.
-        ValueError: if params is empty, alpha or l2 is negative or not finite, or a parameter matches no prefix.
+        ValueError: if params is empty, alpha or l2 is negative or not finite, a parameter matches no prefix, or
+            fisher_dtype is another one.
 
     Example:
         >>> import torch, wplfast
@@ -55,7 +59,9 @@ class WeightPlasticityLoss(nn.Module):
     one model it is EWC, arXiv:1612.00796.
     """
 
-    def __init__(self, params: Params, alpha: Alpha = 1.0, *, l2: float = 0.0) -> None:
+    def __init__(
+        self, params: Params, alpha: Alpha = 1.0, *, l2: float = 0.0, fisher_dtype: torch.dtype | None = None
+    ) -> None:
         """See the class."""
         super().__init__()
         if not 0 <= l2 < float("inf"):
@@ -66,9 +72,10 @@ class WeightPlasticityLoss(nn.Module):
         self._index = {name: i for i, name in enumerate(self._names)}
         self._l2_value = float(l2)
         self._alpha_values: Tensor = alpha_tensor(alpha, self._names, device_of(self._bound()))
-        self._anchors: list[Anchor] | None = None
+        self._fisher_dtype = _checked_fisher_dtype(fisher_dtype)
+        self._anchors: Anchors | None = None
         self._n_anchors = 0
-        self._tables: OrderedDict[tuple[str, ...] | None, list[Group]] = OrderedDict()
+        self._tables = Tables()
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -88,7 +95,7 @@ class WeightPlasticityLoss(nn.Module):
         """
         if self._anchors is None:
             return self._decay_term(active)
-        return functional.total([value_of(group) for group in self._groups(active)])
+        return functional.total([table.value() for table in self._active_tables(active)])
 
     def add_grad_(self, scale: float | Tensor = 1.0, active: Sequence[str] | None = None) -> Tensor:
         """Add ``scale`` times the penalty's gradient to the parameters' ``.grad`` in one pass, without a graph.
@@ -111,20 +118,27 @@ class WeightPlasticityLoss(nn.Module):
         with torch.no_grad():
             if self._anchors is None:
                 return self._add_decay_(scale, active)
-            return functional.total([add_grad_(group, scale) for group in self._groups(active)])
+            return functional.total([table.add_grad_(scale) for table in self._active_tables(active)])
 
     def subset(self, names: Sequence[str]) -> Subset:
         """Return a handle to the penalty over some parameters, for hot loops.
 
+        Args:
+            names: of the parameters; each once.
+
+        Returns:
+            A callable with ``add_grad_``, like the penalty itself.
+
         Raises:
             NameMismatchError: if a name is unknown.
         """
-        check_names(self._names, names, "the penalty")
-        return Subset(self, tuple(names))
+        handle = Subset(self, tuple(self._chosen(names)))
+        if self._anchors is not None:
+            self._active_tables(handle.names)
+        return handle
 
     # ---- anchors ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def consolidate(
         self,
         fisher: Mapping[str, Tensor],
@@ -132,9 +146,11 @@ class WeightPlasticityLoss(nn.Module):
         theta_hat: Mapping[str, Tensor] | None = None,
         weight: float = 1.0,
         decay: float = 1.0,
-        anchor: Literal["merge", "replace"] = "merge",
+        anchor: Rule = "merge",
         active: Sequence[str] | None = None,
         prefix: str = "",
+        normalize: Normalization | None = None,
+        clip_norm: float | None = None,
     ) -> None:
         """Anchor the parameters where they are now, with a Fisher that says how much each one matters.
 
@@ -145,72 +161,133 @@ class WeightPlasticityLoss(nn.Module):
             weight: factor on this Fisher.
             decay: factor on what was there before.
             anchor: ``"merge"``: the penalty becomes the exact sum of decay times the old one and the new one, at the
-                cost of one. ``"replace"``: one anchor, the newest, with the decayed sum of Fishers (online EWC, and the
-                rule of arXiv:1902.08232 for architecture search).
-            active: names to consolidate; all others keep what they have.
+                cost of one. ``"replace"``: one anchor, the newest, with the decayed sum of Fishers: online EWC
+                (Schwarz et al., Progress & Compress, arXiv:1805.06370, with decay for its gamma).
+            active: names to consolidate; all others keep what they have, and cost nothing.
             prefix: put before every name when it is looked up.
+            normalize: ``"trace"`` divides this Fisher by the mean of its entries (its trace over their number), so that
+                alpha is the mean curvature; ``"max"`` by the largest, as importances scaled to [0, 1] (Chaudhry et al.,
+                arXiv:1801.10112). Both over all names that are consolidated; tasks whose losses have different scales
+                then count alike (arXiv:1805.06370). Default: as it is.
+            clip_norm: the most that the Euclidean norm of a parameter's F may be afterwards; larger ones are scaled
+                down, each parameter for itself, as the code of arXiv:1902.08232 does.
 
         Raises:
             NameMismatchError: if a name is missing.
-            ValueError: if a shape does not fit, a Fisher is negative, or an option is out of range.
+            ValueError: if a shape does not fit, a Fisher is negative or more than its dtype holds, or an option is out
+                of range.
             NonFiniteError: if a Fisher or an anchor has NaN or inf.
         """
-        if anchor not in ("merge", "replace"):
-            raise ValueError(f"anchor must be 'merge' or 'replace', got {anchor!r}")
-        for what, value in (("weight", weight), ("decay", decay)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{what} must be finite and not negative, got {value}")
+        options = Options(weight, decay, anchor, normalize, clip_norm)
         names = self._chosen(active)
-        theta = self._bound()
-        importance = look_up(fisher, names, theta, self._index, "fisher", prefix)
-        values = None if theta_hat is None else look_up(theta_hat, names, theta, self._index, "theta_hat", prefix)
-        anchors = self._current_anchors()
-        for name in names:
-            index = self._index[name]
-            old, dtype = anchors[index], anchors[index].fisher.dtype
-            new_fisher = importance[name].to(old.fisher.device, dtype) * weight
-            new_hat = theta[index].detach() if values is None else values[name].to(old.theta_hat)
-            if anchor == "merge" and self._anchors is not None:
-                anchors[index] = old.merge(new_hat, new_fisher, decay)
-            else:
-                anchors[index] = Anchor(new_hat, old.fisher * decay + new_fisher)
-        self._set_anchors(anchors, 1 if anchor == "replace" else self._n_anchors + 1)
+        with torch.inference_mode(False), torch.no_grad():
+            anchors, first = self._current_anchors(), self._anchors is None
+            indices = [self._index[name] for name in names]
+            theta = [self._bound()[i] for i in indices]
+            outdated = consolidate_(anchors, indices, names, theta, fisher, theta_hat, prefix, options, first)
+        self._anchors, self._n_anchors = anchors, 1 if anchor == "replace" else self._n_anchors + 1
+        if outdated or first:
+            self._refresh_tables()
+
+    def update(
+        self,
+        fisher: Mapping[str, Tensor],
+        rate: float = 0.9,
+        *,
+        theta_hat: Mapping[str, Tensor] | None = None,
+        active: Sequence[str] | None = None,
+        prefix: str = "",
+        normalize: Normalization | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        """Let a running Fisher take in a new one: ``F <- (1 - rate) F + rate F_new``, anchored at the current values.
+
+        This is the rule for architecture search, where one sub-network after the other trains the shared parameters:
+        each update names its sub-network as ``active``, and all other parameters keep F and anchor. It is
+        :meth:`consolidate` with ``anchor="replace", weight=rate, decay=1 - rate``, whose other arguments it shares.
+
+        Args:
+            fisher: of the newest model.
+            rate: how much of it enters, in (0, 1].
+            theta_hat: anchors by name; default: the current values.
+            active: names to update.
+            prefix: put before every name when it is looked up.
+            normalize: scale the new Fisher first.
+            clip_norm: the most that the norm of a parameter's F may be afterwards.
+
+        Raises:
+            NameMismatchError: if a name is missing.
+            ValueError: as :meth:`consolidate`; and if the rate is not in (0, 1], or so small that F in bfloat16 would
+                not move.
+            NonFiniteError: if a Fisher or an anchor has NaN or inf.
+
+        Source: arXiv:1902.08232, whose code has lambda_fisher for the rate (0.9) and fisher_clip_by_norm for clip_norm.
+        """
+        if not 0 < rate <= 1:
+            raise ValueError(f"rate must be in (0, 1], got {rate}")
+        if self._fisher_dtype == torch.bfloat16 and rate < _LEAST_BFLOAT16_RATE:
+            raise ValueError(f"F in bfloat16 would not move at a rate below {_LEAST_BFLOAT16_RATE}, got {rate}")
+        self.consolidate(
+            fisher,
+            theta_hat=theta_hat,
+            weight=rate,
+            decay=1 - rate,
+            anchor="replace",
+            active=active,
+            prefix=prefix,
+            normalize=normalize,
+            clip_norm=clip_norm,
+        )
 
     def reset(self) -> None:
         """Forget all anchors; alpha and l2 stay."""
         self._anchors, self._n_anchors = None, 0
         self._tables.clear()
 
-    def rebind(self, params: Params) -> None:
-        """Refer to other tensors by the same names, for instance after loading a model or unpickling.
+    def rebind(self, params: Params, *, missing: Literal["error", "drop"] = "error") -> None:
+        """Refer to other tensors by the same names: after loading or unpickling, or when the model grew.
+
+        A parameter may have become larger in any dimension, as a classifier's head does with new classes: its old
+        entries keep their anchor, new ones are free (F = 0).
 
         Args:
-            params: holds every name of this penalty, with the same shapes; other names are ignored.
+            params: tensors by name; names that this penalty does not know are ignored.
+            missing: what to do about names that params lacks: raise an error, or drop them from the penalty.
 
         Raises:
-            NameMismatchError: if a name is missing.
-            ValueError: if a shape differs.
+            NameMismatchError: if a name is missing, or none is left.
+            ValueError: if a parameter became smaller or has another number of dimensions.
         """
+        if missing not in ("error", "drop"):
+            raise ValueError(f"missing must be 'error' or 'drop', got {missing!r}")
         parameters = named(params)
-        check_names(parameters, self._names, "params")
-        theta = [parameters[name] for name in self._names]
-        for name, parameter, anchor in zip(self._names, theta, self._anchors or (), strict=False):
-            if parameter.shape != anchor.fisher.shape:
-                expected, got = list(anchor.fisher.shape), list(parameter.shape)
-                raise ValueError(f"params[{name!r}] must have shape {expected} as its anchor, got {got}")
-        self._theta = theta
-        if self._anchors is not None:
-            self._set_anchors(self._anchors, self._n_anchors)
+        sources = [i for i, name in enumerate(self._names) if name in parameters]
+        if missing == "error" or not sources:
+            check_names(parameters, self._names, "params")
+        names = [self._names[i] for i in sources]
+        theta = [parameters[name] for name in names]
+        anchors = self._anchors
+        if anchors is not None:
+            for name, parameter, source in zip(names, theta, sources, strict=True):
+                old, new = list(anchors.fisher[source].shape), list(parameter.shape)
+                if len(new) != len(old) or any(a < b for a, b in zip(new, old, strict=True)):
+                    raise ValueError(f"params[{name!r}] must have at least its anchor's shape {old}, got {new}")
+            anchors = anchors.moved(theta, sources)
+        if self._alpha_values.dim() == 1:
+            self._alpha_values = self._alpha_values[sources]
+        self._anchors, self._theta, self._names = anchors, theta, names
+        self._index = {name: i for i, name in enumerate(names)}
+        self._refresh_tables()
 
     @property
     def fisher(self) -> dict[str, Tensor]:
         """The accumulated Fisher by name (views; do not write to them); empty before the first consolidate."""
-        return {name: anchor.fisher for name, anchor in zip(self._names, self._anchors or (), strict=False)}
+        return {} if self._anchors is None else dict(zip(self._names, self._anchors.fisher, strict=True))
 
     @property
     def theta_hat(self) -> dict[str, Tensor]:
         """The newest anchor by name (views; do not write to them); empty before the first consolidate."""
-        return {name: anchor.theta_hat for name, anchor in zip(self._names, self._anchors or (), strict=False)}
+        return {} if self._anchors is None else dict(zip(self._names, self._anchors.theta_hat, strict=True))
 
     @property
     def n_anchors(self) -> int:
@@ -229,14 +306,13 @@ class WeightPlasticityLoss(nn.Module):
     def alpha(self, value: Alpha) -> None:
         values = alpha_tensor(value, self._names, device_of(self._bound()))
         same_form = values.shape == self._alpha_values.shape
-        for group in (group for groups in self._tables.values() for group in groups):
-            if same_form:
-                group.alpha.copy_(values if values.dim() == 0 else values[group.indices])
         if same_form:
             self._alpha_values.copy_(values)
+            for table in self._tables:
+                table.alpha.copy_(values if values.dim() == 0 else values[table.indices])
         else:
             self._alpha_values = values
-            self._tables.clear()
+            self._refresh_tables()
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -291,17 +367,18 @@ class WeightPlasticityLoss(nn.Module):
 
     def _state(self) -> dict[str, Tensor]:
         """Return the anchors as named tensors."""
-        return to_state(self._names, self._anchors or (), self._n_anchors)
+        return to_state(self._names, self._anchors, self._n_anchors)
 
-    def _restore(self, state: Mapping[str, Tensor]) -> Restored:
+    def _restore(self, state: Mapping[str, Tensor]) -> Faults:
         """Take anchors over unless something is wrong with them."""
-        theta = self._bound()
-        restored = from_state(state, dict(zip(self._names, (p.shape for p in theta), strict=True)))
-        if restored.whole:
-            self.reset()
-            if restored.anchors is not None:
-                self._set_anchors(restored.anchors, restored.n_anchors)
-        return restored
+        parameters = dict(zip(self._names, self._bound(), strict=True))
+        found = faults(state, {name: p.shape for name, p in parameters.items()})
+        if not found:
+            with torch.inference_mode(False), torch.no_grad():
+                anchors = from_state(state, parameters, self._fisher_dtype) if has_anchors(state) else None
+            self._anchors, self._n_anchors = anchors, int(state["n_anchors"])
+            self._refresh_tables()
+        return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> WeightPlasticityLoss:
         """Ignore ``.to`` and the like: the anchors follow the parameters, and F keeps its dtype."""
@@ -310,7 +387,7 @@ class WeightPlasticityLoss(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle names and anchors, not the parameters: a copy elsewhere must be bound to parameters there."""
         state = self.__dict__.copy()
-        state["_theta"], state["_tables"] = None, OrderedDict()
+        state["_theta"], state["_tables"] = None, Tables()
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightPlasticityLoss:
@@ -320,10 +397,10 @@ class WeightPlasticityLoss(nn.Module):
         state = self.__dict__.copy()
         theta = self._theta
         state["_theta"] = None if theta is None else [memo.get(id(p), p) for p in theta]
-        state["_alpha_values"], state["_tables"] = self._alpha_values.clone(), OrderedDict()
+        state["_alpha_values"], state["_tables"] = self._alpha_values.clone(), Tables()
         copy.__dict__.update(state)
-        if copy._anchors is not None and copy._theta is not None:
-            copy._anchors = pack(copy._anchors, copy._theta)
+        if self._anchors is not None:
+            copy._anchors = self._anchors.moved(self._anchors.theta_hat if copy._theta is None else copy._theta)
         return copy
 
     def extra_repr(self) -> str:
@@ -335,41 +412,28 @@ class WeightPlasticityLoss(nn.Module):
 
     # ---- tables ----------------------------------------------------------------------------------------------------
 
-    def _groups(self, active: Sequence[str] | None) -> list[Group]:
+    def _active_tables(self, active: Sequence[str] | None) -> list[Table]:
         """Return the tables of an active set, after checking that the parameters are where they were."""
         key = None if active is None else tuple(active)
-        groups = self._tables.get(key)
-        if torch.compiler.is_compiling() and groups is not None:
-            return groups  # addresses cannot be looked at while tracing; shapes and dtypes are guarded
-        if groups is not None:
-            if all(unchanged(group) for group in groups):
-                self._tables.move_to_end(key)
-                return groups
-            self._follow()
-        anchors, indices = self._anchors, [self._index[name] for name in self._chosen(active)]
-        assert anchors is not None
-        groups = self._tables[key] = build(indices, self._bound(), anchors, self._alpha_values, self._l2_value)
-        if len(self._tables) > _MAX_TABLES:
-            self._tables.popitem(last=False)
-        return groups
+        return self._tables.find(key) or self._make_tables(key, self._chosen(active))
 
-    def _follow(self) -> None:
-        """Bring the anchors to where the parameters are now."""
-        anchors, theta = self._anchors, self._bound()
-        assert anchors is not None
-        for name, parameter, anchor in zip(self._names, theta, anchors, strict=True):
-            if parameter.shape != anchor.fisher.shape:
-                expected, got = list(anchor.fisher.shape), list(parameter.shape)
-                raise StaleParameterError(
-                    f"{name!r} had shape {expected} when it was anchored and now has {got}; use rebind or reset"
-                )
-        self._set_anchors(anchors, self._n_anchors)
+    def _make_tables(self, key: tuple[str, ...] | None, names: Sequence[str]) -> list[Table]:
+        """Make the tables of an active set, from anchors beside the parameters."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError("evaluate this active set once before it is compiled: addresses cannot be traced")
+        indices = [self._index[name] for name in names]
+        with torch.inference_mode(False):
+            anchors = self._current_anchors()
+            return self._tables.make(key, indices, self._bound(), anchors, self._alpha_values, self._l2_value)
 
-    def _set_anchors(self, anchors: Sequence[Anchor], n_anchors: int) -> None:
-        """Lay the anchors out beside the parameters and make the table of all of them."""
-        self._anchors, self._n_anchors = pack(anchors, self._bound()), n_anchors
-        self._tables.clear()
-        self._groups(None)
+    def _refresh_tables(self) -> None:
+        """Make the tables of all known active sets anew, so that compiled code need not."""
+        keys = self._tables.clear()
+        if self._anchors is not None and self._theta is not None:
+            for key in (*keys, *(() if None in keys else (None,))):
+                names = self._names if key is None else key
+                if all(name in self._index for name in names):
+                    self._make_tables(key, names)
 
     def _bound(self) -> list[Tensor]:
         """Return the parameters.
@@ -392,13 +456,25 @@ class WeightPlasticityLoss(nn.Module):
             raise ValueError("active must name each parameter once")
         return list(active)
 
-    def _current_anchors(self) -> list[Anchor]:
-        """Return the anchors; for a penalty without any, those of F = 0."""
+    def _current_anchors(self) -> Anchors:
+        """Return the anchors, brought to where the parameters are now; new ones if there are none yet.
+
+        Raises:
+            StaleParameterError: if a parameter changed its shape.
+        """
+        theta = self._bound()
         if self._anchors is None:
-            return pack([nothing(p) for p in self._bound()], self._bound())
-        if not all(unchanged(group) for group in self._groups(None)):
-            self._follow()
-        return list(self._anchors)
+            return Anchors(theta, self._fisher_dtype)
+        if not self._anchors.fits(theta):
+            for name, parameter, fisher in zip(self._names, theta, self._anchors.fisher, strict=True):
+                if parameter.shape != fisher.shape:
+                    expected, got = list(fisher.shape), list(parameter.shape)
+                    raise StaleParameterError(
+                        f"{name!r} had shape {expected} when it was anchored and now has {got}; use rebind or reset"
+                    )
+            self._anchors = self._anchors.moved(theta)
+            self._tables.clear()
+        return self._anchors
 
     # ---- before the first anchor -----------------------------------------------------------------------------------
 
@@ -418,6 +494,13 @@ class WeightPlasticityLoss(nn.Module):
                     step = parameter.detach() * (self._l2_value * scale)
                     parameter.grad = step.to(parameter) if parameter.grad is None else parameter.grad.add_(step)
         return self._decay_term(active)
+
+
+def _checked_fisher_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return bfloat16, or None for the default."""
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"fisher_dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+    return dtype if dtype == torch.bfloat16 else None
 
 
 class Subset:

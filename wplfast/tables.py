@@ -1,132 +1,121 @@
-"""Tables: the lists that the penalty operators take, built once and checked at every call.
+"""Tables: what the penalty is evaluated on, made once and checked at every call.
 
 Parameters stay where the user's optimizer has them; a table refers to them and to the anchors' flat buffers. PyTorch
 lets a parameter's memory be exchanged silently (``.to``, ``.double``, ``p.data = ...``), so every call compares
-address, dtype, device, shape and stride with what the table was built on.
+address, dtype, device, shape and stride with what the table was made from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from . import functional
-from .anchors import Anchor, by_kind, dense_like
+from . import backends
+from .anchors import Anchors, by_kind
+from .autograd import differentiable
 from .coefficients import scalar
 from .ops.layout import is_dense
+from .ops.prepared import ParameterWatch, PreparedPenalty, Watch
 
-#: Address, dtype, device, shape and stride: what a table was built on.
-Signature: TypeAlias = tuple[int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
-
-
-def signature(parameter: Tensor) -> Signature:
-    """Return what must not have changed since a table was built."""
-    return (parameter.data_ptr(), parameter.dtype, parameter.device, parameter.shape, parameter.stride())
+_MAX_TABLES = 32  # active sets whose tables are kept
 
 
-@dataclass
-class Group:
-    """Parameters of one device and dtype: the lists that the penalty operators take."""
-
-    indices: list[int]
-    theta: list[Tensor]
-    theta_hat: list[Tensor]
-    offset: list[Tensor]
-    fisher: list[Tensor]
-    alpha: Tensor
-    l2: Tensor
-    one: Tensor
-    constant: Tensor | None  # sum of alpha_p c_p needs alpha: c, 0-d or per parameter as alpha is
-    signatures: list[Signature]
-    sparse: list[int] = field(default_factory=list)  # positions of parameters with gaps in memory
-
-
-def build(
-    indices: Sequence[int], theta: Sequence[Tensor], anchors: Sequence[Anchor], alpha: Tensor, l2: float
-) -> list[Group]:
-    """Make the tables of an active set.
+class Table:
+    """Parameters of one device and dtype, with their anchors.
 
     Args:
-        indices: the active parameters.
+        indices: which of all parameters.
         theta: all parameters.
-        anchors: all anchors, packed.
+        anchors: of all parameters.
         alpha: 0-d, or one entry for each of all parameters.
         l2: strength of the weight decay term.
     """
-    groups = []
-    for (device, _), positions in by_kind([theta[i] for i in indices]).items():
-        chosen = [indices[position] for position in positions]
-        several = any(anchors[i].offset is not None for i in chosen)
-        own_alpha = alpha if alpha.dim() == 0 else alpha[chosen]
-        constants = torch.tensor([anchors[i].constant for i in chosen], dtype=torch.float64, device=device)
-        groups.append(
-            Group(
-                indices=chosen,
-                theta=[theta[i] for i in chosen],
-                theta_hat=[anchors[i].theta_hat for i in chosen],
-                offset=[offset for i in chosen if (offset := anchors[i].offset) is not None],
-                fisher=[anchors[i].fisher for i in chosen],
-                alpha=own_alpha.to(device, copy=True),
-                l2=scalar(l2, device),
-                one=scalar(1.0, device),
-                constant=(constants.sum() if alpha.dim() == 0 else constants) if several else None,
-                signatures=[signature(theta[i]) for i in chosen],
-                sparse=[k for k, i in enumerate(chosen) if not is_dense(theta[i])],
-            )
-        )
-    return groups
 
+    def __init__(
+        self, indices: Sequence[int], theta: Sequence[Tensor], anchors: Anchors, alpha: Tensor, l2: float
+    ) -> None:
+        self.indices = list(indices)
+        self._theta = [theta[i] for i in indices]
+        device = self._theta[0].device
+        self.alpha = (alpha if alpha.dim() == 0 else alpha[self.indices]).to(device, copy=True)
+        self._one = scalar(1.0, device)
+        self._coefficients = self.alpha, scalar(l2, device), anchors.constants(indices, alpha.dim() == 0, device)
+        self._columns = anchors.columns(indices)
+        self._gaps = any(not is_dense(p) for p in self._theta)
+        kind = PreparedPenalty if self._gaps else backends.prepared_penalty(device.type)
+        self._prepared = kind(self._theta, *self._columns, *self._coefficients)
+        self._watch: Watch = ParameterWatch(self._theta) if self._gaps else self._prepared.watch()
 
-def unchanged(group: Group) -> bool:
-    """Tell whether the parameters of a table are what and where they were."""
-    for p, (address, dtype, device, shape, stride) in zip(group.theta, group.signatures, strict=True):
-        if p.data_ptr() != address or p.dtype != dtype or p.stride() != stride or p.shape != shape:
-            return False
-        if p.device != device:
-            return False
-    return True
+    def unchanged(self) -> bool:
+        """Tell whether the parameters are what and where they were."""
+        return self._watch.unchanged()
 
+    def value(self) -> Tensor:
+        """Return the differentiable value."""
+        return differentiable(self._dense() if self._gaps else self._prepared)
 
-def value_of(group: Group) -> Tensor:
-    """Return one group's differentiable value."""
-    theta = group.theta
-    if group.sparse:
-        theta = [p.contiguous() if k in group.sparse else p for k, p in enumerate(theta)]
-    value = functional.penalty(theta, group.theta_hat, group.offset, group.fisher, group.alpha, group.l2)
-    return _with_constant(value, group)
-
-
-def add_grad_(group: Group, scale: float | Tensor) -> Tensor:
-    """Add one group's gradient and return its value."""
-    theta = [dense_like(p) for p in group.theta] if group.sparse else group.theta
-    grads, scratch = [], []
-    for p, like, (_, dtype, _, _, stride) in zip(group.theta, theta, group.signatures, strict=True):
-        grad = p.grad
-        if grad is None and p.requires_grad:
-            grad = p.grad = torch.zeros_like(p)
-        if grad is None or not p.requires_grad:
-            grad = torch.zeros_like(like)  # not the caller's; the value counts frozen parameters too
-        elif grad.dtype != dtype or grad.layout != torch.strided:
-            raise ValueError(f".grad must be dense and {dtype} as its parameter, got {grad.layout} {grad.dtype}")
-        elif grad.stride() != stride or group.sparse:
-            scratch.append((grad, torch.zeros_like(like)))
-            grad = scratch[-1][1]
-        grads.append(grad)
-    factor = group.one if isinstance(scale, float) and scale == 1 else scalar(scale, theta[0].device)
-    value: Tensor = torch.ops.wplfast.penalty_add_grad_(
-        grads, theta, group.theta_hat, group.offset, group.fisher, group.alpha, group.l2, factor
-    )
-    for grad, extra in scratch:
-        grad.add_(extra)
-    return _with_constant(value, group)
-
-
-def _with_constant(value: Tensor, group: Group) -> Tensor:
-    """Add what the merged anchors contribute whatever theta is."""
-    if group.constant is None:
+    def add_grad_(self, scale: float | Tensor) -> Tensor:
+        """Add ``scale`` times the gradient to ``.grad`` and return the value."""
+        factor = self._one if isinstance(scale, float) and scale == 1 else scalar(scale, self._one.device)
+        if not self._gaps:
+            return self._prepared.add_grad_(factor)
+        prepared = self._dense()
+        value, packed = prepared.with_grad()
+        for p, gradient in zip(self._theta, prepared.views(packed), strict=True):
+            if p.requires_grad:
+                step = (factor * gradient).to(p.dtype)
+                p.grad = step if p.grad is None else p.grad.add_(step)
         return value
-    return value + (0.5 * group.alpha * group.constant).sum().to(value.dtype)
+
+    def _dense(self) -> PreparedPenalty:
+        """Return the penalty over copies of the parameters that have gaps in memory."""
+        theta = [p if is_dense(p) else p.contiguous() for p in self._theta]
+        return PreparedPenalty(theta, *self._columns, *self._coefficients)
+
+
+class Tables:
+    """The most recently used active sets' tables, one for each device and dtype."""
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[tuple[str, ...] | None, list[Table]] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Table]:
+        """Yield all tables."""
+        return (table for tables in self._tables.values() for table in tables)
+
+    def find(self, key: tuple[str, ...] | None) -> list[Table] | None:
+        """Return an active set's tables, or None if there are none or a parameter is not what and where it was."""
+        tables = self._tables.get(key)
+        if tables is None or torch.compiler.is_compiling():
+            return tables  # addresses cannot be looked at while tracing; shapes and dtypes are guarded
+        for table in tables:
+            if not table.unchanged():
+                return None
+        self._tables.move_to_end(key)
+        return tables
+
+    def make(
+        self,
+        key: tuple[str, ...] | None,
+        indices: Sequence[int],
+        theta: Sequence[Tensor],
+        anchors: Anchors,
+        alpha: Tensor,
+        l2: float,
+    ) -> list[Table]:
+        """Make and keep an active set's tables; see :class:`Table` for the arguments."""
+        kinds = by_kind([theta[i] for i in indices]).values()
+        tables = [Table([indices[k] for k in positions], theta, anchors, alpha, l2) for positions in kinds]
+        self._tables[key] = tables
+        if len(self._tables) > _MAX_TABLES:
+            self._tables.popitem(last=False)
+        return tables
+
+    def clear(self) -> list[tuple[str, ...] | None]:
+        """Forget all; return the active sets that there were."""
+        keys = list(self._tables)
+        self._tables.clear()
+        return keys

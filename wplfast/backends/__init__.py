@@ -16,6 +16,7 @@ import os
 from types import ModuleType
 
 from ..ops.contract import SCHEMAS, library
+from ..ops.prepared import PreparedPenalty
 
 #: name -> (module, dispatch keys it serves, in order of preference over earlier rows)
 _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -41,6 +42,12 @@ def missing() -> dict[str, str]:
 def serving(device_type: str) -> str:
     """Return the name of the backend that serves tensors of a device type such as ``cpu`` or ``cuda``."""
     return _serving.get(device_type.upper(), "reference")
+
+
+def prepared_penalty(device_type: str) -> type[PreparedPenalty]:
+    """Return the class of prepared penalties on a device type: a backend's own, or the common one."""
+    own: type[PreparedPenalty] | None = getattr(_available.get(serving(device_type)), "prepared_penalty", None)
+    return own or PreparedPenalty
 
 
 def _load() -> None:

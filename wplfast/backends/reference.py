@@ -150,7 +150,7 @@ def _terms(
         d = p - p_hat.to(wide)
         if offset:
             d = d - offset[index]
-        fd = f * d
+        fd = f.to(wide) * d
         value = 0.5 * (alpha_p * (fd * d).sum(dtype=torch.float64) + l2 * (p * p).sum(dtype=torch.float64))
         yield value, alpha_p.to(wide) * fd + l2.to(wide) * p
 
@@ -204,3 +204,11 @@ def penalty_add_grad_(
         values.append(value)
         g.copy_(g.to(gradient.dtype) + scale.to(gradient.dtype) * gradient)
     return torch.stack(values).sum().to(flat_dtype(theta[0].dtype))
+
+
+def scale_unless_one_(tensor: Tensor, factor: Tensor) -> None:
+    """Multiply a buffer in place: on a CPU after a look, elsewhere in any case, since a look would synchronise."""
+    if tensor.device.type != "cpu":
+        tensor.copy_(tensor.to(factor.dtype) * factor)
+    elif (number := factor.item()) != 1:
+        tensor.mul_(number)  # a number is not rounded to the tensor's dtype first

@@ -19,6 +19,7 @@ __all__ = [
     "penalty_add_grad_",
     "penalty_with_grad",
     "scale_grads",
+    "scale_unless_one_",
 ]
 
 
@@ -199,3 +200,17 @@ def penalty_add_grad_(
     check_penalty.check_scalar("scale", scale, theta[0].device)
     value: Tensor = torch.ops.wplfast.penalty_add_grad_(grad, theta, theta_hat, offset, fisher, alpha, l2, scale)
     return value
+
+
+def scale_unless_one_(tensor: Tensor, factor: Tensor) -> None:
+    """Multiply a buffer in place; where the factor is 1 nothing is read or written, and no host synchronisation tells.
+
+    Args:
+        tensor: contiguous, of any floating point type.
+        factor: 0-d, float32 or float64, on the same device.
+
+    Raises:
+        ValueError: if a dtype, device or layout is not as above.
+    """
+    check_penalty.check_scale_unless_one(tensor, factor)
+    torch.ops.wplfast.scale_unless_one_(tensor, factor)

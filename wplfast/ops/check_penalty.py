@@ -36,7 +36,11 @@ def check_anchors(
     wide = flat_dtype(dtype)
     if dtype not in FLOATING:
         raise ValueError(f"theta[0] must be of a floating point type, got {describe(theta[0])}")
-    columns = [("theta_hat", theta_hat, dtype), ("fisher", fisher, wide), ("offset", offset, wide)]
+    columns = [
+        ("theta_hat", theta_hat, dtype),
+        ("fisher", fisher, _fisher_dtype(fisher, wide)),
+        ("offset", offset, wide),
+    ]
     columns = [column for column in columns if column[1]]
     for index, parameter in enumerate(theta):
         if parameter.dtype != dtype or parameter.device != device:
@@ -47,6 +51,11 @@ def check_anchors(
             _check_like(what, index, tensors[index], parameter, expected)
     check_scalar("alpha", alpha, device, len(theta))
     check_scalar("l2", l2, device)
+
+
+def _fisher_dtype(fisher: Sequence[Tensor], wide: torch.dtype) -> torch.dtype:
+    """Return the dtype that all Fishers must have: bfloat16 if the first has it and may, else the wide one."""
+    return torch.bfloat16 if fisher[0].dtype == torch.bfloat16 and wide == torch.float32 else wide
 
 
 def _check_like(what: str, index: int, tensor: Tensor, like: Tensor, dtype: torch.dtype) -> None:
@@ -64,3 +73,11 @@ def check_grads(grad: Sequence[Tensor], theta: Sequence[Tensor]) -> None:
         raise ValueError(f"grad must hold {len(theta)} tensors, as theta does, got {len(grad)}")
     for index, (tensor, parameter) in enumerate(zip(grad, theta, strict=True)):
         _check_like("grad", index, tensor, parameter, parameter.dtype)
+
+
+def check_scale_unless_one(tensor: Tensor, factor: Tensor) -> None:
+    """Check a contiguous buffer of any floating point type and the 0-d factor on its device."""
+    expect(tensor.dtype in FLOATING and tensor.is_contiguous(), "tensor", "contiguous and floating point", tensor)
+    expected = f"a 0-d float32 or float64 tensor on {tensor.device}"
+    wide = factor.dtype in (torch.float32, torch.float64)
+    expect(factor.dim() == 0 and wide and factor.device == tensor.device, "factor", expected, factor)

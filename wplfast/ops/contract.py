@@ -9,13 +9,14 @@
 ``penalty``                  sum_p alpha_p/2 sum_i F_pi d_pi^2 + l2/2 sum_i theta_pi^2,  d = theta - theta_hat - offset
 ``penalty_with_grad``        the same value, and its gradient packed into one buffer, in one pass
 ``penalty_add_grad_``        the same value, and ``grad += scale * gradient``, in one pass
+``scale_unless_one_``        tensor *= factor; where the factor is 1, which is not looked at on the host, nothing moves
 ===========================  ==========================================================================================
 
 Each backend implements these functions with the schema's arguments; it may rely on what the checks here have
 established and need not check again. ``alpha`` is a 0-d tensor or one entry per parameter; ``l2`` and ``scale`` are 0-d
 tensors; all three are float64 and stay on the parameters' device, so that no call needs a host synchronisation. An
-empty ``offset`` list means zero. The value is 0-d, float32 (float64 for float64 parameters). See :mod:`.layout` for
-how tensors lie in memory.
+empty ``offset`` list means zero. ``fisher`` is float32 or bfloat16 (float64 for float64 parameters), the same for all.
+The value is 0-d, float32 (float64 for float64 parameters). See :mod:`.layout` for how tensors lie in memory.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .check_fisher import (
     check_fisher_linear,
     check_scale_grads,
 )
-from .check_penalty import check_anchors, check_grads
+from .check_penalty import check_anchors, check_grads, check_scale_unless_one
 from .layout import flat_dtype, packed_starts
 
 _ANCHORS = "Tensor[] theta, Tensor[] theta_hat, Tensor[] offset, Tensor[] fisher, Tensor alpha, Tensor l2"
@@ -52,6 +53,7 @@ SCHEMAS = {
     "penalty": f"({_ANCHORS}) -> Tensor",
     "penalty_with_grad": f"({_ANCHORS}) -> (Tensor, Tensor)",
     "penalty_add_grad_": f"(Tensor(a!)[] grad, {_ANCHORS}, Tensor scale) -> Tensor",
+    "scale_unless_one_": "(Tensor(a!) tensor, Tensor factor) -> ()",
 }
 
 library = torch.library.Library("wplfast", "DEF")
@@ -98,6 +100,9 @@ def register_fakes() -> None:
         check_grads(grad, theta)
         return _value_like(theta)
 
+    def scale_unless_one(tensor, factor):  # type: ignore[no-untyped-def]
+        check_scale_unless_one(tensor, factor)
+
     fakes = {
         "accumulate_squares_": accumulate_squares,
         "fisher_linear_": fisher_linear,
@@ -107,6 +112,7 @@ def register_fakes() -> None:
         "penalty": penalty,
         "penalty_with_grad": penalty_with_grad,
         "penalty_add_grad_": penalty_add_grad,
+        "scale_unless_one_": scale_unless_one,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"wplfast::{name}", fake)  # type: ignore[arg-type]

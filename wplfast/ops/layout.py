@@ -60,6 +60,34 @@ def packed_views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+class Packing:
+    """Views of packed buffers for the same dense tensors again and again, at half the price of :func:`packed_views`.
+
+    Args:
+        tensors: what a buffer holds.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        _, self.length = packed_starts([tensor.numel() for tensor in tensors])
+        self._likes: list[Tensor] = []  # the tensors, and in between fillers of the gaps' sizes
+        self._places: list[int] = []
+        self._odd = [i for i, t in enumerate(tensors) if not t.is_contiguous() or t.numel() == 0]
+        for tensor in tensors:
+            self._places.append(len(self._likes))
+            self._likes.append(tensor.detach())
+            if gap := -tensor.numel() % ALIGNMENT:
+                self._likes.append(torch.empty(gap, device="meta"))
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """View a buffer of :attr:`length` elements as the tensors, in their shapes and memory orders."""
+        parts = torch._C._nn.unflatten_dense_tensors(buffer, self._likes)
+        views = [parts[place] for place in self._places]
+        for i in self._odd:
+            like = self._likes[self._places[i]]
+            views[i] = views[i].view(-1).as_strided(like.shape, like.stride(), views[i].storage_offset())
+        return views
+
+
 def flat_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that values, Fisher entries and offsets of parameters of ``dtype`` are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -11,6 +11,7 @@
 ``fisher_config``      which precision, tile and split a call of it gets
 ``split``              float32 operands as sums of bfloat16 terms, padded for wide loads
 ``scale``              per-sample gradients of an elementwise scale
+``scale_unless_one``   a buffer times a factor, without a look from the host
 ``squares``            sums of squared per-sample gradients that are already in memory
 =====================  ==============================================================================
 
@@ -22,6 +23,7 @@ from .fisher_embedding import fisher_embedding_
 from .fisher_linear import fisher_linear_
 from .penalty_kernel import penalty, penalty_add_grad_, penalty_with_grad
 from .scale import scale_grads
+from .scale_unless_one import scale_unless_one_
 from .squares import accumulate_squares_
 
 __all__ = [
@@ -33,4 +35,5 @@ __all__ = [
     "penalty_add_grad_",
     "penalty_with_grad",
     "scale_grads",
+    "scale_unless_one_",
 ]

@@ -1,8 +1,4 @@
-"""The CPU backend: hands the addresses of tensors to the C++ kernels of ``csrc/``.
-
-The extension knows nothing of torch; torch must be imported before it, so that both share one OpenMP runtime. The
-number of threads follows ``torch.get_num_threads()`` on each call.
-"""
+"""The Fisher operators on CPUs."""
 
 from __future__ import annotations
 
@@ -14,20 +10,8 @@ from torch.autograd.graph import increment_version
 
 import wplfast._C as _C
 
-from ..ops.layout import ALIGNMENT, flat_dtype, packed_starts
-
-#: Codes of storage types, as in csrc/dtype.h.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-_VALUE, _STORE, _ADD = 0, 1, 2
-
-#: The instruction set in use; a bad WPLFAST_ISA is a ValueError here, not a backend that is silently missing.
-ISA: str = _C.isa()
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    """Return the data pointers (the unbound method saves a third of the time of a comprehension)."""
-    return list(map(Tensor.data_ptr, tensors))
+from ...ops.layout import flat_dtype
+from .dtypes import DTYPES
 
 
 def _wide_weights(weights: Tensor | None) -> Tensor | None:
@@ -152,81 +136,3 @@ def scale_grads(activations: Tensor, grad_outputs: Tensor) -> Tensor:
         DTYPES[activations.dtype], grads.data_ptr(), a, g, *activations.shape, steps, torch.get_num_threads()
     )
     return grads
-
-
-def _penalty(
-    mode: int,
-    grad: list[int],
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-    scale: Tensor | None,
-) -> Tensor:
-    """Return the value; store or add the gradient at the addresses in ``grad`` as the mode says."""
-    dtype = theta[0].dtype
-    value = torch.empty((), dtype=flat_dtype(dtype))
-    _C.penalty(
-        mode,
-        DTYPES[dtype],
-        list(map(Tensor.numel, theta)),
-        _addresses(theta),
-        _addresses(theta_hat),
-        _addresses(offset),
-        _addresses(fisher),
-        grad,
-        alpha.data_ptr(),
-        alpha.dim() == 1,
-        l2.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        ALIGNMENT,
-        value.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return value
-
-
-def penalty(
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-) -> Tensor:
-    """Return the value alone."""
-    return _penalty(_VALUE, [], theta, theta_hat, offset, fisher, alpha, l2, None)
-
-
-def penalty_with_grad(
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return the value and the packed gradient."""
-    starts, length = packed_starts([p.numel() for p in theta])
-    packed = torch.empty(length, dtype=theta[0].dtype)
-    base, itemsize = packed.data_ptr(), packed.itemsize
-    grad = [base + start * itemsize for start in starts]
-    return _penalty(_STORE, grad, theta, theta_hat, offset, fisher, alpha, l2, None), packed
-
-
-def penalty_add_grad_(
-    grad: Sequence[Tensor],
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-    scale: Tensor,
-) -> Tensor:
-    """Return the value; add scale * gradient to grad, rounded once."""
-    value = _penalty(_ADD, _addresses(grad), theta, theta_hat, offset, fisher, alpha, l2, scale)
-    increment_version(grad)
-    return value

@@ -1,0 +1,32 @@
+"""The CPU backend: hands the addresses of tensors to the C++ kernels of ``csrc/``.
+
+The extension knows nothing of torch; torch must be imported before it, so that both share one OpenMP runtime. The
+number of threads follows ``torch.get_num_threads()`` on each call.
+"""
+
+import wplfast._C as _C
+
+from ..reference import scale_unless_one_  # PyTorch's own product is as fast as memory
+from .fisher import accumulate_squares_, fisher_conv_, fisher_embedding_, fisher_linear_, scale_grads
+from .penalty import penalty, penalty_add_grad_, penalty_with_grad
+from .prepared import EXCHANGE, CppPenalty
+
+__all__ = [
+    "ISA",
+    "accumulate_squares_",
+    "fisher_conv_",
+    "fisher_embedding_",
+    "fisher_linear_",
+    "penalty",
+    "penalty_add_grad_",
+    "penalty_with_grad",
+    "prepared_penalty",
+    "scale_grads",
+    "scale_unless_one_",
+]
+
+#: The instruction set in use; a bad WPLFAST_ISA is a ValueError here, not a backend that is silently missing.
+ISA: str = _C.isa()
+
+#: The class that evaluates penalties again and again; where PyTorch lacks the exchange API, the common one does.
+prepared_penalty: type[CppPenalty] | None = CppPenalty if EXCHANGE is not None else None

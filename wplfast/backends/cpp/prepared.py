@@ -1,0 +1,85 @@
+"""The penalty on CPUs over parameters that stay where they are: remembered addresses, kernels called directly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+import wplfast._C as _C
+
+from ...ops.layout import ALIGNMENT
+from ...ops.prepared import PreparedPenalty, Watch, dispatched
+from .dtypes import DTYPES
+from .reuse import Reused
+
+#: PyTorch's table of functions that tell a tensor's address, type and shape to C++ (from PyTorch 2.10 on).
+EXCHANGE: object | None = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+
+class CppPenalty(PreparedPenalty):
+    """What :class:`PreparedPenalty` does, without the dispatcher and without Python code per parameter."""
+
+    def __init__(
+        self,
+        theta: Sequence[Tensor],
+        theta_hat: Sequence[Tensor],
+        offset: Sequence[Tensor],
+        fisher: Sequence[Tensor],
+        alpha: Tensor,
+        l2: Tensor,
+        constant: Tensor | None = None,
+    ) -> None:
+        super().__init__(theta, theta_hat, offset, fisher, alpha, l2, constant)
+        self._parameters = _C.ParameterTable(EXCHANGE, list(theta))
+        self._prepared = _C.PreparedPenalty(
+            self._parameters,
+            DTYPES[theta[0].dtype],
+            DTYPES[fisher[0].dtype],
+            [p.numel() for p in theta],
+            *([t.data_ptr() for t in column] for column in (theta_hat, offset, fisher)),
+            alpha.data_ptr(),
+            alpha.dim() == 1,
+            0 if constant is None else constant.data_ptr(),
+            l2.data_ptr(),
+            ALIGNMENT,
+        )
+        self._packed = Reused(self.packing.length, theta[0].dtype)
+
+    def watch(self) -> Watch:
+        """Return what remembers the parameters as they were when this was made."""
+        watch: Watch = self._parameters
+        return watch
+
+    def value(self) -> Tensor:
+        """Return the value."""
+        if dispatched():
+            return super().value()
+        value = self._new_value()
+        self._prepared.value(value.data_ptr(), torch.get_num_threads())
+        return value
+
+    def with_grad(self) -> tuple[Tensor, Tensor]:
+        """Return the value and the packed gradient, in memory that is used again once nobody refers to it."""
+        if dispatched():
+            return super().with_grad()
+        value, packed = self._new_value(), self._packed.take()
+        self._prepared.store(packed.data_ptr(), value.data_ptr(), torch.get_num_threads())
+        return value, packed
+
+    def add_grad_(self, scale: Tensor) -> Tensor:
+        """Return the value and add to ``.grad``."""
+        if dispatched():
+            return super().add_grad_(scale)
+        value = self._new_value()
+        gradients = self._prepared.add(scale.data_ptr(), value.data_ptr(), torch.get_num_threads())
+        if gradients is None:  # one is missing or in another memory order
+            return super().add_grad_(scale)
+        increment_version(gradients)
+        return value
+
+    def _new_value(self) -> Tensor:
+        """Return an uninitialised 0-d value."""
+        return torch.empty((), dtype=torch.float64 if self.theta[0].dtype == torch.float64 else torch.float32)

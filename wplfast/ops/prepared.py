@@ -1,0 +1,153 @@
+"""The penalty over parameters that stay where they are from call to call.
+
+A prepared penalty refers to parameters and anchors that fulfil the op contract, and evaluates. This one does so through
+the dispatcher, on any device; a backend may give a subclass that remembers addresses and calls its kernels directly
+(:func:`wplfast.backends.prepared_penalty`). Its watch tells whether the parameters are still what and where they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .layout import Packing
+
+#: Address, dtype, device, shape and stride: what must not have changed.
+Signature: TypeAlias = tuple[int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+
+_version = attrgetter("_version")
+
+
+class Watch(Protocol):
+    """Remembers what parameters were."""
+
+    def unchanged(self) -> bool:
+        """Tell whether every one has the address, dtype, device, shape and strides that it had."""
+
+
+class ParameterWatch:
+    """A :class:`Watch` in Python."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters, self._signatures = parameters, [_signature(p) for p in parameters]
+
+    def unchanged(self) -> bool:
+        """Tell whether every parameter is what and where it was."""
+        return all(_signature(p) == known for p, known in zip(self._parameters, self._signatures, strict=True))
+
+
+class PreparedPenalty:
+    """One evaluation's arguments, as :mod:`.contract` describes them, for many evaluations.
+
+    Args:
+        theta: parameters, dense in memory.
+        theta_hat: their anchors.
+        offset: float32 or wider, or empty.
+        fisher: their Fishers.
+        alpha: 0-d, or one entry per parameter; float64 on the parameters' device, like l2 and constant.
+        l2: 0-d.
+        constant: c of the merged anchors, of alpha's shape: the value has sum alpha_p c_p / 2 more. None means zero.
+    """
+
+    def __init__(
+        self,
+        theta: Sequence[Tensor],
+        theta_hat: Sequence[Tensor],
+        offset: Sequence[Tensor],
+        fisher: Sequence[Tensor],
+        alpha: Tensor,
+        l2: Tensor,
+        constant: Tensor | None = None,
+    ) -> None:
+        self.theta, self.theta_hat, self.offset, self.fisher = theta, theta_hat, offset, fisher
+        self.alpha, self.l2, self.constant = alpha, l2, constant
+        self._packing: Packing | None = None
+
+    def watch(self) -> Watch:
+        """Remember what the parameters are now."""
+        return ParameterWatch(self.theta)
+
+    def versions(self) -> list[int]:
+        """Return the versions of everything but theta: they change when a tensor is written to."""
+        columns = (self.theta_hat, self.offset, self.fisher)
+        return [_version(self.alpha), _version(self.l2), *(v for column in columns for v in map(_version, column))]
+
+    def value(self) -> Tensor:
+        """Return the value, 0-d."""
+        value: Tensor = torch.ops.wplfast.penalty(*self._columns(), self.alpha, self.l2)
+        return self.with_constant(value)
+
+    def with_grad(self) -> tuple[Tensor, Tensor]:
+        """Return the value and the packed gradient (see :meth:`views`)."""
+        value, packed = torch.ops.wplfast.penalty_with_grad(*self._columns(), self.alpha, self.l2)
+        return self.with_constant(value), packed
+
+    @property
+    def packing(self) -> Packing:
+        """How gradients are packed."""
+        if self._packing is None:
+            self._packing = Packing(self.theta)
+        return self._packing
+
+    def views(self, packed: Tensor) -> list[Tensor]:
+        """View a packed gradient as one tensor per parameter."""
+        return self.packing.views(packed)
+
+    def add_grad_(self, scale: Tensor) -> Tensor:
+        """Return the value and add ``scale`` times the gradient to ``.grad`` of those that require it.
+
+        Raises:
+            ValueError: if a ``.grad`` is sparse or of another dtype than its parameter.
+        """
+        grads, apart = _gradients(self.theta)
+        value = torch.ops.wplfast.penalty_add_grad_(grads, *self._columns(), self.alpha, self.l2, scale)
+        for grad, addend in apart:
+            grad.add_(addend)
+        return self.with_constant(value)
+
+    def with_constant(self, value: Tensor) -> Tensor:
+        """Add what the merged anchors contribute whatever theta is."""
+        if self.constant is None:
+            return value
+        return value + (0.5 * self.alpha * self.constant).sum().to(value.dtype)
+
+    def _columns(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """Return the operators' lists."""
+        return self.theta, self.theta_hat, self.offset, self.fisher
+
+
+def dispatched() -> bool:
+    """Tell whether something must see operators go through the dispatcher: tracing, transforms, modes, the profiler."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _signature(parameter: Tensor) -> Signature:
+    """Return what must not change."""
+    return (parameter.data_ptr(), parameter.dtype, parameter.device, parameter.shape, parameter.stride())
+
+
+def _gradients(theta: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """Return tensors to add the gradients to, and those that stand in for a ``.grad`` in another memory order."""
+    grads, apart = [], []
+    for p in theta:
+        grad = p.grad
+        if not p.requires_grad:
+            grad = torch.zeros_like(p)  # not the caller's: the value counts frozen parameters too
+        elif grad is None:
+            grad = p.grad = torch.zeros_like(p)
+        elif grad.dtype != p.dtype or grad.layout != torch.strided:
+            raise ValueError(f".grad must be dense and {p.dtype} as its parameter, got {grad.layout} {grad.dtype}")
+        elif grad.stride() != p.stride():
+            apart.append((grad, torch.zeros_like(p)))
+            grad = apart[-1][1]
+        grads.append(grad)
+    return grads, apart
