@@ -243,6 +243,108 @@ def test_replace_decay_and_weight(module):
     assert wpl().item() == pytest.approx(expected(module, [(hat, online)], 1.0).item(), rel=1e-6)
 
 
+def test_running_fisher(module):
+    wpl = wplfast.WeightPlasticityLoss(module, alpha=1.0)
+    running, sub = {n: torch.zeros(p.shape) for n, p in module.named_parameters()}, ["0.weight", "2.bias"]
+    hat = values(module)
+    for step, rate in enumerate((0.9, 0.9, 0.25)):
+        active = sub if step == 1 else list(running)
+        fisher = random_fisher(module)
+        wpl.update(fisher, rate, active=active)
+        now = values(module)
+        running |= {n: (1 - rate) * running[n] + rate * fisher[n] for n in active}
+        hat |= {n: now[n] for n in active}
+        move(module)
+    assert wpl.n_anchors == 1
+    for n, f in wpl.fisher.items():
+        torch.testing.assert_close(f, running[n])
+    assert wpl().item() == pytest.approx(expected(module, [(hat, running)], 1.0).item(), rel=1e-6)
+    for rate in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"rate must be in \(0, 1\], got"):
+            wpl.update(running, rate)
+
+
+@pytest.mark.parametrize("anchor", ["merge", "replace"])
+def test_clipping_by_norm_scales_a_parameters_whole_penalty(module, anchor):
+    wpl = wplfast.WeightPlasticityLoss(module, alpha=2.0)
+    anchors = []
+    for scale in (1.0, 10.0):
+        fisher = {n: scale * f for n, f in random_fisher(module).items()}
+        anchors.append((values(module), fisher))
+        wpl.consolidate(fisher, anchor=anchor, clip_norm=5.0)
+        if anchor == "replace":
+            anchors = [(anchors[-1][0], {n: sum(f[n] for _, f in anchors) for n in fisher})]
+        norms = {n: sum(f[n] for _, f in anchors).norm().item() for n in fisher}
+        factors = {n: min(1.0, 5.0 / norm) for n, norm in norms.items()}
+        anchors = [(hat, {n: factors[n] * f[n] for n in f}) for hat, f in anchors]
+        move(module)
+    assert min(factors.values()) < 0.3 < max(factors.values())
+    for n, f in wpl.fisher.items():
+        assert f.norm().item() == pytest.approx(min(norms[n], 5.0), rel=1e-5)
+    exact = expected(module, anchors, 2.0)
+    assert wpl().item() == pytest.approx(exact.item(), rel=1e-5)
+    wpl().backward()
+    for (name, p), e in zip(module.named_parameters(), gradients(module, exact).values(), strict=True):
+        torch.testing.assert_close(p.grad, e.float(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_clipping_leaves_a_fisher_of_zero_and_survives_a_huge_one():
+    w = torch.ones(4, requires_grad=True)
+    wpl = wplfast.WeightPlasticityLoss({"w": w})
+    wpl.consolidate({"w": torch.zeros(4)}, clip_norm=1.0)
+    assert torch.equal(wpl.fisher["w"], torch.zeros(4))
+    wpl.consolidate({"w": torch.full((4,), 1e30)}, clip_norm=1.0)
+    torch.testing.assert_close(wpl.fisher["w"], torch.full((4,), 0.5))
+
+
+@pytest.mark.parametrize("by", ["trace", "max"])
+def test_normalization(module, by):
+    wpl = wplfast.WeightPlasticityLoss(module)
+    fisher = random_fisher(module)
+    wpl.consolidate(fisher)
+    scaled = {n: 1e-6 * f for n, f in random_fisher(module).items()}
+    flat = torch.cat([f.flatten() for f in scaled.values()]).double()
+    factor = 1 / (flat.mean() if by == "trace" else flat.max())
+    wpl.consolidate(scaled, normalize=by)
+    for n, f in wpl.fisher.items():
+        torch.testing.assert_close(f, (fisher[n] + factor * scaled[n]).float())
+    with pytest.raises(ValueError, match="zero everywhere cannot be normalised"):
+        wpl.consolidate({n: torch.zeros_like(f) for n, f in fisher.items()}, normalize=by)
+    with pytest.raises(ValueError, match="normalize must be"):
+        wpl.consolidate(fisher, normalize="sum")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_fisher_in_bfloat16_is_off_by_its_rounding(dtype):
+    module = trunk(dtype)
+    wpl = wplfast.WeightPlasticityLoss(module, alpha=3.0, l2=0.1, fisher_dtype=torch.bfloat16)
+    fisher, hat = random_fisher(module), values(module)
+    wpl.consolidate(fisher)
+    kept = torch.float64 if dtype == torch.float64 else torch.bfloat16
+    assert {f.dtype for f in wpl.fisher.values()} == {kept}
+    move(module, 0.3)
+    exact = expected(module, [(hat, fisher)], 3.0, 0.1)
+    assert wpl().item() == pytest.approx(exact.item(), rel=2**-9)
+    rounded = expected(module, [(hat, wpl.fisher)], 3.0, 0.1)
+    assert wpl().item() == pytest.approx(rounded.item(), rel=1e-6)
+    wpl.add_grad_()
+    rtol = 4 * torch.finfo(dtype).eps
+    for (name, p), e in zip(module.named_parameters(), gradients(module, rounded).values(), strict=True):
+        torch.testing.assert_close(p.grad, e.to(dtype), rtol=rtol, atol=1e-6, msg=name)
+
+
+def test_a_running_fisher_in_bfloat16_moves_or_says_that_it_would_not(module):
+    wpl = wplfast.WeightPlasticityLoss(module, fisher_dtype=torch.bfloat16)
+    ones = {n: torch.ones(p.shape) for n, p in module.named_parameters()}
+    wpl.consolidate(ones)
+    wpl.update({n: 2 * f for n, f in ones.items()}, rate=2**-7)
+    assert all(bool((f > 1).all()) for f in wpl.fisher.values())
+    with pytest.raises(ValueError, match="would not move at a rate below"):
+        wpl.update(ones, rate=2**-8)
+    with pytest.raises(ValueError, match=r"fisher_dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
+        wplfast.WeightPlasticityLoss(module, fisher_dtype=torch.float16)
+
+
 def test_given_anchor_values_and_prefix(module):
     wpl = wplfast.WeightPlasticityLoss(module, alpha=1.0)
     fisher = random_fisher(module)
@@ -365,6 +467,48 @@ def test_rebind_checks_names_and_shapes(anchored):
         other[0] = smaller
         with pytest.raises(ValueError, match=r"must have at least its anchor's shape \[7, 5\], got"):
             wpl.rebind(other)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one anchor", "three anchors"])
+def test_rebind_to_a_model_that_grew(several):
+    module = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    wpl = wplfast.WeightPlasticityLoss(module, alpha={"": 1.0, "1.": 2.0})
+    for _ in range(3 if several else 1):
+        wpl.consolidate(random_fisher(module))
+        move(module)
+    before = wpl().item()
+    head = nn.Linear(6, 5)  # two new classes
+    with torch.no_grad():
+        head.weight[:3], head.bias[:3] = module[1].weight, module[1].bias
+    module[1] = head
+    wpl.rebind(module)
+    assert wpl().item() == pytest.approx(before, rel=1e-6)
+    with torch.no_grad():
+        head.weight[3:] += 1.0
+    assert wpl().item() == pytest.approx(before, rel=1e-6)
+    wpl.add_grad_()
+    assert head.weight.grad[:3].abs().min() > 0
+    assert head.weight.grad[3:].abs().max() == 0
+    wpl.consolidate(random_fisher(module))
+    assert wpl.fisher["1.weight"][3:].min() > 0
+
+
+def test_rebind_can_drop_what_vanished(anchored):
+    module, wpl, anchor = anchored
+    wpl.alpha = {"": 3.0, "3.": 9.0}
+    names = ["0.weight", "0.bias", "3.weight"]
+    rest = {n: p for n, p in module.named_parameters() if n in names}
+    exact = expected(module, [anchor], {n: 9.0 if n == "3.weight" else 3.0 for n in names}, 0.1, names)
+    wpl.subset(["2.weight"])
+    with pytest.raises(NameMismatchError, match="lacks 2 of 5 names"):
+        wpl.rebind(rest)
+    wpl.rebind(rest, missing="drop")
+    assert wpl().item() == pytest.approx(exact.item(), rel=1e-6)
+    assert list(wpl.fisher) == names
+    with pytest.raises(NameMismatchError, match="lacks 3 of 3"):
+        wpl.rebind({"other": torch.zeros(2)}, missing="drop")
+    with pytest.raises(ValueError, match="missing must be"):
+        wpl.rebind(rest, missing="ignore")
 
 
 # ---- state -------------------------------------------------------------------------------------------------
