@@ -13,7 +13,7 @@ import wplfast._C as _C
 from ...ops.layout import ALIGNMENT
 from ...ops.prepared import PreparedPenalty, Watch, dispatched
 from .dtypes import DTYPES
-from .reuse import Reused
+from .reuse import shared
 
 #: PyTorch's table of functions that tell a tensor's address, type and shape to C++ (from PyTorch 2.10 on).
 EXCHANGE: object | None = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
@@ -46,7 +46,7 @@ class CppPenalty(PreparedPenalty):
             l2.data_ptr(),
             ALIGNMENT,
         )
-        self._packed = Reused(self.packing.length, theta[0].dtype)
+        self._memory = shared(theta[0].dtype)
 
     def watch(self) -> Watch:
         """Return what remembers the parameters as they were when this was made."""
@@ -65,7 +65,7 @@ class CppPenalty(PreparedPenalty):
         """Return the value and the packed gradient, in memory that is used again once nobody refers to it."""
         if dispatched():
             return super().with_grad()
-        value, packed = self._new_value(), self._packed.take()
+        value, packed = self._new_value(), self._memory.take(self.packing.length)
         self._prepared.store(packed.data_ptr(), value.data_ptr(), torch.get_num_threads())
         return value, packed
 

@@ -1,8 +1,9 @@
-"""A buffer that is handed out again once nobody refers to its memory."""
+"""Memory that is handed out again once nobody refers to it."""
 
 from __future__ import annotations
 
 from collections import deque
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -11,38 +12,45 @@ from torch import Tensor
 #: 40 MB that takes as long as filling them.
 REUSED_BYTES = 1 << 20
 
+#: Buffers kept: two penalties may be in one graph.
+_KEPT = 2
+
 #: References to the memory when only this class has some: the buffer's and that of its storage's Python object.
 _OWN_REFERENCES = 2
 
+_CAN_COUNT = hasattr(torch._C, "_storage_Use_Count")
+
 
 class Reused:
-    """Memory for one CPU tensor at a time; any view of it, wherever it is kept, keeps it from being handed out.
+    """Lends CPU memory of one type; any view of it, wherever it is kept, keeps it from being lent again."""
 
-    Args:
-        length: elements.
-        dtype: their type.
-    """
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._kept: deque[tuple[Tensor, torch.UntypedStorage]] = deque(maxlen=_KEPT)
 
-    def __init__(self, length: int, dtype: torch.dtype) -> None:
-        self._length, self._dtype = length, dtype
-        self._worthwhile = length * dtype.itemsize >= REUSED_BYTES and hasattr(torch._C, "_storage_Use_Count")
-        self._kept: deque[tuple[Tensor, torch.UntypedStorage]] = deque(maxlen=1)
-
-    def take(self) -> Tensor:
+    def take(self, length: int) -> Tensor:
         """Return an uninitialised tensor [length]."""
-        if not self._worthwhile:
-            return torch.empty(self._length, dtype=self._dtype)
-        try:
-            buffer, storage = self._kept.pop()  # atomic: another thread finds nothing meanwhile, and allocates
-        except IndexError:
-            buffer, storage = self._allocate()
-        if torch._C._storage_Use_Count(storage._cdata) > _OWN_REFERENCES:
-            buffer, storage = self._allocate()
-        lent = buffer.detach()
-        self._kept.append((buffer, storage))
+        if length * self._dtype.itemsize < REUSED_BYTES or not _CAN_COUNT:
+            return torch.empty(length, dtype=self._dtype)
+        for _ in range(_KEPT):
+            try:
+                buffer, storage = self._kept.popleft()  # atomic: another thread does not find it meanwhile
+            except IndexError:
+                break
+            free = torch._C._storage_Use_Count(storage._cdata) <= _OWN_REFERENCES
+            lent = buffer[:length] if free and length <= len(buffer) <= 2 * length else None
+            self._kept.append((buffer, storage))
+            if lent is not None:
+                return lent
+        buffer = torch.empty(length, dtype=self._dtype)
+        lent = buffer[:]
+        self._kept.append((buffer, buffer.untyped_storage()))
         return lent
 
-    def _allocate(self) -> tuple[Tensor, torch.UntypedStorage]:
-        """Return new memory, and the storage that counts its references."""
-        buffer = torch.empty(self._length, dtype=self._dtype)
-        return buffer, buffer.untyped_storage()
+
+_shared: WeakValueDictionary[torch.dtype, Reused] = WeakValueDictionary()
+
+
+def shared(dtype: torch.dtype) -> Reused:
+    """Return the memory that all penalties of a dtype share; it goes with the last of them."""
+    return _shared.setdefault(dtype, Reused(dtype))
