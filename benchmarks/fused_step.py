@@ -196,7 +196,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
     parser.add_argument("--sizes", type=float, nargs="+", metavar="N", help="parameters (default 1e6 1e7 1e8)")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default 40)")
-    parser.add_argument("--seconds", type=float, help="time cap of a case (default 10), and half that of a model's")
+    parser.add_argument("--seconds", type=float, help="time cap of a case (default 10); models get twice that")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the record here")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a test of this program, not a measurement")
     options = parser.parse_args(arguments)
