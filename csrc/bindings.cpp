@@ -202,11 +202,13 @@ PYBIND11_MODULE(_C, m) {
   using namespace wplfast;
   m.doc() = "CPU kernels of wplfast over raw addresses; see wplfast/backends/cpp.py.";
   m.def("penalty", &penalty_binding, "Value of the penalty, optionally storing or adding its gradient.");
-  py::class_<ParameterTable>(m, "ParameterTable", "What parameters were when a table of them was made.")
+  py::class_<ParameterTable>(m, "ParameterTable", py::module_local(),
+                             "What parameters were when a table of them was made.")
       .def(py::init<const py::capsule&, const py::list&>())
       .def("unchanged", &ParameterTable::unchanged, "Whether all are what and where they were.")
       .def("gradients", &gradients_binding, "Their gradients and the addresses of these, or None.");
-  py::class_<PreparedPenalty>(m, "PreparedPenalty", "The penalty over parameters that stay where they are.")
+  py::class_<PreparedPenalty>(m, "PreparedPenalty", py::module_local(),
+                              "The penalty over parameters that stay where they are.")
       .def(py::init<const ParameterTable&, int, int, const std::vector<int64_t>&, const std::vector<uintptr_t>&,
                     const std::vector<uintptr_t>&, const std::vector<uintptr_t>&, uintptr_t, bool, uintptr_t, uintptr_t,
                     int64_t>())
