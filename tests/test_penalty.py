@@ -637,3 +637,21 @@ def test_functional_checks_its_arguments():
         wplfast.functional.wpl_penalty([w], [torch.zeros(3, device="meta")], [torch.zeros(3)], 1.0)
     with pytest.raises(ValueError, match="0-d tensor"):
         wplfast.functional.wpl_penalty([w], [torch.zeros(3)], [torch.zeros(3)], torch.zeros(2))
+
+
+def test_its_own_tensors_may_be_given(module):
+    wpl, other = (wplfast.WeightPlasticityLoss(module, alpha=3.0) for _ in range(2))
+    for penalty in (wpl, other):
+        penalty.consolidate({n: torch.ones(p.shape) for n, p in module.named_parameters()})
+    move(module)
+    for anchor in ("replace", "merge"):
+        other.consolidate({n: f.clone() for n, f in other.fisher.items()}, anchor=anchor, decay=0.5, weight=2.0)
+        wpl.consolidate(wpl.fisher, anchor=anchor, decay=0.5, weight=2.0)
+        assert same_state(wpl, other)
+    swapped = lambda w: dict(zip(w.theta_hat, reversed(list(w.theta_hat.values())), strict=True))  # noqa: E731
+    square = nn.ParameterDict({"a": torch.randn(3), "b": torch.randn(3)})
+    wpl = wplfast.WeightPlasticityLoss(square)
+    wpl.consolidate(random_fisher(square))
+    expected_hats = {n: hat.clone() for n, hat in swapped(wpl).items()}
+    wpl.consolidate(random_fisher(square), theta_hat=swapped(wpl), anchor="replace")
+    assert all(torch.equal(hat, expected_hats[n]) for n, hat in wpl.theta_hat.items())

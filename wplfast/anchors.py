@@ -37,7 +37,7 @@ class Anchors:
         self.constant = torch.zeros(len(dense), dtype=torch.float64)  # c
         self.bound = torch.zeros(len(dense), dtype=torch.float64)  # no entry of a parameter's F is larger
         torch._foreach_copy_(self.theta_hat, dense)
-        self._storages = {t.untyped_storage().data_ptr() for t in (*self.theta_hat, *self.fisher)}
+        self._firsts = [indices[0] for indices in by_kind(dense).values()]  # one view of each buffer
 
     def fits(self, parameters: Sequence[Tensor]) -> bool:
         """Tell whether the parameters still have the devices, dtypes and memory orders that they had."""
@@ -65,9 +65,10 @@ class Anchors:
         new.constant, new.bound = self.constant[list(sources)], self.bound[list(sources)]
         return new
 
-    def owns(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor lies in these buffers."""
-        return tensor.untyped_storage().data_ptr() in self._storages
+    def apart(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return tensors, those that lie in these buffers as copies."""
+        own = {t[i].untyped_storage().data_ptr() for t in (self.theta_hat, self.fisher) for i in self._firsts}
+        return [t.clone() if t.untyped_storage().data_ptr() in own else t for t in tensors]
 
     def columns(self, indices: Sequence[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return theta_hat, offset (empty where there is none) and F of some parameters."""

@@ -84,8 +84,8 @@ def consolidate_(
         if hats is not None and max(-hats.low[k], hats.high[k]) > torch.finfo(dtype).max:
             raise ValueError(f"theta_hat[{hats.keys[k]!r}] has entries beyond {dtype}, its parameter's type")
     values = [p.detach() for p in theta] if hats is None else hats.tensors
-    # What the anchors themselves own would be read and written at once: take a copy of it.
-    values, given = ([t.clone() if anchors.owns(t) else t for t in column] for column in (values, found.tensors))
+    # What the anchors themselves own would be read and written at once.
+    values, given = anchors.apart(values), anchors.apart(found.tensors)
     merging, had_constants = options.anchor == "merge" and not first, bool(anchors.constant.any())
     enter = anchors.merge_ if merging else anchors.replace_
     outdated = enter(indices, values, given, weight, options.decay)
