@@ -89,9 +89,9 @@ void penalty_binding(int mode, int dtype, int fisher_dtype, const py::list& nume
 }
 
 // (gradients, their addresses as bytes of int64), or None
-py::object gradients_binding(const ParameterTable& parameters) {
+py::object gradients_binding(const ParameterTable& table, const py::list& parameters) {
   std::vector<void*> addresses;
-  const py::object gradients = parameters.gradients(addresses);
+  const py::object gradients = table.gradients(parameters, addresses);
   if (gradients.is_none()) return gradients;
   return py::make_tuple(gradients,
                         py::bytes(reinterpret_cast<const char*>(addresses.data()), addresses.size() * sizeof(void*)));

@@ -16,15 +16,16 @@ namespace wplfast {
 
 namespace py = pybind11;
 
-// What parameters were when the table was made.
+// What parameters were when the table was made. It refers to no Python object, which the garbage collector could not
+// see: every call is given the parameters.
 class ParameterTable {
  public:
   ParameterTable(const py::capsule& exchange, const py::list& parameters)
-      : api_(exchange.get_pointer<const ExchangeApi>()), parameters_(parameters) {
+      : api_(exchange.get_pointer<const ExchangeApi>()) {
     if (api_->major != ExchangeApi::MAJOR || api_->view == nullptr) {
       throw py::import_error("this version of the DLPack exchange API is not known");
     }
-    for (py::handle parameter : parameters_) {
+    for (py::handle parameter : parameters) {
       TensorView view;
       if (api_->view(parameter.ptr(), &view) != 0) throw py::error_already_set();
       views_.push_back(view);
@@ -37,11 +38,19 @@ class ParameterTable {
   int64_t size() const { return static_cast<int64_t>(views_.size()); }
   uintptr_t address(int64_t index) const { return views_[index].address(); }
 
-  // Tells whether every parameter has the address, device, type, shape and strides that it had.
-  bool unchanged() const {
+  // Tells whether every parameter has the address, device, type, shape and strides that it had, and every link, a
+  // (dictionary, key, value), still holds.
+  bool unchanged(const py::list& parameters, const py::list& links) const {
+    check_size(parameters);
+    for (py::handle link : links) {
+      PyObject* const entries = link.ptr();  // a tuple
+      if (PyDict_GetItem(PyTuple_GET_ITEM(entries, 0), PyTuple_GET_ITEM(entries, 1)) != PyTuple_GET_ITEM(entries, 2)) {
+        return false;
+      }
+    }
     for (int64_t p = 0; p < size(); ++p) {
       TensorView view;
-      if (!read(PyList_GET_ITEM(parameters_.ptr(), p), view)) return false;
+      if (!read(PyList_GET_ITEM(parameters.ptr(), p), view)) return false;
       if (view.address() != address(p) || !same_kind(view, p) ||
           std::memcmp(view.strides, strides(p), view.n_dims * sizeof(int64_t)) != 0) {
         return false;
@@ -52,13 +61,14 @@ class ParameterTable {
 
   // Reads the gradients' addresses (null for a parameter that requires none) and returns the gradients; returns None
   // where one is missing, or is not laid out as its parameter is.
-  py::object gradients(std::vector<void*>& addresses) const {
+  py::object gradients(const py::list& parameters, std::vector<void*>& addresses) const {
+    check_size(parameters);
     static PyObject* const grad_name = PyUnicode_InternFromString("grad");
     static PyObject* const requires_grad_name = PyUnicode_InternFromString("requires_grad");
     addresses.assign(size(), nullptr);
     py::list found;
     for (int64_t p = 0; p < size(); ++p) {
-      PyObject* const parameter = PyList_GET_ITEM(parameters_.ptr(), p);
+      PyObject* const parameter = PyList_GET_ITEM(parameters.ptr(), p);
       const auto required = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter, requires_grad_name));
       if (!required) throw py::error_already_set();
       if (required.ptr() != Py_True) continue;
@@ -75,6 +85,11 @@ class ParameterTable {
   }
 
  private:
+  void check_size(const py::list& parameters) const {
+    if (static_cast<int64_t>(parameters.size()) != size())
+      throw py::value_error("these are not the table's parameters");
+  }
+
   // A tensor that cannot be viewed (sparse, or without memory) is one that changed; the caller's slow path says how.
   bool read(PyObject* tensor, TensorView& view) const {
     if (api_->view(tensor, &view) == 0) return true;
@@ -100,7 +115,6 @@ class ParameterTable {
   }
 
   const ExchangeApi* api_;
-  py::list parameters_;
   std::vector<TensorView> views_;  // their pointers to shapes and strides are not used: they may dangle
   std::vector<int64_t> first_dim_, dims_;
 };
@@ -145,9 +159,9 @@ class PreparedPenalty {
   }
 
   // Adds to the parameters' gradients and returns them; returns None, having done nothing, where one needs more care.
-  py::object add(uintptr_t scale, uintptr_t value, int threads) {
+  py::object add(const py::list& parameters, uintptr_t scale, uintptr_t value, int threads) {
     std::vector<void*> addresses;
-    py::object gradients = parameters_.gradients(addresses);
+    py::object gradients = parameters_.gradients(parameters, addresses);
     if (gradients.is_none()) return gradients;
     std::vector<Anchor> anchors = anchors_;
     for (size_t p = 0; p < anchors.size(); ++p) anchors[p].grad = addresses[p];

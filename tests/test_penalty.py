@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -446,6 +448,65 @@ def test_deepcopy_follows_the_model_it_is_part_of(anchored):
     alone.consolidate(random_fisher(trunk()))
     assert wpl.n_anchors == 1
     assert wpl().item() == before
+
+
+class PenaltyFirst(nn.Module):
+    """Registers its penalty before the layers that it is about."""
+
+    def __init__(self):
+        super().__init__()
+        layers = trunk()
+        self.wpl = wplfast.WeightPlasticityLoss(layers)
+        self.layers = layers
+
+
+def test_deepcopy_does_not_depend_on_the_order_of_submodules():
+    model = PenaltyFirst()
+    model.wpl.consolidate(random_fisher(model.layers))
+    twins = [copy.deepcopy(model)]
+    twins.append(copy.deepcopy(twins[0]))  # before the first is used
+    for twin in twins:
+        move(twin, 1.0)
+        assert twin.wpl().item() > 0
+        twin.wpl.add_grad_()
+        assert all(p.grad is not None for p in twin.layers.parameters())
+    assert model.wpl().item() == 0.0
+    assert model.layers[0].weight.grad is None
+
+
+REPLACEMENTS = {
+    "a parameter": lambda m: setattr(m[0], "weight", nn.Parameter(torch.randn(7, 5))),
+    "a layer": lambda m: m.__setitem__(0, nn.Linear(5, 7)),
+    "a layer, now without bias": lambda m: m.__setitem__(0, nn.Linear(5, 7, bias=False)),
+}
+
+
+@pytest.mark.parametrize("use", ["call", "add_grad_", "subset", "consolidate"])
+@pytest.mark.parametrize("replace", REPLACEMENTS.values(), ids=REPLACEMENTS)
+def test_a_replaced_parameter_is_an_error_until_rebound(anchored, replace, use):
+    module, wpl, _ = anchored
+    handle = wpl.subset(["0.weight"])
+    uses = {"call": wpl, "add_grad_": wpl.add_grad_, "subset": handle, "consolidate": lambda: wpl.consolidate({})}
+    replace(module)
+    with pytest.raises(StaleParameterError, match=r"holds another tensor as '0.weight' .* call rebind"):
+        uses[use]()
+    wpl.rebind(module, missing="drop")
+    before = [p.grad for p in module.parameters()]
+    wpl.add_grad_()
+    assert all(p.grad is not None and old is None for p, old in zip(module.parameters(), before, strict=True))
+
+
+def test_a_penalty_that_is_part_of_its_model_is_freed_with_it():
+    module = trunk()
+    module.wpl = wplfast.WeightPlasticityLoss(module)
+    module.wpl.consolidate(random_fisher(module))
+    module.wpl().backward()
+    module.wpl.add_grad_()
+    module[0].weight.register_hook(lambda g, keep=module: g)
+    gone = weakref.ref(module)
+    del module
+    gc.collect()
+    assert gone() is None
 
 
 def test_pickle_keeps_names_but_no_parameters(anchored):

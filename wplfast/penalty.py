@@ -15,7 +15,8 @@ from .anchors import Anchors
 from .coefficients import Alpha, alpha_tensor
 from .consolidation import Normalization, Options, Rule, consolidate_
 from .errors import NameMismatchError, StaleParameterError
-from .parameters import Params, check_names, device_of, named
+from .parameters import Params, device_of
+from .references import References
 from .tables import Table, Tables
 
 #: A change of F by less than half a unit in bfloat16's last place (2^-9) is rounded away.
@@ -66,12 +67,9 @@ class WeightPlasticityLoss(nn.Module):
         super().__init__()
         if not 0 <= l2 < float("inf"):
             raise ValueError(f"l2 must be finite and not negative, got {l2}")
-        parameters = named(params)
-        self._names = list(parameters)
-        self._theta: list[Tensor] | None = list(parameters.values())
-        self._index = {name: i for i, name in enumerate(self._names)}
+        self._references = References(params)
         self._l2_value = float(l2)
-        self._alpha_values: Tensor = alpha_tensor(alpha, self._names, device_of(self._bound()))
+        self._alpha_values: Tensor = alpha_tensor(alpha, self._references.names, device_of(self._references.tensors()))
         self._fisher_dtype = _checked_fisher_dtype(fisher_dtype)
         self._anchors: Anchors | None = None
         self._n_anchors = 0
@@ -132,7 +130,7 @@ class WeightPlasticityLoss(nn.Module):
         Raises:
             NameMismatchError: if a name is unknown.
         """
-        handle = Subset(self, tuple(self._chosen(names)))
+        handle = Subset(self, tuple(self._references.chosen(names)))
         if self._anchors is not None:
             self._active_tables(handle.names)
         return handle
@@ -179,11 +177,11 @@ class WeightPlasticityLoss(nn.Module):
             NonFiniteError: if a Fisher or an anchor has NaN or inf.
         """
         options = Options(weight, decay, anchor, normalize, clip_norm)
-        names = self._chosen(active)
+        names = self._references.chosen(active)
         with torch.inference_mode(False), torch.no_grad():
             anchors, first = self._current_anchors(), self._anchors is None
-            indices = [self._index[name] for name in names]
-            theta = [self._bound()[i] for i in indices]
+            indices = [self._references.index[name] for name in names]
+            theta = [self._references.tensors()[i] for i in indices]
             outdated = consolidate_(anchors, indices, names, theta, fisher, theta_hat, prefix, options, first)
         self._anchors, self._n_anchors = anchors, 1 if anchor == "replace" else self._n_anchors + 1
         if outdated or first:
@@ -260,34 +258,35 @@ class WeightPlasticityLoss(nn.Module):
         """
         if missing not in ("error", "drop"):
             raise ValueError(f"missing must be 'error' or 'drop', got {missing!r}")
-        parameters = named(params)
-        sources = [i for i, name in enumerate(self._names) if name in parameters]
-        if missing == "error" or not sources:
-            check_names(parameters, self._names, "params")
-        names = [self._names[i] for i in sources]
-        theta = [parameters[name] for name in names]
+        names = self._references.names
+        if missing == "drop":
+            given = References(params)
+            names = [name for name in names if name in given] or names
+        references = References(params, names)
+        sources = [self._references.index[name] for name in names]
         anchors = self._anchors
         if anchors is not None:
+            theta = references.tensors()
             for name, parameter, source in zip(names, theta, sources, strict=True):
                 old, new = list(anchors.fisher[source].shape), list(parameter.shape)
                 if len(new) != len(old) or any(a < b for a, b in zip(new, old, strict=True)):
                     raise ValueError(f"params[{name!r}] must have at least its anchor's shape {old}, got {new}")
-            anchors = anchors.moved(theta, sources)
+            with torch.inference_mode(False), torch.no_grad():
+                anchors = anchors.moved(theta, sources)
         if self._alpha_values.dim() == 1:
             self._alpha_values = self._alpha_values[sources]
-        self._anchors, self._theta, self._names = anchors, theta, names
-        self._index = {name: i for i, name in enumerate(names)}
+        self._anchors, self._references = anchors, references
         self._refresh_tables()
 
     @property
     def fisher(self) -> dict[str, Tensor]:
         """The accumulated Fisher by name (views; do not write to them); empty before the first consolidate."""
-        return {} if self._anchors is None else dict(zip(self._names, self._anchors.fisher, strict=True))
+        return {} if self._anchors is None else dict(zip(self._references.names, self._anchors.fisher, strict=True))
 
     @property
     def theta_hat(self) -> dict[str, Tensor]:
         """The newest anchor by name (views; do not write to them); empty before the first consolidate."""
-        return {} if self._anchors is None else dict(zip(self._names, self._anchors.theta_hat, strict=True))
+        return {} if self._anchors is None else dict(zip(self._references.names, self._anchors.theta_hat, strict=True))
 
     @property
     def n_anchors(self) -> int:
@@ -304,7 +303,7 @@ class WeightPlasticityLoss(nn.Module):
 
     @alpha.setter
     def alpha(self, value: Alpha) -> None:
-        values = alpha_tensor(value, self._names, device_of(self._bound()))
+        values = alpha_tensor(value, self._references.names, device_of(self._references.tensors()))
         same_form = values.shape == self._alpha_values.shape
         if same_form:
             self._alpha_values.copy_(values)
@@ -367,11 +366,11 @@ class WeightPlasticityLoss(nn.Module):
 
     def _state(self) -> dict[str, Tensor]:
         """Return the anchors as named tensors."""
-        return to_state(self._names, self._anchors, self._n_anchors)
+        return to_state(self._references.names, self._anchors, self._n_anchors)
 
     def _restore(self, state: Mapping[str, Tensor]) -> Faults:
         """Take anchors over unless something is wrong with them."""
-        parameters = dict(zip(self._names, self._bound(), strict=True))
+        parameters = dict(zip(self._references.names, self._references.tensors(), strict=True))
         found = faults(state, {name: p.shape for name, p in parameters.items()})
         if not found:
             with torch.inference_mode(False), torch.no_grad():
@@ -386,75 +385,50 @@ class WeightPlasticityLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle names and anchors, not the parameters: a copy elsewhere must be bound to parameters there."""
-        state = self.__dict__.copy()
-        state["_theta"], state["_tables"] = None, Tables()
-        return state
+        return {**self.__dict__, "_tables": Tables()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightPlasticityLoss:
         """Copy the anchors; refer to copied parameters where the same deepcopy copied them, else to the same ones."""
         copy = type(self).__new__(type(self))
         memo[id(self)] = copy
-        state = self.__dict__.copy()
-        theta = self._theta
-        state["_theta"] = None if theta is None else [memo.get(id(p), p) for p in theta]
-        state["_alpha_values"], state["_tables"] = self._alpha_values.clone(), Tables()
-        copy.__dict__.update(state)
+        copy.__dict__.update(self.__dict__, _references=self._references.copied(memo), _tables=Tables())
+        copy._alpha_values = self._alpha_values.clone()
         if self._anchors is not None:
-            copy._anchors = self._anchors.moved(self._anchors.theta_hat if copy._theta is None else copy._theta)
+            copy._anchors = self._anchors.moved(self._anchors.theta_hat)
         return copy
 
     def extra_repr(self) -> str:
         """Summarise."""
-        numel = sum(p.numel() for p in self._theta or ())
+        numel = sum(p.numel() for p in self._references.tensors()) if self._references.bound else 0
         alpha = self._alpha_values
         shown = f"{alpha.item():g}" if alpha.dim() == 0 else "by prefix"
-        return f"{len(self._names)} parameters, {numel:,} elements, alpha={shown}, n_anchors={self._n_anchors}"
+        return f"{len(self._references)} parameters, {numel:,} elements, alpha={shown}, n_anchors={self._n_anchors}"
 
     # ---- tables ----------------------------------------------------------------------------------------------------
 
     def _active_tables(self, active: Sequence[str] | None) -> list[Table]:
         """Return the tables of an active set, after checking that the parameters are where they were."""
         key = None if active is None else tuple(active)
-        return self._tables.find(key) or self._make_tables(key, self._chosen(active))
+        return self._tables.find(key) or self._make_tables(key, self._references.chosen(active))
 
     def _make_tables(self, key: tuple[str, ...] | None, names: Sequence[str]) -> list[Table]:
         """Make the tables of an active set, from anchors beside the parameters."""
         if torch.compiler.is_compiling():
             raise RuntimeError("evaluate this active set once before it is compiled: addresses cannot be traced")
-        indices = [self._index[name] for name in names]
+        indices = [self._references.index[name] for name in names]
         with torch.inference_mode(False):
             anchors = self._current_anchors()
-            return self._tables.make(key, indices, self._bound(), anchors, self._alpha_values, self._l2_value)
+            parts = self._references, anchors, self._alpha_values, self._l2_value
+            return self._tables.make(key, indices, *parts)
 
     def _refresh_tables(self) -> None:
         """Make the tables of all known active sets anew, so that compiled code need not."""
         keys = self._tables.clear()
-        if self._anchors is not None and self._theta is not None:
+        if self._anchors is not None:
             for key in (*keys, *(() if None in keys else (None,))):
-                names = self._names if key is None else key
-                if all(name in self._index for name in names):
+                names = self._references.names if key is None else key
+                if all(name in self._references for name in names):
                     self._make_tables(key, names)
-
-    def _bound(self) -> list[Tensor]:
-        """Return the parameters.
-
-        Raises:
-            StaleParameterError: if there are none since unpickling.
-        """
-        if self._theta is None:
-            raise StaleParameterError("this penalty was unpickled without its parameters; call rebind(params) first")
-        return self._theta
-
-    def _chosen(self, active: Sequence[str] | None) -> list[str]:
-        """Return the active names, checked."""
-        if active is None:
-            return self._names
-        if isinstance(active, str):
-            raise TypeError(f"active must be a sequence of names, got the string {active!r}")
-        check_names(self._names, active, "the penalty")
-        if len(set(active)) != len(active):
-            raise ValueError("active must name each parameter once")
-        return list(active)
 
     def _current_anchors(self) -> Anchors:
         """Return the anchors, brought to where the parameters are now; new ones if there are none yet.
@@ -462,11 +436,11 @@ class WeightPlasticityLoss(nn.Module):
         Raises:
             StaleParameterError: if a parameter changed its shape.
         """
-        theta = self._bound()
+        theta = self._references.tensors()
         if self._anchors is None:
             return Anchors(theta, self._fisher_dtype)
         if not self._anchors.fits(theta):
-            for name, parameter, fisher in zip(self._names, theta, self._anchors.fisher, strict=True):
+            for name, parameter, fisher in zip(self._references.names, theta, self._anchors.fisher, strict=True):
                 if parameter.shape != fisher.shape:
                     expected, got = list(fisher.shape), list(parameter.shape)
                     raise StaleParameterError(
@@ -480,7 +454,7 @@ class WeightPlasticityLoss(nn.Module):
 
     def _decay_term(self, active: Sequence[str] | None) -> Tensor:
         """Return the l2 term alone."""
-        theta = [self._bound()[self._index[name]] for name in self._chosen(active)]
+        theta = [self._references.tensors()[self._references.index[name]] for name in self._references.chosen(active)]
         if self._l2_value == 0:
             return torch.zeros((), device=theta[0].device)
         return functional.total([0.5 * self._l2_value * p.square().sum() for p in theta])
@@ -488,8 +462,8 @@ class WeightPlasticityLoss(nn.Module):
     def _add_decay_(self, scale: float | Tensor, active: Sequence[str] | None) -> Tensor:
         """Add the l2 term's gradient."""
         if self._l2_value:
-            for name in self._chosen(active):
-                parameter = self._bound()[self._index[name]]
+            for name in self._references.chosen(active):
+                parameter = self._references.tensors()[self._references.index[name]]
                 if parameter.requires_grad:
                     step = parameter.detach() * (self._l2_value * scale)
                     parameter.grad = step.to(parameter) if parameter.grad is None else parameter.grad.add_(step)

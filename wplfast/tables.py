@@ -18,7 +18,8 @@ from .anchors import Anchors, by_kind
 from .autograd import differentiable
 from .coefficients import scalar
 from .ops.layout import is_dense
-from .ops.prepared import ParameterWatch, PreparedPenalty, Watch
+from .ops.prepared import PreparedPenalty
+from .references import References
 
 _MAX_TABLES = 32  # active sets whose tables are kept
 
@@ -28,17 +29,19 @@ class Table:
 
     Args:
         indices: which of all parameters.
-        theta: all parameters.
+        references: to all parameters.
         anchors: of all parameters.
         alpha: 0-d, or one entry for each of all parameters.
         l2: strength of the weight decay term.
     """
 
     def __init__(
-        self, indices: Sequence[int], theta: Sequence[Tensor], anchors: Anchors, alpha: Tensor, l2: float
+        self, indices: Sequence[int], references: References, anchors: Anchors, alpha: Tensor, l2: float
     ) -> None:
         self.indices = list(indices)
+        theta = references.tensors()
         self._theta = [theta[i] for i in indices]
+        self._links = references.links(indices)
         device = self._theta[0].device
         self.alpha = (alpha if alpha.dim() == 0 else alpha[self.indices]).to(device, copy=True)
         self._one = scalar(1.0, device)
@@ -47,11 +50,11 @@ class Table:
         self._gaps = any(not is_dense(p) for p in self._theta)
         kind = PreparedPenalty if self._gaps else backends.prepared_penalty(device.type)
         self._prepared = kind(self._theta, *self._columns, *self._coefficients)
-        self._watch: Watch = ParameterWatch(self._theta) if self._gaps else self._prepared.watch()
+        self._prepared.remember()
 
     def unchanged(self) -> bool:
-        """Tell whether the parameters are what and where they were."""
-        return self._watch.unchanged()
+        """Tell whether the parameters are what and where they were, and their modules still hold them."""
+        return self._prepared.unchanged(self._links)
 
     def value(self) -> Tensor:
         """Return the differentiable value."""
@@ -101,14 +104,15 @@ class Tables:
         self,
         key: tuple[str, ...] | None,
         indices: Sequence[int],
-        theta: Sequence[Tensor],
+        references: References,
         anchors: Anchors,
         alpha: Tensor,
         l2: float,
     ) -> list[Table]:
         """Make and keep an active set's tables; see :class:`Table` for the arguments."""
-        kinds = by_kind([theta[i] for i in indices]).values()
-        tables = [Table([indices[k] for k in positions], theta, anchors, alpha, l2) for positions in kinds]
+        theta = references.tensors()
+        kinds = by_kind(theta[i] for i in indices).values()
+        tables = [Table([indices[k] for k in positions], references, anchors, alpha, l2) for positions in kinds]
         self._tables[key] = tables
         if len(self._tables) > _MAX_TABLES:
             self._tables.popitem(last=False)

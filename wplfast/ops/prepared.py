@@ -2,14 +2,14 @@
 
 A prepared penalty refers to parameters and anchors that fulfil the op contract, and evaluates. This one does so through
 the dispatcher, on any device; a backend may give a subclass that remembers addresses and calls its kernels directly
-(:func:`wplfast.backends.prepared_penalty`). Its watch tells whether the parameters are still what and where they were.
+(:func:`wplfast.backends.prepared_penalty`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,25 +19,10 @@ from .layout import Packing
 #: Address, dtype, device, shape and stride: what must not have changed.
 Signature: TypeAlias = tuple[int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
 
+#: A dictionary, a key and the value that must be there: how a module holds its parameters and submodules.
+Link: TypeAlias = tuple[dict[str, Any], str, object]
+
 _version = attrgetter("_version")
-
-
-class Watch(Protocol):
-    """Remembers what parameters were."""
-
-    def unchanged(self) -> bool:
-        """Tell whether every one has the address, dtype, device, shape and strides that it had."""
-
-
-class ParameterWatch:
-    """A :class:`Watch` in Python."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters, self._signatures = parameters, [_signature(p) for p in parameters]
-
-    def unchanged(self) -> bool:
-        """Tell whether every parameter is what and where it was."""
-        return all(_signature(p) == known for p, known in zip(self._parameters, self._signatures, strict=True))
 
 
 class PreparedPenalty:
@@ -66,10 +51,21 @@ class PreparedPenalty:
         self.theta, self.theta_hat, self.offset, self.fisher = theta, theta_hat, offset, fisher
         self.alpha, self.l2, self.constant = alpha, l2, constant
         self._packing: Packing | None = None
+        self._signatures: list[Signature] = []
 
-    def watch(self) -> Watch:
-        """Remember what the parameters are now."""
-        return ParameterWatch(self.theta)
+    def remember(self) -> None:
+        """Remember what the parameters are now, for :meth:`unchanged`."""
+        self._signatures = [_signature(p) for p in self.theta]
+
+    def unchanged(self, links: Sequence[Link]) -> bool:
+        """Tell whether every parameter has the address, dtype, device, shape and strides that it had.
+
+        Args:
+            links: must hold too.
+        """
+        return all(holder.get(key) is value for holder, key, value in links) and all(
+            _signature(p) == known for p, known in zip(self.theta, self._signatures, strict=True)
+        )
 
     def versions(self) -> list[int]:
         """Return the versions of everything but theta: they change when a tensor is written to."""

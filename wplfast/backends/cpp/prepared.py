@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 import wplfast._C as _C
 
 from ...ops.layout import ALIGNMENT
-from ...ops.prepared import PreparedPenalty, Watch, dispatched
+from ...ops.prepared import Link, PreparedPenalty, dispatched
 from .dtypes import DTYPES
 from .reuse import shared
 
@@ -33,9 +33,10 @@ class CppPenalty(PreparedPenalty):
         constant: Tensor | None = None,
     ) -> None:
         super().__init__(theta, theta_hat, offset, fisher, alpha, l2, constant)
-        self._parameters = _C.ParameterTable(EXCHANGE, list(theta))
+        self._parameters = list(theta)
+        self._table = _C.ParameterTable(EXCHANGE, self._parameters)
         self._prepared = _C.PreparedPenalty(
-            self._parameters,
+            self._table,
             DTYPES[theta[0].dtype],
             DTYPES[fisher[0].dtype],
             [p.numel() for p in theta],
@@ -48,10 +49,13 @@ class CppPenalty(PreparedPenalty):
         )
         self._memory = shared(theta[0].dtype)
 
-    def watch(self) -> Watch:
-        """Return what remembers the parameters as they were when this was made."""
-        watch: Watch = self._parameters
-        return watch
+    def remember(self) -> None:
+        """Do nothing: the table holds what the parameters were when this was made."""
+
+    def unchanged(self, links: Sequence[Link]) -> bool:
+        """Tell whether every parameter is what and where it was."""
+        unchanged: bool = self._table.unchanged(self._parameters, links)
+        return unchanged
 
     def value(self) -> Tensor:
         """Return the value."""
@@ -74,7 +78,7 @@ class CppPenalty(PreparedPenalty):
         if dispatched():
             return super().add_grad_(scale)
         value = self._new_value()
-        gradients = self._prepared.add(scale.data_ptr(), value.data_ptr(), torch.get_num_threads())
+        gradients = self._prepared.add(self._parameters, scale.data_ptr(), value.data_ptr(), torch.get_num_threads())
         if gradients is None:  # one is missing or in another memory order
             return super().add_grad_(scale)
         increment_version(gradients)
