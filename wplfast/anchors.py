@@ -42,7 +42,10 @@ class Anchors:
     def fits(self, parameters: Sequence[Tensor]) -> bool:
         """Tell whether the parameters still have the devices, dtypes and memory orders that they had."""
         return all(
-            hat.dtype == p.dtype and hat.device == p.device and hat.shape == p.shape and same_order(hat, p)
+            hat.dtype == p.dtype
+            and hat.device == p.device
+            and hat.shape == p.shape
+            and (same_order(hat, p) if is_dense(p) else hat.is_contiguous())
             for hat, p in zip(self.theta_hat, parameters, strict=True)
         )
 
