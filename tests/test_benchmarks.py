@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
-from benchmarks import figures, fisher, peers, penalty, readme, scaling, timing
+from benchmarks import contenders, figures, fisher, peers, penalty, readme, scaling, timing
 from benchmarks.__main__ import main
 from benchmarks.plumbing import peer_libraries
 
@@ -47,14 +47,14 @@ def test_all_quick(tmp_path, capfd):
 
 @pytest.mark.parametrize("numel", [100_000, 10_000_000])
 def test_net_shapes_have_the_size_asked_for(numel):
-    shapes = penalty.net_shapes(numel)
+    shapes = contenders.net_shapes(numel)
     total = sum(torch.Size(shape).numel() for shape in shapes)
     assert len(shapes) == 160
     assert abs(total / numel - 1) < 0.05
 
 
 def test_wrong_results_are_not_timed(monkeypatch, capsys):
-    monkeypatch.setattr(penalty.wplfast.WeightPlasticityLoss, "add_grad_", lambda self: self())
+    monkeypatch.setattr(contenders.wplfast.WeightPlasticityLoss, "add_grad_", lambda self: self())
     assert main(["penalty", "--quick"]) == 1
     out, err = capsys.readouterr()
     assert not out
@@ -65,7 +65,7 @@ def test_wrong_results_are_not_timed(monkeypatch, capsys):
 def test_wrong_fisher_is_refused(monkeypatch):
     monkeypatch.setattr(fisher, "oracle", lambda model, batch: {k: p + 1 for k, p in model.named_parameters()})
     model = fisher.Model(fisher.WORKLOADS["mlp"], CPU, quick=True)
-    with pytest.raises(penalty.WrongResultError, match="mlp: relative error"), fisher.steady(model):
+    with pytest.raises(contenders.WrongResultError, match="mlp: relative error"), fisher.steady(model):
         pass
 
 
