@@ -58,7 +58,7 @@ def sweep(record: dict[str, Any] | None) -> str:
     for r in found:
         cells = [time(r["results"].get(name), quartiles=False) for name in names]
         lines.append(row([f"{r['parameters']:,}", f"{r['tensors']:,}", *cells]))
-    return "\n".join([*lines, "", " ".join(_remarks(record["sweep"]))])
+    return "\n".join([*lines, "", " ".join([*_remarks(record["sweep"]), *_allocator(record)])])
 
 
 def _is_shown(record: dict[str, Any]) -> bool:
@@ -84,13 +84,27 @@ def _remarks(runs: list[dict[str, Any]]) -> Iterator[str]:
             f"torch.compile unrolls the loop over tensors: {found[len(found) // 2]:.0f} s for {count:,} of them, and "
             "left out for more."
         )
-    if all(run["keeps_freed_memory"] for run in runs):
-        yield (
-            "Freed memory is kept here; with glibc's defaults, as in the table before, temporaries above 32 MB are "
-            "mapped anew in every call, and page faults are most of what a flat vector costs."
-        )
     if apart := [r["parameters"] for r in records if not r["interleaved"]]:
         yield f"From {min(apart) / 1e6:.0f} M parameters on, contenders ran one after another, not interleaved."
+
+
+def _allocator(record: dict[str, Any]) -> Iterator[str]:
+    """Yield a sentence about what the flat vector costs with and without freed memory kept, where both are known."""
+    run = record["sweep"][0]
+    usual = [
+        r for r in record.get("penalty", []) if r["threads"] == run["threads"] and "cat" in r["records"][0]["results"]
+    ]
+    if not (usual and run["keeps_freed_memory"]) or usual[0]["keeps_freed_memory"]:
+        return
+    case = usual[0]["records"][0]
+    near = [r for r in run["records"] if r["tensors"] == 100 and abs(r["parameters"] / case["parameters"] - 1) < 0.1]
+    for found in near[:1]:
+        before, kept = (time(r["results"]["cat"], quartiles=False) for r in (case, found))
+        yield (
+            "Freed memory is kept here. In the table before, with glibc's defaults, temporaries above 32 MB are mapped "
+            f"anew in every call: the flat vector of {case['case']} takes {before} there, that of 100 tensors {kept} "
+            "here."
+        )
 
 
 def anchors(record: dict[str, Any] | None) -> str:
