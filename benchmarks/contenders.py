@@ -172,6 +172,13 @@ MAKERS: Mapping[str, Callable[[Case], dict[str, Way]]] = {
     "flat": flat,
     "compiled": compiled,
 }
+#: The names of what each makes.
+WAYS = {
+    "ours": ("add_grad_", "autograd"),
+    "plain": ("eager", "foreach", "foreach, value"),
+    "flat": ("cat",),
+    "compiled": ("compile",),
+}
 
 
 def make(case: Case, makers: Sequence[str]) -> tuple[dict[str, Way], float | None]:

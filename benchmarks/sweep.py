@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
 
-from .contenders import BYTES, MAKERS, NO_VALUE, Case, check, make, net_shapes
-from .plumbing.malloc import give_back
+from .contenders import BYTES, MAKERS, NO_VALUE, WAYS, Case, check, make, net_shapes
+from .plumbing.malloc import available, give_back
 from .plumbing.progress import progress
 from .timing import Contender, Spread, interleave, triad
 
@@ -16,8 +18,13 @@ SIZES = tuple(round(10 ** (k / 2)) for k in range(6, 18))
 TENSORS = (1, 10, 100, 1000)
 QUICK_SIZES, QUICK_TENSORS = (1000, 10000), (1, 10, 1000)
 ELEMENTS = 16  # a tensor has at least about so many, or the case is skipped
-COMPILED = 100  # tensors: the compiler unrolls the loop over them, 0.2 s each and more with their number
-APART = 2 * 10**8  # parameters beyond which ways run one after another: some need 50 bytes for each in memory
+COMPILED = 100  # tensors: the compiler unrolls the loop over them, 0.2 s each
+COMPILED_BETWEEN = 10  # tensors, for sizes between decades
+APART = 2 * 10**8  # parameters beyond which ways run one after another: together they take 100 bytes for each
+#: Peak memory in bytes a parameter, with the case itself: glibc finds no use for most of what a flat vector frees.
+NEEDED = {"ours": 48, "plain": 48, "flat": 90, "compiled": 32}
+WARMED = 2  # rounds before those that count, where ways run one after another: until then, their memory is new
+USED = 0.8  # share of the available memory that a case may take
 SMALL = 10**5  # parameters up to which a call's own cost counts, in the table of latencies
 
 
@@ -45,13 +52,20 @@ def measure_case(
         compiled: whether to compile.
         apart: parameters beyond which contenders run one after another.
     """
+    started = time.perf_counter()
+    give_back()
     case = Case.of(f"{size:,} parameters in {tensors:,} tensors", shapes_of(size, tensors), device)
-    left_out = {}
-    if not compiled:
-        left_out["compile"] = "not asked for"
-    elif tensors > COMPILED:
-        left_out["compile"] = f"unrolls the loop over tensors: left out beyond {COMPILED}"
-    makers = [maker for maker in MAKERS if maker != "compiled" or not left_out]
+    left_out = _left_out(size, tensors, compiled)
+    if case.numel > apart:
+        memory = USED * available(device.type) + 16 * case.numel  # the case itself is there already
+        short = [maker for maker, needed in NEEDED.items() if needed * case.numel > memory]
+        left_out |= {
+            way: f"takes {NEEDED[maker] * case.numel / 1e9:.0f} GB at {case.numel:,} parameters: left out"
+            for maker in short
+            for way in WAYS[maker]
+            if way not in left_out
+        }
+    makers = [maker for maker in MAKERS if not any(way in left_out for way in WAYS[maker])]
     together = case.numel <= apart
     groups = [[*makers, "triad"]] if together else [[maker] for maker in (*makers, "triad")]
     record = {"parameters": case.numel, "tensors": tensors, "interleaved": together, "left_out": left_out}
@@ -59,16 +73,30 @@ def measure_case(
     errors: dict[str, dict[str, float]] = {}
     for group in groups:
         give_back()
-        found, wrong, compile_seconds = _contend(case, group, device, rounds, seconds / len(groups))
+        found, wrong, compile_seconds = _contend(
+            case, group, device, rounds, seconds / len(groups), 0 if together else WARMED
+        )
         times, errors = times | found, errors | wrong
         if compile_seconds is not None:
             record["compile_seconds"] = compile_seconds
-    record["rounds"] = min(map(len, times.values()))
+    record |= {"rounds": min(map(len, times.values())), "wall_seconds": round(time.perf_counter() - started, 1)}
     return {**record, "results": _results(case.numel, times, errors)}
 
 
+def _left_out(size: int, tensors: int, compiled: bool) -> dict[str, str]:
+    """Return why a case is not compiled, by the name of the contender; empty where it is."""
+    between = abs(math.log10(size) - round(math.log10(size))) > 0.01
+    if not compiled:
+        return {"compile": "not asked for"}
+    if tensors > COMPILED:
+        return {"compile": f"unrolls the loop over tensors: left out beyond {COMPILED}"}
+    if between and tensors > COMPILED_BETWEEN:
+        return {"compile": f"unrolls the loop over tensors: beyond {COMPILED_BETWEEN} at whole decades only"}
+    return {}
+
+
 def _contend(
-    case: Case, group: Sequence[str], device: torch.device, rounds: int, seconds: float
+    case: Case, group: Sequence[str], device: torch.device, rounds: int, seconds: float, warmed: int
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]], float | None]:
     """Make, check and time what may be in memory together; return times, errors and the seconds of compiling."""
     runs, compile_seconds = make(case, [maker for maker in group if maker != "triad"])
@@ -76,6 +104,9 @@ def _contend(
     contenders = {name: Contender(run) for name, run in runs.items()}
     if "triad" in group:
         contenders["triad"] = triad(BYTES["add_grad_"] * case.numel, device)
+    for _ in range(warmed):
+        for contender in contenders.values():
+            contender.run()
     return interleave(contenders, rounds, seconds, device), errors, compile_seconds
 
 

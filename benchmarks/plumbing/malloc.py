@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from pathlib import Path
+
+import torch
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -31,3 +35,12 @@ def _glibc() -> ctypes.CDLL | None:
         return library if hasattr(library, "gnu_get_libc_version") else None
     except (OSError, TypeError):
         return None
+
+
+def available(device: str = "cpu") -> float:
+    """Return the bytes that are free for tensors on a type of device; inf where the system does not say."""
+    if device == "cuda":
+        return float(torch.cuda.mem_get_info()[0])
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
