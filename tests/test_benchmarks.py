@@ -154,6 +154,12 @@ def test_a_sweep_says_what_it_left_out(monkeypatch):
             rate = result["bytes"] / result["milliseconds"]["median"] / 1e6
             assert result["gigabytes_per_second"] == pytest.approx(rate)
             assert result["share_of_triad"] == pytest.approx(rate / results["triad"]["gigabytes_per_second"])
+    monkeypatch.setattr(sweep, "available", lambda device: 0.0)
+    short = sweep.measure_case(5000, 10, CPU, 3, 0.0, compiled=False, apart=0)
+    assert set(short["results"]) == {"triad"}
+    assert "GB at" in short["left_out"]["cat"]
+    between = sweep.measure_case(50_000, 20, CPU, 3, 0.0, compiled=True)
+    assert "whole decades" in between["left_out"]["compile"]
     shown = sweep.table([few, many])
     assert "compile, 200 tensors: unrolls the loop over tensors: left out beyond 100" in shown
     assert "one after another" in shown

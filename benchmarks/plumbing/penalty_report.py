@@ -20,6 +20,7 @@ NAMES = {
     "apart, foreach": "apart, foreach",
 }
 ROOFS = ("triad", "triad in place", "copy")
+MAPPED = 2**25  # bytes from which glibc maps every block
 LARGE = 10**7  # parameters from which bandwidth is what counts
 
 
@@ -71,7 +72,8 @@ def _is_shown(record: dict[str, Any]) -> bool:
 def _remarks(runs: list[dict[str, Any]]) -> Iterator[str]:
     """Yield sentences: bandwidths of large cases, what was left out, what was measured in another manner."""
     records = [record for run in runs for record in run["records"]]
-    shares = [100 * r["results"]["add_grad_"]["share_of_triad"] for r in records if r["parameters"] >= 0.95 * LARGE]
+    large = [r["results"] for r in records if r["parameters"] >= 0.95 * LARGE and "add_grad_" in r["results"]]
+    shares = [100 * results["add_grad_"]["share_of_triad"] for results in large]
     if shares:
         yield (
             f"From {LARGE / 1e6:g} M parameters on, `add_grad_` reaches {min(shares):.0f} to {max(shares):.0f} % of "
@@ -81,11 +83,14 @@ def _remarks(runs: list[dict[str, Any]]) -> Iterator[str]:
         count = max(tensors for tensors, _ in seconds)
         found = sorted(taken for tensors, taken in seconds if tensors == count)
         yield (
-            f"torch.compile unrolls the loop over tensors: {found[len(found) // 2]:.0f} s for {count:,} of them, and "
-            "left out for more."
+            f"torch.compile unrolls the loop over tensors: {found[len(found) // 2]:.0f} s for {count:,} of them, "
+            "measured at whole decades, and left out for more."
         )
     if apart := [r["parameters"] for r in records if not r["interleaved"]]:
         yield f"From {min(apart) / 1e6:.0f} M parameters on, contenders ran one after another, not interleaved."
+    short = {way: r["parameters"] for r in reversed(records) for way, why in r["left_out"].items() if "GB" in why}
+    for way, parameters in sorted(short.items()):
+        yield f"Left out at {parameters / 1e6:.0f} M for lack of memory: {NAMES[way]}."
 
 
 def _allocator(record: dict[str, Any]) -> Iterator[str]:
@@ -97,6 +102,8 @@ def _allocator(record: dict[str, Any]) -> Iterator[str]:
     if not (usual and run["keeps_freed_memory"]) or usual[0]["keeps_freed_memory"]:
         return
     case = usual[0]["records"][0]
+    if 4 * case["parameters"] <= MAPPED:
+        return
     near = [r for r in run["records"] if r["tensors"] == 100 and abs(r["parameters"] / case["parameters"] - 1) < 0.1]
     for found in near[:1]:
         before, kept = (time(r["results"]["cat"], quartiles=False) for r in (case, found))
