@@ -10,7 +10,7 @@ from typing import Any
 from .plumbing import plots
 from .plumbing.record import write_bytes
 
-DRAWN = ("peers", "scaling")
+DRAWN = ("peers", "scaling", "sweep")
 COLOURS = {
     "wplfast": plots.BLUE,
     "BackPACK": plots.ORANGE,
@@ -19,21 +19,45 @@ COLOURS = {
     "loop": plots.GREY,
 }
 LABELS = {"torch.func": "torch.func: vmap(grad)", "loop": "one-sample loop"}
+LINE = {"marker": "o", "markersize": 2.5, "linewidth": 1.2}
+WAYS = {
+    "eager": {"color": plots.GREY, "label": "loop over tensors"},
+    "cat": {"color": plots.PURPLE, "label": "flat vector (cat)"},
+    "compile": {"color": plots.VERMILLION, "label": "torch.compile"},
+    "foreach, value": {"color": plots.ORANGE, "label": "foreach"},
+    "foreach": {"color": plots.ORANGE, "linestyle": ":", "label": "foreach, gradient alone"},
+    "autograd": {"color": plots.SKY, "label": "wplfast: wpl().backward()"},
+    "add_grad_": {"color": plots.BLUE, "linewidth": 2.2, "label": "wplfast: wpl.add_grad_()"},
+    "triad": {
+        "color": plots.BLACK,
+        "linestyle": "--",
+        "linewidth": 1.0,
+        "marker": "",
+        "label": "triad of 20 bytes a parameter",
+    },
+}
 
 
 def draw(record: dict[str, Any]) -> bytes:
-    """Draw a record's last run of peers, or else of scaling, as a PNG.
+    """Draw a record's last run of peers, or else of scaling, or else all runs of the sweep, as a PNG.
 
     Raises:
-        ValueError: if it has neither.
+        ValueError: if it has none of them.
     """
+    torch = f"torch {record['versions']['torch']}"
     for part, drawer in (("peers", _peers), ("scaling", _scaling)):
         if record.get(part):
             run = record[part][-1]
-            threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
-            place = record["hardware"].get("gpu") or f"{record['hardware']['cpu']}, {threads}"
-            return drawer(run["records"], f"{place}, torch {record['versions']['torch']}")
+            place = record["hardware"].get("gpu") or f"{record['hardware']['cpu']}, {_threads(run)}"
+            return drawer(run["records"], f"{place}, {torch}")
+    if record.get("sweep"):
+        return _sweep(record["sweep"], f"{record['hardware'].get('gpu') or record['hardware']['cpu']}, {torch}")
     raise ValueError(f"expected a record of {' or '.join(DRAWN)}, found {', '.join(record)}")
+
+
+def _threads(run: dict[str, Any]) -> str:
+    """Render a run's number of threads."""
+    return f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
 
 
 def _peers(records: list[dict[str, Any]], place: str) -> bytes:
@@ -104,6 +128,46 @@ def _scaling(records: list[dict[str, Any]], place: str) -> bytes:
         0, 0.5, "unit: one ordinary forward and\nbackward pass of the same batch\n\n" + place, va="center"
     )
     figure.suptitle("How a Fisher pass grows; powers fitted to the last three points", fontsize=11)
+    return plots.png(figure)
+
+
+def _sweep(runs: list[dict[str, Any]], place: str) -> bytes:
+    """Draw a row of panels for each number of threads: time per call over parameters, by number of tensors."""
+    plt = plots.pyplot()
+    counts = sorted({record["tensors"] for run in runs for record in run["records"]})
+    figure, axes = plt.subplots(
+        len(runs),
+        len(counts),
+        figsize=(1 + 2.9 * len(counts), 1.1 + 2.8 * len(runs)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    lines: dict[str, Any] = {}
+    for row, run in zip(axes, runs, strict=True):
+        for axis, count in zip(row, counts, strict=True):
+            records = [record for record in run["records"] if record["tensors"] == count]
+            for name, look in WAYS.items():
+                points = [r for r in records if name in r["results"]]
+                if points:
+                    sizes = [r["parameters"] for r in points]
+                    times = [r["results"][name]["milliseconds"]["median"] for r in points]
+                    lines[name] = axis.plot(sizes, times, **(LINE | look))[0]
+            axis.set(xscale="log", yscale="log", title=f"{count:,} tensor{'s' * (count > 1)}, {_threads(run)}")
+            axis.xaxis.set_major_locator(plt.LogLocator(numticks=10))
+        row[0].set_ylabel("ms per call")
+    for axis in axes[-1]:
+        axis.set_xlabel("parameters")
+    chosen = [name for name in WAYS if name in lines]
+    figure.legend(
+        [lines[name] for name in chosen],
+        [WAYS[name]["label"] for name in chosen],
+        loc="outside lower center",
+        ncols=min(4, len(chosen)),
+        frameon=False,
+    )
+    figure.suptitle(f"The penalty's value and gradient, added to .grad\n{place}", fontsize=10)
     return plots.png(figure)
 
 

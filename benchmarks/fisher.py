@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import wplfast
 from wplfast.losses import cross_entropy
 
-from .penalty import WrongResultError
+from .contenders import WrongResultError
+from .plumbing.progress import progress
 from .timing import Contender, Spread, interleave, measure, ratio
 from .workloads import WORKLOADS, Batch, Workload
 
@@ -201,7 +202,7 @@ def _affordable(times: dict[str, list[float]], model: Model, seconds: float, dev
 
 def run(device: torch.device, names: Sequence[str], quick: bool, rounds: int, seconds: float) -> list[dict]:
     """Measure the named workloads."""
-    return [measure_workload(WORKLOADS[name], device, quick, rounds, seconds) for name in names]
+    return [measure_workload(WORKLOADS[name], device, quick, rounds, seconds) for name in progress(names, "fisher")]
 
 
 def table(records: Sequence[dict]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .fisher import TOLERANCE, Model, memory, oracle, peak_bytes, steady
 from .plumbing.peer_libraries import Way, ways
+from .plumbing.progress import progress
 from .timing import Contender, Spread, interleave, ratio
 from .workloads import WORKLOADS, Block, Workload
 
@@ -138,7 +139,7 @@ def measure_workload(workload: Workload, device: torch.device, quick: bool, roun
 
 def run(device: torch.device, names: Sequence[str], quick: bool, rounds: int, seconds: float) -> list[dict]:
     """Measure the named workloads."""
-    return [measure_workload(WORKLOADS[name], device, quick, rounds, seconds) for name in names]
+    return [measure_workload(WORKLOADS[name], device, quick, rounds, seconds) for name in progress(names, "peers")]
 
 
 def versions() -> dict[str, str | None]:

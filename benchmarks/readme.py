@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .plumbing import penalty_report
+from .plumbing.markdown import RESULTS, image, threads
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 METHODS = {
     "none": "no penalty",
     "wpl": "WPL",
@@ -54,30 +56,9 @@ def speed(penalty: dict[str, Any], fisher: dict[str, Any]) -> str:
         f"{place}; medians [quartiles] of interleaved runs, from `python -m benchmarks`. GPU speed is unmeasured.",
         "",
     ]
-    runs = {run["threads"]: run["records"] for run in penalty["penalty"]}
-    columns = [(threads, case) for threads in runs for case in range(len(runs[threads]))]
-    columns.sort(key=lambda column: (column[1], column[0]))
-    heads = [f"{runs[t][c]['case']}, {t} thread{'s' * (t > 1)}" for t, c in columns]
-    lines += ["| penalty: value and gradient | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
-    first = runs[columns[0][0]][columns[0][1]]["results"]
-    names = {
-        "add_grad_": "`wpl.add_grad_()`",
-        "autograd": "`wpl().backward()`",
-        "eager": "eager loop",
-        "foreach": "foreach, gradient alone",
-        "foreach, value": "foreach, with the value",
-        "compile": "torch.compile",
-    }
-    for name in first:
-        if name in ("triad", "triad in place", "copy"):
-            continue
-        cells = [_time(runs[t][c]["results"].get(name)) for t, c in columns]
-        lines.append(f"| {names.get(name, name)} | " + " | ".join(cells) + " |")
-    shares = [runs[t][c]["results"]["add_grad_"].get("share_of_triad") for t, c in columns]
-    cells = [f"{100 * share['median']:.0f} %" if share else "" for share in shares]
-    lines.append("| `add_grad_`'s bandwidth, share of a triad | " + " | ".join(cells) + " |")
-    threads = [run["threads"] for run in fisher["fisher"]]
-    heads = [f"{what}, {t} thread{'s' * (t > 1)}" for what in ("pass", "whole call") for t in threads]
+    lines += penalty_report.cases(penalty)
+    counts = [run["threads"] for run in fisher["fisher"]]
+    heads = [f"{what}, {threads(count)}" for what in ("pass", "whole call") for count in counts]
     lines += [
         "",
         "| Fisher / ordinary forward and backward | " + " | ".join(heads) + " |",
@@ -102,7 +83,7 @@ def peers(record: dict[str, Any] | None) -> str:
         return ""
     names = list(record["peers"][0]["records"][0]["contenders"])
     versions = ", ".join(f"{package} {record['versions'][package]}" for package in ("backpack-for-pytorch", "opacus"))
-    lines = _image("peers_cpu.png", "Time and peak memory of libraries that compute the same Fisher")
+    lines = image("peers_cpu.png", "Time and peak memory of libraries that compute the same Fisher")
     lines += [
         "The Fisher of one batch with libraries that give per-sample gradients, each at the fastest of its settings "
         "that is right, in one interleaved run: time over that of one ordinary forward and backward pass, median "
@@ -114,7 +95,7 @@ def peers(record: dict[str, Any] | None) -> str:
     for run in record["peers"]:
         for row in run["records"]:
             cells = [_peer(row["contenders"][name]) for name in names]
-            lines.append(f"| {row['shown']}, {_threads(run['threads'])} | " + " | ".join(cells) + " |")
+            lines.append(f"| {row['shown']}, {threads(run['threads'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -133,9 +114,9 @@ def scaling(record: dict[str, Any] | None) -> str:
     if not (record and record.get("scaling")):
         return ""
     run = record["scaling"][-1]
-    lines = _image("scaling_cpu.png", "Time and memory against batch size, length, width, classes and samples")
+    lines = image("scaling_cpu.png", "Time and memory against batch size, length, width, classes and samples")
     lines += [
-        f"How a pass grows, fitted to the largest three sizes ({_threads(run['threads'])}; "
+        f"How a pass grows, fitted to the largest three sizes ({threads(run['threads'])}; "
         "`python -m benchmarks scaling`):",
         "",
         "| | sizes | Fisher pass | ordinary pass |",
@@ -147,25 +128,6 @@ def scaling(record: dict[str, Any] | None) -> str:
         sizes = f"{row['points'][0]['size']:,} to {row['points'][-1]['size']:,}"
         lines.append(f"| {kind}, {row['shown']} | {sizes} | {powers[0]} | {powers[1]} |")
     return "\n".join(lines)
-
-
-def _image(name: str, words: str) -> list[str]:
-    """Return a figure's line and an empty one, or none where there is no figure."""
-    return [f"![{words}](benchmarks/results/{name})", ""] if (RESULTS / name).exists() else []
-
-
-def _threads(count: int) -> str:
-    """Render a number of threads."""
-    return f"{count} thread{'s' * (count > 1)}"
-
-
-def _time(result: dict[str, Any] | None) -> str:
-    """Render a time."""
-    if result is None:
-        return "-"
-    low, mid, high = (result["milliseconds"][key] for key in ("q1", "median", "q3"))
-    unit, factor = ("ms", 1.0) if mid >= 1 else ("µs", 1000.0)
-    return f"{mid * factor:.3g} {unit} [{low * factor:.3g}, {high * factor:.3g}]"
 
 
 def _ratio(record: dict[str, Any]) -> str:
@@ -203,6 +165,8 @@ def render() -> str:
     text = (ROOT / "README.md").read_text()
     text = fill(text, "two_models", two_models(record["two_models_mnist"]))
     text = fill(text, "speed", speed(record["penalty_cpu"], record["fisher_cpu"]))
+    text = fill(text, "sweep", penalty_report.sweep(record["penalty_cpu"]))
+    text = fill(text, "anchors", penalty_report.anchors(_optional("anchors_cpu")))
     text = fill(text, "peers", peers(_optional("peers_cpu") or record["fisher_cpu"]))
     return fill(text, "scaling", scaling(_optional("scaling_cpu")))
 

@@ -16,6 +16,7 @@ import wplfast
 from wplfast.losses import cross_entropy
 
 from .fisher import peak_bytes, steady
+from .plumbing.progress import progress
 from .plumbing.series import CLASSES, HELD, SAMPLES, TIMED, Series
 from .timing import Contender, Spread, interleave, measure, ratio
 from .workloads import Batch
@@ -98,7 +99,7 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
 def run(device: torch.device, quick: bool, rounds: int, seconds: float) -> list[dict]:
     """Measure all series; ``seconds`` caps each point."""
     records = []
-    for series in (*TIMED, CLASSES, HELD):
+    for series in progress((*TIMED, CLASSES, HELD), "scaling"):
         points = []
         for size in series.quick if quick else series.sizes:
             if series is HELD:

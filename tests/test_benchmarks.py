@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
-from benchmarks import figures, fisher, peers, penalty, readme, scaling, timing
+from benchmarks import anchors, contenders, figures, fisher, peers, readme, scaling, sweep, timing
 from benchmarks.__main__ import main
-from benchmarks.plumbing import peer_libraries
+from benchmarks.plumbing import exact, malloc, peer_libraries, penalty_report
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _usual_malloc(monkeypatch):
+    """Leave the allocator of the process that runs the tests as it is."""
+    monkeypatch.setattr(malloc, "keep", lambda: True)
 
 
 def test_all_quick(tmp_path, capfd):
@@ -27,6 +37,7 @@ def test_all_quick(tmp_path, capfd):
     record = json.loads(path.read_text())
     assert record["hardware"]["cpu"]
     assert record["versions"]["torch"] == torch.__version__
+    assert set(record) >= {"penalty", "sweep", "fisher", "anchors"}
     (penalties,), (fishers,) = record["penalty"], record["fisher"]
     assert penalties["threads"] == fishers["threads"] == 1
     large, small = penalties["records"]
@@ -34,7 +45,7 @@ def test_all_quick(tmp_path, capfd):
     assert small["tensors"] == 8
     ours = large["results"]["add_grad_"]
     assert ours["bytes"] == 20 * large["parameters"]
-    assert {"eager_over_it", "foreach_over_it", "share_of_triad", "share_of_triad_in_place"} <= set(ours)
+    assert {"eager_over_it", "foreach_over_it", "cat_over_it", "share_of_triad", "share_of_triad_in_place"} <= set(ours)
     assert [r["workload"] for r in fishers["records"]] == ["mlp", "rnn"]
     for r in fishers["records"]:
         assert r["unit_flops"] > 0
@@ -43,29 +54,197 @@ def test_all_quick(tmp_path, capfd):
     out, err = capfd.readouterr()
     assert "pass / unit" in out
     assert not err
+    shown = readme.speed(record, record)
+    assert "| flat vector (`torch.cat`) |" in shown
+    assert "| pass, 1 thread |" in shown
+    assert "| 0.1 M in 160 tensors, 1 thread |" in shown
 
 
-@pytest.mark.parametrize("numel", [100_000, 10_000_000])
-def test_net_shapes_have_the_size_asked_for(numel):
-    shapes = penalty.net_shapes(numel)
+@pytest.mark.parametrize(("numel", "n_tensors"), [(100_000, 160), (10_000_000, 160), (10_000, 100), (31_623, 1000)])
+def test_net_shapes_have_the_size_asked_for(numel, n_tensors):
+    shapes = contenders.net_shapes(numel, n_tensors)
     total = sum(torch.Size(shape).numel() for shape in shapes)
-    assert len(shapes) == 160
+    assert len(shapes) == n_tensors
     assert abs(total / numel - 1) < 0.05
 
 
+class CountedBytes(TorchDispatchMode):
+    """Counts what every operation reads and writes; views move nothing, and an expanded scalar is one element."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and func is not torch.ops.aten.detach.default:
+            arguments = zip(args, func._schema.arguments, strict=False)
+            written = [value for value, about in arguments if about.alias_info and about.alias_info.is_write]
+            moved = tree_leaves((args, kwargs)) + (tree_leaves(written) if written else tree_leaves(out))
+            self.total += sum(
+                min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in moved if isinstance(t, torch.Tensor)
+            )
+        return out
+
+
+@pytest.mark.parametrize("maker", ["plain", "flat"])
+def test_bytes_are_as_counted(maker):
+    case = contenders.Case.of("counted", [(300, 300), (90_000,)], CPU)
+    for name, way in contenders.MAKERS[maker](case).items():
+        with CountedBytes() as counted:
+            way()
+        assert counted.total == pytest.approx(contenders.BYTES[name] * case.numel, rel=1e-3), name
+
+
 def test_wrong_results_are_not_timed(monkeypatch, capsys):
-    monkeypatch.setattr(penalty.wplfast.WeightPlasticityLoss, "add_grad_", lambda self: self())
+    monkeypatch.setattr(contenders.wplfast.WeightPlasticityLoss, "add_grad_", lambda self: self())
     assert main(["penalty", "--quick"]) == 1
     out, err = capsys.readouterr()
     assert not out
     assert "add_grad_" in err
     assert "nothing was timed" in err
+    with pytest.raises(contenders.WrongResultError, match="1 anchors, add_grad_"):
+        anchors.run(CPU, True, 3, 0.0)
+
+
+@pytest.mark.parametrize("factor", [2.0, float("nan")])
+def test_wrong_contenders_of_a_sweep_are_refused(monkeypatch, factor):
+    def wrong(case):
+        def run():
+            value = factor * contenders.formula(case.theta, case.theta_hat, case.fisher)
+            value.backward()
+            return value
+
+        return {"cat": run}
+
+    monkeypatch.setattr(contenders, "MAKERS", {**contenders.MAKERS, "flat": wrong})
+    with pytest.raises(contenders.WrongResultError, match="1,000 parameters in 1 tensors, cat"):
+        sweep.measure_case(1000, 1, CPU, 3, 0.0, compiled=False)
+
+
+def test_gradients_outside_an_active_set_are_wrong():
+    walk = anchors.Walk(10_000, CPU)
+    penalty, expected = walk.penalty(), exact.Exact(walk.named)
+    fisher_, theta_hat = walk.step()
+    penalty.consolidate(fisher_, theta_hat=theta_hat)
+    expected.add(fisher_, theta_hat)
+    names = anchors.share_of(walk, 0.25)
+    assert len(names) == 40
+    expected.check("right", penalty.subset(names).add_grad_, names)
+    with pytest.raises(contenders.WrongResultError, match="wrong: relative errors"):
+        expected.check("wrong", penalty.add_grad_, names)
+
+
+def test_a_sweep_says_what_it_left_out(monkeypatch):
+    monkeypatch.setattr(
+        contenders, "MAKERS", contenders.MAKERS | {"compiled": lambda case: {"compile": loop_over(case)}}
+    )
+    pairs = sweep.cases_of((1000, 10_000), (1, 10, 100, 1000))
+    assert pairs == [(1000, 1), (1000, 10), (10_000, 1), (10_000, 10), (10_000, 100)]
+    few = sweep.measure_case(5000, 10, CPU, 3, 0.0, compiled=True)
+    many = sweep.measure_case(5000, 200, CPU, 3, 0.0, compiled=True, apart=0)
+    assert few["interleaved"]
+    assert not many["interleaved"]
+    assert few["compile_seconds"] > 0
+    assert set(few["results"]) - set(many["results"]) == {"compile"}
+    assert "unrolls" in many["left_out"]["compile"]
+    for record in (few, many):
+        results = record["results"]
+        assert record["rounds"] == 3
+        for name, result in results.items():
+            assert result["bytes"] == contenders.BYTES.get(name, 20) * record["parameters"]
+            rate = result["bytes"] / result["milliseconds"]["median"] / 1e6
+            assert result["gigabytes_per_second"] == pytest.approx(rate)
+            assert result["share_of_triad"] == pytest.approx(rate / results["triad"]["gigabytes_per_second"])
+    monkeypatch.setattr(sweep, "available", lambda device: 0.0)
+    short = sweep.measure_case(5000, 10, CPU, 3, 0.0, compiled=False, apart=0)
+    assert set(short["results"]) == {"triad"}
+    assert "GB at" in short["left_out"]["cat"]
+    between = sweep.measure_case(50_000, 20, CPU, 3, 0.0, compiled=True)
+    assert "whole decades" in between["left_out"]["compile"]
+    shown = sweep.table([few, many])
+    assert "compile, 200 tensors: unrolls the loop over tensors: left out beyond 100" in shown
+    assert "one after another" in shown
+
+
+def loop_over(case):
+    def run():
+        value = contenders.formula(case.theta, case.theta_hat, case.fisher)
+        value.backward()
+        return value
+
+    return run
+
+
+def test_sweep_is_drawn_and_rendered(tmp_path):
+    pytest.importorskip("matplotlib")
+    path, image = tmp_path / "record.json", tmp_path / "figure.png"
+    sizes = ("--sizes", "1e3", "2e3", "--tensors", "1", "10")
+    assert main(["penalty", "--quick", *sizes, "--threads", "1", "2", "--json", str(path), "--plot", str(image)]) == 0
+    record = json.loads(path.read_text())
+    assert [run["threads"] for run in record["sweep"]] == [1, 2]
+    assert [(r["parameters"] // 1000, r["tensors"]) for r in record["sweep"][0]["records"]] == [
+        (1, 1),
+        (1, 10),
+        (2, 1),
+        (1, 10),
+    ]
+    assert image.read_bytes().startswith(b"\x89PNG")
+    shown = penalty_report.sweep(record)
+    assert "| 1,000 | 1 |" in shown
+    assert "| triad |" in shown
+    assert penalty_report.sweep({key: part for key, part in record.items() if key != "sweep"}) == ""
+    assert penalty_report.sweep(None) == penalty_report.anchors(None) == ""
+
+
+@pytest.mark.parametrize("option", [False, True])
+def test_anchors_are_recorded_and_rendered(monkeypatch, option):
+    class Narrow(anchors.wplfast.WeightPlasticityLoss):
+        """A penalty that rounds F."""
+
+        def __init__(self, params, alpha=1.0, *, l2=0.0, fisher_dtype=torch.float32):
+            super().__init__(params, alpha, l2=l2)
+            self.fisher_dtype = fisher_dtype
+
+        def consolidate(self, fisher, **options):
+            super().consolidate({name: f.to(self.fisher_dtype).float() for name, f in fisher.items()}, **options)
+
+    class Plain(anchors.wplfast.WeightPlasticityLoss):
+        """A penalty without the option."""
+
+        def __init__(self, params, alpha=1.0):
+            super().__init__(params, alpha)
+
+    monkeypatch.setattr(anchors.wplfast, "WeightPlasticityLoss", Narrow if option else Plain)
+    found = anchors.run(CPU, True, 3, 0.0)
+    assert [line["anchors"] for line in found["merged"]] == list(anchors.QUICK_COUNTS)
+    for line in found["merged"]:
+        assert set(line["results"]) == {"add_grad_", "autograd", "apart, loop", "apart, foreach"}
+        assert all(max(r["relative_error"].values()) < contenders.TOLERANCE for r in line["results"].values())
+    for line in found["active"]:
+        assert line["elements"] == pytest.approx(line["share"], abs=0.03)
+        assert line["tensors"] == pytest.approx(line["share"], abs=0.02)
+    assert set(found["consolidate"]) == {"active_elements", "merge", "merge, active", "replace", "replace, active"}
+    shown = penalty_report.anchors({"anchors": [{"threads": 1, "records": found}]})
+    assert "| K | `wpl.add_grad_()` |" in shown
+    assert "% of the parameters (`wpl.subset(names)`) takes" in shown
+    assert "to merge a second anchor" in shown
+    assert ("bfloat16" in shown) is option
+    assert ("F in bfloat16: left out" in anchors.table(found)) is not option
+    if option:
+        error = found["fisher_dtype"]["add_grad_, bfloat16"]["relative_error"]["gradient"]
+        assert contenders.TOLERANCE < error < anchors.NARROW
+
+
+def test_malloc_keeps_freed_memory():
+    code = "from benchmarks.plumbing import malloc; print(malloc.keep()); malloc.give_back()"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
 
 
 def test_wrong_fisher_is_refused(monkeypatch):
     monkeypatch.setattr(fisher, "oracle", lambda model, batch: {k: p + 1 for k, p in model.named_parameters()})
     model = fisher.Model(fisher.WORKLOADS["mlp"], CPU, quick=True)
-    with pytest.raises(penalty.WrongResultError, match="mlp: relative error"), fisher.steady(model):
+    with pytest.raises(contenders.WrongResultError, match="mlp: relative error"), fisher.steady(model):
         pass
 
 
@@ -191,5 +370,5 @@ def test_slope_is_the_exponent():
 
 def test_plot_is_refused_where_nothing_is_drawn(capsys):
     with pytest.raises(SystemExit):
-        main(["penalty", "--quick", "--plot", "a.png"])
-    assert "not penalty" in capsys.readouterr().err
+        main(["fisher", "--quick", "--plot", "a.png"])
+    assert "not fisher" in capsys.readouterr().err
