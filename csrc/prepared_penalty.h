@@ -75,7 +75,8 @@ class ParameterTable {
       const auto gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter, grad_name));
       if (!gradient) throw py::error_already_set();
       TensorView view;
-      if (gradient.is_none() || !read(gradient.ptr(), view) || !same_kind(view, p) || !same_order(view, p)) {
+      if (gradient.is_none() || !read(gradient.ptr(), view) || !same_kind(view, p) || !same_order(view, p) ||
+          (view.address() == 0 && address(p) != 0)) {
         return py::none();
       }
       addresses[p] = reinterpret_cast<void*>(view.address());

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -87,8 +87,11 @@ class AnchoredParameters(nn.Module):
         """
         options = Options(weight, decay, anchor, normalize, clip_norm)
         names = self._references.chosen(active)
+        if not names:
+            raise ValueError("active must name at least one parameter, got none")
         with torch.inference_mode(False), torch.no_grad():
-            anchors, first = self._current_anchors(), self._anchors is None
+            first = self._n_anchors == 0
+            anchors = Anchors(self._references.tensors(), self._fisher_dtype) if first else self._current_anchors()
             indices = [self._references.index[name] for name in names]
             theta = [self._references.tensors()[i] for i in indices]
             outdated = consolidate_(anchors, indices, names, theta, fisher, theta_hat, prefix, options, first)
@@ -148,7 +151,7 @@ class AnchoredParameters(nn.Module):
 
     def reset(self) -> None:
         """Forget all anchors; alpha and l2 stay."""
-        self._anchors, self._n_anchors = None, 0
+        self._anchors, self._n_anchors = self._blank_anchors(), 0
         self._anchors_changed()
 
     def rebind(self, params: Params, *, missing: Literal["error", "drop"] = "error") -> None:
@@ -189,12 +192,12 @@ class AnchoredParameters(nn.Module):
     @property
     def fisher(self) -> dict[str, Tensor]:
         """The accumulated Fisher by name (views; do not write to them); empty before the first consolidate."""
-        return {} if self._anchors is None else dict(zip(self._references.names, self._anchors.fisher, strict=True))
+        return self._by_name(lambda anchors: anchors.fisher)
 
     @property
     def theta_hat(self) -> dict[str, Tensor]:
         """The newest anchor by name (views; do not write to them); empty before the first consolidate."""
-        return {} if self._anchors is None else dict(zip(self._references.names, self._anchors.theta_hat, strict=True))
+        return self._by_name(lambda anchors: anchors.theta_hat)
 
     @property
     def n_anchors(self) -> int:
@@ -261,8 +264,10 @@ class AnchoredParameters(nn.Module):
         parameters = dict(zip(self._references.names, self._references.tensors(), strict=True))
         found = faults(state, {name: p.shape for name, p in parameters.items()})
         if not found:
-            with torch.inference_mode(False), torch.no_grad():
-                anchors = from_state(state, parameters, self._fisher_dtype) if has_anchors(state) else None
+            anchors = self._blank_anchors()
+            if has_anchors(state):
+                with torch.inference_mode(False), torch.no_grad():
+                    anchors = from_state(state, parameters, self._fisher_dtype)
             self._anchors, self._n_anchors = anchors, int(state["n_anchors"])
             self._anchors_changed()
         return found
@@ -285,18 +290,27 @@ class AnchoredParameters(nn.Module):
     def _anchors_changed(self) -> None:
         """Take note that anchors or parameters are no longer the same tensors."""
 
+    def _blank_anchors(self) -> Anchors | None:
+        """Return what is evaluated when nothing is anchored, or None."""
+        return None
+
+    def _by_name(self, column: Callable[[Anchors], list[Tensor]]) -> dict[str, Tensor]:
+        """Return some of the anchors' tensors by name; nothing before the first consolidation."""
+        if self._anchors is None or self._n_anchors == 0:
+            return {}
+        return dict(zip(self._references.names, column(self._anchors), strict=True))
+
     def _kept(self, sources: Sequence[int]) -> None:
         """Take note that the parameters are now those at these positions of the former ones."""
 
     def _current_anchors(self) -> Anchors:
-        """Return the anchors, brought to where the parameters are now; new ones if there are none yet.
+        """Return the anchors, brought to where the parameters are now.
 
         Raises:
             StaleParameterError: if a parameter changed its shape.
         """
         theta = self._references.tensors()
-        if self._anchors is None:
-            return Anchors(theta, self._fisher_dtype)
+        assert self._anchors is not None
         if not self._anchors.fits(theta):
             for name, parameter, fisher in zip(self._references.names, theta, self._anchors.fisher, strict=True):
                 if parameter.shape != fisher.shape:

@@ -34,8 +34,8 @@ class Anchors:
         self.theta_hat = _buffers(dense, lambda dtype: dtype)
         self.fisher = _buffers(dense, self._kept_as)
         self.offset: list[Tensor] | None = None  # theta_bar - theta_hat, once there are several anchors
-        self.constant = torch.zeros(len(dense), dtype=torch.float64)  # c
-        self.bound = torch.zeros(len(dense), dtype=torch.float64)  # no entry of a parameter's F is larger
+        self.constant = torch.zeros(len(dense), dtype=torch.float64, device="cpu")  # c
+        self.bound = self.constant.clone()  # no entry of a parameter's F is larger
         torch._foreach_copy_(self.theta_hat, dense)
         self._firsts = [indices[0] for indices in by_kind(dense).values()]  # one view of each buffer
 

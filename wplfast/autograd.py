@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .ops.layout import flat_dtype, packed_views
 from .ops.prepared import PreparedPenalty
@@ -22,12 +23,15 @@ from .ops.prepared import PreparedPenalty
 def differentiable(prepared: PreparedPenalty) -> Tensor:
     """Return the value of a penalty, differentiable with respect to its ``theta``."""
     theta = prepared.theta
-    if not (torch.is_grad_enabled() and any(p.requires_grad for p in theta)):
+    compiling = torch.compiler.is_compiling()
+    transformed = not compiling and torch._C._are_functorch_transforms_active()
+    forward = not compiling and forward_ad._current_level >= 0
+    if not (transformed or forward or (torch.is_grad_enabled() and any(p.requires_grad for p in theta))):
         return prepared.value()
     apply: Any
     value: Tensor
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        apply = _TracedPenalty.apply
+    if compiling or transformed:
+        apply = (_TracedPenalty if compiling else _TransformedPenalty).apply
         columns = (*theta, *prepared.theta_hat, *prepared.fisher, *prepared.offset)
         value, _ = apply(prepared.alpha, prepared.l2, len(theta), *columns)
         return prepared.with_constant(value)
@@ -46,8 +50,15 @@ class _EagerPenalty(torch.autograd.Function):
         ctx.prepared = prepared
         ctx.versions = prepared.versions()
         ctx.save_for_backward(packed, *theta)
+        ctx.save_for_forward(packed, *theta)
         ctx.set_materialize_grads(False)
         return value
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        """Return the value's change along a direction (forward mode)."""
+        packed, *theta = ctx.saved_tensors
+        return _along(packed, theta, tangents[1:])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -69,7 +80,7 @@ class _EagerPenalty(torch.autograd.Function):
 
 
 class _TracedPenalty(torch.autograd.Function):
-    """The same for tracing and function transforms, where every tensor is an argument and nothing is in place."""
+    """The same for tracing, where every tensor is an argument and nothing is in place."""
 
     @staticmethod
     def forward(alpha: Tensor, l2: Tensor, n: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,6 +110,32 @@ class _TracedPenalty(torch.autograd.Function):
             return (None, None, None, *_by_operations(upstream, alpha, l2, _split(tensors, ctx.n)), *nothing)
         gradient = packed * upstream.to(packed.dtype)
         return (None, None, None, *packed_views(gradient, tensors[: ctx.n]), *nothing)
+
+
+class _TransformedPenalty(_TracedPenalty):
+    """The same with forward mode, which ``torch.compile`` does not take."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep what forward mode needs too."""
+        _TracedPenalty.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(output[1], *inputs[3 : 3 + ctx.n])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
+        """Return the value's change along a direction."""
+        packed, *theta = ctx.saved_tensors
+        return _along(packed, theta, tangents[3 : 3 + ctx.n]), None
+
+
+def _along(packed: Tensor, theta: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
+    """Return the inner product of the packed gradient and a direction."""
+    wide = flat_dtype(packed.dtype)
+    change = torch.zeros((), dtype=wide, device=packed.device)
+    for gradient, tangent in zip(packed_views(packed, theta), tangents, strict=True):
+        if tangent is not None:
+            change = change + (gradient.to(wide) * tangent.to(wide)).sum()
+    return change
 
 
 def _split(tensors: Sequence[Tensor], n: int) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:

@@ -31,17 +31,18 @@ def alpha_tensor(alpha: Alpha, names: Sequence[str], device: torch.device) -> Te
     Raises:
         ValueError: if it is negative or not finite, or a name matches no prefix.
     """
-    if isinstance(alpha, Tensor):
-        return scalar(alpha, device).clone()  # not looked at: it may live on a GPU
-    if not isinstance(alpha, Mapping):
-        return scalar(_checked(alpha), device)
-    values = []
-    for name in names:
-        fitting = [prefix for prefix in alpha if name.startswith(prefix)]
-        if not fitting:
-            raise ValueError(f"alpha has no prefix for {name!r}: got {sorted(alpha)}; '' matches all")
-        values.append(_checked(alpha[max(fitting, key=len)]))
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    with torch.inference_mode(False):  # an inference tensor could not be changed later
+        if isinstance(alpha, Tensor):
+            return scalar(alpha, device).clone()  # not looked at: it may live on a GPU
+        if not isinstance(alpha, Mapping):
+            return scalar(_checked(alpha), device)
+        values = []
+        for name in names:
+            fitting = [prefix for prefix in alpha if name.startswith(prefix)]
+            if not fitting:
+                raise ValueError(f"alpha has no prefix for {name!r}: got {sorted(alpha)}; '' matches all")
+            values.append(_checked(alpha[max(fitting, key=len)]))
+        return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def _checked(value: float) -> float:

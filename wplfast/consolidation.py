@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .anchors import Anchors
-from .lookup import Found, look_up
+from .lookup import Found, check_finite, look_up
 
 Rule: TypeAlias = Literal["merge", "replace"]
 Normalization: TypeAlias = Literal["trace", "max"]
@@ -72,11 +72,15 @@ def consolidate_(
     """
     found = look_up(fisher, names, theta, "fisher", prefix)
     hats = None if theta_hat is None else look_up(theta_hat, names, theta, "theta_hat", prefix)
+    if hats is None:
+        check_finite(names, theta, "parameter")
     for key, low in zip(found.keys, found.low, strict=True):
         if low < 0:
             raise ValueError(f"fisher[{key!r}] must not be negative, got a least entry of {low:g}")
     weight = options.weight * _factor(found, options.normalize)
-    bound = options.decay * anchors.bound[list(indices)] + weight * torch.tensor(found.high, dtype=torch.float64)
+    bound = options.decay * anchors.bound[list(indices)] + weight * torch.tensor(
+        found.high, dtype=torch.float64, device="cpu"
+    )
     for k, i in enumerate(indices):
         kept, dtype = anchors.fisher[i].dtype, theta[k].dtype
         if not bound[k] <= torch.finfo(kept).max:

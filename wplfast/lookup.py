@@ -54,11 +54,20 @@ def look_up(
             got = f"{tensor.dtype}{list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{what}[{key!r}] must be floating point of shape {list(shape)}, got {got}")
         tensors.append(tensor.detach().to(parameter.device))
+    return Found(keys, tensors, *check_finite(keys, tensors, what))
+
+
+def check_finite(names: Sequence[str], tensors: Sequence[Tensor], what: str) -> tuple[list[float], list[float]]:
+    """Return every tensor's least and largest entry.
+
+    Raises:
+        NonFiniteError: if one has NaN or inf.
+    """
     low, high = _extremes(tensors)
-    for key, least, largest in zip(keys, low, high, strict=True):
+    for name, least, largest in zip(names, low, high, strict=True):
         if not (float("-inf") < least and largest < float("inf")):  # NaN passes through aminmax
-            raise NonFiniteError(f"{what}[{key!r}] has NaN or inf")
-    return Found(keys, tensors, low, high)
+            raise NonFiniteError(f"{what}[{name!r}] has NaN or inf")
+    return low, high
 
 
 def _extremes(tensors: Sequence[Tensor]) -> tuple[list[float], list[float]]:
@@ -69,7 +78,7 @@ def _extremes(tensors: Sequence[Tensor]) -> tuple[list[float], list[float]]:
         if tensor.numel():
             devices.setdefault(tensor.device, []).append(index)
     for indices in devices.values():
-        pairs = [torch.stack(tensors[index].aminmax()).double() for index in indices]
+        pairs = [torch.stack(tensors[index].detach().aminmax()).double() for index in indices]
         for index, (least, largest) in zip(indices, torch.stack(pairs).tolist(), strict=True):
             low[index], high[index] = least, largest
     return low, high

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from . import functional
 from .anchored import AnchoredParameters
+from .anchors import Anchors
 from .coefficients import Alpha, alpha_tensor
+from .ops.layout import flat_dtype
 from .parameters import Params, device_of
 from .tables import Table, Tables
 
@@ -63,7 +65,10 @@ class WeightPlasticityLoss(AnchoredParameters):
             raise ValueError(f"l2 must be finite and not negative, got {l2}")
         self._l2_value = float(l2)
         self._alpha_values: Tensor = alpha_tensor(alpha, self._references.names, device_of(self._references.tensors()))
+        self._alpha_version = self._alpha_values._version
         self._tables = Tables()
+        self._anchors = self._blank_anchors()
+        self._anchors_changed()
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -81,8 +86,8 @@ class WeightPlasticityLoss(AnchoredParameters):
             NameMismatchError: if an active name is unknown.
             StaleParameterError: if a parameter changed its shape.
         """
-        if self._anchors is None:
-            return self._decay_term(active)
+        if self._anchors is None or (active is not None and len(active) == 0):
+            return self._nothing(active)
         return functional.total([table.value() for table in self._active_tables(active)])
 
     def add_grad_(self, scale: float | Tensor = 1.0, active: Sequence[str] | None = None) -> Tensor:
@@ -104,8 +109,8 @@ class WeightPlasticityLoss(AnchoredParameters):
             ValueError: if a ``.grad`` has another dtype or layout than its parameter.
         """
         with torch.no_grad():
-            if self._anchors is None:
-                return self._add_decay_(scale, active)
+            if self._anchors is None or (active is not None and len(active) == 0):
+                return self._nothing(active)
             return functional.total([table.add_grad_(scale) for table in self._active_tables(active)])
 
     def subset(self, names: Sequence[str]) -> Subset:
@@ -139,10 +144,9 @@ class WeightPlasticityLoss(AnchoredParameters):
         same_form = values.shape == self._alpha_values.shape
         if same_form:
             self._alpha_values.copy_(values)
-            for table in self._tables:
-                table.alpha.copy_(values if values.dim() == 0 else values[table.indices])
+            self._alpha_changed()
         else:
-            self._alpha_values = values
+            self._alpha_values, self._alpha_version = values, values._version
             self._anchors_changed()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,6 +157,7 @@ class WeightPlasticityLoss(AnchoredParameters):
         """Copy anchors and alpha."""
         copy = super().__deepcopy__(memo)
         copy._alpha_values, copy._tables = self._alpha_values.clone(), Tables()
+        copy._alpha_version = copy._alpha_values._version
         return copy
 
     def extra_repr(self) -> str:
@@ -167,6 +172,8 @@ class WeightPlasticityLoss(AnchoredParameters):
     def _active_tables(self, active: Sequence[str] | None) -> list[Table]:
         """Return the tables of an active set, after checking that the parameters are where they were."""
         key = None if active is None else tuple(active)
+        if not torch.compiler.is_compiling() and self._alpha_values._version != self._alpha_version:
+            self._alpha_changed()  # somebody wrote to wpl.alpha
         return self._tables.find(key) or self._make_tables(key, self._references.chosen(active))
 
     def _make_tables(self, key: tuple[str, ...] | None, names: Sequence[str]) -> list[Table]:
@@ -183,6 +190,7 @@ class WeightPlasticityLoss(AnchoredParameters):
         """Keep the strengths of the parameters that are kept."""
         if self._alpha_values.dim() == 1:
             self._alpha_values = self._alpha_values[list(sources)]
+            self._alpha_version = self._alpha_values._version
 
     def _anchors_changed(self) -> None:
         """Make the tables of all known active sets anew, so that compiled code need not."""
@@ -193,24 +201,24 @@ class WeightPlasticityLoss(AnchoredParameters):
                 if all(name in self._references for name in names):
                     self._make_tables(key, names)
 
+    def _alpha_changed(self) -> None:
+        """Bring alpha to the tables."""
+        self._alpha_version = self._alpha_values._version
+        for table in self._tables:
+            table.set_alpha(self._alpha_values)
+
     # ---- before the first anchor -----------------------------------------------------------------------------------
 
-    def _decay_term(self, active: Sequence[str] | None) -> Tensor:
-        """Return the l2 term alone."""
-        theta = [self._references.tensors()[self._references.index[name]] for name in self._references.chosen(active)]
-        if self._l2_value == 0:
-            return torch.zeros((), device=theta[0].device)
-        return functional.total([0.5 * self._l2_value * p.square().sum() for p in theta])
+    def _blank_anchors(self) -> Anchors | None:
+        """Return anchors that do not hold, where there is a weight decay term to evaluate."""
+        with torch.inference_mode(False), torch.no_grad():
+            return Anchors(self._references.tensors(), self._fisher_dtype) if self._l2_value else None
 
-    def _add_decay_(self, scale: float | Tensor, active: Sequence[str] | None) -> Tensor:
-        """Add the l2 term's gradient."""
-        if self._l2_value:
-            for name in self._references.chosen(active):
-                parameter = self._references.tensors()[self._references.index[name]]
-                if parameter.requires_grad:
-                    step = parameter.detach() * (self._l2_value * scale)
-                    parameter.grad = step.to(parameter) if parameter.grad is None else parameter.grad.add_(step)
-        return self._decay_term(active)
+    def _nothing(self, active: Sequence[str] | None) -> Tensor:
+        """Return the value of no term at all."""
+        self._references.chosen(active)
+        first = self._references.tensors()[0]
+        return torch.zeros((), dtype=flat_dtype(first.dtype), device=first.device)
 
 
 class Subset:

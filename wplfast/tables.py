@@ -17,6 +17,7 @@ from . import backends
 from .anchors import Anchors, by_kind
 from .autograd import differentiable
 from .coefficients import scalar
+from .errors import StaleParameterError
 from .ops.layout import is_dense
 from .ops.prepared import PreparedPenalty
 from .references import References
@@ -41,16 +42,26 @@ class Table:
         self.indices = list(indices)
         theta = references.tensors()
         self._theta = [theta[i] for i in indices]
+        for i in indices:
+            if theta[i].numel() and not theta[i].data_ptr():
+                raise StaleParameterError(f"{references.names[i]!r} has no memory: its storage was freed")
         self._links = references.links(indices)
         device = self._theta[0].device
-        self.alpha = (alpha if alpha.dim() == 0 else alpha[self.indices]).to(device, copy=True)
+        chosen = alpha if alpha.dim() == 0 else alpha[self.indices]
+        self._alpha = chosen.to(device)  # the penalty's own where that is on this device
         self._one = scalar(1.0, device)
-        self._coefficients = self.alpha, scalar(l2, device), anchors.constants(indices, alpha.dim() == 0, device)
+        self._coefficients = self._alpha, scalar(l2, device), anchors.constants(indices, alpha.dim() == 0, device)
         self._columns = anchors.columns(indices)
         self._gaps = any(not is_dense(p) for p in self._theta)
         kind = PreparedPenalty if self._gaps else backends.prepared_penalty(device.type)
         self._prepared = kind(self._theta, *self._columns, *self._coefficients)
         self._prepared.remember()
+
+    def set_alpha(self, alpha: Tensor) -> None:
+        """Take over alpha's values."""
+        chosen = alpha if alpha.dim() == 0 else alpha[self.indices]
+        if chosen is not self._alpha:
+            self._alpha.copy_(chosen)
 
     def unchanged(self) -> bool:
         """Tell whether the parameters are what and where they were, and their modules still hold them."""

@@ -140,6 +140,8 @@ def _gradients(theta: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor
             grad = torch.zeros_like(p)  # not the caller's: the value counts frozen parameters too
         elif grad is None:
             grad = p.grad = torch.zeros_like(p)
+        elif grad.layout == torch.strided and grad.numel() and not grad.data_ptr():
+            raise ValueError(".grad has no memory: its storage was freed")
         elif grad.dtype != p.dtype or grad.layout != torch.strided:
             raise ValueError(f".grad must be dense and {p.dtype} as its parameter, got {grad.layout} {grad.dtype}")
         elif grad.stride() != p.stride():

@@ -130,7 +130,7 @@ def scale_grads(activations: Tensor, grad_outputs: Tensor) -> Tensor:
     steps = all(_contiguous_in(tensor, 1) for tensor in both) and not all(_contiguous_in(t, 2) for t in both)
     if not steps:
         both = [tensor if _contiguous_in(tensor, 2) else tensor.contiguous() for tensor in both]
-    grads = torch.empty(activations.shape[::2], dtype=flat_dtype(activations.dtype))
+    grads = torch.empty(activations.shape[::2], dtype=flat_dtype(activations.dtype), device="cpu")
     a, g = ((tensor.data_ptr(), *tensor.stride()) for tensor in both)
     _C.scale_grads(
         DTYPES[activations.dtype], grads.data_ptr(), a, g, *activations.shape, steps, torch.get_num_threads()

@@ -34,7 +34,7 @@ def _penalty(
 ) -> Tensor:
     """Return the value; store or add the gradient at the addresses in ``grad`` as the mode says."""
     dtype = theta[0].dtype
-    value = torch.empty((), dtype=flat_dtype(dtype))
+    value = torch.empty((), dtype=flat_dtype(dtype), device="cpu")
     _C.penalty(
         mode,
         DTYPES[dtype],
@@ -78,7 +78,7 @@ def penalty_with_grad(
 ) -> tuple[Tensor, Tensor]:
     """Return the value and the packed gradient."""
     starts, length = packed_starts([p.numel() for p in theta])
-    packed = torch.empty(length, dtype=theta[0].dtype)
+    packed = torch.empty(length, dtype=theta[0].dtype, device="cpu")
     base, itemsize = packed.data_ptr(), packed.itemsize
     grad = [base + start * itemsize for start in starts]
     return _penalty(_STORE, grad, theta, theta_hat, offset, fisher, alpha, l2, None), packed

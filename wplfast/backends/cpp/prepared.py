@@ -10,7 +10,7 @@ from torch.autograd.graph import increment_version
 
 import wplfast._C as _C
 
-from ...ops.layout import ALIGNMENT
+from ...ops.layout import ALIGNMENT, flat_dtype
 from ...ops.prepared import Link, PreparedPenalty, dispatched
 from .dtypes import DTYPES
 from .reuse import shared
@@ -86,4 +86,4 @@ class CppPenalty(PreparedPenalty):
 
     def _new_value(self) -> Tensor:
         """Return an uninitialised 0-d value."""
-        return torch.empty((), dtype=torch.float64 if self.theta[0].dtype == torch.float64 else torch.float32)
+        return torch.empty((), dtype=flat_dtype(self.theta[0].dtype), device="cpu")

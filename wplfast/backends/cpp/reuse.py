@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from weakref import WeakValueDictionary
 
@@ -15,9 +16,6 @@ REUSED_BYTES = 1 << 20
 #: Buffers kept: two penalties may be in one graph.
 _KEPT = 2
 
-#: References to the memory when only this class has some: the buffer's and that of its storage's Python object.
-_OWN_REFERENCES = 2
-
 _CAN_COUNT = hasattr(torch._C, "_storage_Use_Count")
 
 
@@ -26,26 +24,33 @@ class Reused:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._kept: deque[tuple[Tensor, torch.UntypedStorage]] = deque(maxlen=_KEPT)
+        self._kept: deque[Tensor] = deque(maxlen=_KEPT)
 
     def take(self, length: int) -> Tensor:
         """Return an uninitialised tensor [length]."""
         if length * self._dtype.itemsize < REUSED_BYTES or not _CAN_COUNT:
-            return torch.empty(length, dtype=self._dtype)
+            return torch.empty(length, dtype=self._dtype, device="cpu")
         for _ in range(_KEPT):
             try:
-                buffer, storage = self._kept.popleft()  # atomic: another thread does not find it meanwhile
+                buffer = self._kept.popleft()  # atomic: another thread does not find it meanwhile
             except IndexError:
                 break
-            free = torch._C._storage_Use_Count(storage._cdata) <= _OWN_REFERENCES
-            lent = buffer[:length] if free and length <= len(buffer) <= 2 * length else None
-            self._kept.append((buffer, storage))
+            lent = buffer[:length] if length <= len(buffer) <= 2 * length and _unused(buffer) else None
+            self._kept.append(buffer)
             if lent is not None:
                 return lent
-        buffer = torch.empty(length, dtype=self._dtype)
+        buffer = torch.empty(length, dtype=self._dtype, device="cpu")
         lent = buffer[:]
-        self._kept.append((buffer, buffer.untyped_storage()))
+        self._kept.append(buffer)
         return lent
+
+
+def _unused(buffer: Tensor) -> bool:
+    """Tell whether nothing but this tensor refers to its memory, in this process or (shared memory) in another one."""
+    storage = buffer.untyped_storage()
+    ours = 2  # to the memory: the tensor and the Python object; to that: the variable and the argument
+    used = torch._C._storage_Use_Count(storage._cdata) > ours or sys.getrefcount(storage) > ours
+    return not used and not storage.is_shared()
 
 
 _shared: WeakValueDictionary[torch.dtype, Reused] = WeakValueDictionary()
