@@ -45,12 +45,19 @@ class Reused:
         return lent
 
 
+def _references(buffer: Tensor) -> tuple[int, int]:
+    """Return how many refer to a tensor's memory, and to the Python object of that."""
+    storage = buffer.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
+
+
+#: What a tensor has whose memory nobody else refers to; it depends on the versions of Python and PyTorch.
+_ALONE = _references(torch.empty(1, device="cpu")) if _CAN_COUNT else (0, 0)
+
+
 def _unused(buffer: Tensor) -> bool:
     """Tell whether nothing but this tensor refers to its memory, in this process or (shared memory) in another one."""
-    storage = buffer.untyped_storage()
-    ours = 2  # to the memory: the tensor and the Python object; to that: the variable and the argument
-    used = torch._C._storage_Use_Count(storage._cdata) > ours or sys.getrefcount(storage) > ours
-    return not used and not storage.is_shared()
+    return _references(buffer) == _ALONE and not buffer.is_shared()
 
 
 _shared: WeakValueDictionary[torch.dtype, Reused] = WeakValueDictionary()
