@@ -24,7 +24,7 @@ from wplfast.backends import triton as backend  # noqa: E402
 from wplfast.backends.triton import conv_taps, launch, reduce, tables  # noqa: E402
 from wplfast.backends.triton import fisher_embedding as embedding_module  # noqa: E402
 from wplfast.backends.triton import fisher_linear as fisher_module  # noqa: E402
-from wplfast.backends.triton import penalty_kernel as penalty_module  # noqa: E402
+from wplfast.backends.triton import penalty_launch as penalty_module  # noqa: E402
 from wplfast.ops.layout import flat_dtype, packed_starts, packed_views  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() and not launch.INTERPRETED else "cpu"
@@ -43,6 +43,8 @@ GRADIENT = {
 }
 #: A GPU runs programs in another order every time; the interpreter, which takes seconds, does not.
 REPEATS = 2 if DEVICE == "cuda" else 1
+#: dtypes of parameters and of their Fishers
+KINDS = [(dtype, flat_dtype(dtype)) for dtype in DTYPES] + [(dtype, torch.bfloat16) for dtype in DTYPES[:3]]
 SIZES = [(0,), (1,), (3, 5), (16,), (2048,), (2049,), (70, 131), (8192 + 3,)]
 
 
@@ -81,7 +83,13 @@ def surroundings(tensor: Tensor) -> Tensor:
     return torch.cat([base[:start], base[start + tensor.numel() :]])
 
 
-def anchors(dtype: torch.dtype, shift: int = 0, offset: bool = True, sizes: list[tuple[int, ...]] = SIZES) -> dict:
+def anchors(
+    dtype: torch.dtype,
+    shift: int = 0,
+    offset: bool = True,
+    sizes: list[tuple[int, ...]] = SIZES,
+    fisher: torch.dtype | None = None,
+) -> dict:
     """Return the tensors of a penalty call; every other one misaligned by ``shift`` elements, one transposed."""
     wide = flat_dtype(dtype)
 
@@ -92,8 +100,8 @@ def anchors(dtype: torch.dtype, shift: int = 0, offset: bool = True, sizes: list
     return {
         "theta": column(dtype),
         "theta_hat": column(dtype),
-        "offset": [0.1 * t for t in column(wide)] if offset else [],
-        "fisher": [t.square() for t in column(wide)],
+        "offset": [t.mul_(0.1) for t in column(wide)] if offset else [],
+        "fisher": [t.square_() for t in column(fisher or wide)],
     }
 
 
@@ -145,9 +153,9 @@ def same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("per_tensor", [False, True])
 @pytest.mark.parametrize("offset", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_penalty(dtype: torch.dtype, offset: bool, per_tensor: bool, shift: int) -> None:
-    tensors = anchors(dtype, shift, offset)
+@pytest.mark.parametrize(("dtype", "fisher"), KINDS)
+def test_penalty(dtype: torch.dtype, fisher: torch.dtype, offset: bool, per_tensor: bool, shift: int) -> None:
+    tensors = anchors(dtype, shift, offset, fisher=fisher)
     alpha, l2, scale = scalars(per_tensor, len(SIZES))
     call = (*tensors.values(), alpha, l2)
     value_bound = 1e-14 if dtype == torch.float64 else 2e-7
@@ -168,7 +176,9 @@ def test_penalty(dtype: torch.dtype, offset: bool, per_tensor: bool, shift: int)
     second = [guarded(size, dtype, shift) for size in SIZES]  # aligned alike: the order of a sum may depend on that
     second = [s.t().copy_(g) if g.dim() == 2 else s.copy_(g) for s, g in zip(second, grad, strict=True)]
     expected_grad = [g.clone() for g in exact(grad)]
+    versions = [g._version for g in grad]
     added = backend.penalty_add_grad_(grad, *call, scale)
+    assert all(g._version > version for g, version in zip(grad, versions, strict=True))
     reference.penalty_add_grad_(expected_grad, *exact(call), exact(scale))
     assert error(added, expected_value) < value_bound
     sizes = [s + g.cpu().double().abs() for s, g in zip(sizes, second, strict=True)]
@@ -181,16 +191,29 @@ def test_penalty(dtype: torch.dtype, offset: bool, per_tensor: bool, shift: int)
 
 
 @on_device
-def test_penalty_of_large_models_takes_long_chunks_and_a_middle_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fisher", [torch.float32, torch.bfloat16])
+def test_penalty_of_large_models_takes_long_chunks_and_a_middle_stage(
+    fisher: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(penalty_module, "MANY_FROM", 0)
     monkeypatch.setattr(reduce, "SPAN", 2)
-    tensors = anchors(torch.float32, sizes=[(5,), (8192,), (30_001,), (8191,)])
+    tensors = anchors(torch.float32, sizes=[(5,), (8192,), (30_001,), (8191,)], fisher=fisher)
     call = (*tensors.values(), *scalars(True, 4)[:2])
     value, packed = backend.penalty_with_grad(*call)
     expected_value, expected = reference.penalty_with_grad(*exact(call))
     assert error(value, expected_value) < 2e-7
     views = [packed_views(p, tensors["theta"]) for p in (packed, expected)]
     assert all(close(*row) for row in zip(*views, terms(call), strict=True))
+
+
+@on_device
+def test_penalty_tells_fishers_of_two_types_at_one_address_apart() -> None:
+    tensors = anchors(torch.float32, sizes=[(5000,)])
+    alpha, l2, _ = scalars(False, 1)
+    for fisher in (tensors["fisher"][0], tensors["fisher"][0].view(torch.bfloat16)[:5000].abs_().nan_to_num_(posinf=1)):
+        fisher.clamp_(max=4)
+        call = (tensors["theta"], tensors["theta_hat"], [], [fisher], alpha, l2)
+        assert error(backend.penalty(*call), reference.penalty(*exact(call))) < 2e-7
 
 
 @on_device
