@@ -262,6 +262,12 @@ def layer(n: int, t: int, d_in: int, d_out: int, dtype: torch.dtype = torch.floa
     return torch.randn(n, t, d_in).to(DEVICE, dtype), torch.randn(n, t, d_out).to(DEVICE, dtype)
 
 
+def check_versions(before: tuple[int, int], fisher: Tensor, gradient: Tensor | None) -> None:
+    """Check that autograd could know of what was written."""
+    assert fisher._version > before[0]
+    assert gradient is None or gradient._version > before[1]
+
+
 def check_fisher(a: Tensor, g: Tensor, weights: Tensor | None, gradient: bool, bound: float) -> None:
     """Compare one call of fisher_linear_ with the float64 oracle, and a second call with the first."""
     shape = (g.shape[2], a.shape[2])
@@ -269,7 +275,9 @@ def check_fisher(a: Tensor, g: Tensor, weights: Tensor | None, gradient: bool, b
     results = []
     for _ in range(2):
         fisher, mean = start.clone()
+        versions = fisher._version, mean._version
         backend.fisher_linear_(fisher, a, g, weights, mean if gradient else None)
+        check_versions(versions, fisher, mean if gradient else None)
         results.append([fisher, mean])
     assert same_bits(*results)
     fisher, mean = exact(start).clone()
@@ -385,7 +393,9 @@ def check_conv(
     results = []
     for _ in range(REPEATS):
         fisher, mean = start.clone()
+        versions = fisher._version, mean._version
         backend.fisher_conv_(fisher, x, g, weights, mean if gradient else None, *settings)
+        check_versions(versions, fisher, mean if gradient else None)
         results.append([fisher, mean])
     assert same_bits(results[0], results[-1])
     fisher, mean = exact(start).clone()
@@ -482,7 +492,9 @@ def check_embedding(indices: Tensor, g: Tensor, v: int, weights: Tensor | None, 
     results = []
     for _ in range(REPEATS):
         fisher, mean = start.clone()
+        versions = fisher._version, mean._version
         backend.fisher_embedding_(fisher, indices, g, weights, mean if gradient else None)
+        check_versions(versions, fisher, mean if gradient else None)
         results.append([fisher, mean])
     assert same_bits(results[0], results[-1])
     fisher, mean = exact(start).clone()
@@ -577,7 +589,9 @@ def test_accumulate_squares(dtype: torch.dtype, shape: tuple[int, ...], weighted
     start = torch.rand(shape[1:], dtype=flat_dtype(dtype), device=DEVICE)
     results = [start.clone(), start.clone()]
     for fisher in results:
+        version = fisher._version
         backend.accumulate_squares_(fisher, grads, weights)
+        assert fisher._version > version or grads.numel() == 0
     assert same_bits(results[:1], results[1:])
     expected = exact(start).clone()
     reference.accumulate_squares_(expected, exact(grads), None if weights is None else exact(weights))
@@ -591,6 +605,39 @@ def test_accumulate_squares_of_many_samples() -> None:
     fisher = torch.zeros(3, device=DEVICE)
     backend.accumulate_squares_(fisher, grads, None)
     assert error(fisher, exact(grads).square().sum(0)) < 2e-7
+
+
+@on_device
+@pytest.mark.parametrize("factor", [1.0, 0.37, -3e3, 0.0, float("nan"), float("inf"), 1 + 1e-9])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_unless_one(dtype: torch.dtype, factor_dtype: torch.dtype, factor: float) -> None:
+    times = torch.tensor(factor, dtype=factor_dtype).to(DEVICE)
+    for numel, shift in [(1, 0), (4096, 0), (17 * 4096 + 21, 1), (8192, 3), (16 * 4096 * 2, 0)][
+        :: 1 if factor < 1 else 2
+    ]:
+        tensor = guarded((numel,), dtype, shift)
+        start, untouched, version = tensor.clone(), surroundings(tensor), tensor._version
+        backend.scale_unless_one_(tensor, times)
+        assert tensor._version > version
+        assert same_bits([surroundings(tensor)], [untouched])
+        if times.to(flat_dtype(dtype)) == 1:
+            assert same_bits([tensor], [start])
+            continue
+        result, expected = exact(tensor), exact(start) * exact(times)
+        smallest = torch.finfo(dtype).smallest_normal  # below it, roundings are absolute
+        near = (result - expected).abs() <= GRADIENT[dtype] * expected.abs() + smallest
+        assert bool((near | (result == expected) | (result.isnan() & expected.isnan())).all())
+
+
+@on_device
+def test_scale_unless_one_of_nothing_and_of_matrices() -> None:
+    times = torch.tensor(0.5, device=DEVICE)
+    backend.scale_unless_one_(torch.empty(0, device=DEVICE), times)
+    matrix = guarded((3, 70), torch.float32)
+    start = matrix.clone()
+    backend.scale_unless_one_(matrix, times)
+    assert torch.equal(matrix, start / 2)
 
 
 @on_device

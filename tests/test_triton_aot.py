@@ -29,6 +29,7 @@ from wplfast.backends.triton import (  # noqa: E402
     penalty_kernel,
     reduce,
     scale,
+    scale_unless_one,
     split,
     squares,
 )
@@ -323,3 +324,27 @@ def test_small_kernels_do_not_spill(arch: int) -> None:
         widths = f"ld {vector_widths(compiled.asm['ptx'], 'ld')} st {vector_widths(compiled.asm['ptx'], 'st')}"
         report(name, arch, used, widths)
         assert used["spills"] == 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("factor", ["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp64"])
+def test_scale_unless_one_loads_the_factor_first_and_16_bytes_a_thread_then(dtype: str, factor: str, arch: int) -> None:
+    pointers, constants = {"tensor": f"*{dtype}", "factor": f"*{factor}"}, {"BLOCK": scale_unless_one.BLOCK}
+    kernel = scale_unless_one.scale_unless_one_kernel
+    compiled = compile_kernel(kernel, arch, pointers, constants, num_warps=scale_unless_one.WARPS)
+    used, ptx = resources(compiled), compiled.asm["ptx"]
+    loads, stores = vector_widths(ptx, "ld"), vector_widths(ptx, "st")
+    report(f"scale_unless_one {dtype} factor {factor}", arch, used, f"ld {loads} st {stores}")
+    assert used["spills"] == 0
+    assert used["registers"] <= 64, "four programs of 8 warps must fit a multiprocessor"
+    wide = constants["BLOCK"] * int(dtype[2:]) // 8 // (32 * scale_unless_one.WARPS) // 16 if dtype != "bf16" else 2
+    assert (loads.get(16, 0), stores.get(16, 0)) == (wide, wide)
+    ptx = re.sub(r"\n\s*(?:\.loc|//|\$L__tmp)[^\n]*", "", ptx)
+    leaving = re.search(r"setp\.(?:eq|neu)\.f\d+[^\n]*\n\s*@!?%p\d+ bra\s+(\$L\w+);", ptx)
+    assert leaving, "one branch, behind a comparison with 1, must lead out"
+    assert ptx[: leaving.start()].count("ld.global") == 1
+    last = ptx.index(f"\n{leaving[1]}:")
+    assert last > leaving.end()
+    assert not re.search(r"(ld|st)\.global", ptx[last:])
+    assert re.search(r"ret;", ptx[last:])

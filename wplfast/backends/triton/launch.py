@@ -7,6 +7,8 @@ from functools import lru_cache
 
 import torch
 import triton
+from torch import Tensor
+from torch.autograd.graph import increment_version
 
 #: Products and sums may fuse (one rounding instead of two); Triton 3.10 changes its default, so it is said here.
 OPTIONS = {"enable_fp_fusion": True}
@@ -23,6 +25,11 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def written(*tensors: Tensor | None) -> None:
+    """Tell autograd, which sees no kernel, that one wrote to tensors: what saved them for a backward pass can know."""
+    increment_version([tensor for tensor in tensors if tensor is not None])
 
 
 @lru_cache

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from ...ops.layout import flat_dtype, packed_starts
-from .launch import OPTIONS, on_device
+from .launch import OPTIONS, on_device, written
 from .penalty_kernel import (
     ACCUMULATE,
     BLOCK,
@@ -169,5 +168,5 @@ def penalty_add_grad_(
 ) -> Tensor:
     """Return the value; add scale * gradient to grad, rounded once."""
     value = _launch(ACCUMULATE, theta, theta_hat, offset, fisher, alpha, l2, grad=grad, scale=scale)
-    increment_version(grad)
+    written(*grad)
     return value
