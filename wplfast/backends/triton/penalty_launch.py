@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -23,7 +24,7 @@ from .penalty_kernel import (
     WARPS,
     penalty_kernel,
 )
-from .reduce import sum_partials
+from .reduce import sum_partials, sum_partials_kernel
 from .tables import TableCache
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -92,17 +93,19 @@ def launch(
     grads: Tensor | None = None,
     packed: Tensor | None = None,
     scale: Tensor | None = None,
+    kernels: tuple[Any, Any] = (penalty_kernel, sum_partials_kernel),
 ) -> Tensor:
     """Run the kernel in one of its modes over a chunk table on the current device, and return the value."""
     if len(chunks) == 0:
         return torch.zeros((), dtype=streams.wide, device=streams.device)
     partials = torch.empty(len(chunks), dtype=torch.float64, device=streams.device)
-    penalty_kernel[(len(chunks),)](
+    kernel, last = kernels
+    kernel[(len(chunks),)](
         chunks, grads, packed, partials, alpha, l2, scale,
         _TYPES[streams.dtype], _TYPES[streams.fisher_dtype], _TYPES[streams.wide], mode, streams.has_offset,
         alpha.dim() == 1, BLOCK, streams.n_blocks, TAIL, num_warps=WARPS, **OPTIONS,
     )  # fmt: skip
-    return sum_partials(partials, streams.wide)
+    return sum_partials(partials, streams.wide, last)
 
 
 def _launch(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ _BLOCK = 1024
 _FOLD_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["n_partials"])
+@triton.jit(do_not_specialize=["n_partials"], do_not_specialize_on_alignment=["partials", "out"])
 def sum_partials_kernel(partials, out, n_partials, SPAN: tl.constexpr, BLOCK: tl.constexpr):
     """out[program] = sum of the program's span of float64 partials."""
     first = tl.program_id(0).to(tl.int64) * SPAN
@@ -27,14 +29,14 @@ def sum_partials_kernel(partials, out, n_partials, SPAN: tl.constexpr, BLOCK: tl
     tl.store(out + tl.program_id(0), tl.sum(total).to(out.dtype.element_ty))
 
 
-def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum of float64 partials [C] as a 0-d tensor."""
+def sum_partials(partials: Tensor, dtype: torch.dtype, last: Any = sum_partials_kernel) -> Tensor:
+    """Return the sum of float64 partials [C] as a 0-d tensor; ``last`` launches the last stage."""
     while len(partials) > SPAN:
         middle = partials.new_empty(triton.cdiv(len(partials), SPAN))
         sum_partials_kernel[(len(middle),)](partials, middle, len(partials), SPAN, _BLOCK, **OPTIONS)
         partials = middle
     out = partials.new_empty((), dtype=dtype)
-    sum_partials_kernel[(1,)](partials, out, len(partials), SPAN, _BLOCK, **OPTIONS)
+    last[(1,)](partials, out, len(partials), SPAN, _BLOCK, **OPTIONS)
     return out
 
 
