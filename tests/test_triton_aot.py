@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,7 @@ from wplfast.backends.triton import (  # noqa: E402
     squares,
 )
 from wplfast.backends.triton.fisher_linear import fisher_linear_kernel  # noqa: E402
+from wplfast.backends.triton.prepared import TritonPenalty  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -348,3 +349,104 @@ def test_scale_unless_one_loads_the_factor_first_and_16_bytes_a_thread_then(dtyp
     assert last > leaving.end()
     assert not re.search(r"(ld|st)\.global", ptx[last:])
     assert re.search(r"ret;", ptx[last:])
+
+
+class Launcher:
+    """Notes what a kernel is launched with, in place of launching it."""
+
+    launches: list[tuple[str, tuple]] = []  # noqa: RUF012
+
+    def __init__(self, source, metadata) -> None:  # type: ignore[no-untyped-def]
+        self._name = metadata.name
+
+    def __call__(self, *arguments: object) -> None:
+        self.launches.append((self._name, arguments))
+
+
+class Utilities:
+    """What Triton asks of a GPU's driver to load a kernel."""
+
+    def load_binary(self, *arguments: object) -> tuple[int, ...]:
+        return 1, 2, 32, 0, 1024  # module, function, registers, spills, most threads
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED[90]}
+
+
+class Driver:
+    """A GPU that does nothing: kernels on CPU tensors are compiled as by any launch, and not run."""
+
+    utils, launcher_cls = Utilities(), Launcher
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 7
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def launches() -> Iterator[list[tuple[str, tuple]]]:
+    """Let a driver that does nothing take launches, and return what they were given."""
+    kernels = (penalty_kernel.penalty_kernel, reduce.sum_partials_kernel, scale_unless_one.scale_unless_one_kernel)
+
+    def forget() -> None:
+        for kernel in kernels:
+            kernel.device_caches.clear()
+        Launcher.launches.clear()
+
+    forget()
+    before = dict(vars(triton.runtime.driver))
+    triton.runtime.driver.set_active(Driver())
+    yield Launcher.launches
+    forget()
+    vars(triton.runtime.driver).update(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_prepared_penalties_launch_what_the_jit_would(
+    dtype: torch.dtype, launches: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, run = [], triton.JITFunction.run
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **kwargs: (looks.append(1), run(*args, **kwargs))[1])
+    theta = [torch.nn.Parameter(torch.randn(size).to(dtype)) for size in (5000, 7)]
+    fisher = [torch.rand(p.shape, dtype=torch.float64 if dtype == torch.float64 else torch.bfloat16) for p in theta]
+    for p in theta:
+        p.grad = torch.zeros_like(p)
+    one = torch.ones((), dtype=torch.float64)
+    penalty = TritonPenalty(theta, [p.detach().clone() for p in theta], [], fisher, one, one, one)
+    for evaluate in (penalty.value, penalty.with_grad, lambda: penalty.add_grad_(one)):
+        launches.clear()
+        for _ in range(3):
+            evaluate()
+        assert [name for name, _ in launches] == ["penalty_kernel", "sum_partials_kernel"] * 3
+        for first, *others in (launches[0::2], launches[1::2]):
+            for other in others:
+                assert len(other[1]) == len(first[1])
+                for given, jitted in zip(other[1], first[1], strict=True):
+                    if isinstance(jitted, torch.Tensor):  # a table, or a new buffer
+                        assert (given.dtype, given.shape) == (jitted.dtype, jitted.shape)
+                    elif type(jitted).__name__ == "LazyDict":  # what profilers are told
+                        assert given.get() == jitted.get()
+                    else:
+                        assert given == jitted
+    for kernel, compiled in ((penalty_kernel.penalty_kernel, 3), (reduce.sum_partials_kernel, 1)):
+        assert len(kernel.device_caches[0][0]) == compiled, "one for each mode, one for their sums"
+    assert len(looks) == 4, "the JIT looks at the first launches alone"
+
+
+def test_scale_unless_one_is_compiled_once_for_all_sizes(launches: list) -> None:
+    buffer, factor = torch.zeros(100_000), torch.zeros(8)
+    for numel in (1, 15, 16, 4096, 4097, 99_000):
+        scale_unless_one.scale_unless_one_(buffer[:numel], factor[numel % 3])
+    compiled = scale_unless_one.scale_unless_one_kernel.device_caches[0][0]
+    assert len(compiled) == 1
+    scale_unless_one.scale_unless_one_(buffer[1:], factor[1])
+    assert len(compiled) == 2, "memory that is not aligned is another matter"
+    assert len(launches) == 7

@@ -37,7 +37,7 @@ def written(*tensors: Tensor | None) -> None:
 class Relaunched:
     """A kernel for arguments of one kind: compiled by its first launch, from the second on launched as it was compiled.
 
-    The JIT looks at every argument of a launch to find what it compiled for their kind, for longer than launching takes.
+    The JIT looks at every argument of a launch to find what it compiled for their kind: more work than the launch.
     Here the caller vouches for it: the device, the dtypes, what is None, the constexprs, the options and, unless the
     kernel is specialised on neither, the alignment of pointers and the divisibility of numbers are those of the first
     launch. In the interpreter, which compiles nothing, every launch is a first one.
