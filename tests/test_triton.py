@@ -399,10 +399,21 @@ def test_prepared_penalty_is_watched_and_of_nothing_zero() -> None:
     empty = [torch.nn.Parameter(torch.empty(0, 3, device=DEVICE))]
     empty[0].grad = torch.empty(0, 3, device=DEVICE)
     alpha, l2, scale = scalars(False, 1)
-    nothing = prepared_module.TritonPenalty(
-        empty, [e.detach() for e in empty], [], [e.detach() for e in empty], alpha, l2
-    )
+    anchor = [e.detach() for e in empty]
+    nothing = prepared_module.TritonPenalty(empty, anchor, [], anchor, alpha, l2)
     assert nothing.value().item() == nothing.with_grad()[0].item() == nothing.add_grad_(scale).item() == 0.0
+    merged = prepared_module.TritonPenalty(empty, anchor, [], anchor, alpha, l2, torch.full_like(alpha, 2.0))
+    assert merged.value().item() == pytest.approx(alpha.item(), rel=1e-6)
+
+
+@on_device
+def test_prepared_penalty_of_many_parameters_sums_their_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reduce, "_BLOCK", 4)
+    monkeypatch.setattr(reduce, "SPAN", 8)
+    penalty, tensors, (alpha, l2, _) = prepared(per_tensor=True)
+    expected = reference.penalty(*exact((*tensors.values(), alpha, l2)))
+    expected += 0.5 * (exact(alpha) * exact(penalty.constant)).sum()
+    assert error(penalty.value(), expected) < 2e-7
 
 
 @on_device

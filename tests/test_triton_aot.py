@@ -298,8 +298,8 @@ def test_small_kernels_do_not_spill(arch: int) -> None:
     cases = {
         "sum_partials": (
             reduce.sum_partials_kernel,
-            {"partials": "*fp64", "out": "*fp32"},
-            {"SPAN": reduce.SPAN, "BLOCK": 1024},
+            {"partials": "*fp64", "out": "*fp32", "alpha": "*fp64", "constant": "*fp64"},
+            {"SPAN": reduce.SPAN, "BLOCK": 1024, "HAS_CONSTANT": True},
         ),
         "fold_partials": (reduce.fold_partials_kernel, {"partials": "*fp32", "out": "*fp32"}, {"BLOCK": 1024}),
         "fold_taps": (reduce.fold_taps_kernel, {"partials": "*fp32", "out": "*fp32"}, {"ROWS": 64, "TAPS": 16}),

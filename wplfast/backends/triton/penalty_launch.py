@@ -90,22 +90,22 @@ def launch(
     chunks: Tensor,
     alpha: Tensor,
     l2: Tensor,
+    constant: Tensor | None = None,
     grads: Tensor | None = None,
     packed: Tensor | None = None,
     scale: Tensor | None = None,
     kernels: tuple[Any, Any] = (penalty_kernel, sum_partials_kernel),
 ) -> Tensor:
     """Run the kernel in one of its modes over a chunk table on the current device, and return the value."""
-    if len(chunks) == 0:
-        return torch.zeros((), dtype=streams.wide, device=streams.device)
     partials = torch.empty(len(chunks), dtype=torch.float64, device=streams.device)
     kernel, last = kernels
-    kernel[(len(chunks),)](
-        chunks, grads, packed, partials, alpha, l2, scale,
-        _TYPES[streams.dtype], _TYPES[streams.fisher_dtype], _TYPES[streams.wide], mode, streams.has_offset,
-        alpha.dim() == 1, BLOCK, streams.n_blocks, TAIL, num_warps=WARPS, **OPTIONS,
-    )  # fmt: skip
-    return sum_partials(partials, streams.wide, last)
+    if len(chunks) > 0:
+        kernel[(len(chunks),)](
+            chunks, grads, packed, partials, alpha, l2, scale,
+            _TYPES[streams.dtype], _TYPES[streams.fisher_dtype], _TYPES[streams.wide], mode, streams.has_offset,
+            alpha.dim() == 1, BLOCK, streams.n_blocks, TAIL, num_warps=WARPS, **OPTIONS,
+        )  # fmt: skip
+    return sum_partials(partials, streams.wide, None if constant is None else alpha, constant, last)
 
 
 def _launch(
@@ -130,7 +130,7 @@ def _launch(
         if grad:
             places = addresses(grad)
             grads = _grad_tables.get((device, places), device, lambda: torch.tensor(places, dtype=torch.int64))
-        return launch(mode, streams, chunks, alpha, l2, grads, packed, scale)
+        return launch(mode, streams, chunks, alpha, l2, grads=grads, packed=packed, scale=scale)
 
 
 def penalty(

@@ -112,9 +112,8 @@ class TritonPenalty(PreparedPenalty):
         with on_device(device):
             chunks = self._chunks.get(None, device, self._streams.chunks)
             grads = self._gradients.get(addresses, device, lambda: _rows(addresses)) if addresses else None
-            kernels = self._kernels[mode]
-            value = launch(mode, self._streams, chunks, self.alpha, self.l2, grads, packed, scale, kernels)
-            return self.with_constant(value)
+            coefficients, kernels = (self.alpha, self.l2, self.constant), self._kernels[mode]
+            return launch(mode, self._streams, chunks, *coefficients, grads, packed, scale, kernels)
 
 
 def _parameter_table(theta: Sequence[Tensor]) -> ParameterTable:
