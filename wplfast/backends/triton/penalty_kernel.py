@@ -4,9 +4,10 @@
     value = sum_p alpha_p/2 sum F d^2 + l2/2 sum theta^2,   grad += scale g
 
 A table gives each program one chunk of one tensor. Full chunks on 16-byte boundaries, nearly all of them, take a branch
-without masks, where every stream moves 16 bytes a thread; tails and misaligned tensors take a masked one. Each program
-leaves one float64 partial of the value, which a second kernel sums in fixed order. The value's terms are summed in
-float64 throughout: a few double-precision operations an element hide behind its 16 bytes even on consumer GPUs.
+without masks, where a thread moves 16 bytes of each stream at a time (8 of an F in bfloat16 beside wider parameters);
+tails and misaligned tensors take a masked one. Each program leaves one float64 partial of the value, which a second
+kernel sums in fixed order. The value's terms are summed in float64 throughout: a few double-precision operations an
+element hide behind its 16 bytes even on consumer GPUs.
 """
 
 from __future__ import annotations
