@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,10 +29,12 @@ from wplfast.backends.triton import (  # noqa: E402
     penalty_kernel,
     reduce,
     scale,
+    scale_unless_one,
     split,
     squares,
 )
 from wplfast.backends.triton.fisher_linear import fisher_linear_kernel  # noqa: E402
+from wplfast.backends.triton.prepared import TritonPenalty  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -91,12 +93,14 @@ PENALTY = {"chunks": "*i64", "partials": "*fp64", "alpha": "*fp64", "l2": "*fp64
 @pytest.mark.parametrize("n_blocks", [penalty_kernel.FEW_BLOCKS, penalty_kernel.MANY_BLOCKS])
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("mode", [penalty_kernel.VALUE, penalty_kernel.STORE, penalty_kernel.ACCUMULATE])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_penalty_moves_16_bytes_a_thread(dtype: str, mode: int, offset: bool, n_blocks: int, arch: int) -> None:
+@pytest.mark.parametrize(("dtype", "fisher"), [("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
+def test_penalty_moves_16_bytes_a_thread(
+    dtype: str, fisher: str, mode: int, offset: bool, n_blocks: int, arch: int
+) -> None:
     pointers, types = dict(PENALTY), {"fp32": triton.language.float32, "bf16": triton.language.bfloat16}
     constants = {
-        "TYPE": types[dtype], "WIDE": types["fp32"], "MODE": mode, "HAS_OFFSET": offset, "PER_TENSOR": True,
-        "BLOCK": penalty_kernel.BLOCK, "N_BLOCKS": n_blocks, "TAIL": penalty_kernel.TAIL,
+        "TYPE": types[dtype], "FISHER": types[fisher], "WIDE": types["fp32"], "MODE": mode, "HAS_OFFSET": offset,
+        "PER_TENSOR": True, "BLOCK": penalty_kernel.BLOCK, "N_BLOCKS": n_blocks, "TAIL": penalty_kernel.TAIL,
         "grads": None, "packed": None, "scale": None,
     }  # fmt: skip
     if mode == penalty_kernel.STORE:
@@ -108,14 +112,19 @@ def test_penalty_moves_16_bytes_a_thread(dtype: str, mode: int, offset: bool, n_
     compiled = compile_kernel(penalty_kernel.penalty_kernel, arch, pointers, constants, num_warps=penalty_kernel.WARPS)
     used = resources(compiled)
     loads, stores = vector_widths(compiled.asm["ptx"], "ld"), vector_widths(compiled.asm["ptx"], "st")
-    report(f"penalty {dtype} mode {mode} offset {int(offset)} blocks {n_blocks}", arch, used, f"ld {loads} st {stores}")
+    name = f"penalty {dtype} F {fisher} mode {mode} offset {int(offset)} blocks {n_blocks}"
+    report(name, arch, used, f"ld {loads} st {stores}")
     assert used["spills"] == 0
-    assert used["registers"] <= 80, "three programs of 8 warps must fit a multiprocessor"
+    # Three programs of 8 warps fit a multiprocessor; of a value's, whose loop is unrolled, two load as much at a time.
+    assert used["registers"] <= (88 if mode == penalty_kernel.VALUE and n_blocks > 1 else 80)
+    assert used["shared"] <= 64, "streams of different widths must not meet by way of shared memory"
     elements = penalty_kernel.BLOCK // (32 * penalty_kernel.WARPS)
-    wide_streams = 1 + offset  # fisher and offset
     streams = 2 + (mode == penalty_kernel.ACCUMULATE)  # theta, theta_hat, grad
-    size = {"fp32": 4, "bf16": 2}[dtype]
-    assert loads.get(16, 0) >= elements * (4 * wide_streams + size * streams) // 16
+    sizes = {"fp32": 4, "bf16": 2}
+    size = sizes[dtype]
+    halves = elements * sizes[fisher] // 8 if fisher == "bf16" and dtype == "fp32" else 0  # see the kernel's comment
+    assert loads.get(8, 0) >= halves
+    assert loads.get(16, 0) >= elements * (4 * offset + size * streams + (0 if halves else sizes[fisher])) // 16
     assert (stores.get(16, 0) >= elements * size // 16) == (mode != penalty_kernel.VALUE)
 
 
@@ -289,8 +298,8 @@ def test_small_kernels_do_not_spill(arch: int) -> None:
     cases = {
         "sum_partials": (
             reduce.sum_partials_kernel,
-            {"partials": "*fp64", "out": "*fp32"},
-            {"SPAN": reduce.SPAN, "BLOCK": 1024},
+            {"partials": "*fp64", "out": "*fp32", "alpha": "*fp64", "constant": "*fp64"},
+            {"SPAN": reduce.SPAN, "BLOCK": 1024, "HAS_CONSTANT": True},
         ),
         "fold_partials": (reduce.fold_partials_kernel, {"partials": "*fp32", "out": "*fp32"}, {"BLOCK": 1024}),
         "fold_taps": (reduce.fold_taps_kernel, {"partials": "*fp32", "out": "*fp32"}, {"ROWS": 64, "TAPS": 16}),
@@ -316,3 +325,128 @@ def test_small_kernels_do_not_spill(arch: int) -> None:
         widths = f"ld {vector_widths(compiled.asm['ptx'], 'ld')} st {vector_widths(compiled.asm['ptx'], 'st')}"
         report(name, arch, used, widths)
         assert used["spills"] == 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("factor", ["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp64"])
+def test_scale_unless_one_loads_the_factor_first_and_16_bytes_a_thread_then(dtype: str, factor: str, arch: int) -> None:
+    pointers, constants = {"tensor": f"*{dtype}", "factor": f"*{factor}"}, {"BLOCK": scale_unless_one.BLOCK}
+    kernel = scale_unless_one.scale_unless_one_kernel
+    compiled = compile_kernel(kernel, arch, pointers, constants, num_warps=scale_unless_one.WARPS)
+    used, ptx = resources(compiled), compiled.asm["ptx"]
+    loads, stores = vector_widths(ptx, "ld"), vector_widths(ptx, "st")
+    report(f"scale_unless_one {dtype} factor {factor}", arch, used, f"ld {loads} st {stores}")
+    assert used["spills"] == 0
+    assert used["registers"] <= 64, "four programs of 8 warps must fit a multiprocessor"
+    wide = constants["BLOCK"] * int(dtype[2:]) // 8 // (32 * scale_unless_one.WARPS) // 16 if dtype != "bf16" else 2
+    assert (loads.get(16, 0), stores.get(16, 0)) == (wide, wide)
+    ptx = re.sub(r"\n\s*(?:\.loc|//|\$L__tmp)[^\n]*", "", ptx)
+    leaving = re.search(r"setp\.(?:eq|neu)\.f\d+[^\n]*\n\s*@!?%p\d+ bra\s+(\$L\w+);", ptx)
+    assert leaving, "one branch, behind a comparison with 1, must lead out"
+    assert ptx[: leaving.start()].count("ld.global") == 1
+    last = ptx.index(f"\n{leaving[1]}:")
+    assert last > leaving.end()
+    assert not re.search(r"(ld|st)\.global", ptx[last:])
+    assert re.search(r"ret;", ptx[last:])
+
+
+class Launcher:
+    """Notes what a kernel is launched with, in place of launching it."""
+
+    launches: list[tuple[str, tuple]] = []  # noqa: RUF012
+
+    def __init__(self, source, metadata) -> None:  # type: ignore[no-untyped-def]
+        self._name = metadata.name
+
+    def __call__(self, *arguments: object) -> None:
+        self.launches.append((self._name, arguments))
+
+
+class Utilities:
+    """What Triton asks of a GPU's driver to load a kernel."""
+
+    def load_binary(self, *arguments: object) -> tuple[int, ...]:
+        return 1, 2, 32, 0, 1024  # module, function, registers, spills, most threads
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED[90]}
+
+
+class Driver:
+    """A GPU that does nothing: kernels on CPU tensors are compiled as by any launch, and not run."""
+
+    utils, launcher_cls = Utilities(), Launcher
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 7
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def launches() -> Iterator[list[tuple[str, tuple]]]:
+    """Let a driver that does nothing take launches, and return what they were given."""
+    kernels = (penalty_kernel.penalty_kernel, reduce.sum_partials_kernel, scale_unless_one.scale_unless_one_kernel)
+
+    def forget() -> None:
+        for kernel in kernels:
+            kernel.device_caches.clear()
+        Launcher.launches.clear()
+
+    forget()
+    before = dict(vars(triton.runtime.driver))
+    triton.runtime.driver.set_active(Driver())
+    yield Launcher.launches
+    forget()
+    vars(triton.runtime.driver).update(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_prepared_penalties_launch_what_the_jit_would(
+    dtype: torch.dtype, launches: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, run = [], triton.JITFunction.run
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **kwargs: (looks.append(1), run(*args, **kwargs))[1])
+    theta = [torch.nn.Parameter(torch.randn(size).to(dtype)) for size in (5000, 7)]
+    fisher = [torch.rand(p.shape, dtype=torch.float64 if dtype == torch.float64 else torch.bfloat16) for p in theta]
+    for p in theta:
+        p.grad = torch.zeros_like(p)
+    one = torch.ones((), dtype=torch.float64)
+    penalty = TritonPenalty(theta, [p.detach().clone() for p in theta], [], fisher, one, one, one)
+    for evaluate in (penalty.value, penalty.with_grad, lambda: penalty.add_grad_(one)):
+        launches.clear()
+        for _ in range(3):
+            evaluate()
+        assert [name for name, _ in launches] == ["penalty_kernel", "sum_partials_kernel"] * 3
+        for first, *others in (launches[0::2], launches[1::2]):
+            for other in others:
+                assert len(other[1]) == len(first[1])
+                for given, jitted in zip(other[1], first[1], strict=True):
+                    if isinstance(jitted, torch.Tensor):  # a table, or a new buffer
+                        assert (given.dtype, given.shape) == (jitted.dtype, jitted.shape)
+                    elif type(jitted).__name__ == "LazyDict":  # what profilers are told
+                        assert given.get() == jitted.get()
+                    else:
+                        assert given == jitted
+    for kernel, compiled in ((penalty_kernel.penalty_kernel, 3), (reduce.sum_partials_kernel, 1)):
+        assert len(kernel.device_caches[0][0]) == compiled, "one for each mode, one for their sums"
+    assert len(looks) == 4, "the JIT looks at the first launches alone"
+
+
+def test_scale_unless_one_is_compiled_once_for_all_sizes(launches: list) -> None:
+    buffer, factor = torch.zeros(100_000), torch.zeros(8)
+    for numel in (1, 15, 16, 4096, 4097, 99_000):
+        scale_unless_one.scale_unless_one_(buffer[:numel], factor[numel % 3])
+    compiled = scale_unless_one.scale_unless_one_kernel.device_caches[0][0]
+    assert len(compiled) == 1
+    scale_unless_one.scale_unless_one_(buffer[1:], factor[1])
+    assert len(compiled) == 2, "memory that is not aligned is another matter"
+    assert len(launches) == 7

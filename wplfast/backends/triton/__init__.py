@@ -2,6 +2,8 @@
 
 =====================  ==============================================================================
 ``penalty_kernel``     value, gradient and accumulation over any number of tensors in one launch
+``penalty_launch``     how tensors are cut into chunks for it, and its launches
+``prepared``           the same over parameters that stay where they are, with tables made once
 ``reduce``             deterministic sums of partial results
 ``tables``             address tables on the device, cached and safe for streams and CUDA graphs
 ``fisher_linear``      the squared per-sample gradients of a linear layer on tensor cores
@@ -21,7 +23,8 @@ Importing it needs Triton, not a GPU. Under ``TRITON_INTERPRET=1`` every kernel 
 from .fisher_conv import fisher_conv_
 from .fisher_embedding import fisher_embedding_
 from .fisher_linear import fisher_linear_
-from .penalty_kernel import penalty, penalty_add_grad_, penalty_with_grad
+from .penalty_launch import penalty, penalty_add_grad_, penalty_with_grad
+from .prepared import TritonPenalty
 from .scale import scale_grads
 from .scale_unless_one import scale_unless_one_
 from .squares import accumulate_squares_
@@ -34,6 +37,10 @@ __all__ = [
     "penalty",
     "penalty_add_grad_",
     "penalty_with_grad",
+    "prepared_penalty",
     "scale_grads",
     "scale_unless_one_",
 ]
+
+#: The class that evaluates penalties again and again.
+prepared_penalty = TritonPenalty

@@ -22,7 +22,7 @@ from .conv_geometry import Geometry, choose_blocks, geometry
 from .conv_taps import add_taps, as_channels
 from .conv_unfold import unfold
 from .fisher_config import choose_operands
-from .launch import capability, on_device
+from .launch import capability, on_device, written
 from .split import OCTET
 
 #: From this many input channels in a group on, a tap fills enough of a tile.
@@ -76,6 +76,7 @@ def fisher_conv_(
             _unfolded(fisher, gradient, grad_outputs, inputs, weights, shape, groups)
         else:
             _in_place(fisher, gradient, grad_outputs, inputs, weights, shape, groups)
+    written(fisher, gradient)
 
 
 def _unfolded(

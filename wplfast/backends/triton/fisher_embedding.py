@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, on_device
+from .launch import OPTIONS, on_device, written
 from .split import OCTET
 
 #: Sorted uses a program owns; rows it reads at once where a sample repeats a token; columns; spans summed at once.
@@ -178,6 +178,7 @@ def fisher_embedding_(
             chunk = slice(start, start + step)
             w = None if weights is None else weights[chunk]
             _add_uses(fisher, indices[chunk], grad_outputs[chunk], w, gradient)
+    written(fisher, gradient)
 
 
 def _add_uses(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from .fisher_config import Operands, Tile, choose_operands, choose_splits, choose_tile
-from .launch import INTERPRETED, OPTIONS, capability, on_device
+from .launch import INTERPRETED, OPTIONS, capability, on_device, written
 from .products import add_sample, add_tile, product
 from .reduce import fold_partials
 from .split import OCTET, split
@@ -200,3 +200,4 @@ def fisher_linear_(
             else:
                 a, g = as_operand(a, operands), as_operand(g, operands)
                 add_products(fisher, g, a, operands, weights=w, gradient=gradient)
+    written(fisher, gradient)

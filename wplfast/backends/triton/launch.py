@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+from torch.autograd.graph import increment_version
 
 #: Products and sums may fuse (one rounding instead of two); Triton 3.10 changes its default, so it is said here.
 OPTIONS = {"enable_fp_fusion": True}
@@ -23,6 +27,41 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def written(*tensors: Tensor | None) -> None:
+    """Tell autograd, which sees no kernel, that one wrote to tensors: what saved them for a backward pass can know."""
+    increment_version([tensor for tensor in tensors if tensor is not None])
+
+
+class Relaunched:
+    """A kernel for arguments of one kind: compiled by its first launch, from the second on launched as it was compiled.
+
+    The JIT looks at every argument of a launch to find what it compiled for their kind: more work than the launch.
+    Here the caller vouches for it: the device, the dtypes, what is None, the constexprs, the options and, unless the
+    kernel is specialised on neither, the alignment of pointers and the divisibility of numbers are those of the first
+    launch. In the interpreter, which compiles nothing, every launch is a first one.
+
+    Args:
+        kernel: a Triton kernel; all of its arguments are given by position.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._compiled: Any = None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """Return what launches a grid of programs, as a kernel does."""
+
+        def run(*arguments: Any, **options: Any) -> None:
+            if self._compiled is not None:
+                self._compiled[(*grid, 1, 1)[:3]](*arguments)
+                return
+            compiled = self._kernel[grid](*arguments, **options)
+            if isinstance(compiled, triton.compiler.CompiledKernel):
+                self._compiled = compiled
+
+        return run
 
 
 @lru_cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,26 +17,45 @@ _BLOCK = 1024
 _FOLD_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["n_partials"])
-def sum_partials_kernel(partials, out, n_partials, SPAN: tl.constexpr, BLOCK: tl.constexpr):
-    """out[program] = sum of the program's span of float64 partials."""
+@triton.jit(
+    do_not_specialize=["n_partials", "n_terms"],
+    do_not_specialize_on_alignment=["partials", "out", "alpha", "constant"],
+)
+def sum_partials_kernel(
+    partials, out, n_partials, alpha, constant, n_terms,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, HAS_CONSTANT: tl.constexpr,
+):  # fmt: skip
+    """out[program] = sum of the program's span of float64 partials, and of alpha constant / 2 where there is one."""
     first = tl.program_id(0).to(tl.int64) * SPAN
     count = tl.minimum(n_partials - first, SPAN).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
         total += tl.load(partials + first + start + lanes, mask=start + lanes < count, other=0.0)
+    if HAS_CONSTANT:
+        for start in range(0, n_terms, BLOCK):
+            mask = start + lanes < n_terms
+            alpha_p = tl.load(alpha + start + lanes, mask=mask, other=0.0)
+            total += 0.5 * alpha_p * tl.load(constant + start + lanes, mask=mask, other=0.0)
     tl.store(out + tl.program_id(0), tl.sum(total).to(out.dtype.element_ty))
 
 
-def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum of float64 partials [C] as a 0-d tensor."""
+def sum_partials(
+    partials: Tensor,
+    dtype: torch.dtype,
+    alpha: Tensor | None = None,
+    constant: Tensor | None = None,
+    last: Any = sum_partials_kernel,
+) -> Tensor:
+    """Return the sum of float64 partials [C], and of alpha constant / 2, as a 0-d tensor; ``last`` ends it."""
     while len(partials) > SPAN:
         middle = partials.new_empty(triton.cdiv(len(partials), SPAN))
-        sum_partials_kernel[(len(middle),)](partials, middle, len(partials), SPAN, _BLOCK, **OPTIONS)
+        stage = len(partials), None, None, 0, SPAN, _BLOCK, False
+        sum_partials_kernel[(len(middle),)](partials, middle, *stage, **OPTIONS)
         partials = middle
     out = partials.new_empty((), dtype=dtype)
-    sum_partials_kernel[(1,)](partials, out, len(partials), SPAN, _BLOCK, **OPTIONS)
+    n_terms = 0 if constant is None else constant.numel()
+    last[(1,)](partials, out, len(partials), alpha, constant, n_terms, SPAN, _BLOCK, constant is not None, **OPTIONS)
     return out
 
 

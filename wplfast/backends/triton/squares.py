@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import OPTIONS, n_processors, on_device
+from .launch import OPTIONS, n_processors, on_device, written
 from .reduce import fold_partials
 
 ROWS, BLOCK, WARPS = 8, 256, 4
@@ -65,3 +65,4 @@ def accumulate_squares_(fisher: Tensor, grads: Tensor, weights: Tensor | None) -
         )  # fmt: skip
         if n_splits > 1:
             fold_partials(out, fisher)
+    written(fisher)

@@ -12,6 +12,9 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+#: Tables that a CUDA graph has captured: its replays read them for as long as it lives, which nobody tells.
+_captured: dict[int, DeviceTable] = {}
+
 
 class DeviceTable:
     """An int64 table on the device, uploaded without a host synchronisation.
@@ -50,13 +53,12 @@ class TableCache:
     """The most recently used tables, by the addresses and sizes they were made from.
 
     Args:
-        capacity: tables kept; those that a CUDA graph has captured are kept for ever, beside these.
+        capacity: tables kept; those that a CUDA graph has captured are kept for ever, also beyond this cache.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._tables: OrderedDict[Hashable, DeviceTable] = OrderedDict()
-        self._captured: dict[int, DeviceTable] = {}
 
     def __len__(self) -> int:
         """Return the number of tables that may be found again."""
@@ -75,5 +77,5 @@ class TableCache:
         else:
             self._tables.move_to_end(key)
         if capturing:
-            self._captured[id(table)] = table
+            _captured[id(table)] = table
         return table.rows()

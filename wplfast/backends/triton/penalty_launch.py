@@ -1,0 +1,175 @@
+"""The launches of the penalty kernel: how tensors are cut into chunks, and the operators of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ...ops.layout import flat_dtype, packed_starts
+from .launch import OPTIONS, on_device, written
+from .penalty_kernel import (
+    ACCUMULATE,
+    BLOCK,
+    COLUMNS,
+    FEW_BLOCKS,
+    MANY_BLOCKS,
+    MANY_FROM,
+    STORE,
+    TAIL,
+    VALUE,
+    WARPS,
+    penalty_kernel,
+)
+from .reduce import sum_partials, sum_partials_kernel
+from .tables import TableCache
+
+_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_chunk_tables = TableCache(capacity=32)
+_grad_tables = TableCache(capacity=32)
+
+
+class Streams:
+    """What a launch reads: addresses, sizes and types of the tensors of one call.
+
+    Args:
+        theta: as in the op contract, like the others.
+        theta_hat: anchors.
+        offset: may be empty.
+        fisher: Fishers.
+    """
+
+    def __init__(
+        self,
+        theta: Sequence[Tensor],
+        theta_hat: Sequence[Tensor],
+        offset: Sequence[Tensor],
+        fisher: Sequence[Tensor],
+    ) -> None:
+        self.device, self.dtype, self.fisher_dtype = theta[0].device, theta[0].dtype, fisher[0].dtype
+        self.wide = flat_dtype(self.dtype)
+        self.has_offset = bool(offset)
+        self.numels = tuple([t.numel() for t in theta])
+        self.n_blocks = MANY_BLOCKS if sum(self.numels) >= MANY_FROM else FEW_BLOCKS
+        self._columns = [addresses(tensors) for tensors in (theta, theta_hat, fisher, offset)]
+
+    def key(self) -> tuple[object, ...]:
+        """Return all that the chunk table follows from."""
+        return (self.device, self.dtype, self.fisher_dtype, self.n_blocks, self.numels, *self._columns)
+
+    def chunks(self) -> Tensor:
+        """Return the chunk table [C, 8], on the CPU."""
+        chunk = BLOCK * self.n_blocks
+        numel = torch.tensor(self.numels, dtype=torch.int64)
+        n_chunks = (numel + chunk - 1) // chunk
+        tensor = torch.repeat_interleave(torch.arange(len(numel)), n_chunks)
+        start = (torch.arange(len(tensor)) - (n_chunks.cumsum(0) - n_chunks)[tensor]) * chunk
+        rows = torch.zeros(len(tensor), len(COLUMNS), dtype=torch.int64)
+        dtypes = (self.dtype, self.dtype, self.fisher_dtype, self.wide)
+        for index, (column, dtype) in enumerate(zip(self._columns, dtypes, strict=True)):
+            if column:
+                rows[:, index] = torch.tensor(column, dtype=torch.int64)[tensor] + start * dtype.itemsize
+        rows[:, 4] = (numel[tensor] - start).clamp_(max=chunk)
+        rows[:, 5] = tensor
+        rows[:, 6] = start
+        rows[:, 7] = torch.tensor(packed_starts(self.numels)[0], dtype=torch.int64)[tensor] + start
+        return rows
+
+
+def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return the tensors' addresses."""
+    return tuple([t.data_ptr() for t in tensors])
+
+
+def launch(
+    mode: int,
+    streams: Streams,
+    chunks: Tensor,
+    alpha: Tensor,
+    l2: Tensor,
+    constant: Tensor | None = None,
+    grads: Tensor | None = None,
+    packed: Tensor | None = None,
+    scale: Tensor | None = None,
+    kernels: tuple[Any, Any] = (penalty_kernel, sum_partials_kernel),
+) -> Tensor:
+    """Run the kernel in one of its modes over a chunk table on the current device, and return the value."""
+    partials = torch.empty(len(chunks), dtype=torch.float64, device=streams.device)
+    kernel, last = kernels
+    if len(chunks) > 0:
+        kernel[(len(chunks),)](
+            chunks, grads, packed, partials, alpha, l2, scale,
+            _TYPES[streams.dtype], _TYPES[streams.fisher_dtype], _TYPES[streams.wide], mode, streams.has_offset,
+            alpha.dim() == 1, BLOCK, streams.n_blocks, TAIL, num_warps=WARPS, **OPTIONS,
+        )  # fmt: skip
+    return sum_partials(partials, streams.wide, None if constant is None else alpha, constant, last)
+
+
+def _launch(
+    mode: int,
+    theta: Sequence[Tensor],
+    theta_hat: Sequence[Tensor],
+    offset: Sequence[Tensor],
+    fisher: Sequence[Tensor],
+    alpha: Tensor,
+    l2: Tensor,
+    grad: Sequence[Tensor] = (),
+    packed: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Find or make the tables of tensors that may be anywhere, and launch."""
+    streams = Streams(theta, theta_hat, offset, fisher)
+    device = streams.device
+    with on_device(device):
+        chunks = _chunk_tables.get(streams.key(), device, streams.chunks)
+        # Gradients move when zero_grad() has dropped them: their addresses are a small table of their own.
+        grads = None
+        if grad:
+            places = addresses(grad)
+            grads = _grad_tables.get((device, places), device, lambda: torch.tensor(places, dtype=torch.int64))
+        return launch(mode, streams, chunks, alpha, l2, grads=grads, packed=packed, scale=scale)
+
+
+def penalty(
+    theta: Sequence[Tensor],
+    theta_hat: Sequence[Tensor],
+    offset: Sequence[Tensor],
+    fisher: Sequence[Tensor],
+    alpha: Tensor,
+    l2: Tensor,
+) -> Tensor:
+    """Return the value alone."""
+    return _launch(VALUE, theta, theta_hat, offset, fisher, alpha, l2)
+
+
+def penalty_with_grad(
+    theta: Sequence[Tensor],
+    theta_hat: Sequence[Tensor],
+    offset: Sequence[Tensor],
+    fisher: Sequence[Tensor],
+    alpha: Tensor,
+    l2: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the value and the packed gradient, whose gaps are zero."""
+    _, length = packed_starts([t.numel() for t in theta])
+    packed = theta[0].new_empty(length)
+    return _launch(STORE, theta, theta_hat, offset, fisher, alpha, l2, packed=packed), packed
+
+
+def penalty_add_grad_(
+    grad: Sequence[Tensor],
+    theta: Sequence[Tensor],
+    theta_hat: Sequence[Tensor],
+    offset: Sequence[Tensor],
+    fisher: Sequence[Tensor],
+    alpha: Tensor,
+    l2: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """Return the value; add scale * gradient to grad, rounded once."""
+    value = _launch(ACCUMULATE, theta, theta_hat, offset, fisher, alpha, l2, grad=grad, scale=scale)
+    written(*grad)
+    return value

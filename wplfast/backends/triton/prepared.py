@@ -1,0 +1,129 @@
+"""The penalty on GPUs over parameters that stay where they are: tables made once, kernels launched directly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...ops.layout import same_order
+from ...ops.prepared import ParameterWatch, PreparedPenalty, Watch, dispatched
+from .launch import Relaunched, on_device, written
+from .penalty_kernel import ACCUMULATE, STORE, VALUE, penalty_kernel
+from .penalty_launch import Streams, launch
+from .reduce import sum_partials_kernel
+from .tables import TableCache
+
+try:
+    import wplfast._C as _C
+except ImportError:  # this backend needs no compiler
+    _C = None
+
+#: PyTorch's table of functions that tell a tensor's address, type and shape to C++ (from PyTorch 2.10 on).
+EXCHANGE: object | None = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+#: Sets of gradients whose addresses are kept: they come back where a training loop drops and allocates them in turn.
+_GRADIENTS = 4
+
+
+class ParameterTable(Watch, Protocol):
+    """A watch that also finds gradients: ``_C.ParameterTable``, or the one in Python."""
+
+    def gradients(self) -> tuple[list[Tensor], bytes] | None:
+        """Return the gradients, and an int64 address for each parameter, 0 where none is required.
+
+        None where a gradient is missing, or is not laid out as its parameter is.
+        """
+
+
+class _PythonTable(ParameterWatch):
+    """A :class:`ParameterTable` without the extension."""
+
+    def gradients(self) -> tuple[list[Tensor], bytes] | None:
+        """Return the gradients and their addresses."""
+        found, addresses = [], []
+        for p in self._parameters:
+            grad = p.grad if p.requires_grad else None
+            if grad is not None:
+                alike = (grad.dtype, grad.device, grad.shape) == (p.dtype, p.device, p.shape)
+                if grad.layout != torch.strided or not alike or not same_order(grad, p):
+                    return None
+                found.append(grad)
+            elif p.requires_grad:
+                return None
+            addresses.append(0 if grad is None else grad.data_ptr())
+        return found, torch.tensor(addresses, dtype=torch.int64).numpy().tobytes()
+
+
+class TritonPenalty(PreparedPenalty):
+    """What :class:`PreparedPenalty` does, without the dispatcher, and without a look at every address at each call."""
+
+    def __init__(
+        self,
+        theta: Sequence[Tensor],
+        theta_hat: Sequence[Tensor],
+        offset: Sequence[Tensor],
+        fisher: Sequence[Tensor],
+        alpha: Tensor,
+        l2: Tensor,
+        constant: Tensor | None = None,
+    ) -> None:
+        super().__init__(theta, theta_hat, offset, fisher, alpha, l2, constant)
+        self._parameters = _parameter_table(theta)
+        self._streams = Streams(theta, theta_hat, offset, fisher)
+        self._chunks, self._gradients = TableCache(1), TableCache(_GRADIENTS)
+        last = Relaunched(sum_partials_kernel)
+        self._kernels = {mode: (Relaunched(penalty_kernel), last) for mode in (VALUE, STORE, ACCUMULATE)}
+
+    def watch(self) -> Watch:
+        """Return what remembers the parameters as they were when this was made."""
+        return self._parameters
+
+    def value(self) -> Tensor:
+        """Return the value."""
+        if dispatched():
+            return super().value()
+        return self._evaluate(VALUE)
+
+    def with_grad(self) -> tuple[Tensor, Tensor]:
+        """Return the value and the packed gradient."""
+        if dispatched():
+            return super().with_grad()
+        packed = torch.empty(self.packing.length, dtype=self._streams.dtype, device=self._streams.device)
+        return self._evaluate(STORE, packed=packed), packed
+
+    def add_grad_(self, scale: Tensor) -> Tensor:
+        """Return the value and add to ``.grad``."""
+        found = None if dispatched() else self._parameters.gradients()
+        if found is None:  # something must see the operator, or a gradient is missing or in another memory order
+            return super().add_grad_(scale)
+        gradients, addresses = found
+        value = self._evaluate(ACCUMULATE, addresses=addresses, scale=scale)
+        written(*gradients)
+        return value
+
+    def _evaluate(
+        self, mode: int, addresses: bytes = b"", packed: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """Launch in one of the kernel's modes and return the value."""
+        device = self._streams.device
+        with on_device(device):
+            chunks = self._chunks.get(None, device, self._streams.chunks)
+            grads = self._gradients.get(addresses, device, lambda: _rows(addresses)) if addresses else None
+            coefficients, kernels = (self.alpha, self.l2, self.constant), self._kernels[mode]
+            return launch(mode, self._streams, chunks, *coefficients, grads, packed, scale, kernels)
+
+
+def _parameter_table(theta: Sequence[Tensor]) -> ParameterTable:
+    """Return the table in C++ where there can be one."""
+    if _C is not None and EXCHANGE is not None:
+        table: ParameterTable = _C.ParameterTable(EXCHANGE, list(theta))
+        return table
+    return _PythonTable(theta)
+
+
+def _rows(addresses: bytes) -> Tensor:
+    """Return int64 addresses as a tensor."""
+    return torch.frombuffer(bytearray(addresses), dtype=torch.int64)
