@@ -306,7 +306,8 @@ def test_prepared_penalty(
         pytest.skip("there is no table in C++")
     penalty, tensors, (alpha, l2, scale) = prepared(dtype, fisher, per_tensor=extension, frozen=frozen)
     theta, call = tensors["theta"], (*tensors.values(), alpha, l2)
-    assert penalty.watch().unchanged()
+    penalty.remember()
+    assert penalty.unchanged([])
     expected_value, expected = reference.penalty_with_grad(*exact(call))
     expected_value += 0.5 * (exact(alpha) * exact(penalty.constant)).sum()
     bound = 1e-14 if dtype == torch.float64 else 2e-7
@@ -392,10 +393,12 @@ def test_prepared_penalty_makes_its_tables_once(monkeypatch: pytest.MonkeyPatch)
 def test_prepared_penalty_is_watched_and_of_nothing_zero() -> None:
     penalty, tensors, _ = prepared()
     theta = tensors["theta"]
-    watch = penalty.watch()
-    assert watch.unchanged()
+    penalty.remember()
+    holder = {"weight": theta[0]}
+    assert penalty.unchanged([(holder, "weight", theta[0])])
+    assert not penalty.unchanged([(holder, "weight", theta[1])])
     theta[4].data = theta[4].data.clone()
-    assert not watch.unchanged()
+    assert not penalty.unchanged([])
     empty = [torch.nn.Parameter(torch.empty(0, 3, device=DEVICE))]
     empty[0].grad = torch.empty(0, 3, device=DEVICE)
     alpha, l2, scale = scalars(False, 1)

@@ -62,6 +62,11 @@ class Streams:
 
     def chunks(self) -> Tensor:
         """Return the chunk table [C, 8], on the CPU."""
+        with torch.device("cpu"):  # whatever the default device is
+            return self._chunks()
+
+    def _chunks(self) -> Tensor:
+        """Return the chunk table on the default device."""
         chunk = BLOCK * self.n_blocks
         numel = torch.tensor(self.numels, dtype=torch.int64)
         n_chunks = (numel + chunk - 1) // chunk

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ...ops.layout import same_order
-from ...ops.prepared import ParameterWatch, PreparedPenalty, Watch, dispatched
+from ...ops.prepared import Link, PreparedPenalty, dispatched
 from .launch import Relaunched, on_device, written
 from .penalty_kernel import ACCUMULATE, STORE, VALUE, penalty_kernel
 from .penalty_launch import Streams, launch
@@ -28,35 +28,6 @@ EXCHANGE: object | None = getattr(torch.Tensor, "__dlpack_c_exchange_api__", Non
 _GRADIENTS = 4
 
 
-class ParameterTable(Watch, Protocol):
-    """A watch that also finds gradients: ``_C.ParameterTable``, or the one in Python."""
-
-    def gradients(self) -> tuple[list[Tensor], bytes] | None:
-        """Return the gradients, and an int64 address for each parameter, 0 where none is required.
-
-        None where a gradient is missing, or is not laid out as its parameter is.
-        """
-
-
-class _PythonTable(ParameterWatch):
-    """A :class:`ParameterTable` without the extension."""
-
-    def gradients(self) -> tuple[list[Tensor], bytes] | None:
-        """Return the gradients and their addresses."""
-        found, addresses = [], []
-        for p in self._parameters:
-            grad = p.grad if p.requires_grad else None
-            if grad is not None:
-                alike = (grad.dtype, grad.device, grad.shape) == (p.dtype, p.device, p.shape)
-                if grad.layout != torch.strided or not alike or not same_order(grad, p):
-                    return None
-                found.append(grad)
-            elif p.requires_grad:
-                return None
-            addresses.append(0 if grad is None else grad.data_ptr())
-        return found, torch.tensor(addresses, dtype=torch.int64).numpy().tobytes()
-
-
 class TritonPenalty(PreparedPenalty):
     """What :class:`PreparedPenalty` does, without the dispatcher, and without a look at every address at each call."""
 
@@ -71,15 +42,24 @@ class TritonPenalty(PreparedPenalty):
         constant: Tensor | None = None,
     ) -> None:
         super().__init__(theta, theta_hat, offset, fisher, alpha, l2, constant)
-        self._parameters = _parameter_table(theta)
+        self._parameters = list(theta)
+        self._table = None if _C is None or EXCHANGE is None else _C.ParameterTable(EXCHANGE, self._parameters)
         self._streams = Streams(theta, theta_hat, offset, fisher)
         self._chunks, self._gradients = TableCache(1), TableCache(_GRADIENTS)
         last = Relaunched(sum_partials_kernel)
         self._kernels = {mode: (Relaunched(penalty_kernel), last) for mode in (VALUE, STORE, ACCUMULATE)}
 
-    def watch(self) -> Watch:
-        """Return what remembers the parameters as they were when this was made."""
-        return self._parameters
+    def remember(self) -> None:
+        """Remember what the parameters are; a table in C++ did so when it was made."""
+        if self._table is None:
+            super().remember()
+
+    def unchanged(self, links: Sequence[Link]) -> bool:
+        """Tell whether every parameter is what and where it was."""
+        if self._table is None:
+            return super().unchanged(links)
+        unchanged: bool = self._table.unchanged(self._parameters, links)
+        return unchanged
 
     def value(self) -> Tensor:
         """Return the value."""
@@ -96,13 +76,34 @@ class TritonPenalty(PreparedPenalty):
 
     def add_grad_(self, scale: Tensor) -> Tensor:
         """Return the value and add to ``.grad``."""
-        found = None if dispatched() else self._parameters.gradients()
+        found = None if dispatched() else self._found_gradients()
         if found is None:  # something must see the operator, or a gradient is missing or in another memory order
             return super().add_grad_(scale)
         gradients, addresses = found
         value = self._evaluate(ACCUMULATE, addresses=addresses, scale=scale)
         written(*gradients)
         return value
+
+    def _found_gradients(self) -> tuple[list[Tensor], bytes] | None:
+        """Return the gradients, and an int64 address for each parameter, 0 where none is required.
+
+        None where a gradient is missing, or is not laid out as its parameter is.
+        """
+        if self._table is not None:
+            found: tuple[list[Tensor], bytes] | None = self._table.gradients(self._parameters)
+            return found
+        gradients, places = [], []
+        for p in self._parameters:
+            grad = p.grad if p.requires_grad else None
+            if grad is not None:
+                alike = (grad.dtype, grad.device, grad.shape) == (p.dtype, p.device, p.shape)
+                if grad.layout != torch.strided or not alike or not same_order(grad, p):
+                    return None
+                gradients.append(grad)
+            elif p.requires_grad:
+                return None
+            places.append(0 if grad is None else grad.data_ptr())
+        return gradients, array("q", places).tobytes()
 
     def _evaluate(
         self, mode: int, addresses: bytes = b"", packed: Tensor | None = None, scale: Tensor | None = None
@@ -114,14 +115,6 @@ class TritonPenalty(PreparedPenalty):
             grads = self._gradients.get(addresses, device, lambda: _rows(addresses)) if addresses else None
             coefficients, kernels = (self.alpha, self.l2, self.constant), self._kernels[mode]
             return launch(mode, self._streams, chunks, *coefficients, grads, packed, scale, kernels)
-
-
-def _parameter_table(theta: Sequence[Tensor]) -> ParameterTable:
-    """Return the table in C++ where there can be one."""
-    if _C is not None and EXCHANGE is not None:
-        table: ParameterTable = _C.ParameterTable(EXCHANGE, list(theta))
-        return table
-    return _PythonTable(theta)
 
 
 def _rows(addresses: bytes) -> Tensor:
