@@ -6,7 +6,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "penalty.h"
@@ -82,6 +84,7 @@ class ParameterTable {
       addresses[p] = reinterpret_cast<void*>(view.address());
       found.append(gradient);
     }
+    if (overlap(addresses)) return py::none();
     return found;
   }
 
@@ -95,6 +98,22 @@ class ParameterTable {
   bool read(PyObject* tensor, TensorView& view) const {
     if (api_->view(tensor, &view) == 0) return true;
     PyErr_Clear();
+    return false;
+  }
+
+  // Tells whether two runs of memory as long as the parameters overlap.
+  bool overlap(const std::vector<void*>& addresses) const {
+    std::vector<std::pair<uintptr_t, uintptr_t>> runs;
+    for (int64_t p = 0; p < size(); ++p) {
+      int64_t bytes = views_[p].dtype.bits / 8;
+      for (int32_t dim = 0; dim < views_[p].n_dims; ++dim) bytes *= shape(p)[dim];
+      const uintptr_t begin = reinterpret_cast<uintptr_t>(addresses[p]);
+      if (begin != 0 && bytes > 0) runs.emplace_back(begin, begin + static_cast<uintptr_t>(bytes));
+    }
+    std::sort(runs.begin(), runs.end());
+    for (size_t run = 1; run < runs.size(); ++run) {
+      if (runs[run].first < runs[run - 1].second) return true;
+    }
     return false;
   }
 

@@ -326,7 +326,7 @@ def test_a_fisher_in_bfloat16_is_off_by_its_rounding(dtype):
     assert {f.dtype for f in wpl.fisher.values()} == {kept}
     move(module, 0.3)
     exact = expected(module, [(hat, fisher)], 3.0, 0.1)
-    assert wpl().item() == pytest.approx(exact.item(), rel=2**-9)
+    assert wpl().item() == pytest.approx(exact.item(), rel=2**-8)
     rounded = expected(module, [(hat, wpl.fisher)], 3.0, 0.1)
     assert wpl().item() == pytest.approx(rounded.item(), rel=1e-6)
     wpl.add_grad_()
@@ -339,10 +339,11 @@ def test_a_running_fisher_in_bfloat16_moves_or_says_that_it_would_not(module):
     wpl = wplfast.WeightPlasticityLoss(module, fisher_dtype=torch.bfloat16)
     ones = {n: torch.ones(p.shape) for n, p in module.named_parameters()}
     wpl.consolidate(ones)
-    wpl.update({n: 2 * f for n, f in ones.items()}, rate=2**-7)
-    assert all(bool((f > 1).all()) for f in wpl.fisher.values())
-    with pytest.raises(ValueError, match="would not move at a rate below"):
-        wpl.update(ones, rate=2**-8)
+    for _ in range(200):
+        wpl.update({n: 2 * f for n, f in ones.items()}, rate=2**-4)
+    assert all(bool((f > 2 * (1 - 2**-4)).all()) for f in wpl.fisher.values())
+    with pytest.raises(ValueError, match="would not move far at a rate below"):
+        wpl.update(ones, rate=2**-5)
     with pytest.raises(ValueError, match=r"fisher_dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
         wplfast.WeightPlasticityLoss(module, fisher_dtype=torch.float16)
 

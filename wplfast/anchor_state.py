@@ -41,10 +41,6 @@ class Faults:
     unexpected: list[str]
     errors: list[str]
 
-    def __bool__(self) -> bool:
-        """Tell whether anything is."""
-        return bool(self.missing or self.unexpected or self.errors)
-
 
 def faults(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Faults:
     """Compare a state with what ``to_state`` writes for parameters of these names and shapes.

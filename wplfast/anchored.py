@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,8 +21,8 @@ from .references import References
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: A change of F by less than half a unit in bfloat16's last place (2^-9) is rounded away.
-_LEAST_BFLOAT16_RATE = 2**-7
+#: F in bfloat16 stops moving where rate times its distance from the target is below 2^-8 of it: here, at 6%.
+_LEAST_BFLOAT16_RATE = 2**-4
 
 
 class AnchoredParameters(nn.Module):
@@ -136,7 +137,7 @@ class AnchoredParameters(nn.Module):
         if not 0 < rate <= 1:
             raise ValueError(f"rate must be in (0, 1], got {rate}")
         if self._fisher_dtype == torch.bfloat16 and rate < _LEAST_BFLOAT16_RATE:
-            raise ValueError(f"F in bfloat16 would not move at a rate below {_LEAST_BFLOAT16_RATE}, got {rate}")
+            raise ValueError(f"F in bfloat16 would not move far at a rate below {_LEAST_BFLOAT16_RATE}, got {rate}")
         self.consolidate(
             fisher,
             theta_hat=theta_hat,
@@ -235,7 +236,7 @@ class AnchoredParameters(nn.Module):
         """Add the anchors to a state_dict (alpha is a setting, not state)."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for key, tensor in self._state().items():
-            destination[prefix + key] = tensor
+            destination[prefix + key] = tensor.clone()  # later consolidations write in place
 
     def _load_from_state_dict(
         self,
@@ -249,7 +250,7 @@ class AnchoredParameters(nn.Module):
     ) -> None:
         """Take the anchors from a state_dict, all or nothing."""
         own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        found = self._restore(own)
+        found = self._restore(own, strict)
         missing_keys += [prefix + key for key in found.missing]
         error_msgs += found.errors
         if strict:
@@ -259,11 +260,11 @@ class AnchoredParameters(nn.Module):
         """Return the anchors as named tensors."""
         return to_state(self._references.names, self._anchors, self._n_anchors)
 
-    def _restore(self, state: Mapping[str, Tensor]) -> Faults:
-        """Take anchors over unless something is wrong with them."""
+    def _restore(self, state: Mapping[str, Tensor], strict: bool = True) -> Faults:
+        """Take anchors over unless something is wrong with them; other keys are wrong if strict."""
         parameters = dict(zip(self._references.names, self._references.tensors(), strict=True))
         found = faults(state, {name: p.shape for name, p in parameters.items()})
-        if not found:
+        if not (found.missing or found.errors or (strict and found.unexpected)):
             anchors = self._blank_anchors()
             if has_anchors(state):
                 with torch.inference_mode(False), torch.no_grad():
@@ -280,9 +281,11 @@ class AnchoredParameters(nn.Module):
         """Copy the anchors; refer to copied parameters where the same deepcopy copied them, else to the same ones."""
         copy = type(self).__new__(type(self))
         memo[id(self)] = copy
-        copy.__dict__.update(self.__dict__, _references=self._references.copied(memo))
+        module = deepcopy({key: self.__dict__[key] for key in nn.Module().__dict__ if key in self.__dict__}, memo)
+        copy.__dict__.update({**self.__dict__, **module, "_references": self._references.copied(memo)})
         if self._anchors is not None:
-            copy._anchors = self._anchors.moved(self._anchors.theta_hat)
+            with torch.inference_mode(False), torch.no_grad():
+                copy._anchors = self._anchors.moved(self._anchors.theta_hat)
         return copy
 
     # ---- for the class that evaluates --------------------------------------------------------------------------------

@@ -41,37 +41,45 @@ def differentiable(prepared: PreparedPenalty) -> Tensor:
 
 
 class _EagerPenalty(torch.autograd.Function):
-    """Value and packed gradient in one pass."""
+    """Value and packed gradient in one pass.
+
+    Gradients of float16 parameters wait for the incoming one, which may be a loss scale that keeps them from vanishing.
+    """
 
     @staticmethod
     def forward(ctx: Any, prepared: PreparedPenalty, *theta: Tensor) -> Tensor:
-        """Evaluate both; keep the gradient, and what a second derivative needs."""
-        value, packed = prepared.with_grad()
-        ctx.prepared = prepared
-        ctx.versions = prepared.versions()
-        ctx.save_for_backward(packed, *theta)
-        ctx.save_for_forward(packed, *theta)
+        """Evaluate; keep the gradient, and how to tell whether it could be evaluated again."""
+        ctx.prepared, ctx.versions = prepared, prepared.versions()
         ctx.set_materialize_grads(False)
+        if theta[0].dtype == torch.float16:
+            return prepared.value()
+        value, packed = prepared.with_grad()
+        ctx.save_for_backward(packed)
+        ctx.save_for_forward(packed)
         return value
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         """Return the value's change along a direction (forward mode)."""
-        packed, *theta = ctx.saved_tensors
-        return _along(packed, theta, tangents[1:])
+        prepared: PreparedPenalty = ctx.prepared
+        packed = ctx.saved_tensors[0] if ctx.saved_tensors else prepared.with_grad()[1]
+        return _along(packed, prepared.theta, tangents[1:])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         """Hand the gradient on, times the incoming one."""
-        packed, *theta = ctx.saved_tensors
+        saved, prepared = ctx.saved_tensors, ctx.prepared
         if upstream is None:
-            return (None,) * (1 + len(theta))
-        prepared: PreparedPenalty = ctx.prepared
+            return (None,) * (1 + len(prepared.theta))
+        again = torch.is_grad_enabled() or not saved
+        if again and prepared.versions() != ctx.versions:
+            raise RuntimeError("alpha, an anchor or a parameter changed between the penalty and its backward")
         if torch.is_grad_enabled():
-            if prepared.versions() != ctx.versions:
-                raise RuntimeError("alpha or an anchor of the penalty changed between its evaluation and this backward")
-            columns = theta, list(prepared.theta_hat), list(prepared.fisher), list(prepared.offset)
-            return (None, *_by_operations(upstream, prepared.alpha, prepared.l2, columns))
+            return (None, *_by_operations(upstream, prepared))
+        if not saved:
+            _, packed = prepared.scaled(upstream).with_grad()
+            return (None, *prepared.views(packed))
+        packed = saved[0]
         if torch._C._autograd._get_current_graph_task_keep_graph():
             # A second backward pass may come, and AccumulateGrad may take the views for .grad: give them a copy.
             packed = packed.clone()
@@ -85,8 +93,7 @@ class _TracedPenalty(torch.autograd.Function):
     @staticmethod
     def forward(alpha: Tensor, l2: Tensor, n: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate both."""
-        theta, theta_hat, fisher, offset = _split(tensors, n)
-        value, packed = torch.ops.wplfast.penalty_with_grad(theta, theta_hat, offset, fisher, alpha, l2)
+        value, packed = _prepared(alpha, l2, n, tensors).with_grad()
         return value, packed
 
     @staticmethod
@@ -107,7 +114,7 @@ class _TracedPenalty(torch.autograd.Function):
         if upstream is None:
             return (None, None, None, *(None,) * ctx.n, *nothing)
         if torch.is_grad_enabled():
-            return (None, None, None, *_by_operations(upstream, alpha, l2, _split(tensors, ctx.n)), *nothing)
+            return (None, None, None, *_by_operations(upstream, _prepared(alpha, l2, ctx.n, tensors)), *nothing)
         gradient = packed * upstream.to(packed.dtype)
         return (None, None, None, *packed_views(gradient, tensors[: ctx.n]), *nothing)
 
@@ -138,22 +145,21 @@ def _along(packed: Tensor, theta: Sequence[Tensor], tangents: Sequence[Tensor | 
     return change
 
 
-def _split(tensors: Sequence[Tensor], n: int) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+def _prepared(alpha: Tensor, l2: Tensor, n: int, tensors: Sequence[Tensor]) -> PreparedPenalty:
     """Undo the concatenation theta, theta_hat, fisher, offset (which may be empty)."""
-    return list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n : 3 * n]), list(tensors[3 * n :])
+    theta, theta_hat, fisher, offset = (list(tensors[k * n : (k + 1) * n]) for k in range(4))
+    return PreparedPenalty(theta, theta_hat, offset, fisher, alpha, l2)
 
 
-def _by_operations(
-    upstream: Tensor, alpha: Tensor, l2: Tensor, columns: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
-) -> list[Tensor]:
+def _by_operations(upstream: Tensor, prepared: PreparedPenalty) -> list[Tensor]:
     """Return the gradients by ordinary operations, for a second derivative."""
-    gradients = []
-    theta, theta_hat, fisher, offset = columns
-    for index, (p, p_hat, f) in enumerate(zip(theta, theta_hat, fisher, strict=True)):
+    gradients, alpha, l2 = [], prepared.alpha, prepared.l2
+    columns = zip(prepared.theta, prepared.theta_hat, prepared.fisher, strict=True)
+    for index, (p, p_hat, f) in enumerate(columns):
         wide = flat_dtype(p.dtype)
         alpha_p = (alpha if alpha.dim() == 0 else alpha[index]).to(wide)
         d = p.to(wide) - p_hat.to(wide)
-        if offset:
-            d = d - offset[index]
+        if prepared.offset:
+            d = d - prepared.offset[index]
         gradients.append((upstream.to(wide) * (alpha_p * f.to(wide) * d + l2.to(wide) * p.to(wide))).to(p.dtype))
     return gradients

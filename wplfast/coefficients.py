@@ -38,10 +38,10 @@ def alpha_tensor(alpha: Alpha, names: Sequence[str], device: torch.device) -> Te
             return scalar(_checked(alpha), device)
         values = []
         for name in names:
-            fitting = [prefix for prefix in alpha if name.startswith(prefix)]
-            if not fitting:
+            longest = next((name[:end] for end in range(len(name), -1, -1) if name[:end] in alpha), None)
+            if longest is None:
                 raise ValueError(f"alpha has no prefix for {name!r}: got {sorted(alpha)}; '' matches all")
-            values.append(_checked(alpha[max(fitting, key=len)]))
+            values.append(_checked(alpha[longest]))
         return torch.tensor(values, dtype=torch.float64, device=device)
 
 

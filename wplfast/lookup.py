@@ -46,7 +46,9 @@ def look_up(
     """
     by_identity = mapping.names_of(parameters) if isinstance(mapping, Fisher) and not prefix else {}
     keys = [by_identity.get(index, prefix + name) for index, name in enumerate(names)]
-    check_names(mapping, keys, what)
+    taken = set(by_identity.values())  # what belongs to one parameter is not another one's, whatever its name is
+    by_name = [key for index, key in enumerate(keys) if index not in by_identity]
+    check_names([key for key in mapping if key not in taken], by_name, what)
     tensors = []
     for key, parameter in zip(keys, parameters, strict=True):
         tensor, shape = mapping[key], parameter.shape

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .errors import NameMismatchError
+from .errors import NameMismatchError, UnsupportedParameterError
 from .ops.expect import FLOATING
 
 #: A module (its parameters that require grad), a mapping from names to tensors, or pairs of name and tensor.
@@ -26,6 +27,7 @@ def named(params: Params, what: str = "params") -> dict[str, Tensor]:
     Raises:
         TypeError: if an entry is not a (str, Tensor) pair.
         ValueError: if there are none, a name or a tensor occurs twice, or a tensor is not a floating point leaf.
+        UnsupportedParameterError: if a tensor wraps others (DTensor and the like).
     """
     if isinstance(params, nn.Module):
         pairs: list[tuple[str, Tensor]] = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
@@ -52,12 +54,21 @@ def named(params: Params, what: str = "params") -> dict[str, Tensor]:
             raise ValueError(f"{what}: {names[id(tensor)]!r} and {name!r} are the same tensor; pass it under one name")
         if not tensor.is_leaf:
             raise ValueError(f"{what}[{name!r}] must be a leaf tensor (a parameter), got the result of an operation")
+        if _wraps_others(tensor):
+            raise UnsupportedParameterError(f"{what}[{name!r}] must have memory of its own, got a {type(tensor)}")
+        if tensor.is_neg():
+            raise ValueError(f"{what}[{name!r}] must not be a negated view (torch._neg_view)")
         if tensor.dtype not in FLOATING:
             raise ValueError(f"{what}[{name!r}] must be of a floating point type, got {tensor.dtype}")
         found[name], names[id(tensor)] = tensor, name
     if not found:
         raise ValueError(f"{what} is empty")
     return found
+
+
+def _wraps_others(tensor: Any) -> bool:
+    """Tell whether a tensor is a wrapper of others (DTensor and the like)."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def check_names(given: Iterable[str], wanted: Iterable[str], what: str) -> None:

@@ -34,7 +34,7 @@ class WeightPlasticityLoss(AnchoredParameters):
             1. An F made of squared batch gradients is smaller by up to the batch size, and its alpha larger.
         l2: strength of a plain weight decay term over the same parameters.
         fisher_dtype: how F is kept: float32 (the default), or bfloat16, which halves its memory and traffic and rounds
-            every entry by up to 2^-9 = 0.2%, once for each :meth:`consolidate`. F of float64 parameters is float64.
+            every entry by up to 2^-8 = 0.4%, once for each :meth:`consolidate`. F of float64 parameters is float64.
 
     Raises:
         TypeError: if params is of no known form.
@@ -106,12 +106,16 @@ class WeightPlasticityLoss(AnchoredParameters):
         Raises:
             NameMismatchError: if an active name is unknown.
             StaleParameterError: if a parameter changed its shape.
-            ValueError: if a ``.grad`` has another dtype or layout than its parameter.
+            ValueError: if a ``.grad`` has another dtype or layout than its parameter, or two overlap; nothing is added.
         """
         with torch.no_grad():
             if self._anchors is None or (active is not None and len(active) == 0):
                 return self._nothing(active)
-            return functional.total([table.add_grad_(scale) for table in self._active_tables(active)])
+            tables = self._active_tables(active)
+            if len(tables) > 1:  # or an error in a later one would leave the earlier ones added
+                for table in tables:
+                    table.check_grads()
+            return functional.total([table.add_grad_(scale) for table in tables])
 
     def subset(self, names: Sequence[str]) -> Subset:
         """Return a handle to the penalty over some parameters, for hot loops.
@@ -156,7 +160,8 @@ class WeightPlasticityLoss(AnchoredParameters):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy anchors and alpha."""
         copy = super().__deepcopy__(memo)
-        copy._alpha_values, copy._tables = self._alpha_values.clone(), Tables()
+        with torch.inference_mode(False):
+            copy._alpha_values, copy._tables = self._alpha_values.clone(), Tables()
         copy._alpha_version = copy._alpha_values._version
         return copy
 
@@ -189,7 +194,8 @@ class WeightPlasticityLoss(AnchoredParameters):
     def _kept(self, sources: Sequence[int]) -> None:
         """Keep the strengths of the parameters that are kept."""
         if self._alpha_values.dim() == 1:
-            self._alpha_values = self._alpha_values[list(sources)]
+            with torch.inference_mode(False):
+                self._alpha_values = self._alpha_values[list(sources)]
             self._alpha_version = self._alpha_values._version
 
     def _anchors_changed(self) -> None:

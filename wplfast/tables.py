@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .autograd import differentiable
 from .coefficients import scalar
 from .errors import StaleParameterError
 from .ops.layout import is_dense
-from .ops.prepared import PreparedPenalty
+from .ops.prepared import PreparedPenalty, check_grads
 from .references import References
 
 _MAX_TABLES = 32  # active sets whose tables are kept
@@ -76,6 +77,7 @@ class Table:
         factor = self._one if isinstance(scale, float) and scale == 1 else scalar(scale, self._one.device)
         if not self._gaps:
             return self._prepared.add_grad_(factor)
+        check_grads(self._theta)
         prepared = self._dense()
         value, packed = prepared.with_grad()
         for p, gradient in zip(self._theta, prepared.views(packed), strict=True):
@@ -83,6 +85,10 @@ class Table:
                 step = (factor * gradient).to(p.dtype)
                 p.grad = step if p.grad is None else p.grad.add_(step)
         return value
+
+    def check_grads(self) -> None:
+        """Check every ``.grad`` before anything is written to one."""
+        check_grads(self._theta)
 
     def _dense(self) -> PreparedPenalty:
         """Return the penalty over copies of the parameters that have gaps in memory."""
@@ -108,7 +114,8 @@ class Tables:
         for table in tables:
             if not table.unchanged():
                 return None
-        self._tables.move_to_end(key)
+        with suppress(KeyError):  # another thread may have made all tables anew
+            self._tables.move_to_end(key)
         return tables
 
     def make(

@@ -8,13 +8,14 @@ the dispatcher, on any device; a backend may give a subclass that remembers addr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .layout import Packing
+from .layout import Packing, is_dense
 
 #: Address, dtype, device, shape and stride: what must not have changed.
 Signature: TypeAlias = tuple[int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
@@ -68,9 +69,13 @@ class PreparedPenalty:
         )
 
     def versions(self) -> list[int]:
-        """Return the versions of everything but theta: they change when a tensor is written to."""
-        columns = (self.theta_hat, self.offset, self.fisher)
+        """Return the versions of all tensors: they change when one is written to."""
+        columns = self._columns()
         return [_version(self.alpha), _version(self.l2), *(v for column in columns for v in map(_version, column))]
+
+    def scaled(self, factor: Tensor) -> PreparedPenalty:
+        """Return ``factor`` times this penalty (without its constant)."""
+        return PreparedPenalty(*self._columns(), self.alpha * factor, self.l2 * factor)
 
     def value(self) -> Tensor:
         """Return the value, 0-d."""
@@ -131,8 +136,33 @@ def _signature(parameter: Tensor) -> Signature:
     return (parameter.data_ptr(), parameter.dtype, parameter.device, parameter.shape, parameter.stride())
 
 
+def check_grads(theta: Sequence[Tensor]) -> None:
+    """Check every ``.grad`` before anything is written to one.
+
+    Raises:
+        ValueError: if one is sparse, of another dtype than its parameter, without memory, or overlaps another one.
+    """
+    ranges = []
+    for p in theta:
+        grad = p.grad if p.requires_grad else None
+        if grad is None:
+            continue
+        if grad.dtype != p.dtype or grad.layout != torch.strided or grad.shape != p.shape:
+            expected, got = f"{p.dtype}{list(p.shape)}", f"{grad.layout} {grad.dtype}{list(grad.shape)}"
+            raise ValueError(f".grad must be dense and {expected} as its parameter, got {got}")
+        if grad.numel():
+            if not grad.data_ptr():
+                raise ValueError(".grad has no memory: its storage was freed")
+            if is_dense(grad):
+                ranges.append((grad.data_ptr(), grad.data_ptr() + grad.nbytes))
+    ranges.sort()
+    if any(end > begin for (_, end), (begin, _) in pairwise(ranges)):
+        raise ValueError(".grad of two parameters must not overlap in memory")
+
+
 def _gradients(theta: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
     """Return tensors to add the gradients to, and those that stand in for a ``.grad`` in another memory order."""
+    check_grads(theta)
     grads, apart = [], []
     for p in theta:
         grad = p.grad
@@ -140,10 +170,6 @@ def _gradients(theta: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor
             grad = torch.zeros_like(p)  # not the caller's: the value counts frozen parameters too
         elif grad is None:
             grad = p.grad = torch.zeros_like(p)
-        elif grad.layout == torch.strided and grad.numel() and not grad.data_ptr():
-            raise ValueError(".grad has no memory: its storage was freed")
-        elif grad.dtype != p.dtype or grad.layout != torch.strided:
-            raise ValueError(f".grad must be dense and {p.dtype} as its parameter, got {grad.layout} {grad.dtype}")
         elif grad.stride() != p.stride():
             apart.append((grad, torch.zeros_like(p)))
             grad = apart[-1][1]

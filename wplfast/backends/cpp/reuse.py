@@ -39,7 +39,8 @@ class Reused:
             self._kept.append(buffer)
             if lent is not None:
                 return lent
-        buffer = torch.empty(length, dtype=self._dtype, device="cpu")
+        with torch.inference_mode(False):  # the next one to take it may be outside
+            buffer = torch.empty(length, dtype=self._dtype, device="cpu")
         lent = buffer[:]
         self._kept.append(buffer)
         return lent
@@ -57,7 +58,8 @@ _ALONE = _references(torch.empty(1, device="cpu")) if _CAN_COUNT else (0, 0)
 
 def _unused(buffer: Tensor) -> bool:
     """Tell whether nothing but this tensor refers to its memory, in this process or (shared memory) in another one."""
-    return _references(buffer) == _ALONE and not buffer.is_shared()
+    whole = buffer.untyped_storage().nbytes() == buffer.nbytes  # somebody may have resized it
+    return _references(buffer) == _ALONE and whole and not buffer.is_shared()
 
 
 _shared: WeakValueDictionary[torch.dtype, Reused] = WeakValueDictionary()
