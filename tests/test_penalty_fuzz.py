@@ -6,7 +6,8 @@ the merged form it knows nothing but that it is exact.
 Tolerances. One rounding in float32 is 6e-8. The value is a sum of terms that are not negative, so errors relative to
 the terms are errors relative to the sum: 1e-6 is DESIGN's bound, and every consolidation rounds F and the offset once
 more. A gradient may cancel between anchors; its error is relative to the sum of its terms' magnitudes and, where it is
-stored, to a unit in the last place of the storage type. F in bfloat16 is rounded by up to 2^-9 at each consolidation.
+stored, to a unit in the last place of the storage type. F in bfloat16 is rounded by up to 2^-8, half of its epsilon, at
+each consolidation.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ class Machine(RuleBasedStateMachine):
         doubles = all(self.params[n].dtype == torch.float64 for n in names)
         rtol = 1e-11 if doubles and self.settings_were_double(names) else 1e-6 + 1.2e-7 * roundings
         if self.bf16:
-            rtol += roundings * 2**-9
+            rtol += roundings * 2**-8
         assert value.dim() == 0
         assert value.dtype in (torch.float32, torch.float64)
         # Where all anchors are theta, what is left is the square of a rounding.
@@ -227,7 +228,7 @@ class Machine(RuleBasedStateMachine):
         exactly = theta.dtype == torch.float64 and name not in self.converted
         inner = (2**-50 if exactly else 2**-22) * (2 + oracle.roundings)
         if self.bf16:
-            inner += 2**-9 * (1 + oracle.roundings)
+            inner += 2**-8 * (1 + oracle.roundings)
         if self.before_anchors:
             inner = 2**-22  # l2 times a float32 scale
         error = (inner * factor * magnitude) + stores * info.eps * (want.abs() + (factor * exact).abs())
