@@ -1,7 +1,9 @@
 // Fuzzes the kernels without Python against naive double loops; meant for -fsanitize=address,undefined.
 // Every array is a heap block of exactly the size it needs, shifted by a random number of elements, so that a read or
 // write beyond it is caught. Usage: fuzz_kernels [rounds] [seed]
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -60,6 +62,56 @@ void fuzz_penalty() {
     for (int64_t i = theta[p].size(); i < grad[p].size(); ++i) expect(grad[p].get(i) == 0, "padding", 1, 0);
   }
   expect_close("value", got, want, want, is_wide(dtype) ? 1e-13 : 1e-6);
+}
+
+// Gradients of 16 MiB and more, in one buffer whose every part starts at a cache line, are written around the cache.
+template <class T>
+void fuzz_streaming_penalty(Dtype dtype) {
+  const int64_t padding = 16, large = (int64_t{16} << 20) / static_cast<int64_t>(sizeof(T)) + integer(0, 9000);
+  const std::vector<int64_t> numels = {integer(0, 40), large, 0, integer(1, 5000)};
+  std::vector<T> theta, theta_hat, offset, fisher;
+  uint64_t state = static_cast<uint64_t>(integer(1, int64_t{1} << 40));
+  const auto uniform = [&state] {  // in [0, 1): fast, since there are millions
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<T>(static_cast<double>(state >> 40) / static_cast<double>(1 << 24));
+  };
+  int64_t total = 0, packed = 0;
+  for (int64_t numel : numels) {
+    total += numel;
+    packed += (numel + padding - 1) / padding * padding;
+  }
+  for (std::vector<T>* values : {&theta, &theta_hat, &offset, &fisher}) {
+    values->resize(total);
+    for (T& value : *values) value = uniform();
+  }
+  const bool has_offset = coin();
+  std::vector<char> memory(packed * sizeof(T) + 63);
+  T* grad = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  std::fill(grad, grad + packed, T{7});
+  std::vector<Anchor> anchors;
+  int64_t first = 0, at = 0;
+  for (int64_t numel : numels) {
+    anchors.push_back({theta.data() + first, theta_hat.data() + first, has_offset ? offset.data() + first : nullptr,
+                       fisher.data() + first, grad + at, numel, 2.0});
+    first += numel;
+    at += (numel + padding - 1) / padding * padding;
+  }
+  const double l2 = coin() ? 0.0 : 0.25;
+  const double got = penalty({anchors.data(), static_cast<int64_t>(anchors.size()), dtype, dtype, PenaltyMode::store,
+                              l2, 1.0, padding, static_cast<int>(integer(1, 4))});
+  double want = 0;
+  const T* out = grad;
+  first = 0;
+  for (int64_t numel : numels) {
+    for (int64_t i = first; i < first + numel; ++i, ++out) {
+      const double value = theta[i], f = fisher[i], d = value - theta_hat[i] - (has_offset ? offset[i] : T{0});
+      want += f * d * d + 0.5 * l2 * value * value;
+      expect_close("streamed gradient", *out, 2 * f * d + l2 * value, 8, storage_epsilon(dtype));
+    }
+    for (int64_t i = numel; i % padding != 0; ++i, ++out) expect(*out == 0, "streamed padding", *out, 0);
+    first += numel;
+  }
+  expect_close("streamed value", got, want, want, is_wide(dtype) ? 1e-12 : 1e-6);
 }
 
 void fuzz_fisher_linear() {
@@ -150,6 +202,8 @@ int main(int argc, char** argv) {
     fuzz_embedding();
     fuzz_scale_grads();
   }
+  fuzz_streaming_penalty<float>(Dtype::f32);
+  fuzz_streaming_penalty<double>(Dtype::f64);
   std::printf("%s: %lld rounds passed\n", isa_name(selected_isa()), static_cast<long long>(rounds));
   return 0;
 }
