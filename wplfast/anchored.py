@@ -92,9 +92,10 @@ class AnchoredParameters(nn.Module):
             raise ValueError("active must name at least one parameter, got none")
         with torch.inference_mode(False), torch.no_grad():
             first = self._n_anchors == 0
-            anchors = Anchors(self._references.tensors(), self._fisher_dtype) if first else self._current_anchors()
+            tensors = self._references.tensors()
+            anchors = Anchors(tensors, self._fisher_dtype) if first else self._current_anchors()
             indices = [self._references.index[name] for name in names]
-            theta = [self._references.tensors()[i] for i in indices]
+            theta = [tensors[i] for i in indices]
             outdated = consolidate_(anchors, indices, names, theta, fisher, theta_hat, prefix, options, first)
         self._anchors, self._n_anchors = anchors, 1 if anchor == "replace" else self._n_anchors + 1
         if outdated or first:
