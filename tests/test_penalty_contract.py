@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import subprocess
 import sys
@@ -611,6 +612,7 @@ def test_a_bad_grad_changes_no_other(dtypes):
 
 @pytest.mark.xfail(strict=True, reason="two threads add to one .grad at once")
 @needs_cpp
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two threads at once")
 def test_one_grad_of_two_parameters():
     n, threads = 1 << 17, torch.get_num_threads()
     first, second = nn.Parameter(torch.zeros(n)), nn.Parameter(torch.zeros(n))
@@ -691,6 +693,7 @@ def test_torch_func_grad_and_twice():
     torch.testing.assert_close(product(torch.tensor(2.0))[0], 2 * (3 * fisher * (theta - hat) + 0.5 * theta))
 
 
+@needs_cpp  # the reference gives dual numbers their due, without meaning to
 @pytest.mark.xfail(strict=True, reason="a forward derivative is zero, silently")
 @pytest.mark.parametrize("how", ["jvp", "dual"])
 def test_a_forward_derivative_is_right_or_an_error(how):
@@ -1080,11 +1083,7 @@ def test_what_someone_keeps_is_not_overwritten(keep):
     each = len(kept) // 4
     for k in range(4):
         for one in kept[each * k : each * (k + 1)]:
-            values = (
-                torch.tensor(bytes(one[:40])).view(torch.float32)
-                if isinstance(one, torch.UntypedStorage)
-                else torch.as_tensor(one)
-            )
+            values = torch.empty(0).set_(one) if isinstance(one, torch.UntypedStorage) else torch.as_tensor(one)
             assert bool((values == k + 1).all())
 
 
