@@ -102,7 +102,6 @@ def test_after_a_load_names_count(tmp_path):
     assert float(wpl.fisher["b"][0]) == 2.0
 
 
-@pytest.mark.xfail(strict=True, reason="one entry of a Fisher is taken for two parameters, by identity and by name")
 def test_one_entry_is_not_taken_for_two_parameters():
     known, new = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
     fisher = wplfast.Fisher({"0.weight": torch.ones(3)}, 1, parameters={"0.weight": known})
@@ -175,7 +174,7 @@ def test_as_a_submodule_it_adds_its_anchors_once_and_nothing_else():
     assert list(module.buffers()) == []
     kinds = ("fisher", "theta_hat", "offset")
     expected = {f"wpl.{kind}.{name}" for kind in kinds for name in names} | {
-        "wpl.constant",
+        *(f"wpl.constant.{name}" for name in names),
         "wpl.version",
         "wpl.n_anchors",
     }
@@ -227,7 +226,6 @@ def test_deepcopy_with_the_model():
     assert module[0].weight.grad is None
 
 
-@pytest.mark.xfail(strict=True, reason="a penalty that is copied before its parameters keeps the original's")
 def test_deepcopy_with_the_model_whatever_comes_first():
     shared = trunk()
     model = nn.ModuleDict({"wpl": anchored(shared), "shared": shared})
@@ -237,7 +235,6 @@ def test_deepcopy_with_the_model_whatever_comes_first():
     assert twin["wpl"]().item() != before
 
 
-@pytest.mark.xfail(strict=True, reason="the copy shares the dictionaries of nn.Module with the original")
 def test_deepcopy_parts_hooks():
     wpl, calls = anchored(trunk()), []
     copy.deepcopy(wpl).register_forward_hook(lambda *_: calls.append(1))
@@ -271,7 +268,6 @@ def test_pickle_keeps_names_not_tensors():
 # ---- state -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="the constants in a state follow the order of its writer's parameters")
 def test_a_state_is_matched_by_name_whatever_the_order():
     a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
     wpl = wplfast.WeightPlasticityLoss([("a", a), ("b", b)])
@@ -283,7 +279,6 @@ def test_a_state_is_matched_by_name_whatever_the_order():
     assert other(active=["a"]).item() == wpl(active=["a"]).item()
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="the bound of F goes through float32 on loading")
 def test_a_large_fisher_in_float64_can_be_loaded_and_added_to():
     theta = nn.Parameter(torch.zeros(3, dtype=torch.float64))
     wpl = wplfast.WeightPlasticityLoss({"theta": theta})
@@ -315,7 +310,6 @@ def test_a_state_with_bad_numbers_is_refused(bad):
 # ---- anchors -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="the current values are not looked at when they become the anchor")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nonfinite_parameters_are_no_anchor(bad):
     module = trunk()
@@ -327,7 +321,6 @@ def test_nonfinite_parameters_are_no_anchor(bad):
 
 
 @pytest.mark.parametrize("names", [[], ()])
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="an empty active set is an IndexError")
 def test_an_empty_active_set_is_zero_or_a_clear_error(names):
     wpl = anchored(trunk())
     try:
@@ -401,20 +394,20 @@ def test_gradients_beyond_the_cache(dtype, n):
         del found
 
 
-@pytest.mark.xfail(strict=True, reason="changes of less than half a unit in bfloat16's last place are rounded away")
 def test_a_running_fisher_in_bfloat16_arrives():
     theta = nn.Parameter(torch.zeros(4))
     wpl = wplfast.WeightPlasticityLoss({"theta": theta}, fisher_dtype=torch.bfloat16)
     wpl.consolidate({"theta": torch.ones(4)})
-    for _ in range(300):
+    with pytest.raises(ValueError, match="would not move far"):
         wpl.update({"theta": torch.full((4,), 0.7)}, rate=0.01)
+    for _ in range(300):
+        wpl.update({"theta": torch.full((4,), 0.7)}, rate=0.1)
     assert float(wpl.fisher["theta"][0]) == pytest.approx(0.7, rel=0.05)
 
 
 # ---- before the first anchor -------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="before the first anchor the l2 term is computed in the parameters' dtype")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_l2_term_alone_is_wide(dtype):
     theta = nn.Parameter(torch.full((1 << 18,), 0.9, dtype=dtype))
@@ -495,9 +488,6 @@ REPLACE = {
 }
 
 
-@pytest.mark.xfail(
-    strict=True, reason="parameters that the module replaced are not noticed: the old ones are evaluated"
-)
 @pytest.mark.parametrize("replace", REPLACE.values(), ids=REPLACE)
 def test_replaced_parameters_are_followed_or_an_error(replace):
     """A penalty that was given the module could see it; one given tensors cannot."""
@@ -525,16 +515,12 @@ def test_rebind_follows_replaced_parameters():
 @pytest.mark.parametrize(
     "call",
     [
-        pytest.param(
-            "with torch.device('meta'): wpl()", marks=pytest.mark.xfail(strict=True, reason="writes to address 0")
-        ),
+        pytest.param("with torch.device('meta'): wpl()"),
         pytest.param(
             "wpl.add_grad_()\n    with torch.device('meta'): wpl.add_grad_()",
-            marks=pytest.mark.xfail(strict=True, reason="writes to address 0"),
         ),
         pytest.param(
             "theta.untyped_storage().resize_(0); wpl()",
-            marks=pytest.mark.xfail(strict=True, reason="reads from address 0"),
         ),
         "theta.data = torch.empty(0); wpl()",
         "wpl(); theta.grad = torch.zeros(9); theta.grad.untyped_storage().resize_(0); wpl.add_grad_()",
@@ -597,7 +583,6 @@ def test_add_grad_allocates_what_is_missing(present):
         torch.testing.assert_close(p.grad, start + e)
 
 
-@pytest.mark.xfail(strict=True, reason="gradients that come before a bad one are written before the error")
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float64)], ids=str)
 def test_a_bad_grad_changes_no_other(dtypes):
     first, second = (nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in dtypes)
@@ -610,24 +595,23 @@ def test_a_bad_grad_changes_no_other(dtypes):
     assert first.grad is None
 
 
-@pytest.mark.xfail(strict=True, reason="two threads add to one .grad at once")
 @needs_cpp
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two threads at once")
-def test_one_grad_of_two_parameters():
-    n, threads = 1 << 17, torch.get_num_threads()
-    first, second = nn.Parameter(torch.zeros(n)), nn.Parameter(torch.zeros(n))
-    wpl = wplfast.WeightPlasticityLoss({"first": first, "second": second})
-    wpl.consolidate({"first": torch.ones(n), "second": torch.ones(n)})
-    set_to(first, 1.0)
-    set_to(second, 1.0)
-    torch.set_num_threads(2)
-    try:
-        for _ in range(100):
-            first.grad = second.grad = torch.zeros(n)
-            wpl.add_grad_()
-            assert bool((first.grad == 2).all())
-    finally:
-        torch.set_num_threads(threads)
+@pytest.mark.parametrize("overlap", [0, 1, 5])
+def test_gradients_that_overlap_are_an_error(overlap):
+    memory = torch.ones(20)
+    theta = {"first": nn.Parameter(torch.zeros(10)), "second": nn.Parameter(torch.zeros(10))}
+    wpl = wplfast.WeightPlasticityLoss(theta)
+    wpl.consolidate({name: torch.ones(10) for name in theta})
+    theta["first"].grad, theta["second"].grad = memory[:10], memory[10 - overlap : 20 - overlap]
+    set_to(theta["first"], 1.0)
+    if overlap == 0:
+        wpl.add_grad_()
+        assert torch.equal(memory, torch.cat([torch.full((10,), 2.0), torch.ones(10)]))
+        return
+    with pytest.raises(ValueError, match="must not overlap"):
+        wpl.add_grad_()
+    assert torch.equal(memory, torch.ones(20))
 
 
 def test_mixed_dtypes_on_every_path():
@@ -670,7 +654,6 @@ def test_grad_scaler_and_autocast():
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-4)  # bfloat16 products scale exactly, sums hardly
 
 
-@pytest.mark.xfail(strict=True, reason="the gradient is rounded to float16 before the loss scale is applied")
 def test_a_loss_scale_saves_small_gradients_in_float16():
     theta = nn.Parameter(torch.zeros(8, dtype=torch.float16))
     wpl = wplfast.WeightPlasticityLoss({"theta": theta})
@@ -694,7 +677,6 @@ def test_torch_func_grad_and_twice():
 
 
 @needs_cpp  # the reference gives dual numbers their due, without meaning to
-@pytest.mark.xfail(strict=True, reason="a forward derivative is zero, silently")
 @pytest.mark.parametrize("how", ["jvp", "dual"])
 def test_a_forward_derivative_is_right_or_an_error(how):
     theta, hat, fisher = torch.randn(6), torch.zeros(6), torch.ones(6)
@@ -792,9 +774,6 @@ def test_values_in_inference_mode():
     wpl.alpha = 1.0
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="what inference mode made cannot be used or changed outside"
-)
 @pytest.mark.parametrize("what", ["init", "rebind", "deepcopy", "alpha"])
 def test_made_in_inference_mode_used_outside(what):
     module = trunk()
@@ -816,7 +795,6 @@ def test_made_in_inference_mode_used_outside(what):
 # ---- alpha -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="tables keep a copy of alpha, so wpl.alpha shows what does not count")
 def test_alpha_changed_in_place_counts():
     wpl = anchored(trunk())
     value = wpl().item()
@@ -1067,7 +1045,6 @@ KEEP = [
         keep_the_storage,
         marks=[
             needs_cpp,
-            pytest.mark.xfail(strict=True, reason="a storage's Python object is counted once, whoever has it"),
         ],
     ),
 ]
@@ -1088,7 +1065,6 @@ def test_what_someone_keeps_is_not_overwritten(keep):
 
 
 @needs_cpp
-@pytest.mark.xfail(strict=True, reason="memory that another process maps counts as free")
 def test_what_another_process_has_is_not_overwritten():
     from torch.multiprocessing import reductions
 
@@ -1114,9 +1090,6 @@ def test_two_live_graphs():
     assert bool((theta.grad == 3).all())
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="theta is saved for a second derivative, so a step in between is refused"
-)
 def test_two_live_graphs_around_a_step():
     """Autograd of the plain formula allows it: it keeps theta - theta_hat, not theta."""
     theta, wpl = one_big()
@@ -1128,7 +1101,6 @@ def test_two_live_graphs_around_a_step():
 
 
 @needs_cpp
-@pytest.mark.xfail(strict=True, reason="every active set keeps a gradient buffer of its own")
 def test_active_sets_do_not_multiply_memory():
     params = {f"p{i}": torch.zeros(BIG, requires_grad=True) for i in range(6)}
     wpl = wplfast.WeightPlasticityLoss(params)
@@ -1148,12 +1120,8 @@ def test_active_sets_do_not_multiply_memory():
     "cycle",
     [
         "none",
-        pytest.param(
-            "attribute", marks=pytest.mark.xfail(strict=True, reason="the garbage collector cannot see into a table")
-        ),
-        pytest.param(
-            "hook", marks=pytest.mark.xfail(strict=True, reason="the garbage collector cannot see into a table")
-        ),
+        pytest.param("attribute"),
+        pytest.param("hook"),
     ],
 )
 @needs_cpp
