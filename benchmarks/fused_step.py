@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
+from .contenders import ALPHA, Case, WrongResultError, net_shapes
 from .fisher import Model
-from .penalty import ALPHA, Case, WrongResultError, net_shapes
 from .plumbing.fused_step import FLAGS, RULES, STATE, CompilerError, OwnStep, compiler, library, torch_optimizer
 from .plumbing.fused_step_check import anchored, check
 from .plumbing.record import environment, write_json

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
 from benchmarks import fused_step
-from benchmarks.penalty import Case, WrongResultError
+from benchmarks.contenders import Case, WrongResultError
 from benchmarks.plumbing import fused_step as prototype
 from benchmarks.plumbing import fused_step_check
 

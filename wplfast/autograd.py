@@ -52,8 +52,10 @@ class _EagerPenalty(torch.autograd.Function):
         ctx.prepared, ctx.versions = prepared, prepared.versions()
         ctx.set_materialize_grads(False)
         if theta[0].dtype == torch.float16:
-            return prepared.value()
-        value, packed = prepared.with_grad()
+            value = prepared.value()
+            packed = value.new_empty(0)  # stands for the gradient that is to come
+        else:
+            value, packed = prepared.with_grad()
         ctx.save_for_backward(packed)
         ctx.save_for_forward(packed)
         return value
@@ -62,24 +64,25 @@ class _EagerPenalty(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         """Return the value's change along a direction (forward mode)."""
         prepared: PreparedPenalty = ctx.prepared
-        packed = ctx.saved_tensors[0] if ctx.saved_tensors else prepared.with_grad()[1]
+        (packed,) = ctx.saved_tensors
+        if packed.numel() == 0:
+            _, packed = prepared.with_grad()
         return _along(packed, prepared.theta, tangents[1:])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         """Hand the gradient on, times the incoming one."""
-        saved, prepared = ctx.saved_tensors, ctx.prepared
+        (packed,), prepared = ctx.saved_tensors, ctx.prepared
         if upstream is None:
             return (None,) * (1 + len(prepared.theta))
-        again = torch.is_grad_enabled() or not saved
-        if again and prepared.versions() != ctx.versions:
+        to_come = packed.numel() == 0
+        if (torch.is_grad_enabled() or to_come) and prepared.versions() != ctx.versions:
             raise RuntimeError("alpha, an anchor or a parameter changed between the penalty and its backward")
         if torch.is_grad_enabled():
             return (None, *_by_operations(upstream, prepared))
-        if not saved:
+        if to_come:
             _, packed = prepared.scaled(upstream).with_grad()
             return (None, *prepared.views(packed))
-        packed = saved[0]
         if torch._C._autograd._get_current_graph_task_keep_graph():
             # A second backward pass may come, and AccumulateGrad may take the views for .grad: give them a copy.
             packed = packed.clone()

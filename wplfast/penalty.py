@@ -138,7 +138,8 @@ class WeightPlasticityLoss(AnchoredParameters):
     def alpha(self) -> Tensor:
         """Strength of the anchor: 0-d float64, or one entry per parameter if it was given by prefix.
 
-        Setting it changes the value in place: compiled code and CUDA graphs see it without being built anew.
+        Setting it, or writing to it, changes the value in place: compiled code and CUDA graphs see it without being
+        built anew (writing to entries by prefix, from the next call outside of them on).
         """
         return self._alpha_values
 

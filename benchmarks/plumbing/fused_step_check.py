@@ -9,7 +9,7 @@ from torch import Tensor
 
 import wplfast
 
-from ..penalty import ALPHA, Case, WrongResultError
+from ..contenders import ALPHA, Case, WrongResultError
 from .fused_step import STATE, OwnStep, torch_optimizer
 
 STEPS, LR = 4, 0.2

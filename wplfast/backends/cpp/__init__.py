@@ -6,10 +6,11 @@ number of threads follows ``torch.get_num_threads()`` on each call.
 
 import wplfast._C as _C
 
+from ..exchange import EXCHANGE
 from ..reference import scale_unless_one_  # PyTorch's own product is as fast as memory
 from .fisher import accumulate_squares_, fisher_conv_, fisher_embedding_, fisher_linear_, scale_grads
 from .penalty import penalty, penalty_add_grad_, penalty_with_grad
-from .prepared import EXCHANGE, CppPenalty
+from .prepared import CppPenalty
 
 __all__ = [
     "ISA",

@@ -12,11 +12,9 @@ import wplfast._C as _C
 
 from ...ops.layout import ALIGNMENT, flat_dtype
 from ...ops.prepared import Link, PreparedPenalty, dispatched
+from ..exchange import parameter_table
 from .dtypes import DTYPES
 from .reuse import shared
-
-#: PyTorch's table of functions that tell a tensor's address, type and shape to C++ (from PyTorch 2.10 on).
-EXCHANGE: object | None = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
 class CppPenalty(PreparedPenalty):
@@ -34,7 +32,7 @@ class CppPenalty(PreparedPenalty):
     ) -> None:
         super().__init__(theta, theta_hat, offset, fisher, alpha, l2, constant)
         self._parameters = list(theta)
-        self._table = _C.ParameterTable(EXCHANGE, self._parameters)
+        self._table = parameter_table(self._parameters)
         self._prepared = _C.PreparedPenalty(
             self._table,
             DTYPES[theta[0].dtype],

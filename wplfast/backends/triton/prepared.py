@@ -10,19 +10,12 @@ from torch import Tensor
 
 from ...ops.layout import same_order
 from ...ops.prepared import Link, PreparedPenalty, dispatched
+from ..exchange import parameter_table
 from .launch import Relaunched, on_device, written
 from .penalty_kernel import ACCUMULATE, STORE, VALUE, penalty_kernel
 from .penalty_launch import Streams, launch
 from .reduce import sum_partials_kernel
 from .tables import TableCache
-
-try:
-    import wplfast._C as _C
-except ImportError:  # this backend needs no compiler
-    _C = None
-
-#: PyTorch's table of functions that tell a tensor's address, type and shape to C++ (from PyTorch 2.10 on).
-EXCHANGE: object | None = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 #: Sets of gradients whose addresses are kept: they come back where a training loop drops and allocates them in turn.
 _GRADIENTS = 4
@@ -43,7 +36,7 @@ class TritonPenalty(PreparedPenalty):
     ) -> None:
         super().__init__(theta, theta_hat, offset, fisher, alpha, l2, constant)
         self._parameters = list(theta)
-        self._table = None if _C is None or EXCHANGE is None else _C.ParameterTable(EXCHANGE, self._parameters)
+        self._table = parameter_table(self._parameters)
         self._streams = Streams(theta, theta_hat, offset, fisher)
         self._chunks, self._gradients = TableCache(1), TableCache(_GRADIENTS)
         last = Relaunched(sum_partials_kernel)
