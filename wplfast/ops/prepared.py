@@ -53,6 +53,10 @@ class PreparedPenalty:
         self.alpha, self.l2, self.constant = alpha, l2, constant
         self._packing: Packing | None = None
         self._signatures: list[Signature] = []
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make what a backend's subclass keeps."""
 
     def remember(self) -> None:
         """Remember what the parameters are now, for :meth:`unchanged`."""

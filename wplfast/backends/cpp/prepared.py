@@ -20,17 +20,9 @@ from .reuse import shared
 class CppPenalty(PreparedPenalty):
     """What :class:`PreparedPenalty` does, without the dispatcher and without Python code per parameter."""
 
-    def __init__(
-        self,
-        theta: Sequence[Tensor],
-        theta_hat: Sequence[Tensor],
-        offset: Sequence[Tensor],
-        fisher: Sequence[Tensor],
-        alpha: Tensor,
-        l2: Tensor,
-        constant: Tensor | None = None,
-    ) -> None:
-        super().__init__(theta, theta_hat, offset, fisher, alpha, l2, constant)
+    def _prepare(self) -> None:
+        """Remember addresses and make tables."""
+        theta, theta_hat, offset, fisher = self._columns()
         self._parameters = list(theta)
         self._table = parameter_table(self._parameters)
         self._prepared = _C.PreparedPenalty(
@@ -39,10 +31,10 @@ class CppPenalty(PreparedPenalty):
             DTYPES[fisher[0].dtype],
             [p.numel() for p in theta],
             *([t.data_ptr() for t in column] for column in (theta_hat, offset, fisher)),
-            alpha.data_ptr(),
-            alpha.dim() == 1,
-            0 if constant is None else constant.data_ptr(),
-            l2.data_ptr(),
+            self.alpha.data_ptr(),
+            self.alpha.dim() == 1,
+            0 if self.constant is None else self.constant.data_ptr(),
+            self.l2.data_ptr(),
             ALIGNMENT,
         )
         self._memory = shared(theta[0].dtype)

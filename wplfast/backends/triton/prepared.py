@@ -24,20 +24,11 @@ _GRADIENTS = 4
 class TritonPenalty(PreparedPenalty):
     """What :class:`PreparedPenalty` does, without the dispatcher, and without a look at every address at each call."""
 
-    def __init__(
-        self,
-        theta: Sequence[Tensor],
-        theta_hat: Sequence[Tensor],
-        offset: Sequence[Tensor],
-        fisher: Sequence[Tensor],
-        alpha: Tensor,
-        l2: Tensor,
-        constant: Tensor | None = None,
-    ) -> None:
-        super().__init__(theta, theta_hat, offset, fisher, alpha, l2, constant)
-        self._parameters = list(theta)
+    def _prepare(self) -> None:
+        """Remember addresses and make tables."""
+        self._parameters = list(self.theta)
         self._table = parameter_table(self._parameters)
-        self._streams = Streams(theta, theta_hat, offset, fisher)
+        self._streams = Streams(*self._columns())
         self._chunks, self._gradients = TableCache(1), TableCache(_GRADIENTS)
         last = Relaunched(sum_partials_kernel)
         self._kernels = {mode: (Relaunched(penalty_kernel), last) for mode in (VALUE, STORE, ACCUMULATE)}
