@@ -32,13 +32,14 @@ class Reused:
             return torch.empty(length, dtype=self._dtype, device="cpu")
         for _ in range(_KEPT):
             try:
-                buffer = self._kept.popleft()  # atomic: another thread does not find it meanwhile
+                buffer = self._kept.pop()  # the last one used; atomic: another thread does not find it meanwhile
             except IndexError:
                 break
-            lent = buffer[:length] if length <= len(buffer) <= 2 * length and _unused(buffer) else None
-            self._kept.append(buffer)
-            if lent is not None:
+            if length <= len(buffer) <= 2 * length and _unused(buffer):
+                lent = buffer[:length]
+                self._kept.append(buffer)
                 return lent
+            self._kept.appendleft(buffer)
         with torch.inference_mode(False):  # the next one to take it may be outside
             buffer = torch.empty(length, dtype=self._dtype, device="cpu")
         lent = buffer[:]
