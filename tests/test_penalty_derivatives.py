@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from penalty_cases import STALE, anchored, grads_of, move, needs_cpp, random_fisher, trunk
+from penalty_cases import STALE, anchored, grads_of, move, needs_cpp, plain, random_fisher, trunk
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -192,6 +192,19 @@ def test_a_compiled_training_step(kind, rule):
             random_fisher(module), **({} if rule == "update" else {"anchor": rule})
         )
         check()
+
+
+def test_a_compiled_add_grad():
+    torch._dynamo.reset()
+    module = trunk()
+    wpl = anchored(module)
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    expected = [1 + g for g in grads_of(wpl, module)]
+    value = torch.compile(lambda: wpl.add_grad_(), fullgraph=True, backend="aot_eager")()
+    assert value.item() == pytest.approx(plain(module, wpl).item(), rel=1e-6)
+    for p, e in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, e)
 
 
 def test_a_compiled_step_of_changed_parameters_is_never_wrong():

@@ -34,6 +34,7 @@ from wplfast.backends.triton import (  # noqa: E402
     squares,
 )
 from wplfast.backends.triton.fisher_linear import fisher_linear_kernel  # noqa: E402
+from wplfast.backends.triton.launch import Relaunched  # noqa: E402
 from wplfast.backends.triton.prepared import TritonPenalty  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing")
@@ -450,3 +451,29 @@ def test_scale_unless_one_is_compiled_once_for_all_sizes(launches: list) -> None
     scale_unless_one.scale_unless_one_(buffer[1:], factor[1])
     assert len(compiled) == 2, "memory that is not aligned is another matter"
     assert len(launches) == 7
+
+
+def test_a_kernel_that_cannot_be_launched_again_goes_through_the_jit(caplog: pytest.LogCaptureFixture) -> None:
+    tried, jitted = [], []
+
+    class Compiled(triton.compiler.CompiledKernel):
+        def __init__(self) -> None:
+            pass
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def run(*arguments: object) -> None:
+                tried.append(arguments)
+                raise TypeError("function takes exactly 3 arguments (2 given)")
+
+            return run
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+            return lambda *arguments, **options: jitted.append(arguments) or Compiled()
+
+    kernel = Relaunched(Kernel())
+    for number in range(4):
+        kernel[(1,)](number, num_warps=4)
+    assert jitted == [(0,), (1,), (2,), (3,)]
+    assert tried == [(1,)], "once is enough"
+    assert "cannot be launched again" in caplog.text

@@ -84,7 +84,7 @@ class WeightPlasticityLoss(AnchoredParameters):
 
         Raises:
             NameMismatchError: if an active name is unknown.
-            StaleParameterError: if a parameter changed its shape.
+            StaleParameterError: if a parameter changed its shape, lost its memory, or was replaced in its module.
         """
         if self._anchors is None or (active is not None and len(active) == 0):
             return self._nothing(active)
@@ -105,7 +105,7 @@ class WeightPlasticityLoss(AnchoredParameters):
 
         Raises:
             NameMismatchError: if an active name is unknown.
-            StaleParameterError: if a parameter changed its shape.
+            StaleParameterError: if a parameter changed its shape, lost its memory, or was replaced in its module.
             ValueError: if a ``.grad`` has another dtype or layout than its parameter, or two overlap; nothing is added.
         """
         with torch.no_grad():

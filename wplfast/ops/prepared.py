@@ -154,7 +154,7 @@ def check_grads(theta: Sequence[Tensor]) -> None:
         if grad.dtype != p.dtype or grad.layout != torch.strided or grad.shape != p.shape:
             expected, got = f"{p.dtype}{list(p.shape)}", f"{grad.layout} {grad.dtype}{list(grad.shape)}"
             raise ValueError(f".grad must be dense and {expected} as its parameter, got {got}")
-        if grad.numel():
+        if grad.numel() and not torch.compiler.is_compiling():  # traced tensors have no addresses
             if not grad.data_ptr():
                 raise ValueError(".grad has no memory: its storage was freed")
             if is_dense(grad):

@@ -12,6 +12,8 @@ import triton
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ...log import logger
+
 #: Products and sums may fuse (one rounding instead of two); Triton 3.10 changes its default, so it is said here.
 OPTIONS = {"enable_fp_fusion": True}
 
@@ -49,16 +51,21 @@ class Relaunched:
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._compiled: Any = None
+        self._again = True
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         """Return what launches a grid of programs, as a kernel does."""
 
         def run(*arguments: Any, **options: Any) -> None:
             if self._compiled is not None:
-                self._compiled[(*grid, 1, 1)[:3]](*arguments)
-                return
+                try:
+                    self._compiled[(*grid, 1, 1)[:3]](*arguments)
+                    return
+                except TypeError as error:  # a version of Triton whose launcher takes other arguments
+                    logger.warning("a compiled kernel cannot be launched again, the JIT launches it: %s", error)
+                    self._compiled, self._again = None, False
             compiled = self._kernel[grid](*arguments, **options)
-            if isinstance(compiled, triton.compiler.CompiledKernel):
+            if self._again and isinstance(compiled, triton.compiler.CompiledKernel):
                 self._compiled = compiled
 
         return run
