@@ -338,7 +338,7 @@ def test_prepared_penalty_where_gradients_are_missing_or_moved(
     extension: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not extension:
-        monkeypatch.setattr(prepared_module, "_C", None)
+        monkeypatch.setattr(prepared_module, "parameter_table", lambda parameters: None)
     penalty, tensors, coefficients = prepared()
     theta = tensors["theta"]
     theta[3].grad = None

@@ -460,6 +460,9 @@ def test_a_kernel_that_cannot_be_launched_again_goes_through_the_jit(caplog: pyt
         def __init__(self) -> None:
             pass
 
+        def __del__(self) -> None:
+            pass
+
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def run(*arguments: object) -> None:
                 tried.append(arguments)
