@@ -7,7 +7,6 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -54,7 +53,7 @@ class ParameterTable {
       TensorView view;
       if (!read(PyList_GET_ITEM(parameters.ptr(), p), view)) return false;
       if (view.address() != address(p) || !same_kind(view, p) ||
-          std::memcmp(view.strides, strides(p), view.n_dims * sizeof(int64_t)) != 0) {
+          !std::equal(view.strides, view.strides + view.n_dims, strides(p))) {
         return false;
       }
     }
@@ -124,7 +123,7 @@ class ParameterTable {
     const TensorView& known = views_[index];
     return view.n_dims == known.n_dims && view.device.type == known.device.type && view.device.id == known.device.id &&
            view.dtype.code == known.dtype.code && view.dtype.bits == known.dtype.bits &&
-           std::memcmp(view.shape, shape(index), view.n_dims * sizeof(int64_t)) == 0;
+           std::equal(view.shape, view.shape + view.n_dims, shape(index));
   }
 
   bool same_order(const TensorView& view, int64_t index) const {
