@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .ops.layout import flat_dtype, is_dense, packed_starts, packed_views, same_order
+from .ops.layout import flat_dtype, in_order_of, is_dense, packed_starts, packed_views, same_order
 
 _CHUNK = 1 << 20  # elements that a merge widens to float64 at a time
 
@@ -115,7 +115,7 @@ class Anchors:
         chosen, added = list(indices), []
         for i, new_hat, new_fisher in zip(indices, theta_hat, fisher, strict=True):
             tensors = self.theta_hat[i], self.fisher[i], offsets[i]
-            given = [_ordered(t, self.theta_hat[i]) for t in (new_hat, new_fisher)]
+            given = [in_order_of(t, self.theta_hat[i]) for t in (new_hat, new_fisher)]
             parts = zip(*(_run(t).split(_CHUNK) for t in (*tensors, *given)), strict=True)
             terms = [_merge_run(a, b, c, d, e, weight, decay) for a, b, c, d, e in parts]
             added.append(torch.stack(terms).sum())
@@ -189,13 +189,6 @@ def _buffers(like: Sequence[Tensor], dtype_of: Callable[[torch.dtype], torch.dty
         flat = torch.zeros(length, dtype=dtype_of(dtype), device=device)
         found |= dict(zip(indices, packed_views(flat, chosen), strict=True))
     return [found[i] for i in range(len(like))]
-
-
-def _ordered(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor in another one's memory order, copied if need be."""
-    if is_dense(tensor) and same_order(tensor, like):
-        return tensor
-    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=like.device).copy_(tensor)
 
 
 def _run(tensor: Tensor) -> Tensor:

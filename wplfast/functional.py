@@ -10,7 +10,7 @@ from torch import Tensor
 from .autograd import differentiable
 from .coefficients import scalar
 from .ops import check_penalty
-from .ops.layout import is_dense, same_order
+from .ops.layout import in_order_of, is_dense
 from .ops.prepared import PreparedPenalty
 
 
@@ -59,7 +59,7 @@ def wpl_penalty(
     for (device, _), indices in groups.items():
         theta = [params[i] if is_dense(params[i]) else params[i].contiguous() for i in indices]
         hats, fishers = (
-            [t if t.shape != p.shape or same_order(t, p) else _like(t, p) for t, p in zip(column, theta, strict=True)]
+            [t if t.shape != p.shape else in_order_of(t, p) for t, p in zip(column, theta, strict=True)]
             for column in ([theta_hat[i] for i in indices], [fisher[i] for i in indices])
         )
         coefficients = scalar(alpha, device), scalar(l2, device)
@@ -74,8 +74,3 @@ def total(values: Sequence[Tensor]) -> Tensor:
     for value in values[1:]:
         result = result + value.to(result.device)
     return result
-
-
-def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Copy a tensor into the parameter's memory order."""
-    return torch.empty_strided(tensor.shape, parameter.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -77,7 +77,7 @@ class Table:
         factor = self._one if isinstance(scale, float) and scale == 1 else scalar(scale, self._one.device)
         if not self._gaps:
             return self._prepared.add_grad_(factor)
-        check_grads(self._theta)
+        self.check_grads()
         prepared = self._dense()
         value, packed = prepared.with_grad()
         for p, gradient in zip(self._theta, prepared.views(packed), strict=True):

@@ -38,6 +38,13 @@ def same_order(first: Tensor, second: Tensor) -> bool:
     return first.stride() == second.stride() or (first.is_contiguous() and second.is_contiguous())
 
 
+def in_order_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in the memory order of a dense one of its shape, copied if need be."""
+    if same_order(tensor, like):
+        return tensor
+    return torch.empty_strided(tensor.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def packed_starts(numels: Sequence[int]) -> tuple[list[int], int]:
     """Return the first element of each tensor in a packed buffer, and the buffer's length."""
     starts, end = [], 0
