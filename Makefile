@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint bench wheel clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.two_models --out $(OUT)
+	$(BIN)/python -m benchmarks.experiments.two_models --out $(OUT)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -1,1 +1,1 @@
-"""Experiments and measurements; run them from the repository root, e.g. ``python -m benchmarks.two_models``."""
+"""Measurements and, in ``experiments``, the method at work; run them from the repository root with ``python -m``."""

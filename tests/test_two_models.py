@@ -16,10 +16,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
-from benchmarks import two_models
-from benchmarks.plumbing import forgetting, forgetting_report
+from benchmarks.experiments.two_models import __main__ as two_models
+from benchmarks.experiments.two_models import report, training
+from benchmarks.experiments.two_models.training import METHODS, TUNED, Run, Setup, Trained
 from benchmarks.plumbing.data import DataError, load_split, read_idx
-from benchmarks.plumbing.forgetting import METHODS, TUNED, Run, Setup, Trained
 from benchmarks.plumbing.record import write_bytes
 
 TINY = ("--iterations", "20", "--seeds", "1", "--grid", "0.1", "100", "--workers", "0")
@@ -75,11 +75,11 @@ def test_smoke_run_writes_everything(tmp_path, capsys):
 
 def test_runs_repeat_and_methods_start_alike():
     setup = Setup(iterations_a=20, iterations_b=10, evaluate_every=5)
-    trained = forgetting.train_a((setup, None, 0))
-    again = forgetting.train_a((setup, None, 0))
+    trained = training.train_a((setup, None, 0))
+    again = training.train_a((setup, None, 0))
     assert all(np.array_equal(trained.state[name], again.state[name]) for name in trained.state)
-    runs = [forgetting.train_b((setup, trained, "wpl", 10.0)) for _ in range(2)]
-    runs.append(forgetting.train_b((setup, trained, "none", None)))
+    runs = [training.train_b((setup, trained, "wpl", 10.0)) for _ in range(2)]
+    runs.append(training.train_b((setup, trained, "none", None)))
     assert runs[0] == runs[1]
     assert runs[0].iterations == [0, 5, 10]
     assert {(run.accuracy_a[0], run.accuracy_b[0]) for run in runs} == {(trained.accuracy, runs[2].accuracy_b[0])}
@@ -87,23 +87,23 @@ def test_runs_repeat_and_methods_start_alike():
 
 def test_level_stops_training_of_a():
     setup = Setup(iterations_a=500)
-    trained = forgetting.train_a((setup, 0.43, 0))
+    trained = training.train_a((setup, 0.43, 0))
     assert trained.iterations < 500
     assert abs(trained.accuracy - 0.43) < 0.15
 
 
 def test_penalties_scale_by_their_own_fisher():
     setup = Setup(iterations_a=20, iterations_b=1)
-    trained = forgetting.train_a((setup, None, 0))
+    trained = training.train_a((setup, None, 0))
     for method in TUNED:
-        run = forgetting.train_b((setup, trained, method, 5.0))
+        run = training.train_b((setup, trained, method, 5.0))
         mean = np.concatenate([f.ravel() for f in trained.fishers[method].values()]).mean()
         assert run.alpha * mean == pytest.approx(5.0, rel=1e-5)
 
 
 def test_batch_squared_by_hand():
     trunk, own = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False)), torch.nn.Sequential(torch.nn.Identity())
-    model = forgetting.Model(trunk, own)
+    model = training.Model(trunk, own)
     torch.nn.init.zeros_(trunk[0].weight)
     images = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
     loader = [(images, torch.tensor([0, 1])), (images[:1], torch.tensor([1]))]
@@ -111,7 +111,7 @@ def test_batch_squared_by_hand():
     first = torch.tensor([[-0.5, 1.0], [0.5, -1.0]])
     second = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     expected = (first.square() + second.square()) / 2
-    torch.testing.assert_close(forgetting.batch_squared(model, loader)["0.weight"], expected)
+    torch.testing.assert_close(training.batch_squared(model, loader)["0.weight"], expected)
 
 
 def test_summary_by_hand():
@@ -124,7 +124,7 @@ def test_summary_by_hand():
     everything = [*runs("none", None, 0.2, 0.9), *runs("frozen", None, 0.6, 0.8)]
     for method in TUNED:
         everything += [*runs(method, 1.0, 0.5, 0.7, 0.3), *runs(method, 10.0, 0.56, 0.85, 0.6)]
-    panel = forgetting_report.summarise(setup, trained, everything)
+    panel = report.summarise(setup, trained, everything)
     wpl = panel["methods"]["wpl"]
     assert wpl["strength"] == 10.0
     assert panel["best_at_edge_of_grid"] == list(TUNED)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import wplfast
 
-from .data import Split, load_split
+from ...plumbing.data import Split, load_split
 
 #: how B's training treats the shared layers, and what each is called in tables and figures
 METHODS = {

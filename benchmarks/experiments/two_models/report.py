@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from . import plots
-from .forgetting import METHODS, TUNED, Run, Setup, Trained
+from ...plumbing import plots
+from ...plumbing.spread import points, spread
+from .training import METHODS, TUNED, Run, Setup, Trained
 
 _COLOURS = {
     "none": plots.VERMILLION,
@@ -37,10 +38,10 @@ def summarise(setup: Setup, trained: Sequence[Trained], runs: Sequence[Run]) -> 
         reached = np.array([_end(setup, run.accuracy_b) for run in picked])
         methods[method] = {
             "strength": best.get(method),
-            "forgetting": _spread(100 * (before - after)),
-            "worst_forgetting": _spread(100 * (before - [min(run.accuracy_a) for run in picked])),
-            "accuracy_b": _spread(100 * reached),
-            "cost_b": _spread(100 * (reference - reached)),
+            "forgetting": spread(100 * (before - after)),
+            "worst_forgetting": spread(100 * (before - [min(run.accuracy_a) for run in picked])),
+            "accuracy_b": spread(100 * reached),
+            "cost_b": spread(100 * (reference - reached)),
             "runs": [_curves(run) for run in picked],
         }
     lost = methods["none"]["forgetting"]["mean"]
@@ -49,7 +50,7 @@ def summarise(setup: Setup, trained: Sequence[Trained], runs: Sequence[Run]) -> 
     edges = [m for m, rows in grid.items() if best[m] in (rows[0]["strength"], rows[-1]["strength"])]
     return {
         "level": trained[0].level,
-        "accuracy_a_before": _spread(100 * before),
+        "accuracy_a_before": spread(100 * before),
         "iterations_a": [a.iterations for a in trained],
         "iterations": chosen["none"][0].iterations,
         "methods": methods,
@@ -71,9 +72,9 @@ def table(panels: Sequence[dict[str, Any]]) -> str:
             after = before - row["forgetting"]["mean"]
             lines.append(
                 f"{'' if index else title(panel):<14}{METHODS[method]:<22}{before:>9.1f}{after:>9.1f}"
-                f"{_points(row['forgetting']):>15}"
+                f"{points(row['forgetting']):>15}"
                 f"{'' if method == 'none' or reduction is None else f'{reduction:.0f} %':>11}"
-                f"{row['accuracy_b']['mean']:>7.1f}{_points(row['cost_b']):>14}"
+                f"{row['accuracy_b']['mean']:>7.1f}{points(row['cost_b']):>14}"
             )
         lines.append("-" * len(head))
     lines += [
@@ -122,9 +123,9 @@ def _draw_curves(axis: Any, panel: dict[str, Any]) -> None:
         runs, colour = panel["methods"][method]["runs"], _COLOURS[method]
         for model, line in (("a", "-"), ("b", (0, (4, 1.6)))):
             curves = 100 * np.array([run[f"accuracy_{model}"] for run in runs])
-            mean, spread = curves.mean(0), curves.std(0, ddof=int(len(runs) > 1))
+            mean, std = curves.mean(0), curves.std(0, ddof=int(len(runs) > 1))
             axis.plot(panel["iterations"], mean, color=colour, linestyle=line, label=f"{model.upper()} {words}")
-            axis.fill_between(panel["iterations"], mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+            axis.fill_between(panel["iterations"], mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
     before = panel["accuracy_a_before"]["mean"]
     axis.axhline(before, color=plots.BLACK, linestyle=":", linewidth=1.2, label="A before B's training")
     axis.set(xlabel="iterations of B", ylim=(0, 100), xlim=(0, panel["iterations"][-1]))
@@ -137,11 +138,11 @@ def _draw_balance(axis: Any, panel: dict[str, Any]) -> None:
     for row, method in enumerate(names):
         values = panel["methods"][method]
         for key, shift, fill in (("forgetting", -0.16, _COLOURS[method]), ("cost_b", 0.16, "white")):
-            mean, spread = values[key]["mean"], values[key]["std"]
+            mean, std = values[key]["mean"], values[key]["std"]
             axis.errorbar(
                 mean,
                 row + shift,
-                xerr=spread,
+                xerr=std,
                 fmt="o",
                 markersize=6,
                 color=_COLOURS[method],
@@ -172,18 +173,6 @@ def _scores(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _end(setup: Setup, curve: Sequence[float]) -> float:
     """Return a curve's mean over the last evaluations."""
     return float(np.mean(curve[-setup.end_evaluations :]))
-
-
-def _spread(values: Any) -> dict[str, Any]:
-    """Return mean, standard deviation and the single values."""
-    values = np.asarray(values, float)
-    std = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    return {"mean": float(values.mean()), "std": std, "seeds": [round(float(v), 3) for v in values]}
-
-
-def _points(spread: dict[str, Any]) -> str:
-    """Format mean and standard deviation, without the sign of a zero."""
-    return f"{round(spread['mean'], 1) + 0.0:.1f} ± {spread['std']:>4.1f}"
 
 
 def _curves(run: Run) -> dict[str, Any]:
