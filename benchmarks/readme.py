@@ -7,46 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .experiments.two_models import report as two_models
 from .plumbing import penalty_report
 from .plumbing.markdown import RESULTS, image, threads
 
 ROOT = Path(__file__).parent.parent
-METHODS = {
-    "none": "no penalty",
-    "wpl": "WPL",
-    "squared": "WPL, batch-squared F",
-    "l2": "L2 anchor (F = 1)",
-    "frozen": "frozen",
-}
+CURVES = "Accuracy of A and B while B is trained"
 PEERS = {"torch.func": "`torch.func`: `vmap(grad)`", "loop": "one-sample loop"}
-
-
-def two_models(record: dict[str, Any]) -> str:
-    """Render the two-model experiment."""
-    seeds, settings = record["settings"]["seeds"], record["settings"]
-    lines = [
-        "![Accuracy of A and B while B is trained](benchmarks/results/two_models_mnist.png)",
-        "",
-        f"Model A ({settings['layers_a']} layers) is trained first, then model B ({settings['layers_b']} layers), "
-        f"which shares A's first {settings['shared_layers']} layers, on the same {record['data']['train']:,} MNIST "
-        f"digits. Forgetting of A in points of test accuracy, mean ± standard deviation over {seeds} seeds, and B's "
-        "accuracy; each "
-        "method at its own best alpha of one grid, chosen on a validation split:",
-        "",
-        "| A stopped at | " + " | ".join(METHODS.values()) + " |",
-        "|---|" + "---|" * len(METHODS),
-    ]
-    for panel in record["panels"]:
-        level = "convergence" if panel["level"] is None else f"{100 * panel['level']:g} %"
-        cells = []
-        for key in METHODS:
-            method = panel["methods"][key]
-            forgetting, b = method["forgetting"], method["accuracy_b"]
-            mean = round(forgetting["mean"], 1) + 0.0  # no "-0.0"
-            cells.append(f"{mean:.1f} ± {forgetting['std']:.1f}, B {b['mean']:.1f} %")
-        before = panel["accuracy_a_before"]["mean"]
-        lines.append(f"| {level} (A: {before:.1f} %) | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def speed(penalty: dict[str, Any], fisher: dict[str, Any]) -> str:
@@ -163,7 +130,8 @@ def render() -> str:
     """Return the README with its sections filled in."""
     record = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in NAMES}
     text = (ROOT / "README.md").read_text()
-    text = fill(text, "two_models", two_models(record["two_models_mnist"]))
+    forgetting = image("two_models_mnist.png", CURVES) + [two_models.markdown(record["two_models_mnist"])]
+    text = fill(text, "two_models", "\n".join(forgetting))
     text = fill(text, "speed", speed(record["penalty_cpu"], record["fisher_cpu"]))
     text = fill(text, "sweep", penalty_report.sweep(record["penalty_cpu"]))
     text = fill(text, "anchors", penalty_report.anchors(_optional("anchors_cpu")))

@@ -265,3 +265,9 @@ def test_interrupted_write_keeps_the_old_file(tmp_path):
         write_bytes(path, "text")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_page_of_results_is_made_from_the_records():
+    from benchmarks.experiments import page
+
+    assert page.PAGE.read_text() == page.render(), "run `python -m benchmarks.experiments.page`"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...plumbing import plots
+from ...plumbing.markdown import heading, row
 from ...plumbing.spread import points, spread
 from .training import METHODS, TUNED, Run, Setup, Trained
 
@@ -45,8 +46,8 @@ def summarise(setup: Setup, trained: Sequence[Trained], runs: Sequence[Run]) -> 
             "runs": [_curves(run) for run in picked],
         }
     lost = methods["none"]["forgetting"]["mean"]
-    for row in methods.values():
-        row["reduction_percent"] = 100 * (1 - row["forgetting"]["mean"] / lost) if lost > 0 else None
+    for values in methods.values():
+        values["reduction_percent"] = 100 * (1 - values["forgetting"]["mean"] / lost) if lost > 0 else None
     edges = [m for m, rows in grid.items() if best[m] in (rows[0]["strength"], rows[-1]["strength"])]
     return {
         "level": trained[0].level,
@@ -67,20 +68,41 @@ def table(panels: Sequence[dict[str, Any]]) -> str:
     lines = [head, "-" * len(head)]
     for panel in panels:
         before = panel["accuracy_a_before"]["mean"]
-        for index, (method, row) in enumerate(panel["methods"].items()):
-            reduction = row["reduction_percent"]
-            after = before - row["forgetting"]["mean"]
+        for index, (method, values) in enumerate(panel["methods"].items()):
+            reduction = values["reduction_percent"]
+            after = before - values["forgetting"]["mean"]
             lines.append(
                 f"{'' if index else title(panel):<14}{METHODS[method]:<22}{before:>9.1f}{after:>9.1f}"
-                f"{points(row['forgetting']):>15}"
+                f"{points(values['forgetting']):>15}"
                 f"{'' if method == 'none' or reduction is None else f'{reduction:.0f} %':>11}"
-                f"{row['accuracy_b']['mean']:>7.1f}{points(row['cost_b']):>14}"
+                f"{values['accuracy_b']['mean']:>7.1f}{points(values['cost_b']):>14}"
             )
         lines.append("-" * len(head))
     lines += [
         "Accuracies on the test split in %; forgetting and cost in points, mean ± standard deviation over seeds.",
         "A negative forgetting (a reduction over 100 %): A ended better than it was before B's training.",
     ]
+    return "\n".join(lines)
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Return a section for a page: what was done, and a table of forgetting and of B's accuracy."""
+    settings, data = record["settings"], record["data"]
+    lines = [
+        f"Model A ({settings['layers_a']} layers) is trained first, then model B ({settings['layers_b']} layers), "
+        f"which shares A's first {settings['shared_layers']} layers, on the same {data['train']:,} "
+        f"{data['name'].replace('digits', '').strip()} digits. Forgetting of A in points of test accuracy, mean ± "
+        f"standard deviation over {settings['seeds']} seeds, and B's accuracy; each method at its own best alpha of "
+        "one grid, chosen on a validation split:",
+        "",
+        *heading(["A stopped at", *METHODS.values()]),
+    ]
+    for panel in record["panels"]:
+        cells = [f"{title(panel)} (A: {panel['accuracy_a_before']['mean']:.1f} %)"]
+        for method in METHODS:
+            values = panel["methods"][method]
+            cells.append(f"{points(values['forgetting'])}, B {values['accuracy_b']['mean']:.1f} %".replace("±  ", "± "))
+        lines.append(row(cells))
     return "\n".join(lines)
 
 
@@ -135,13 +157,13 @@ def _draw_curves(axis: Any, panel: dict[str, Any]) -> None:
 def _draw_balance(axis: Any, panel: dict[str, Any]) -> None:
     """Draw A's forgetting (filled) and B's cost (open) of every method, on one scale in points."""
     names = list(METHODS)
-    for row, method in enumerate(names):
+    for line, method in enumerate(names):
         values = panel["methods"][method]
         for key, shift, fill in (("forgetting", -0.16, _COLOURS[method]), ("cost_b", 0.16, "white")):
             mean, std = values[key]["mean"], values[key]["std"]
             axis.errorbar(
                 mean,
-                row + shift,
+                line + shift,
                 xerr=std,
                 fmt="o",
                 markersize=6,

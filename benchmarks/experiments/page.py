@@ -1,0 +1,62 @@
+"""Write the page of results from the experiments' records: ``python -m benchmarks.experiments.page``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from typing import Any
+
+from ..plumbing.markdown import RESULTS
+
+PAGE = RESULTS.parent / "RESULTS.md"
+#: An experiment's package, its title, and the records of it, where they exist.
+SECTIONS = (
+    ("two_models", "Two models that share layers", ("two_models_mnist", "two_models_digits")),
+    ("ewc", "EWC beside WPL", ("ewc_mnist", "ewc_digits")),
+    ("text_search", "Architecture search on text", ("text_search_ptb", "text_search_pydoc")),
+    ("image_search", "Architecture search on images", ("image_search_mnist", "image_search_digits")),
+    ("fine_tuning", "Incremental fine-tuning", ("fine_tuning_mnist", "fine_tuning_digits")),
+)
+HEAD = """# What the experiments gave
+
+Made from the records in [results](results) by `python -m benchmarks.experiments.page`. Every experiment is one command,
+`python -m benchmarks.experiments.NAME`; `--help` lists its options, among them the papers' sizes. All figures are
+reported as they came out, at one seed list, and every grid and choice is in the record.
+"""
+
+
+def render() -> str:
+    """Return the page."""
+    parts = [HEAD]
+    for package, title, names in SECTIONS:
+        records = [(name, record) for name in names if (record := _read(name)) is not None]
+        if records:
+            report = importlib.import_module(f".{package}.report", __package__)
+            parts.append(f"## {title}\n")
+            parts += [_section(name, record, report.markdown(record)) for name, record in records]
+    return "\n".join(parts)
+
+
+def _section(name: str, record: dict[str, Any], text: str) -> str:
+    """Return one record's section, with its figure and where it ran."""
+    hardware, versions = record["hardware"], record["versions"]
+    place = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['cores']} cores"
+    commit = (record["commit"] or "unknown")[:7]
+    lines = [f"### {record['data']['name']}", ""]
+    if (RESULTS / f"{name}.png").exists():
+        lines += [f"![{record['experiment']} on {record['data']['name']}](results/{name}.png)", ""]
+    lines += [text, "", f"{record['wall_seconds']:.0f} s on {place}; torch {versions['torch']}; commit {commit}; "]
+    lines[-1] += f"[record](results/{name}.json).\n"
+    return "\n".join(lines)
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    """Read a record, if it is there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render())
+    sys.exit(0)
