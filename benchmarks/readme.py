@@ -130,7 +130,7 @@ def render() -> str:
     """Return the README with its sections filled in."""
     record = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in NAMES}
     text = (ROOT / "README.md").read_text()
-    forgetting = image("two_models_mnist.png", CURVES) + [two_models.markdown(record["two_models_mnist"])]
+    forgetting = [*image("two_models_mnist.png", CURVES), two_models.markdown(record["two_models_mnist"])]
     text = fill(text, "two_models", "\n".join(forgetting))
     text = fill(text, "speed", speed(record["penalty_cpu"], record["fisher_cpu"]))
     text = fill(text, "sweep", penalty_report.sweep(record["penalty_cpu"]))
