@@ -74,7 +74,7 @@ class Model:
 
     def whole(self, n: int) -> None:
         """Run ``fisher_diagonal`` over several batches."""
-        wplfast.fisher_diagonal(self.watched, self.batches[:n], cross_entropy)
+        self.report = wplfast.fisher_diagonal(self.watched, self.batches[:n], cross_entropy).report
 
 
 def oracle(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -134,8 +134,6 @@ def steady(model: Model, strict: bool = True) -> Iterator[Callable[[], None]]:
         judge(model, found, expected)
         if strict and model.wrong:
             raise WrongResultError(model.wrong)
-        model.rules = Counter(rule for rules in found.report.rules.values() for rule in rules)
-        model.slow = list(found.report.slow)
         del expected, found
         yield lambda: accumulator.backward(model.losses())
 
@@ -208,13 +206,14 @@ def _measure(model: Model, device: torch.device, rounds: int, seconds: float, st
     calls = {name: replace(call, prepare=model.clear) for name, call in calls.items()}
     whole = interleave(calls, n_whole, 2 * seconds, device)
     peaks["fisher_diagonal"] = peak_bytes(lambda: model.whole(2), device)
+    rules = Counter(rule for served in model.report.rules.values() for rule in served)
     return {
         "workload": workload.name,
         "shown": workload.shown,
         "precision": workload.precision,
         "parameters": sum(p.numel() for p in model.ordinary.parameters()),
-        "rules": dict(sorted(model.rules.items())),  # how many parameters each rule served
-        "slow": model.slow,  # parameters that no fast rule served
+        "rules": dict(sorted(rules.items())),  # how many parameters each rule served
+        "slow": list(model.report.slow),  # parameters that no fast rule served
         "relative_error": model.error,
         "errors": model.errors,
         "right": not model.wrong,
