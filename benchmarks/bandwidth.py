@@ -244,7 +244,7 @@ def compiled_cases(device: torch.device, quick: bool) -> Cases:
 def table(found: dict) -> str:
     """Return a line for each case: kernels' shares of the copy, times, and others' times over that of add_grad_."""
     lines = [
-        f"{'penalty':38}{'value':>6}{'+grad':>6}{'add_':>6} of copy{'add_ us':>9}{'host':>5}{'graph':>8}"
+        f"{'penalty':41}{'value':>6}{'+grad':>6}{'add_':>6} of copy{'add_ us':>9}{'host':>5}{'graph':>8}"
         f"{'autograd':>9}{'eager':>7}{'foreach':>8}"
     ]
     for name, record in found.items():
@@ -259,7 +259,7 @@ def table(found: dict) -> str:
         ours = r["add_grad_"]
         wrong = "" if record["right"] else " WRONG"
         lines.append(
-            f"{name:38}{shares}{'':8}{1e3 * ours['milliseconds']['median']:9.1f}{ours['host_microseconds']:5.0f}"
+            f"{name:41}{shares}{'':8}{1e3 * ours['milliseconds']['median']:9.1f}{ours['host_microseconds']:5.0f}"
             f"{replay}{others}{wrong}"
         )
     return "\n".join(lines)

@@ -265,7 +265,7 @@ ORDER += ("resnet50_tf32",)
 def case(device: torch.device, quick: bool, name: str) -> dict:
     """Measure one workload with weights and inputs that no run before had."""
     seed = int.from_bytes(os.urandom(4), "little")
-    rounds, seconds = (4, 0.2) if quick else (40, 4.0)
+    rounds, seconds = (4, 0.2) if quick else (40, 3.0)
     record = {"seed": seed, **measure_workload(KNOWN[name], device, quick, rounds, seconds, seed, strict=False)}
     if not record["right"]:
         raise WrongCaseError(f"{name}: {record['errors']}", record)

@@ -32,7 +32,7 @@ from benchmarks import (
     scaling,
     sweep,
     timing,
-)  # fmt: skip
+)
 from benchmarks.__main__ import main
 from benchmarks.plumbing import exact, gpu_report, malloc, parts, peer_libraries, penalty_report
 from benchmarks.plumbing import record as record_of
