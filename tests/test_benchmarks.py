@@ -529,6 +529,8 @@ def test_gpu_record_is_rendered(rehearsed):
     failed = json.loads(json.dumps(rehearsed))
     failed["parts"]["layers"]["errors"]["conv"] = "words"
     assert "Failed or wrong in this run: layers: conv." in gpu_report.section(failed)
+    pytest.importorskip("matplotlib")
+    assert figures.draw(rehearsed).startswith(b"\x89PNG")
     tables = {"roofs": roofs, "kernels": kernels, "layers": layers, "penalty": bandwidth, "profile": passes}
     for part, module in tables.items():
         lines = module.table(rehearsed["parts"][part]["cases"]).splitlines()

@@ -9,6 +9,7 @@ from .kernel_case import OURS
 from .markdown import heading, image, row
 
 KERNELS = ("value", "value and gradient", "add_grad_")
+LEAST = 10**6  # parameters from which bandwidth is what counts
 PEERS = {"torch.func": "`vmap(grad)`", "loop": "one-sample loop"}
 Found = Mapping[str, Any]
 
@@ -32,6 +33,12 @@ def section(record: Found | None) -> str:
     blocks.append(list(_unmeasured(record)))
     picture = image("gpu.png", "Shares of cuBLAS's rate and of the copy's bandwidth")
     return "\n\n".join("\n".join(lines) for lines in [*([picture[:1]] if picture else []), *blocks] if lines)
+
+
+def place_of(record: Found) -> str:
+    """Return the GPU, or else the CPU, and the version of torch."""
+    place = next(part["place"] for part in record["parts"].values() if "place" in part)
+    return f"{place['hardware'].get('gpu') or place['hardware']['cpu']}, torch {place['versions']['torch']}"
 
 
 def _place(record: Found, place: Found, roofs: Found) -> str:
@@ -130,7 +137,8 @@ def _penalty(found: Found, compiled: Found) -> Iterator[str]:
     yield from heading(["penalty", *heads, "`add_grad_`", "`wpl().backward()`", "eager", "foreach, gradient alone"])
     for name, r in found.items():
         results = r["results"]
-        shares = [f"{100 * results[kernel]['share_of_copy']['median']:.0f} %" for kernel in KERNELS]
+        large = r["parameters"] >= LEAST
+        shares = [f"{100 * results[k]['share_of_copy']['median']:.0f} %" if large else "" for k in KERNELS]
         ours = results["add_grad_"]["milliseconds"]["median"]
         time = f"{ours:.3g} ms" if ours >= 1 else f"{1e3 * ours:.3g} µs"
         others = [
@@ -164,7 +172,7 @@ def _peers(found: Found) -> Iterator[str]:
 def _unmeasured(record: Found) -> Iterator[str]:
     """Yield a sentence about what failed or was left out, so that no table hides it."""
     failed = [f"{part}: {case}" for part, found in record["parts"].items() for case in found["errors"]]
-    late = [case for found in record["parts"].values() for case in found["left_out"] if case != "all"]
+    late = [f"{part}: {case}" for part, found in record["parts"].items() for case in found["left_out"] if case != "all"]
     if failed:
         yield f"Failed or wrong in this run: {'; '.join(failed)}."
     if late:
