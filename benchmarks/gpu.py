@@ -35,12 +35,13 @@ PARTS: dict[str, tuple[str, str, float]] = {
     "penalty": ("bandwidth", "", 45),
     "layers": ("layers", "", 45),
     "profile": ("passes", "", 30),
-    "launches": ("launches", "", 20),
+    "launches": ("launches", "", 35),
     "peers": ("peers", "", 35),
     "compiled": ("bandwidth", "compiled_", 60),
     "tiles": ("tiles", "", 60),
 }
 OPTIONAL = ("tiles",)  # part of a run only where asked for
+WHOLE = ("launches", "tiles")  # measured in one piece, by ``run``
 BUILD_SECONDS, TOTAL_SECONDS = 150, 450
 GRACE = 25  # seconds that a case may run on after its part's time, before its process is ended
 STARTS = 3  # processes for one part: each ends at most one case that did not work
@@ -179,13 +180,15 @@ def _work(options: argparse.Namespace) -> int:
         return 0
     record["place"] = environment(options.device)
     write_json(options.json, record)
-    if hasattr(module, f"{prefix}cases"):
-        cases = getattr(module, f"{prefix}cases")(device, options.quick)
+    seconds = options.seconds or seconds
+    if part in WHOLE:
+        arguments = (device, seconds, options.quick) if part == "tiles" else (options.device,)
+        cases = {"all": lambda: module.run(*arguments)}
     else:
-        cases = {"all": lambda: module.run(device, seconds) if part == "tiles" else module.run(device)}
-    record = parts.run(cases, options.json, options.seconds or seconds, device)
+        cases = getattr(module, f"{prefix}cases")(device, options.quick)
+    record = parts.run(cases, options.json, seconds, device)
     found = record["cases"]
-    if set(cases) == {"all"}:
+    if part in WHOLE:
         found = {key: value for key, value in found.get("all", {}).items() if key != "wall_seconds"}
     try:
         shown = getattr(module, "short_table" if hasattr(module, "short_table") else f"{prefix}table")
