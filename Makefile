@@ -4,6 +4,7 @@
 #   make test    all tests
 #   make lint    ruff, clang-format, mypy
 #   make bench   microbenchmarks of this machine, into $(OUT)
+#   make gpu-bench   builds in place and measures on a GPU with $(PYTHON) as it is, into $(OUT); less than 8 minutes
 #   make wheel   a wheel for this platform, into dist/
 #
 # PYTHON picks the interpreter (3.10 or newer). TORCH picks what pip installs as torch; on Linux the default brings CUDA
@@ -13,9 +14,10 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 OUT ?= out
+COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null)
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint bench gpu-bench wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.experiments.two_models --out $(OUT)
@@ -31,6 +33,11 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks all --json $(OUT)/benchmarks.json
+
+# Without the virtual environment: a machine with a GPU has its own torch, and may have no network. GPU_BENCH: options,
+# such as "--parts kernels profile".
+gpu-bench:
+	$(PYTHON) -m benchmarks.gpu --json $(OUT)/gpu.json --commit "$(COMMIT)" $(GPU_BENCH)
 
 wheel: $(VENV)/.torch
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

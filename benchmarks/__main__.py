@@ -124,7 +124,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tensors", type=int, nargs="+", metavar="N", help="penalty: numbers of tensors in the sweep")
     parser.add_argument(
-        "--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="fisher: which"
+        "--workloads",
+        nargs="+",
+        choices=list(fisher.KNOWN),
+        help="fisher: which; default: the small ones, on a GPU all",
     )
     parser.add_argument("--peers", action="store_true", help="fisher, all: other libraries too, as peers does (slow)")
     parser.add_argument("--compile", action="store_true", help="penalty: torch.compile too (minutes)")
@@ -134,6 +137,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="PATH", help="penalty, peers, scaling: draw the record into a PNG")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a test of these programs, not a measurement")
     options = parser.parse_args(arguments)
+    options.workloads = options.workloads or list(fisher.KNOWN if options.device == "cuda" else WORKLOADS)
     options.rounds = options.rounds or (4 if options.quick else 40)
     if options.peers and options.what not in ("fisher", "all"):
         parser.error(f"--peers goes with fisher or all, not with {options.what}")

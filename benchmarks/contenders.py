@@ -17,6 +17,7 @@ import wplfast
 ALPHA = 3.0
 TOLERANCE = 1e-5  # fp32 against float64, relative to the largest entry: eager sums 10 M terms within 1e-6
 CHUNK = 2**16  # elements that are checked at a time: their float64 copies stay in a core's cache
+CHUNK_CUDA = 2**26  # on a GPU
 
 #: Bytes that each way moves per fp32 parameter.
 BYTES = {
@@ -47,12 +48,19 @@ class Case:
     fisher: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, name: str, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Case:
-        """Draw all tensors."""
-        generator = torch.Generator().manual_seed(0)
-        case = cls(name, [torch.randn(s, generator=generator).to(device).requires_grad_() for s in shapes])
-        case.theta_hat = [torch.randn(s, generator=generator).to(device) for s in shapes]
-        case.fisher = [torch.rand(s, generator=generator).to(device) for s in shapes]
+    def of(
+        cls,
+        name: str,
+        shapes: Sequence[tuple[int, ...]],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> Case:
+        """Draw all tensors where they are to be; the Fishers are float32."""
+        options = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+        case = cls(name, [torch.randn(s, **options).to(dtype).requires_grad_() for s in shapes])
+        case.theta_hat = [torch.randn(s, **options).to(dtype) for s in shapes]
+        case.fisher = [torch.rand(s, **options) for s in shapes]
         for p in case.theta:
             p.grad = torch.ones_like(p)
         return case
@@ -223,5 +231,6 @@ def check(case: Case, name: str, way: Way) -> dict[str, float]:
 
 def _chunks(*tensors: Tensor) -> Iterator[list[Tensor]]:
     """Yield float64 copies of the tensors, some elements of all at a time."""
-    for parts in zip(*(tensor.detach().reshape(-1).split(CHUNK) for tensor in tensors), strict=True):
+    chunk = CHUNK_CUDA if tensors[0].is_cuda else CHUNK
+    for parts in zip(*(tensor.detach().reshape(-1).split(chunk) for tensor in tensors), strict=True):
         yield [part.double() for part in parts]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .plumbing import plots
+from .plumbing import gpu_figure, plots
 from .plumbing.record import write_bytes
 
 DRAWN = ("peers", "scaling", "sweep")
@@ -39,11 +39,13 @@ WAYS = {
 
 
 def draw(record: dict[str, Any]) -> bytes:
-    """Draw a record's last run of peers, or else of scaling, or else all runs of the sweep, as a PNG.
+    """Draw a record's last run of peers, or else of scaling, or else all runs of the sweep, or a GPU's, as a PNG.
 
     Raises:
         ValueError: if it has none of them.
     """
+    if "parts" in record:
+        return gpu_figure.draw(record)
     torch = f"torch {record['versions']['torch']}"
     for part, drawer in (("peers", _peers), ("scaling", _scaling)):
         if record.get(part):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .experiments.two_models import report as two_models
-from .plumbing import penalty_report
+from .plumbing import gpu_report, penalty_report
 from .plumbing.markdown import RESULTS, image, threads
 
 ROOT = Path(__file__).parent.parent
@@ -16,11 +16,12 @@ CURVES = "Accuracy of A and B while B is trained"
 PEERS = {"torch.func": "`torch.func`: `vmap(grad)`", "loop": "one-sample loop"}
 
 
-def speed(penalty: dict[str, Any], fisher: dict[str, Any]) -> str:
-    """Render the microbenchmarks."""
+def speed(penalty: dict[str, Any], fisher: dict[str, Any], on_gpu: bool = False) -> str:
+    """Render the microbenchmarks; ``on_gpu``: a GPU was measured too, and has a section of its own."""
     place = f"{penalty['hardware']['cpu']}, torch {penalty['versions']['torch']}"
     lines = [
-        f"{place}; medians [quartiles] of interleaved runs, from `python -m benchmarks`. GPU speed is unmeasured.",
+        f"{place}; medians [quartiles] of interleaved runs, from `python -m benchmarks`."
+        + ("" if on_gpu else " GPU speed is unmeasured."),
         "",
     ]
     lines += penalty_report.cases(penalty)
@@ -132,11 +133,19 @@ def render() -> str:
     text = (ROOT / "README.md").read_text()
     forgetting = [*image("two_models_mnist.png", CURVES), two_models.markdown(record["two_models_mnist"])]
     text = fill(text, "two_models", "\n".join(forgetting))
-    text = fill(text, "speed", speed(record["penalty_cpu"], record["fisher_cpu"]))
+    on_gpu = gpu_record()
+    text = fill(text, "speed", speed(record["penalty_cpu"], record["fisher_cpu"], on_gpu is not None))
+    text = fill(text, "gpu", gpu_report.section(on_gpu))
     text = fill(text, "sweep", penalty_report.sweep(record["penalty_cpu"]))
     text = fill(text, "anchors", penalty_report.anchors(_optional("anchors_cpu")))
     text = fill(text, "peers", peers(_optional("peers_cpu") or record["fisher_cpu"]))
     return fill(text, "scaling", scaling(_optional("scaling_cpu")))
+
+
+def gpu_record() -> dict[str, Any] | None:
+    """Return the last of the records ``gpu_*.json``, if there is one; rehearsals do not count."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"))]
+    return next((record for record in reversed(found) if not record["quick"]), None)
 
 
 def _optional(name: str) -> dict[str, Any] | None:

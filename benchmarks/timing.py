@@ -7,10 +7,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import cycle
 
 import torch
 
 TICK = 1e-3  # seconds that one measurement should at least last
+QUEUED = 100  # calls that a GPU's queue surely holds, of a few launches each
+PAUSED = 10**7  # cycles of the pause that others are calibrated with
+ROTATED = 1 << 28  # bytes of inputs, several times the L2 cache of any GPU, that calls go through in turn
 
 
 @dataclass
@@ -21,11 +26,15 @@ class Contender:
         run: the work.
         prepare: runs before it, untimed; the work is then timed call by call.
         seconds: once it has taken so long in all, and has run in three rounds, it sits out the rest.
+        alone: on a GPU, time the kernels without the host: calls are queued during a pause.
+        host: seconds that the host took for a call in the warm-up, where it was measured.
     """
 
     run: Callable[[], object]
     prepare: Callable[[], object] | None = None
     seconds: float = math.inf
+    alone: bool = False
+    host: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,8 @@ def measure(contender: Contender, repeats: int, device: torch.device) -> float:
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
+        if contender.alone and contender.host == contender.host:
+            torch.cuda._sleep(int((1.5 * repeats * contender.host + 1e-4) * _cycles(device)))
         begin.record()
         for _ in range(repeats):
             contender.run()
@@ -105,10 +116,41 @@ def measure(contender: Contender, repeats: int, device: torch.device) -> float:
 def _repeats(contender: Contender, device: torch.device) -> int:
     """Return how many calls in a row a measurement needs."""
     first = measure(contender, 1, device)
+    if contender.alone and contender.prepare is None:
+        contender.host = min(_enqueue(contender, device) for _ in range(3))
+        once = min(measure(contender, 1, device) for _ in range(3))
+        return max(1, min(QUEUED, math.ceil(TICK / max(once, 1e-6))))
     if contender.prepare is not None or first > 100 * TICK:
         return 1
     once = min(measure(contender, 1, device) for _ in range(2))
     return max(1, math.ceil(TICK / max(once, 1e-6)))
+
+
+def _enqueue(contender: Contender, device: torch.device) -> float:
+    """Return the seconds after which a call returns, whether or not its work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    contender.run()
+    return time.perf_counter() - started
+
+
+@lru_cache
+def _cycles(device: torch.device) -> float:
+    """Return how many cycles a GPU's pause counts in a second."""
+    times = [measure(Contender(lambda: torch.cuda._sleep(PAUSED)), 1, device) for _ in range(3)]
+    return PAUSED / min(times)
+
+
+def rotating(run: Callable[..., object], inputs: Sequence[Sequence[object]]) -> Callable[[], object]:
+    """Return what calls a function with the next inputs each time, so that caches do not hold them."""
+    turn = cycle(inputs)
+    return lambda: run(*next(turn))
+
+
+def rotations(n_bytes: int, device: torch.device) -> int:
+    """Return how many sets of inputs of so many bytes do not fit a GPU's cache; 2 on a CPU."""
+    return min(64, max(2, math.ceil(ROTATED / max(1, n_bytes)))) if device.type == "cuda" else 2
 
 
 def triads(n_bytes: int, device: torch.device) -> dict[str, Contender]:

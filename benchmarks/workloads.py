@@ -23,6 +23,9 @@ class Workload:
         target: the ratio of a Fisher pass to an ordinary pass that it should not exceed.
         model: makes the model; ``quick`` asks for a tiny one.
         batch: makes a batch for it.
+        precision: "fp32"; or "bf16" or "tf32", where an error is measured in that of a one-sample loop of the same
+            precision.
+        batches: of a whole call.
     """
 
     name: str
@@ -30,6 +33,8 @@ class Workload:
     target: float
     model: Callable[[bool], nn.Module]
     batch: Callable[[bool, torch.Generator], Batch]
+    precision: str = "fp32"
+    batches: int = 32
 
 
 class Block(nn.Module):

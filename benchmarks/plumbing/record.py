@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -10,18 +11,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import wplfast
-
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Return hardware, versions and, in a git checkout, the commit that a run stands for."""
+    import torch  # here, so that a program can write records before torch is imported, or wplfast is built
+
+    import wplfast
+
     system = f"{platform.system()} {platform.machine()}"
     hardware: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": system}
     if device.startswith("cuda"):
-        hardware["gpu"] = torch.cuda.get_device_name(device)
+        hardware |= _gpu(torch.cuda.get_device_properties(device))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "wplfast": wplfast.__version__}
+    if device.startswith("cuda"):
+        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": _version("triton")}
+        versions["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     backend = wplfast.backends.serving(torch.device(device).type)
     return {"hardware": hardware, "versions": versions, "backend": backend, "commit": _commit()}
 
@@ -44,6 +48,25 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def _gpu(properties: Any) -> dict[str, Any]:
+    """Return what torch tells about a GPU."""
+    return {
+        "gpu": properties.name,
+        "gpu_memory_bytes": properties.total_memory,
+        "gpu_processors": properties.multi_processor_count,
+        "gpu_capability": f"{properties.major}.{properties.minor}",
+        "gpu_l2_bytes": getattr(properties, "L2_cache_size", None),
+    }
+
+
+def _version(package: str) -> str | None:
+    """Return an installed package's version."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:
