@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 import triton
@@ -114,15 +113,19 @@ for _generation in (8, 9, 10):
     _TILES[_generation, "float"] = ((Tile(64, 64, 32, 4, 3, 2),),) * 2
 
 
-def generation(device: torch.device) -> int:
-    """Return which rows of the table a GPU takes: sm_120 has the tensor cores and the shared memory of sm_80's kind."""
-    major = capability(device) // 10
+def rows_of(capability: int) -> int:
+    """Return whose rows a GPU takes: sm_120 has the tensor cores and the shared memory of sm_80's kind."""
+    major = capability // 10
     return 8 if major >= 12 else min(10, max(8, major))
 
 
-@lru_cache(maxsize=1024)
-def candidates(device: torch.device, operands: Operands, n_steps: int, gradient: bool) -> tuple[Tile, ...]:
+def generation(device: torch.device) -> int:
+    """Return whose rows of the table a device takes."""
+    return rows_of(capability(device))
+
+
+def tiles_of(rows: int, operands: Operands, n_steps: int, gradient: bool) -> tuple[Tile, ...]:
     """Return the tiles that a layer may get; short samples take a chunk that holds one of them whole."""
     kind = "terms" if operands.terms > 1 else ("float" if operands.dtype == torch.float32 else "half")
-    tiles = _TILES[generation(device), kind][gradient]
-    return tuple(replace(tile, k=min(tile.k, max(16, triton.next_power_of_2(n_steps)))) for tile in tiles)
+    longest = max(16, triton.next_power_of_2(n_steps))
+    return tuple(replace(tile, k=min(tile.k, longest)) for tile in _TILES[rows, kind][gradient])

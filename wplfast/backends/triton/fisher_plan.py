@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 import triton
 
-from .fisher_config import MAX_PARTIALS, Operands, Tile, candidates, generation
+from .fisher_config import MAX_PARTIALS, Operands, Tile, generation, tiles_of
 from .launch import n_processors
 
 #: Multiply-adds of half types that tensor cores do while a multiprocessor reads one byte from the L2 cache, about:
@@ -94,16 +94,20 @@ def cost(
     return float(samples * tile.resident * max(read, multiplied) + results)
 
 
+def plan_for(tile: Tile, layer: Layer, operands: Operands, gradient: bool, gpu: tuple[int, int]) -> tuple[float, Plan]:
+    """Return the cost and the plan of the best way to share tiles: of equal ones most whole tiles, fewest splits."""
+    plans = (Plan(tile, whole, splits) for whole, splits in _shares(tile, layer, gpu[1]))
+    costs = ((cost(tile, layer, operands, gradient, plan.whole, plan.splits, gpu), plan) for plan in plans)
+    return min(costs, key=lambda found: found[0])
+
+
 @lru_cache(maxsize=1024)
 def choose_plan(device: torch.device, operands: Operands, layer: Layer, gradient: bool) -> Plan:
-    """Return the plan with the least cost, of the first tile that comes close to it; then most whole tiles."""
+    """Return the plan with the least cost, of the first tile that comes close to it."""
     gpu = generation(device), n_processors(device)
-    best: list[tuple[float, Plan]] = []
-    for tile in candidates(device, operands, layer.n_steps, gradient):
-        costs = [
-            (cost(tile, layer, operands, gradient, whole, splits, gpu), Plan(tile, whole, splits))
-            for whole, splits in _shares(tile, layer, gpu[1])
-        ]
-        best.append(min(costs, key=lambda found: found[0]))
+    tiles = tiles_of(gpu[0], operands, layer.n_steps, gradient)
+    # What a tile has beyond the layer is multiplied for nothing: a smaller one takes its place if there is one.
+    fitting = [t for t in tiles if t.m < 2 * max(64, layer.d_out) and t.n < 2 * max(64, layer.d_in)] or tiles
+    best = [plan_for(tile, layer, operands, gradient, gpu) for tile in fitting]
     least = min(cost for cost, _ in best)
     return next(plan for cost, plan in best if cost <= _CLOSE * least)
