@@ -133,9 +133,9 @@ def page(records: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# What the compiler makes of the Fisher kernels", "",
         "Compiled ahead of time, without a GPU; nothing here was timed. Made by `python -m benchmarks.kernels`.", "",
-        "Bytes are those of one asynchronous copy or store of a thread, with how many the code has; copies of TMA are",
-        "none of a thread's. Programs: how many a multiprocessor holds, by registers, shared memory and threads, on the",
-        "GPU of the generation that has least. Loop: machine instructions of the longest loop on tensor cores.",
+        "Bytes are those of one asynchronous copy or store of a thread, with how many the code has; copies by TMA are",
+        "none of a thread's. Programs: how many a multiprocessor holds, by registers, shared memory and threads, on",
+        "the GPU of a generation that has least. Loop: machine instructions of the longest loop on tensor cores.",
     ]  # fmt: skip
     for version, record in sorted(records.items()):
         lines += ["", f"## Triton {version}", ""]
