@@ -18,6 +18,8 @@ from .overrides import constants
 #: Elements of a block and warps of the penalty's programs, and blocks that a program walks through.
 BLOCKS = ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8))
 WALKS = (1, 4, 8, 32)
+#: Parameters from which on a program walks through more than one: their tables are long.
+LONG = 10**8
 #: Bytes a parameter that the penalty reads and writes when it adds to gradients.
 PENALTY_BYTES = 20
 
@@ -61,9 +63,10 @@ def penalty(numel: int, device: torch.device) -> Contest:
 
         return _with(change, run)
 
+    walks = WALKS if numel < LONG else WALKS[1:]
     default = TritonPenalty([theta], [theta_hat], [], [fisher], one, nothing, one)
     ways: dict[str, Callable[[], object]] = {DEFAULT: lambda: default.add_grad_(one)}
-    ways |= {f"block {b} w{w}, {walk} a program": way(b, w, walk) for (b, w), walk in product(BLOCKS, WALKS)}
+    ways |= {f"block {b} w{w}, {walk} a program": way(b, w, walk) for (b, w), walk in product(BLOCKS, walks)}
 
     def expected() -> Tensor:
         return fisher.double() * (theta.detach().double() - theta_hat.double())
