@@ -32,7 +32,7 @@ from .plumbing.ahead import (
     TENSOR_CORES,
     asynchronous_copies,
     compile_kernel,
-    longest_loop,
+    product_loop,
     programs_per_processor,
     resources,
     vector_widths,
@@ -124,7 +124,7 @@ def measure(case: Case) -> dict[str, Any]:
         "tensor_core": len(re.findall(TENSOR_CORES[case.arch], ptx)),
         "copies": {str(width): count for width, count in asynchronous_copies(ptx).items() if count},
         "stores": {str(width): count for width, count in vector_widths(ptx, "st").items()},
-        "loop": longest_loop(compiled),
+        "loop": product_loop(compiled),
     }
 
 
@@ -135,7 +135,7 @@ def page(records: dict[str, dict[str, Any]]) -> str:
         "Compiled ahead of time, without a GPU; nothing here was timed. Made by `python -m benchmarks.kernels`.", "",
         "Bytes are those of one asynchronous copy or store of a thread, with how many the code has; copies by TMA are",
         "none of a thread's. Programs: how many a multiprocessor holds, by registers, shared memory and threads, on",
-        "the GPU of a generation that has least. Loop: machine instructions of the longest loop on tensor cores.",
+        "the GPU of a generation that has least. Loop: machine instructions of the loop on tensor cores.",
     ]  # fmt: skip
     for version, record in sorted(records.items()):
         lines += ["", f"## Triton {version}", ""]

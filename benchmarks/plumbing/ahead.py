@@ -69,8 +69,11 @@ def asynchronous_copies(ptx: str) -> dict[int, int]:
     return {b: len(re.findall(rf"cp\.async\.c[ag]\.shared\.global .*?, 0x{b:x}\b", ptx)) for b in (4, 8, 16)}
 
 
-def longest_loop(compiled: Any) -> int | None:
-    """Return how many machine instructions the longest loop on tensor cores has, None if there is none."""
+def product_loop(compiled: Any) -> int | None:
+    """Return how many machine instructions the loop on tensor cores has, None if there is none.
+
+    It is the shortest one with most of their instructions: code that was moved out of line jumps back into it too.
+    """
     labels: dict[str, int] = {}
     instructions: list[str] = []
     lengths = []
@@ -84,9 +87,10 @@ def longest_loop(compiled: Any) -> int | None:
         jump = re.search(r"BRA.*?(\.L_x_\d+)", line)
         if jump and labels.get(jump[1], index + 1) <= index:
             body = instructions[labels[jump[1]] : index + 1]
-            if any(re.search(r"[HQ]G?MMA|UTC\w*MMA", other) for other in body):
-                lengths.append(len(body))
-    return max(lengths, default=None)
+            products = sum(bool(re.search(r"[HQ]G?MMA|UTC\w*MMA", other)) for other in body)
+            if products:
+                lengths.append((-products, len(body)))
+    return min(lengths)[1] if lengths else None
 
 
 def _tool(compiled: Any, name: str, option: str) -> str:
