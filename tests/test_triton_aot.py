@@ -6,10 +6,7 @@ Kernels are compiled ahead of time for three generations. The resource table is 
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,14 +14,23 @@ triton = pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
+from benchmarks.resources import compile_linear  # noqa: E402
+from benchmarks.plumbing.ahead import (  # noqa: E402
+    SHARED,
+    TENSOR_CORES,
+    asynchronous_copies,
+    compile_kernel,
+    resources,
+    vector_widths,
+)
 from wplfast.backends.triton import (  # noqa: E402
     conv_depthwise,
     conv_taps,
     conv_unfold,
     fisher_config,
     fisher_embedding,
+    fisher_plan,
     launch,
     penalty_kernel,
     reduce,
@@ -33,58 +39,20 @@ from wplfast.backends.triton import (  # noqa: E402
     split,
     squares,
 )
-from wplfast.backends.triton.fisher_linear import fisher_linear_kernel  # noqa: E402
 from wplfast.backends.triton.launch import Relaunched  # noqa: E402
 from wplfast.backends.triton.prepared import TritonPenalty  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing")
 
-ARCHITECTURES = [80, 90, 100]
-TENSOR_CORES = {80: r"\bmma\.sync", 90: r"\bwgmma\.mma_async", 100: r"\btcgen05\.mma"}
-#: Shared memory a program may take. Consumer GPUs of a generation have less than its server GPU.
-SHARED = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-
-
-def compile_kernel(kernel: Callable, arch: int, pointers: dict, constants: dict, **options: int):  # type: ignore[no-untyped-def]
-    """Compile a kernel: ``pointers`` name the types of the pointer arguments, integers are 32 bits wide."""
-    names = kernel.arg_names
-    signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in names}
-    # A launch finds its tensors on 16-byte boundaries, and tells the compiler so except where the kernel forbids it.
-    unspecialised = set(kernel.do_not_specialize_on_alignment)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers and n not in unspecialised}
-    source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**launch.OPTIONS, **options})
-
-
-def resources(compiled) -> dict[str, int]:  # type: ignore[no-untyped-def]
-    """Return registers a thread, bytes a thread that spill to memory, and shared memory of a program."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout))
-    return {"registers": int(found["REG"]), "spills": int(found["STACK"]), "shared": compiled.metadata.shared}
+ARCHITECTURES = [80, 90, 100, 120]
+#: Bytes that kernels which wait for memory may spill: the assembler of Triton 3.6 puts a few of them into memory for
+#: one or two architectures though most registers are free.
+FEW_BYTES = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 16
 
 
 def report(name: str, arch: int, used: dict[str, int], remark: str) -> None:
     """Print one row of the resource table."""
     print(f"{name:44} sm_{arch:<4} {used['registers']:4} regs {used['spills']:4} spills {used['shared']:7} B  {remark}")
-
-
-def vector_widths(ptx: str, instruction: str) -> dict[int, int]:
-    """Return how many global loads or stores of each width in bytes the code has."""
-    widths: dict[int, int] = {}
-    pattern = rf"{instruction}\.global(?:\.[a-zA-Z_0-9:]+)*?(?:\.v(\d))?\.[bfsu](\d+)\s"
-    for count, bits in re.findall(pattern, ptx):
-        width = int(count or 1) * int(bits) // 8
-        widths[width] = widths.get(width, 0) + 1
-    return widths
-
-
-def asynchronous_copies(ptx: str) -> dict[int, int]:
-    """Return how many asynchronous copies of each width in bytes the code has."""
-    return {b: len(re.findall(rf"cp\.async\.c[ag]\.shared\.global .*?, 0x{b:x}\b", ptx)) for b in (4, 8, 16)}
 
 
 PENALTY = {"chunks": "*i64", "partials": "*fp64", "alpha": "*fp64", "l2": "*fp64"}
@@ -115,7 +83,7 @@ def test_penalty_moves_16_bytes_a_thread(
     loads, stores = vector_widths(compiled.asm["ptx"], "ld"), vector_widths(compiled.asm["ptx"], "st")
     name = f"penalty {dtype} F {fisher} mode {mode} offset {int(offset)} blocks {n_blocks}"
     report(name, arch, used, f"ld {loads} st {stores}")
-    assert used["spills"] == 0
+    assert used["spills"] <= FEW_BYTES
     # Three programs of 8 warps fit a multiprocessor; of a value's, whose loop is unrolled, two load as much at a time.
     assert used["registers"] <= (88 if mode == penalty_kernel.VALUE and n_blocks > 1 else 80)
     assert used["shared"] <= 64, "streams of different widths must not meet by way of shared memory"
@@ -129,65 +97,34 @@ def test_penalty_moves_16_bytes_a_thread(
     assert (stores.get(16, 0) >= elements * size // 16) == (mode != penalty_kernel.VALUE)
 
 
-def fisher_cases() -> list[tuple]:
-    """Return every row of the tile table, with and without a gradient, as one case for each kind of operand."""
-    cases = []
-    for arch in ARCHITECTURES:
-        for operands in (
-            fisher_config.Operands(1, torch.bfloat16),
-            fisher_config.Operands(3, torch.bfloat16),
-            fisher_config.Operands(1, torch.float32, "tf32"),
-            fisher_config.Operands(1, torch.float32, "ieee"),
-        ):
-            for size, steps, gradient in (
-                (4096, 512, False), (4096, 512, True), (4096, 16, False), (64, 512, False), (64, 512, True),
-            ):  # fmt: skip
-                cases.append((arch, operands, size, steps, gradient))
-    return cases
-
-
-def compile_fisher(arch: int, operands, tile, steps: int, gradient: bool, **changes: bool):  # type: ignore[no-untyped-def]
-    """Compile the Fisher kernel for one configuration."""
-    element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[operands.dtype]
-    pointers = {"fisher": "*fp32", "grad_outputs": f"*{element}", "activations": f"*{element}", "gradient": "*fp32"}
-    constants = {
-        "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": 8, "TERMS": operands.terms, "PRECISION": operands.precision,
-        "UPCAST": False, "SQUARE": True, "ONE": steps <= tile.k, "ADD": True, "HAS_WEIGHTS": False,
-        "HAS_GRADIENT": gradient, "WIDE_ROWS": True, "weights": None,
-    }  # fmt: skip
-    constants |= changes
-    if constants["HAS_WEIGHTS"]:
-        pointers["weights"] = "*fp32"
-        del constants["weights"]
-    if not gradient:
-        constants["gradient"] = None
-        del pointers["gradient"]
-    return compile_kernel(fisher_linear_kernel, arch, pointers, constants, num_warps=tile.warps, num_stages=tile.stages)
-
-
 def tile_for(monkeypatch, arch: int, operands, size: int, steps: int, gradient: bool):  # type: ignore[no-untyped-def]
-    """Return the tile that a GPU of another architecture would get."""
-    monkeypatch.setattr(fisher_config, "capability", lambda device: arch)
-    choose = fisher_config.choose_tile.__wrapped__  # past the cache
-    return choose(torch.device("cpu"), operands, size, size, steps, gradient)
+    """Return the tile that a GPU of another architecture would take."""
+    monkeypatch.setattr(fisher_plan, "generation", lambda device: fisher_config.rows_of(arch))
+    monkeypatch.setattr(fisher_plan, "n_processors", lambda device: 132)
+    layer = fisher_plan.Layer(size, size, 8, steps)
+    return fisher_plan.choose_plan.__wrapped__(torch.device("cpu"), operands, layer, gradient).tile
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "operands", "size", "steps", "gradient"), fisher_cases())
-def test_fisher_linear_resources(arch, operands, size, steps, gradient, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    tile = tile_for(monkeypatch, arch, operands, size, steps, gradient)
-    compiled = compile_fisher(arch, operands, tile, steps, gradient)
-    used, ptx = resources(compiled), compiled.asm["ptx"]
-    products = len(re.findall(TENSOR_CORES[arch], ptx))
-    copies = asynchronous_copies(ptx)
-    kind = f"{operands.terms} {str(operands.dtype).removeprefix('torch.')} {operands.precision}"
-    name = f"fisher {kind} {tile.m}x{tile.n}x{tile.k} w{tile.warps} s{tile.stages} T{steps} grad {int(gradient)}"
-    report(name, arch, used, f"mma {products} cp.async {copies}")
-    assert used["spills"] == 0
-    assert used["shared"] <= SHARED[arch]
-    if operands.precision == "ieee" and operands.dtype == torch.float32:
-        return
-    assert products > 0
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("steps", "gradient"), [(512, False), (512, True), (16, False)])
+@pytest.mark.parametrize("kind", ["half", "terms", "tf32", "ieee"])
+def test_fisher_linear_resources(kind: str, steps: int, gradient: bool, arch: int) -> None:
+    operands = {
+        "half": fisher_config.Operands(1, torch.bfloat16),
+        "terms": fisher_config.Operands(3, torch.bfloat16),
+    }.get(kind, fisher_config.Operands(1, torch.float32, kind))
+    for tile in fisher_config.tiles_of(fisher_config.rows_of(arch), operands, steps, gradient):
+        compiled = compile_linear(arch, operands, tile, steps, gradient)
+        used, ptx = resources(compiled), compiled.asm["ptx"]
+        products = len(re.findall(TENSOR_CORES[arch], ptx))
+        name = f"fisher {kind} {tile.m}x{tile.n}x{tile.k} w{tile.warps} s{tile.stages} T{steps} grad {int(gradient)}"
+        report(name, arch, used, f"mma {products} cp.async {asynchronous_copies(ptx)}")
+        assert used["spills"] == 0
+        assert used["shared"] <= SHARED[arch]
+        assert products > 0 or kind == "ieee"
+        # Both kinds of stores, as wide as they go.
+        assert set(vector_widths(ptx, "st")) == {16}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -196,19 +133,18 @@ def test_fisher_linear_resources(arch, operands, size, steps, gradient, monkeypa
     [
         (3, 64, {"SQUARE": False}),  # T = 1, the squares of float32 as one GEMM
         (1, 512, {"HAS_WEIGHTS": True}),
-        (1, 512, {"ADD": False}),
-        (1, 512, {"WIDE_ROWS": False}),
+        (1, 512, {"SHARED": False}),
+        (1, 512, {"WHOLE": False}),  # all that d_in in no multiple of 8 gets
     ],
 )
 def test_fisher_linear_variants(terms: int, steps: int, changes: dict[str, bool], arch: int, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     operands = fisher_config.Operands(terms, torch.bfloat16)
     tile = tile_for(monkeypatch, arch, operands, 4096, steps, False)
-    compiled = compile_fisher(arch, operands, tile, steps, False, **changes)
+    compiled = compile_linear(arch, operands, tile, steps, False, **changes)
     used = resources(compiled)
     report(f"fisher {terms} T{steps} {changes}", arch, used, "")
     assert re.search(TENSOR_CORES[arch], compiled.asm["ptx"])
-    # Odd rows take scalar stores, each with an address of its own: what spills there is outside the loop.
-    assert used["spills"] == 0 or "WIDE_ROWS" in changes
+    assert used["spills"] == 0
 
 
 #: Terms of the operands, channels of both sides, positions of a sample, plain gradient, changed constants. The tiles
@@ -288,7 +224,7 @@ def test_kernels_that_wait_for_memory_load_16_bytes_a_thread(dtype: str, arch: i
         compiled = compile_kernel(kernel, arch, pointers, constants, num_warps=warps)
         used, loads = resources(compiled), vector_widths(compiled.asm["ptx"], "ld")
         report(f"{name} {dtype}", arch, used, f"ld {loads} st {vector_widths(compiled.asm['ptx'], 'st')}")
-        assert used["spills"] == 0
+        assert used["spills"] <= FEW_BYTES
         assert used["registers"] <= most
         assert loads.get(16, 0) > 0
         assert loads.get(2, 0) == 0

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv_geometry import SIZES, Blocks, Geometry, choose_box
-from .fisher_config import Operands, choose_splits, choose_tile
+from .fisher_config import Operands
+from .fisher_plan import Layer, choose_plan, n_tiles
 from .launch import INTERPRETED, OPTIONS
 from .products import add_sample, add_tile, product
 from .reduce import fold_taps
@@ -159,10 +160,11 @@ def add_taps(
     """Run the kernel over operands of :func:`as_channels` and add its result to fisher and gradient."""
     n, (c_out, group_in) = g.shape[1], fisher.shape[:2]
     m, k = blocks.groups * blocks.out_pitch, blocks.groups * blocks.in_pitch
-    tile = choose_tile(fisher.device, operands, m, k, shape.n_steps, gradient is not None)
+    copies = triton.cdiv(groups, blocks.groups) * shape.taps
+    layer = Layer(m, k, n, shape.n_steps, blocks=copies, plane=fisher.nbytes)
+    plan = choose_plan(fisher.device, operands, layer, gradient is not None)
+    tile, tiles, splits = plan.tile, n_tiles(plan.tile, layer), plan.splits
     height, width = choose_box(shape.positions, tile.k)
-    tiles = triton.cdiv(groups, blocks.groups) * triton.cdiv(m, tile.m) * triton.cdiv(k, tile.n) * shape.taps
-    splits = choose_splits(fisher.device, tile, tiles, n, fisher.numel())
     # Taps lie side by side in the result: partials let programs write whole rows even where nothing is split.
     scratch = splits > 1 or fisher.nbytes <= _MAX_SCRATCH
     out = fisher.new_empty((splits, fisher.numel())) if scratch else fisher

@@ -1,8 +1,8 @@
-"""What a call of the Fisher kernel gets: operand precision, tile, pipeline depth, and the split over samples.
+"""What a call of the Fisher kernel may get: operand precision, tile, pipeline depth.
 
 A short fixed table instead of an autotuner: the first call costs one compilation, and equal calls are equal in bits.
 The rows were chosen by the compiler's resource use (no spills, tensor-core instructions, 16-byte loads); see
-``tests/test_triton_aot.py``, which checks every one of them.
+``tests/test_triton_aot.py``, which checks every one of them, and ``fisher_plan`` for which a layer takes.
 
 Environment:
     WPLFAST_TRITON_FP32: how float32 operands are multiplied. ``bf16x6`` (default; as exact as float32), ``bf16x3``
@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 import triton
 
-from .launch import capability, n_processors
+from .launch import capability
 
 FP32_MODES = ("bf16x6", "bf16x3", "tf32", "ieee")
 #: Bytes of partial results that a split over samples may take.
@@ -36,7 +35,7 @@ class Operands:
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile [m, n] of the Fisher, chunk k of t, and how many programs share one multiprocessor."""
+    """Tile [m, n] of the Fisher, chunk k of t, and how many programs a multiprocessor needs to be busy."""
 
     m: int
     n: int
@@ -64,38 +63,69 @@ def choose_operands(dtype: torch.dtype) -> Operands:
     return Operands(1, torch.float32, mode)
 
 
-#: (generation, kind of operands) -> tiles of a large layer, of a small one, and of a large one with a plain-gradient
-#: accumulator: a thread then holds three accumulators of its tile instead of two, and spills from 256 values on.
-_TILES: dict[tuple[int, str], tuple[Tile, Tile, Tile]] = {
-    (8, "half"): (Tile(128, 128, 32, 8, 4, 1), Tile(64, 64, 32, 4, 4, 2), Tile(64, 128, 32, 8, 3, 1)),
-    (8, "terms"): (Tile(128, 128, 16, 8, 3, 1), Tile(64, 64, 32, 4, 3, 2), Tile(64, 128, 32, 8, 2, 1)),
-    (8, "float"): (Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2)),
-    (9, "half"): (Tile(128, 128, 64, 8, 4, 1), Tile(64, 64, 64, 4, 4, 3), Tile(64, 128, 64, 8, 4, 1)),
-    (9, "terms"): (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 32, 4, 3, 3), Tile(64, 128, 32, 8, 3, 1)),
-    (9, "float"): (Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2)),
-    (10, "half"): (Tile(128, 128, 64, 8, 4, 1), Tile(64, 64, 64, 4, 4, 3), Tile(64, 128, 64, 8, 4, 1)),
-    (10, "terms"): (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 32, 4, 3, 3), Tile(64, 128, 32, 8, 3, 1)),
-    (10, "float"): (Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2), Tile(64, 64, 32, 4, 3, 2)),
+#: Triton before 3.7 keeps every product of a chain in tensor memory of its own, of which sm_100 has 512 columns, and
+#: makes a program that traps of a tile that needs more.
+_TILES_OF_TERMS_FIT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
+
+#: (generation, kind of operands) -> candidates without and with a plain-gradient accumulator: a thread then holds three
+#: accumulators of its tile instead of two, and spills from 256 values on. The first of equally good ones is taken.
+_TILES: dict[tuple[int, str], tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
+    (8, "half"): (
+        (
+            Tile(128, 128, 32, 8, 4, 1),
+            Tile(64, 128, 32, 8, 4, 1),
+            Tile(128, 64, 32, 8, 4, 1),
+            Tile(64, 64, 32, 4, 4, 2),
+        ),
+        (Tile(64, 128, 32, 8, 3, 1), Tile(128, 64, 32, 8, 3, 1), Tile(64, 64, 32, 4, 4, 2)),
+    ),
+    (8, "terms"): (
+        (
+            Tile(128, 128, 16, 8, 3, 1),
+            Tile(64, 128, 32, 8, 2, 1),
+            Tile(128, 64, 32, 8, 2, 1),
+            Tile(64, 64, 32, 4, 3, 2),
+        ),
+        (Tile(64, 128, 32, 8, 2, 1), Tile(128, 64, 32, 8, 2, 1), Tile(64, 64, 32, 4, 3, 2)),
+    ),
+    (9, "half"): (
+        (
+            Tile(128, 128, 64, 8, 4, 1),
+            Tile(64, 128, 64, 8, 4, 1),
+            Tile(128, 64, 64, 8, 4, 1),
+            Tile(64, 64, 64, 4, 4, 3),
+        ),
+        (Tile(64, 128, 64, 8, 4, 1), Tile(128, 64, 64, 8, 4, 1), Tile(64, 64, 64, 4, 4, 3)),
+    ),
+    (9, "terms"): (
+        (
+            Tile(128, 128, 32, 8, 3, 1),
+            Tile(64, 128, 32, 8, 3, 1),
+            Tile(128, 64, 32, 8, 3, 1),
+            Tile(64, 64, 32, 4, 3, 3),
+        ),
+        (Tile(64, 128, 32, 8, 3, 1), Tile(128, 64, 32, 8, 3, 1), Tile(64, 64, 32, 4, 3, 3)),
+    ),
 }
+_TILES[10, "half"] = _TILES[9, "half"]
+_TILES[10, "terms"] = _TILES[9, "terms"] if _TILES_OF_TERMS_FIT else ((Tile(64, 64, 32, 4, 3, 1),),) * 2
+for _generation in (8, 9, 10):
+    _TILES[_generation, "float"] = ((Tile(64, 64, 32, 4, 3, 2),),) * 2
 
 
-@lru_cache(maxsize=1024)
-def choose_tile(device: torch.device, operands: Operands, d_out: int, d_in: int, n_steps: int, gradient: bool) -> Tile:
-    """Return the tile for a layer's shape; short samples take a chunk that holds one of them whole."""
-    generation = min(10, max(8, capability(device) // 10))
+def rows_of(capability: int) -> int:
+    """Return whose rows a GPU takes: sm_120 has the tensor cores and the shared memory of sm_80's kind."""
+    major = capability // 10
+    return 8 if major >= 12 else min(10, max(8, major))
+
+
+def generation(device: torch.device) -> int:
+    """Return whose rows of the table a device takes."""
+    return rows_of(capability(device))
+
+
+def tiles_of(rows: int, operands: Operands, n_steps: int, gradient: bool) -> tuple[Tile, ...]:
+    """Return the tiles that a layer may get; short samples take a chunk that holds one of them whole."""
     kind = "terms" if operands.terms > 1 else ("float" if operands.dtype == torch.float32 else "half")
-    large, small, with_gradient = _TILES[generation, kind]
-    tile = small if min(d_out, d_in) <= small.m else (with_gradient if gradient else large)
-    return replace(tile, k=min(tile.k, max(16, triton.next_power_of_2(n_steps))))
-
-
-@lru_cache(maxsize=1024)
-def choose_splits(device: torch.device, tile: Tile, tiles: int, n_samples: int, numel: int) -> int:
-    """Return over how many programs the samples of one tile are spread: the fewest of those that finish first."""
-    slots = n_processors(device) * tile.resident
-    most = max(1, min(n_samples, triton.cdiv(3 * slots, tiles), MAX_PARTIALS // (4 * numel)))
-
-    def rounds(splits: int) -> int:
-        return int(triton.cdiv(tiles * splits, slots) * triton.cdiv(n_samples, splits))
-
-    return min(range(1, most + 1), key=lambda splits: (rounds(splits), splits))
+    longest = max(16, triton.next_power_of_2(n_steps))
+    return tuple(replace(tile, k=min(tile.k, longest)) for tile in _TILES[rows, kind][gradient])

@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .fisher_config import Operands, Tile, choose_operands, choose_splits, choose_tile
+from .fisher_config import MAX_PARTIALS, Operands, choose_operands
+from .fisher_plan import Layer, choose_plan
+from .fold_tiles import GROUP, fold_tiles, tile_corner
 from .launch import INTERPRETED, OPTIONS, capability, on_device, written
 from .products import add_sample, add_tile, product
-from .reduce import fold_partials
 from .split import OCTET, split
 
 #: Bytes that split or padded operands of one launch may take; more samples go in several launches.
@@ -27,33 +28,31 @@ WORKSPACE = 1 << 28
 MAX_WIDTH = 1 << 24
 #: No tile's chunk of t is longer.
 _MAX_CHUNK = 64
-#: Tiles that share columns of the activations run side by side, for the L2 cache.
-_GROUP = 8
 
-_SIZES = ("n_samples", "n_steps", "d_out", "d_in", "g_octets", "a_octets")
+_SIZES = ("whole", "rest", "splits", "first_shared", "n_samples", "n_steps", "d_out", "d_in", "g_octets", "a_octets")
 _STRIDES = ("g_sample", "g_step", "g_plane", "a_sample", "a_step", "a_plane")
 
 
 @triton.jit(do_not_specialize=_SIZES + _STRIDES)
 def fisher_linear_kernel(
-    fisher, gradient, grad_outputs, activations, weights,
+    fisher, gradient, partials, mean_partials, grad_outputs, activations, weights, whole, rest, splits, first_shared,
     n_samples, n_steps, d_out, d_in, g_octets, a_octets, g_sample, g_step, g_plane, a_sample, a_step, a_plane,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SQUARE: tl.constexpr, ONE: tl.constexpr,
-    ADD: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_GRADIENT: tl.constexpr, WIDE_ROWS: tl.constexpr,
+    WHOLE: tl.constexpr, SHARED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the Fisher of one split of the samples; widths and strides of G and A come in octets.
+    """One tile of the Fisher of some of the samples; widths and strides of G and A come in octets.
 
     Counting in octets is what tells the compiler that rows start on 16-byte boundaries. ONE: T <= BK, one product for
-    each sample. Without SQUARE the plain products are summed. ADD: into ``fisher``, else partials [split, d_out, d_in].
+    each sample. Without SQUARE the plain products are summed. WHOLE: there are programs that add to ``fisher``; SHARED:
+    there are some that leave partials [splits, rest, BM, BN].
     """
-    split, n_splits = tl.program_id(1), tl.num_programs(1)
-    tiles_m, tiles_n = tl.cdiv(d_out, BM), tl.cdiv(d_in, BN)
-    group = tl.program_id(0) // (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * tiles_n)
-    m_start = (group * GROUP + within % height) * BM
-    n_start = (within // height) * BN
+    # The first programs have a tile of their own; the others share tiles, each for some of the samples.
+    program = tl.program_id(0)
+    turn = tl.maximum(program - whole, 0)
+    split, n_splits = turn // rest, tl.where(program < whole, 1, splits)
+    tile = tl.where(program < whole, program, first_shared + turn % rest)
+    m_start, n_start = tile_corner(tile, d_out, d_in, BM, BN, GROUP)
     rm = m_start + tl.arange(0, BM)
     rn = n_start + tl.arange(0, BN)
     rk = tl.arange(0, BK)
@@ -84,26 +83,38 @@ def fisher_linear_kernel(
     else:
         chunks = tl.cdiv(n_steps, BK)
         acc = tl.zeros((BM, BN), tl.float32)
-        for index in range((last - first) * chunks):
-            n = first + index // chunks
-            chunk = index % chunks
+        n, chunk = first, 0
+        for _ in range((last - first) * chunks):
             sample, step = tl.cast(n, tl.int64), tl.cast(chunk * BK, tl.int64)
             steps = rk < n_steps - chunk * BK
             g_ptr = grad_outputs + (sample * g_sample + step * g_step) * 8 + g_offsets
             a_ptr = activations + (sample * a_sample + step * a_step) * 8 + a_offsets
             g_mask, a_mask = steps[None, :] & g_columns, steps[:, None] & a_columns
             acc = product(g_ptr, a_ptr, g_skip, a_skip, g_mask, a_mask, acc, TERMS, PRECISION, UPCAST)
-            if chunk == chunks - 1:
+            chunk += 1
+            done = chunk == chunks
+            if done:
                 f_acc, d_acc = add_sample(acc, f_acc, d_acc, weights, n, SQUARE, HAS_WEIGHTS, HAS_GRADIENT)
                 acc = tl.zeros((BM, BN), tl.float32)
-    # Where d_in is a multiple of 8, rows of the result lie on 16-byte boundaries and stores are as wide as loads.
-    pitch = a_octets * 8 if WIDE_ROWS else d_in
-    base = (split.to(tl.int64) * d_out + m_start) * pitch + n_start
-    offsets = tl.arange(0, BM)[:, None] * pitch + tl.arange(0, BN)[None, :]
-    mask = (rm < d_out)[:, None] & (rn < pitch)[None, :]
-    add_tile(fisher + base, offsets, mask, f_acc, ADD)
-    if HAS_GRADIENT:
-        add_tile(gradient + base, offsets, mask, d_acc, ADD)
+            chunk = tl.where(done, 0, chunk)
+            n = tl.where(done, n + 1, n)
+    if WHOLE:  # noqa: SIM102  (Triton leaves code out by constants alone)
+        if program < whole:
+            # d_in is a multiple of 8 here: rows of the result lie on 16-byte boundaries, stores are as wide as loads.
+            pitch = a_octets * 8
+            base = tl.cast(m_start, tl.int64) * pitch + n_start
+            offsets = tl.arange(0, BM)[:, None] * pitch + tl.arange(0, BN)[None, :]
+            mask = (rm < d_out)[:, None] & (rn < pitch)[None, :]
+            add_tile(fisher + base, offsets, mask, f_acc, True)
+            if HAS_GRADIENT:
+                add_tile(gradient + base, offsets, mask, d_acc, True)
+    if SHARED:  # noqa: SIM102
+        if program >= whole:
+            slot = tl.cast(turn, tl.int64) * (BM * BN)
+            offsets = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+            tl.store(partials + slot + offsets, f_acc)
+            if HAS_GRADIENT:
+                tl.store(mean_partials + slot + offsets, d_acc)
 
 
 def _readable(x: Tensor, operands: Operands) -> bool:
@@ -135,25 +146,28 @@ def add_products(
     """Run the kernel over operands [terms, N, T, pitch] and add its result to fisher and gradient."""
     _, n, t, _ = g.shape
     d_out, d_in = fisher.shape
-    tile: Tile = choose_tile(fisher.device, operands, d_out, d_in, t, gradient is not None)
-    tiles = triton.cdiv(d_out, tile.m) * triton.cdiv(d_in, tile.n)
-    splits = choose_splits(fisher.device, tile, tiles, n, fisher.numel())
-    shape = (splits, d_out, d_in)
-    f_out = fisher if splits == 1 else fisher.new_empty(shape)
-    d_out_buffer = gradient if gradient is None or splits == 1 else gradient.new_empty(shape)
+    layer = Layer(d_out, d_in, n, t, in_place=d_in % OCTET == 0)
+    plan = choose_plan(fisher.device, operands, layer, gradient is not None)
+    tile, tiles = plan.tile, triton.cdiv(d_out, plan.tile.m) * triton.cdiv(d_in, plan.tile.n)
     strides = [x.stride(dim) // OCTET for x in (g, a) for dim in (1, 2, 0)]
-    fisher_linear_kernel[(tiles, splits)](
-        f_out, d_out_buffer, g, a, weights, n, t, d_out, d_in, g.shape[3] // OCTET, a.shape[3] // OCTET, *strides,
-        BM=tile.m, BN=tile.n, BK=tile.k, GROUP=_GROUP,
-        TERMS=operands.terms, PRECISION=operands.precision, UPCAST=INTERPRETED and g.dtype == torch.bfloat16,
-        SQUARE=square, ONE=t <= tile.k, ADD=splits == 1,
-        HAS_WEIGHTS=weights is not None, HAS_GRADIENT=gradient is not None, WIDE_ROWS=d_in % OCTET == 0,
-        num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
-    )  # fmt: skip
-    if splits > 1:
-        fold_partials(f_out, fisher)
-        if gradient is not None and d_out_buffer is not None:
-            fold_partials(d_out_buffer, gradient)
+    whole, first = plan.whole, plan.whole
+    while whole or first < tiles:
+        rest = min(tiles - first, max(1, MAX_PARTIALS // (4 * tile.m * tile.n * plan.splits)))
+        shape = (plan.splits, rest, tile.m, tile.n)
+        partials = fisher.new_empty(shape) if rest else None
+        mean_partials = fisher.new_empty(shape) if rest and gradient is not None else None
+        fisher_linear_kernel[(whole + rest * plan.splits,)](
+            fisher, gradient, partials, mean_partials, g, a, weights, whole, max(rest, 1), plan.splits, first,
+            n, t, d_out, d_in, g.shape[3] // OCTET, a.shape[3] // OCTET, *strides,
+            BM=tile.m, BN=tile.n, BK=tile.k, GROUP=GROUP,
+            TERMS=operands.terms, PRECISION=operands.precision, UPCAST=INTERPRETED and g.dtype == torch.bfloat16,
+            SQUARE=square, ONE=t <= tile.k, WHOLE=whole > 0, SHARED=rest > 0,
+            HAS_WEIGHTS=weights is not None, HAS_GRADIENT=gradient is not None,
+            num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+        )  # fmt: skip
+        fold_tiles(partials, fisher, first)
+        fold_tiles(mean_partials, gradient, first)
+        whole, first = 0, first + rest
 
 
 def _one_step(fisher: Tensor, a: Tensor, g: Tensor, weights: Tensor | None, gradient: Tensor | None) -> None:

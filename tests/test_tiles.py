@@ -1,0 +1,170 @@
+"""How the Fisher kernels' work is cut up, candidates that do it otherwise, and the page about what the compiler makes.
+
+Kernels run on a GPU, or in the interpreter in a process of their own, as in ``test_triton.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+triton = pytest.importorskip("triton")
+torch = pytest.importorskip("torch")
+
+from benchmarks import resources, tiles  # noqa: E402
+from benchmarks.candidates import tma  # noqa: E402
+from benchmarks.candidates.overrides import given, installed  # noqa: E402
+from wplfast.backends import reference  # noqa: E402
+from wplfast.backends.triton import fisher_config, fisher_linear, fisher_plan, launch  # noqa: E402
+from wplfast.backends.triton.fisher_config import MAX_PARTIALS, Operands, Tile  # noqa: E402
+from wplfast.backends.triton.fisher_plan import Layer, Plan, n_tiles  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() and not launch.INTERPRETED else "cpu"
+RUNS_HERE = DEVICE == "cuda" or launch.INTERPRETED
+on_device = pytest.mark.skipif(not RUNS_HERE, reason="test_under_interpreter runs it")
+compiles = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing")
+HALF = Operands(1, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
+def test_under_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, layer: Layer, operands: Operands = HALF, capability: int = 90) -> Plan:
+    """Return the plan of a GPU with 132 multiprocessors."""
+    monkeypatch.setattr(fisher_plan, "generation", lambda device: fisher_config.rows_of(capability))
+    monkeypatch.setattr(fisher_plan, "n_processors", lambda device: 132)
+    return fisher_plan.choose_plan.__wrapped__(torch.device("cpu"), operands, layer, False)
+
+
+@pytest.mark.parametrize(
+    ("layer", "tile", "whole", "splits"),
+    [
+        (Layer(3072, 768, 8, 512), (128, 128), 132, 8),  # 144 tiles: 9 samples' time instead of 12 at two splits
+        (Layer(4096, 4096, 8, 512), (128, 128), 1024, 1),
+        (Layer(768, 768, 8, 512), (128, 128), 0, 3),  # 36 tiles
+        (Layer(64, 4096, 32, 128), (64, 128), 0, 4),
+        (Layer(4096, 64, 32, 128), (128, 64), 0, 4),
+        (Layer(256, 64, 64, 3136), (128, 64), 0, 64),
+    ],
+)
+def test_plans(layer: Layer, tile: tuple[int, int], whole: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = plan(monkeypatch, layer)
+    assert ((chosen.tile.m, chosen.tile.n), chosen.whole, chosen.splits) == (tile, whole, splits)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("operands", resources.KINDS.values(), ids=resources.KINDS.keys())
+def test_plans_keep_their_limits(operands: Operands, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for d_out in (1, 70, 768, 5000):
+        for d_in in (8, 129, 3072):
+            for n, t in ((1, 1), (8, 512), (300, 35)):
+                layer = Layer(d_out, d_in, n, t, in_place=d_in % 8 == 0)
+                chosen = plan(monkeypatch, layer, operands, capability)
+                tiles_ = n_tiles(chosen.tile, layer)
+                shared = 4 * chosen.tile.m * chosen.tile.n * (tiles_ - chosen.whole) * chosen.splits
+                assert 0 <= chosen.whole <= tiles_
+                assert chosen.whole == 0 or layer.in_place
+                assert 1 <= chosen.splits <= n
+                assert chosen.splits == 1 or shared <= MAX_PARTIALS
+                assert chosen.tile.k <= max(16, triton.next_power_of_2(t))
+
+
+def test_consumer_blackwell_takes_tiles_that_fit_its_shared_memory() -> None:
+    assert [fisher_config.rows_of(c) for c in (75, 80, 89, 90, 100, 103, 110, 120, 121)] == [
+        8, 8, 8, 9, 10, 10, 10, 8, 8,
+    ]  # fmt: skip
+
+
+@on_device
+@pytest.mark.parametrize("d_in", [72, 77])
+@pytest.mark.parametrize("t", [9, 40])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_tiles_of_their_own_and_shared_ones(gradient: bool, t: int, d_in: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    n, d_out = 5, 136
+    g, a = (torch.randn(n, t, d, device=DEVICE).half() for d in (d_out, d_in))
+    weights = torch.rand(n, device=DEVICE)
+    start = torch.rand(2, d_out, d_in)
+    expected = [x.double().to(DEVICE) for x in start]
+    reference.fisher_linear_(expected[0], a.double(), g.double(), weights.double(), expected[1] if gradient else None)
+    tile = Tile(64, 64, 16, 4, 2, 1)  # 3 x 2 tiles
+    cuts = [(4, 3), (0, 2), (0, 1), (6, 1)] if d_in % 8 == 0 else [(0, 2), (0, 1)]
+    monkeypatch.setattr(fisher_linear, "MAX_PARTIALS", 1 << 17)  # at most 8 partial tiles: several launches
+    with installed((fisher_linear, "choose_plan")):
+        for whole, splits in cuts:
+            fisher, mean = (x.clone().to(DEVICE) for x in start)
+            with given(choose_plan=Plan(tile, whole, splits)):
+                fisher_linear.fisher_linear_(fisher, a, g, weights, mean if gradient else None)
+            assert (fisher - expected[0]).norm() <= 1e-5 * expected[0].norm()
+            assert (mean - expected[1]).norm() <= 1e-5 * expected[1].norm()
+
+
+@on_device
+@pytest.mark.skipif(DEVICE == "cuda" and launch.capability(torch.device("cuda")) < 90, reason="needs TMA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("t", [9, 40])
+def test_tensor_descriptors(t: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    n, d_out, d_in = 5, 136, 72
+    g, a = (torch.randn(n, t, d, device=DEVICE).to(dtype) for d in (d_out, d_in))
+    expected = torch.ones(d_out, d_in, dtype=torch.float64, device=DEVICE)
+    reference.fisher_linear_(expected, a.double(), g.double(), None, None)
+    with installed((fisher_linear, "choose_plan")):
+        for whole, splits in ((4, 3), (0, 2), (6, 1)):
+            fisher = torch.ones(d_out, d_in, device=DEVICE)
+            with given(choose_plan=Plan(Tile(64, 64, 16, 4, 2, 1), whole, splits)):
+                tma.fisher_tma_(fisher, a, g)
+            assert (fisher - expected).norm() <= 1e-5 * expected.norm()
+
+
+@on_device
+@pytest.mark.slow
+def test_the_sweep_runs() -> None:
+    record = tiles.run(torch.device(DEVICE), 1.0, quick=True)
+    for case in record["cases"]:
+        assert "problem" not in case, case
+        assert case["left_out"] == {}, case
+        assert "default" in case["results"]
+        assert tiles.table({"cases": [case]}).startswith(case["case"])
+
+
+def records() -> dict[str, dict]:
+    """Return the committed record, by version of Triton."""
+    return json.loads(resources.RECORD.read_text())
+
+
+def test_the_page_is_made_from_the_record() -> None:
+    assert resources.PAGE.read_text() == resources.page(records())
+
+
+def test_no_kernel_of_the_record_spills_or_does_without_tensor_cores() -> None:
+    for version, record in records().items():
+        for name, row in record.items():
+            if "candidate" in name:
+                continue
+            assert row["spills"] == 0, (version, name)
+            assert row["programs"] >= 1, (version, name)
+            assert row["tensor_core"] > 0 or " ieee " in name, (version, name)
+            assert set(row["stores"]) == {"16"}, (version, name)
+
+
+@compiles
+@pytest.mark.slow
+def test_the_record_is_what_the_compiler_makes() -> None:
+    record = records().get(triton.__version__)
+    if record is None:
+        pytest.skip(f"the record is of Triton {', '.join(records())}, not {triton.__version__}")
+    found = list(resources.cases())
+    assert [case.name for case in found] == list(record)
+    for case in found[::11]:  # every kind of row; all take minutes
+        assert resources.measure(case) == record[case.name], case.name
