@@ -15,7 +15,6 @@ torch = pytest.importorskip("torch")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from benchmarks.resources import compile_linear  # noqa: E402
 from benchmarks.plumbing.ahead import (  # noqa: E402
     SHARED,
     TENSOR_CORES,
@@ -24,6 +23,7 @@ from benchmarks.plumbing.ahead import (  # noqa: E402
     resources,
     vector_widths,
 )
+from benchmarks.resources import compile_linear  # noqa: E402
 from wplfast.backends.triton import (  # noqa: E402
     conv_depthwise,
     conv_taps,
