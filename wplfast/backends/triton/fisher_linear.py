@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from .fisher_config import Operands, Tile, choose_operands, choose_splits, choose_tile
+from .kernel import kernel
 from .launch import INTERPRETED, OPTIONS, capability, on_device, written
 from .products import add_sample, add_tile, product
 from .reduce import fold_partials
@@ -34,7 +35,7 @@ _SIZES = ("n_samples", "n_steps", "d_out", "d_in", "g_octets", "a_octets")
 _STRIDES = ("g_sample", "g_step", "g_plane", "a_sample", "a_step", "a_plane")
 
 
-@triton.jit(do_not_specialize=_SIZES + _STRIDES)
+@kernel(do_not_specialize=_SIZES + _STRIDES)
 def fisher_linear_kernel(
     fisher, gradient, grad_outputs, activations, weights,
     n_samples, n_steps, d_out, d_in, g_octets, a_octets, g_sample, g_step, g_plane, a_sample, a_step, a_plane,
