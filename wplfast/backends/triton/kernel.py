@@ -34,13 +34,13 @@ TYPES = {
 _CONSTANTS = {dtype: dtype.name for dtype in (tl.float32, tl.float64, tl.bfloat16, tl.float16)}
 
 
-class Kernel(triton.JITFunction):
+class Kernel(triton.JITFunction):  # type: ignore[misc]
     """A Triton function that is launched from a pack where one has it."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         """Return what launches a grid of programs, and returns what can be launched again."""
         if SERVER is None:
-            return super().__getitem__(grid)
+            return super().__getitem__(grid)  # type: ignore[no-any-return]
         return partial(SERVER.launch, self, grid)
 
     def jit(self, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any]) -> Any:
@@ -78,7 +78,7 @@ class Tables:
     """
 
     def __init__(self, exchange: object | None = EXCHANGE) -> None:
-        self.reader = packs._C.TensorReader(torch.Tensor, TYPES, exchange)
+        self.reader = packs.EXTENSION.TensorReader(torch.Tensor, TYPES, exchange)
 
     def table(self, function: Kernel) -> Any:
         """Return a ``_C.LaunchTable`` for a kernel, empty."""
@@ -86,7 +86,7 @@ class Tables:
             p.is_constexpr + 2 * (not p.do_not_specialize) + 4 * (not p.do_not_specialize_on_alignment)
             for p in function.params
         ]
-        return packs._C.LaunchTable(self.reader, function.arg_names, flags, OPTION_NAMES, _CONSTANTS)
+        return packs.EXTENSION.LaunchTable(self.reader, function.arg_names, flags, OPTION_NAMES, _CONSTANTS)
 
 
 class Server:
@@ -185,7 +185,7 @@ def _server() -> Server | None:
         return None
     if torch.version.cuda is None:  # no look at the devices: that would keep processes from being forked
         return None
-    if packs._C is None:
+    if packs.EXTENSION is None:
         if chosen == "pack":
             raise ImportError("WPLFAST_KERNELS=pack: packs are launched by the C++ extension wplfast._C")
         return None

@@ -42,10 +42,10 @@ class Relaunched:
     """A kernel for arguments of one kind: compiled by its first launch, from the second on launched as it was compiled.
 
     The JIT looks at every argument of a launch to find what it compiled for their kind: more work than the launch. A
-    pack of precompiled kernels is searched in the same way, if faster. Here the caller vouches for the kind: the device,
-    the dtypes, what is None, the constexprs, the options and, unless the kernel is specialised on neither, the alignment
-    of pointers and the divisibility of numbers are those of the first launch. In the interpreter, which compiles
-    nothing, every launch is a first one.
+    search in a pack does the same, if faster. Here the caller vouches for the kind: the device, the dtypes, what is
+    None, the constexprs, the options and, unless the kernel is specialised on neither, the alignment of pointers and
+    the divisibility of numbers are those of the first launch. In the interpreter, which compiles nothing, every launch
+    is a first one.
 
     Args:
         kernel: a Triton kernel; all of its arguments are given by position.

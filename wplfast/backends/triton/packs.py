@@ -34,6 +34,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 #: The class of kernels that came from a pack, for ``isinstance``.
 LOADED: Any = () if _C is None else _C.LoadedKernel
+#: The C++ extension, or None.
+EXTENSION: Any = _C
 
 
 class PackError(Exception):

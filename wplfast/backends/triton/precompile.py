@@ -118,9 +118,10 @@ def described(compiled: Any, options: dict[str, Any]) -> str:
 
 
 def parameters(compiled: Any, key: str) -> str:
-    """Return which arguments the code takes, as ``_C.LoadedKernel`` wants to know it; checked against the code's own."""
-    kinds = ["p" if part[0] == "*" else {"=": "-", "i32": "i", "i64": "l"}[part.strip("D") if part[0] != "=" else "="]
-             for part in key.rpartition(",")[0].split(",")]  # fmt: skip
+    """Return which arguments the code takes, as ``_C.LoadedKernel`` wants it; compared with what the code declares."""
+    numbers = {"i32": "i", "i32D": "i", "i64": "l", "i64D": "l"}
+    parts = key.rpartition(",")[0].split(",")
+    kinds = ["-" if part[0] == "=" else "p" if part[0] == "*" else numbers[part] for part in parts]
     metadata = compiled.metadata
     entry = compiled.asm["ptx"].partition(f".entry {compiled.name}(")[2].partition(")")[0]
     sizes = [int(bits) // 8 for bits in re.findall(r"\.param\s+\.[bsu](\d+)", entry)]
@@ -128,7 +129,9 @@ def parameters(compiled: Any, key: str) -> str:
     scratch = metadata.global_scratch_size, metadata.profile_scratch_size
     plain = (metadata.num_ctas, *scratch, metadata.launch_pdl, metadata.launch_cooperative_grid) == (1, 0, 0, 0, 0)
     if sizes != expected or not plain:
-        raise RuntimeError(f"{compiled.name} takes parameters of {sizes} bytes, expected {expected}; {metadata}")
+        raise RuntimeError(
+            f"{compiled.name} takes {sizes} bytes of parameters, expected {expected}, or needs {metadata}"
+        )
     return "".join(kinds)
 
 
@@ -173,24 +176,23 @@ def build(archs: Sequence[int], out: Path, chosen: Sequence[str] = tuple(CASES),
     for arch in archs:
         if arch < OLDEST:
             raise ValueError(f"packs are for targets from {OLDEST} on, got {arch}")
-    if packs._C is None:
+    if packs.EXTENSION is None:
         raise ImportError("packs are launched by the C++ extension wplfast._C, which is missing")
     paths, shards = [], 2 * jobs
-    spawn = multiprocessing.get_context("spawn")  # a target is for a whole process
-    with ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool:
-        for arch in archs:
-            started = time.perf_counter()
+    for arch in archs:
+        started = time.perf_counter()
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:  # a process has one target
             tasks = [pool.submit(_compile, arch, chosen, shard, shards) for shard in range(shards)]
             found = [task.result() for task in tasks]
-            compiled = [kernel for kernels, _ in found for kernel in kernels]
-            path = out / f"sm_{arch}.zip"
-            write(path, arch, compiled)
-            paths.append(path)
-            seconds, size = time.perf_counter() - started, path.stat().st_size
-            print(f"{path}: {len(compiled)} kernels, {seconds:.0f} s, {size / 1e6:.1f} MB", flush=True)
-            for _, left_out in found:
-                for what in left_out:
-                    print(f"{path}: left out {what}", flush=True)
+        compiled = [kernel for kernels, _ in found for kernel in kernels]
+        path = out / f"sm_{arch}.zip"
+        write(path, arch, compiled)
+        paths.append(path)
+        seconds, size = time.perf_counter() - started, path.stat().st_size
+        print(f"{path}: {len(compiled)} kernels, {seconds:.0f} s, {size / 1e6:.1f} MB", flush=True)
+        for _, left_out in found:
+            for what in left_out:
+                print(f"{path}: left out {what}", flush=True)
     return paths
 
 
