@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import torch
 
 from .plumbing import fake_cuda
 from .plumbing.record import environment
+from .timing import Spread
 
 ROOT = Path(__file__).parent.parent
 #: Launches between two looks at the clock (a GPU's queue holds more), and how often that is repeated.
@@ -82,8 +83,8 @@ def _seconds(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
-def _microseconds(run: Callable[[], object], device: str) -> float:
-    """Return the host's time for one of many launches, the median of several rounds."""
+def _microseconds(run: Callable[[], object], device: str) -> dict[str, float]:
+    """Return the host's time for one of many launches, as a spread over several rounds."""
     times = []
     for _ in range(ROUNDS):
         started = time.perf_counter()
@@ -91,7 +92,7 @@ def _microseconds(run: Callable[[], object], device: str) -> float:
             run()
         times.append((time.perf_counter() - started) / LAUNCHES)
         _synchronise(device)
-    return 1e6 * statistics.median(times)
+    return asdict(Spread.of(times, 1e6))
 
 
 def measure(way: str, device: str) -> dict[str, Any]:
@@ -173,9 +174,9 @@ def table(record: Mapping[str, Any]) -> str:
     jit, pack = (record[way]["cold_seconds"] for way in WAYS)
     lines += [f"| {name} | {jit[name]:.3f} | {pack[name]:.4f} |" for name in jit]
     lines += [f"| all | {sum(jit.values()):.2f} | {sum(pack.values()):.3f} |", ""]
-    lines += ["| host, microseconds a launch | JIT | pack |", "|---|---|---|"]
+    lines += ["| host, microseconds a launch, median [quartiles] | JIT | pack |", "|---|---|---|"]
     jit, pack = (record[way]["warm_microseconds"] for way in WAYS)
-    lines += [f"| {name} | {jit[name]:.2f} | {pack[name]:.2f} |" for name in jit]
+    lines += [f"| {name} | {Spread(**jit[name])} | {Spread(**pack[name])} |" for name in jit]
     return "\n".join(lines)
 
 

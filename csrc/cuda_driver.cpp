@@ -12,10 +12,11 @@ using Result = int;  // CUresult
 constexpr Result SUCCESS = 0;
 
 // Values from cuda.h; the driver's interface keeps them.
-constexpr int MAX_THREADS_PER_BLOCK = 0, SHARED_SIZE_BYTES = 1, MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;  // CUfunction_attribute
-constexpr int MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97;                                               // CUdevice_attribute
-constexpr int CACHE_PREFER_SHARED = 1;                                                              // CUfunc_cache
-constexpr int CAPTURE_RELAXED = 2;                                                                  // CUstreamCaptureMode
+constexpr int MAX_THREADS_PER_BLOCK = 0, SHARED_SIZE_BYTES = 1,
+              MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;       // CUfunction_attribute
+constexpr int MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97;  // CUdevice_attribute
+constexpr int CACHE_PREFER_SHARED = 1;                 // CUfunc_cache
+constexpr int CAPTURE_RELAXED = 2;                     // CUstreamCaptureMode
 // A kernel gets this much shared memory without asking for more.
 constexpr uint32_t SHARED_WITHOUT_ASKING = 48 << 10;
 

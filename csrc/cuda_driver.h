@@ -1,7 +1,8 @@
 // The few functions of the CUDA driver that it takes to load and launch a compiled kernel.
 //
-// The driver, libcuda.so.1, is looked for when it is first needed: neither a CUDA header nor a library is used to build,
-// and a machine without a GPU imports the extension as ever. Errors are std::runtime_error with the driver's own words.
+// The driver, libcuda.so.1, is looked for when it is first needed: neither a CUDA header nor a library is used to
+// build, and a machine without a GPU imports the extension as ever. Errors are std::runtime_error with the driver's own
+// words.
 #pragma once
 
 #include <cstdint>

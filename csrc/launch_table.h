@@ -85,11 +85,16 @@ class TensorReader {
     if (view.dtype.lanes != 1) return nullptr;
     const int bits = view.dtype.bits;
     switch (view.dtype.code) {
-      case INT: return bits == 64 ? "i64" : bits == 32 ? "i32" : bits == 16 ? "i16" : bits == 8 ? "i8" : nullptr;
-      case UINT: return bits == 64 ? "u64" : bits == 32 ? "u32" : bits == 16 ? "u16" : bits == 8 ? "u8" : nullptr;
-      case FLOAT: return bits == 64 ? "fp64" : bits == 32 ? "fp32" : bits == 16 ? "fp16" : nullptr;
-      case BFLOAT: return bits == 16 ? "bf16" : nullptr;
-      default: return nullptr;
+      case INT:
+        return bits == 64 ? "i64" : bits == 32 ? "i32" : bits == 16 ? "i16" : bits == 8 ? "i8" : nullptr;
+      case UINT:
+        return bits == 64 ? "u64" : bits == 32 ? "u32" : bits == 16 ? "u16" : bits == 8 ? "u8" : nullptr;
+      case FLOAT:
+        return bits == 64 ? "fp64" : bits == 32 ? "fp32" : bits == 16 ? "fp16" : nullptr;
+      case BFLOAT:
+        return bits == 16 ? "bf16" : nullptr;
+      default:
+        return nullptr;
     }
   }
 

@@ -17,6 +17,7 @@ import pytest
 triton = pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
+import wplfast  # noqa: E402
 from benchmarks.plumbing import fake_cuda  # noqa: E402
 from wplfast.backends.triton import kernel, launch, packs, penalty_kernel, precompile, scale, squares  # noqa: E402
 from wplfast.backends.triton.precompile_cases import CASES  # noqa: E402
@@ -335,3 +336,19 @@ def test_environment_and_information(folder: Path) -> None:
     assert f"kernels by Triton {triton.__version__}" in done.stdout
     wrong = subprocess.run(program, capture_output=True, text=True, env={**environment, "WPLFAST_KERNELS": "aot"})
     assert "must be 'auto', 'jit' or 'pack', got 'aot'" in wrong.stderr + wrong.stdout
+
+
+@pytest.mark.parametrize(
+    ("archs", "label"), [("", ""), ("80;90", "+sm80.sm90"), ("90, 80 100", "+sm80.sm90.sm100"), ("80;ninety", None)]
+)
+def test_a_wheel_says_what_it_was_precompiled_for(archs: str, label: str | None) -> None:
+    pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    environment = {**os.environ, "WPLFAST_CUDA_ARCHS": archs}
+    program = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, cwd=ROOT)
+    if label is None:
+        assert done.returncode != 0
+        assert "must be targets such as '80;90;100', got '80;ninety'" in done.stderr
+    else:
+        assert done.stdout.split()[-1] == wplfast.__version__ + label

@@ -2,8 +2,8 @@
 //
 // Built as libcuda.so.1, it stands in for the real one where it comes first in LD_LIBRARY_PATH. It has what Triton's
 // driver and csrc/cuda_driver.cpp call. Launches are noted with the bytes of their arguments, whose sizes it reads from
-// the kernel's code, as the real driver does. FAKE_CUDA_QUIET=1 notes nothing, which leaves the cost of a launch that of
-// its caller. FAKE_CUDA_CAPABILITY (90) is what every one of FAKE_CUDA_DEVICES (1) devices passes for.
+// the kernel's code, as the real driver does. FAKE_CUDA_QUIET=1 notes nothing, which leaves the cost of a launch that
+// of its caller. FAKE_CUDA_CAPABILITY (90) is what every one of FAKE_CUDA_DEVICES (1) devices passes for.
 #include <elf.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -115,11 +115,21 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   (void)device;
   const int capability = setting("FAKE_CUDA_CAPABILITY", 90);
   switch (attribute) {
-    case 75: *value = capability / 10; break;
-    case 76: *value = capability % 10; break;
-    case 16: *value = 132; break;                       // multiprocessors
-    case 81: case 97: *value = 227 << 10; break;        // shared memory
-    default: *value = 1024;
+    case 75:
+      *value = capability / 10;
+      break;
+    case 76:
+      *value = capability % 10;
+      break;
+    case 16:
+      *value = 132;
+      break;  // multiprocessors
+    case 81:
+    case 97:
+      *value = 227 << 10;
+      break;  // shared memory
+    default:
+      *value = 1024;
   }
   return SUCCESS;
 }
