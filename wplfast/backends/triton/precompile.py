@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 
 from ...version import __version__
 from . import kernel, launch, packs
+from .fisher_config import choose_splits, choose_tile
 from .packs import FORMAT, MANIFEST, Precompiled
 from .precompile_cases import CASES
 
@@ -86,7 +87,11 @@ class Recorder:
         self.seen.add((name, key))
         if zlib.crc32(f"{name} {key}".encode()) % self._shards != self._shard:
             return
-        compiled = function.run(*args, grid=grid, warmup=True, **options)
+        try:
+            compiled = function.run(*args, grid=grid, warmup=True, **options)
+        except Exception as error:
+            versions = f"Triton {triton.__version__} cannot compile {name}({key}) for sm_{self._arch}"
+            raise RuntimeError(f"{versions}: {error}") from None
         expected = described(compiled, options)
         if key != expected:
             raise RuntimeError(f"{name} was launched with {key}, but Triton compiled {expected}")
@@ -138,6 +143,8 @@ def parameters(compiled: Any, key: str) -> str:
 def record(arch: int, chosen: Sequence[str] = tuple(CASES), shard: int = 0, shards: int = 1) -> Recorder:
     """Run cases for a target; return what was compiled. It stays what this process compiles for."""
     launch.PRETENDED.update(processors=PROCESSORS, capability=arch)
+    for remembered in (launch.n_processors, launch.capability, choose_tile, choose_splits):
+        remembered.cache_clear()
     triton.runtime.driver.set_active(Target(arch))
     triton.knobs.compilation.disable_line_info = True  # a third of the code, and paths of this machine
     recorder = Recorder(arch, shard, shards)
@@ -176,6 +183,8 @@ def build(archs: Sequence[int], out: Path, chosen: Sequence[str] = tuple(CASES),
     for arch in archs:
         if arch < OLDEST:
             raise ValueError(f"packs are for targets from {OLDEST} on, got {arch}")
+    if launch.INTERPRETED:
+        raise ValueError("TRITON_INTERPRET=1 compiles nothing: unset it to make packs")
     if packs.EXTENSION is None:
         raise ImportError("packs are launched by the C++ extension wplfast._C, which is missing")
     paths, shards = [], 2 * jobs
