@@ -90,8 +90,10 @@ class Recorder:
         try:
             compiled = function.run(*args, grid=grid, warmup=True, **options)
         except Exception as error:
-            versions = f"Triton {triton.__version__} cannot compile {name}({key}) for sm_{self._arch}"
-            raise RuntimeError(f"{versions}: {error}") from None
+            reason = " ".join(str(error).split())[:300]  # it may go on with the whole program
+            raise RuntimeError(
+                f"Triton {triton.__version__} cannot compile {name}({key}) for sm_{self._arch}: {reason}"
+            ) from None
         expected = described(compiled, options)
         if key != expected:
             raise RuntimeError(f"{name} was launched with {key}, but Triton compiled {expected}")
