@@ -2,13 +2,17 @@
 
 Environment:
     WPLFAST_NO_CPP: ``1`` leaves the extension out; the plain-PyTorch backend then serves CPU tensors.
+    WPLFAST_CUDA_ARCHS: targets such as ``80;90;100``; a wheel then also holds Triton kernels precompiled for them, and
+        its version says so: ``0.1.0+sm80.sm90.sm100``. Needs torch and triton: ``pip wheel --no-build-isolation .``
     CXX, CXXFLAGS: compiler and extra flags, as usual.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,10 +30,56 @@ Either install a C++17 compiler (GCC 9 or newer, or clang; e.g. `apt install g++
     WPLFAST_NO_CPP=1 pip install .
 wplfast then runs on plain PyTorch on CPUs, which is slower; GPUs are not affected.
 """
+NO_PACKS = """
+The Triton kernels could not be precompiled (see the message above). WPLFAST_CUDA_ARCHS needs torch, numpy and triton in
+the environment that builds, for which build isolation must be off:
+    WPLFAST_CUDA_ARCHS="80;90" pip wheel --no-deps --no-build-isolation .
+Without WPLFAST_CUDA_ARCHS the kernels are compiled at run time.
+"""
+
+
+def cuda_archs() -> list[int]:
+    """Return the targets that packs are made for."""
+    named = os.environ.get("WPLFAST_CUDA_ARCHS", "")
+    archs = [arch for arch in re.split(r"[;,\s]+", named) if arch]
+    if not all(re.fullmatch(r"\d{2,3}", arch) for arch in archs):
+        raise SystemExit(f"WPLFAST_CUDA_ARCHS must be targets such as '80;90;100', got {named!r}")
+    return sorted({int(arch) for arch in archs})
+
+
+def version() -> str:
+    """Return the package's version, with the packs that a wheel holds as its local part."""
+    plain = re.search(r'^__version__ = "(.+)"', Path("wplfast/version.py").read_text(), re.MULTILINE)
+    if plain is None:
+        raise SystemExit("wplfast/version.py has no __version__")
+    packs = ".".join(f"sm{arch}" for arch in cuda_archs())
+    return f"{plain[1]}+{packs}" if packs else plain[1]
 
 
 class BuildExtension(build_ext):
-    """Adds OpenMP where the compiler has it, and says what to do where nothing compiles."""
+    """Adds OpenMP where the compiler has it, says what to do where nothing compiles, and makes packs of kernels."""
+
+    def run(self) -> None:
+        """Build the extension, and with it what it launches."""
+        super().run()
+        root = Path.cwd() if self.inplace else Path(self.build_lib).resolve()
+        folder = root / "wplfast/backends/triton/packs"
+        if cuda_archs() or not self.inplace:  # those of an earlier build must not get into this wheel
+            for stale in folder.glob("sm_*.zip"):
+                stale.unlink()
+        if cuda_archs():
+            self._precompile(cuda_archs(), root, folder)
+
+    def _precompile(self, archs: list[int], root: Path, folder: Path) -> None:
+        """Make packs for targets, by the package under ``root`` and into ``folder``."""
+        builder = [sys.executable, "-m", "wplfast.backends.triton.precompile", "--out", str(folder)]
+        paths = [str(root), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment["WPLFAST_KERNELS"] = "jit"
+        environment.pop("TRITON_INTERPRET", None)
+        command = [*builder, "--archs", *map(str, archs)]
+        if subprocess.run(command, env=environment, cwd=root).returncode != 0:
+            raise SystemExit(NO_PACKS)
 
     def build_extension(self, ext: Extension) -> None:
         """Build one extension, or stop with advice."""
@@ -57,6 +107,8 @@ class BuildExtension(build_ext):
 def extensions() -> list[Extension]:
     """Return the extension, or nothing where it is switched off."""
     if os.environ.get("WPLFAST_NO_CPP") == "1":
+        if cuda_archs():
+            raise SystemExit("WPLFAST_CUDA_ARCHS needs the extension, which launches the kernels: unset WPLFAST_NO_CPP")
         return []
     from pybind11 import get_include
 
@@ -69,10 +121,10 @@ def extensions() -> list[Extension]:
             depends=depends,
             include_dirs=[get_include()],
             extra_compile_args=list(FLAGS),
-            extra_link_args=[],
+            libraries=["dl"] if sys.platform == "linux" else [],  # glibc before 2.34 has dlopen in a library of its own
             language="c++",
         )
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension}, version=version())

@@ -31,7 +31,6 @@ TOLERANCE = 1e-4  # fp32 against a float64 loop, relative to a parameter's large
 WHOLE_TARGET = 1.10  # for workloads whose pass may cost 1.05 units; others add the same 5%
 LOOPS = 2.0  # lower precisions: the whole model's error over that of a one-sample loop of the same precision
 KNOWN = WORKLOADS | LARGE
-WHOLE_TARGET = 1.10  # for workloads whose pass may cost 1.05 units; others add the same 5%
 
 
 class Model:

@@ -84,16 +84,16 @@ def cases() -> Iterator[Case]:
 
 
 def compile_linear(arch: int, operands: Operands, tile: Tile, steps: int, gradient: bool, **changes: bool) -> Any:
-    """Compile the linear layer's kernel; with both whole and shared tiles unless changed."""
+    """Compile the linear layer's kernel."""
     element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[operands.dtype]
     constants: dict[str, Any] = {
         "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": fold_tiles.GROUP, "TERMS": operands.terms,
-        "PRECISION": operands.precision, "UPCAST": False, "SQUARE": True, "ONE": steps <= tile.k, "WHOLE": True,
-        "SHARED": True, "HAS_WEIGHTS": False, "HAS_GRADIENT": gradient,
+        "PRECISION": operands.precision, "UPCAST": False, "SQUARE": True, "ONE": steps <= tile.k,
+        "HAS_WEIGHTS": False, "HAS_GRADIENT": gradient,
     } | changes  # fmt: skip
     optional = {
-        "fisher": True, "gradient": gradient, "weights": constants["HAS_WEIGHTS"], "partials": constants["SHARED"],
-        "mean_partials": gradient and constants["SHARED"],
+        "fisher": True, "gradient": gradient, "weights": constants["HAS_WEIGHTS"], "partials": True,
+        "mean_partials": gradient,
     }  # fmt: skip
     pointers = dict.fromkeys(("grad_outputs", "activations"), f"*{element}")
     pointers |= {name: "*fp32" for name, present in optional.items() if present}

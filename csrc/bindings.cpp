@@ -11,6 +11,7 @@
 #include "fisher_embedding.h"
 #include "fisher_linear.h"
 #include "isa.h"
+#include "launch_table.h"
 #include "parallel.h"
 #include "penalty.h"
 #include "prepared_penalty.h"
@@ -220,6 +221,21 @@ PYBIND11_MODULE(_C, m) {
   m.def("fisher_embedding", &fisher_embedding_binding, "Fisher diagonal of a table that rows are taken from.");
   m.def("scale_grads", &scale_grads_binding, "Per-sample gradients of an elementwise scale.");
   m.def("accumulate_squares", &accumulate_squares_binding, "Weighted sum of squared per-sample gradients.");
+  py::class_<TensorReader>(m, "TensorReader", py::module_local(), "Reads tensors' addresses and types.")
+      .def(py::init<const py::type&, const py::dict&, const py::object&>());
+  py::class_<LoadedKernel>(m, "LoadedKernel", py::module_local(), "A precompiled kernel on one device.")
+      .def(py::init<const TensorReader&, const py::object&, int, const py::bytes&, const std::string&, uint32_t,
+                    uint32_t, std::string>(),
+           py::keep_alive<1, 2>())
+      .def("launch", py::overload_cast<const py::tuple&, const py::tuple&>(&LoadedKernel::launch, py::const_),
+           "Launches it; the arguments must be like those it was compiled for.");
+  py::class_<LaunchTable>(m, "LaunchTable", py::module_local(), "Loaded kernels by what their arguments are like.")
+      .def(py::init<const TensorReader&, const py::sequence&, const std::vector<int>&, const py::sequence&,
+                    const py::dict&>(),
+           py::keep_alive<1, 2>())
+      .def("add", &LaunchTable::add, "Adds a loaded kernel.")
+      .def("key", &LaunchTable::key, "What arguments are like, or None.")
+      .def("launch", &LaunchTable::launch, "Launches and returns a loaded kernel; otherwise returns the key, or None.");
   m.def("isa", [] { return isa_name(selected_isa()); }, "Instruction set in use: avx512, avx2 or portable.");
   m.def("max_threads", &max_threads, "Most threads OpenMP would use; 1 in a serial build.");
 #ifdef _OPENMP

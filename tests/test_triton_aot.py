@@ -133,8 +133,6 @@ def test_fisher_linear_resources(kind: str, steps: int, gradient: bool, arch: in
     [
         (3, 64, {"SQUARE": False}),  # T = 1, the squares of float32 as one GEMM
         (1, 512, {"HAS_WEIGHTS": True}),
-        (1, 512, {"SHARED": False}),
-        (1, 512, {"WHOLE": False}),  # all that d_in in no multiple of 8 gets
     ],
 )
 def test_fisher_linear_variants(terms: int, steps: int, changes: dict[str, bool], arch: int, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -29,7 +29,29 @@ def info() -> list[tuple[str, str]]:
         rows += [(f"gpu {i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
     else:
         rows.append(("gpu", "none"))
+    rows += kernels()
     rows += [(f"{name} is missing", reason) for name, reason in backends.missing().items()]
+    return rows
+
+
+def kernels() -> list[tuple[str, str]]:
+    """Return which packs of precompiled Triton kernels there are, and which GPU they serve."""
+    if "triton" not in backends.available():
+        return []
+    from .backends.triton import kernel, packs
+
+    rows = []
+    for arch, path in sorted(packs.present().items()):
+        pack = packs.open_pack(path)
+        held = "unusable" if pack is None else f"{len(pack)} kernels by Triton {pack.triton}"
+        rows.append((f"kernels sm_{arch}", f"{held}, {path.stat().st_size / 1e6:.1f} MB"))
+    if not rows:
+        rows.append(("kernels", "none precompiled"))
+    for i in range(torch.cuda.device_count()):
+        pack = packs.find(torch.cuda.get_device_capability(i)) if kernel.SERVER is not None else None
+        rows.append(
+            (f"gpu {i} kernels from", "Triton's JIT" if pack is None else f"{pack.path.name}, else Triton's JIT")
+        )
     return rows
 
 

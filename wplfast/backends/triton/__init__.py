@@ -15,6 +15,7 @@
 ``scale``              per-sample gradients of an elementwise scale
 ``scale_unless_one``   a buffer times a factor, without a look from the host
 ``squares``            sums of squared per-sample gradients that are already in memory
+``kernel``, ``packs``  who serves a launch: kernels precompiled by ``precompile``, or Triton's JIT
 =====================  ==============================================================================
 
 Importing it needs Triton, not a GPU. Under ``TRITON_INTERPRET=1`` every kernel also runs on CPU tensors.

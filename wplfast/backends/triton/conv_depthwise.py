@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .conv_geometry import SIZES, Geometry, choose_box
 from .conv_taps import next_box
+from .kernel import kernel
 from .launch import OPTIONS, n_processors
 from .reduce import fold_taps
 from .split import OCTET
@@ -22,7 +23,7 @@ BOX, CHANNELS, TAPS, WARPS = 8, 64, 4, 4
 _WIDTHS = ("n_samples", "taps", "multiplier", "g_width", "x_width")
 
 
-@triton.jit(do_not_specialize=_WIDTHS + SIZES)
+@kernel(do_not_specialize=_WIDTHS + SIZES)
 def fisher_depthwise_kernel(
     fisher, gradient, grad_outputs, inputs, weights, n_samples, taps, multiplier, g_width, x_width,
     images, l0, l1, l2, s0, s1, s2, k1, k2,

@@ -15,6 +15,7 @@ from torch import Tensor
 from .conv_geometry import SIZES, Blocks, Geometry, choose_box
 from .fisher_config import Operands
 from .fisher_plan import Layer, choose_plan, n_tiles
+from .kernel import kernel
 from .launch import INTERPRETED, OPTIONS
 from .products import add_sample, add_tile, product
 from .reduce import fold_taps
@@ -44,7 +45,7 @@ def next_box(x, y, z, m, boxes_x, boxes_y, l0, images):
     return x, y, z, m, carry
 
 
-@triton.jit(do_not_specialize=_WIDTHS + _PLANES + SIZES)
+@kernel(do_not_specialize=_WIDTHS + _PLANES + SIZES)
 def fisher_conv_kernel(
     fisher, gradient, grad_outputs, inputs, weights,
     n_samples, taps, n_groups, group_out, group_in, g_octets, x_octets, g_block, x_block, g_plane, x_plane,

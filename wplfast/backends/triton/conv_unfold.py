@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .conv_geometry import SIZES, Geometry
 from .fisher_config import Operands
+from .kernel import kernel
 from .launch import OPTIONS
 from .split import OCTET
 
@@ -21,7 +22,7 @@ _ELEMENTS = 1024
 _WIDTHS = ("n_steps", "width", "octets", "channels", "start", "plane")
 
 
-@triton.jit(do_not_specialize=(*_WIDTHS, "k0", *SIZES))
+@kernel(do_not_specialize=(*_WIDTHS, "k0", *SIZES))
 def unfold_kernel(
     inputs, out, n_steps, width, octets, channels, start, plane, k0,
     images, l0, l1, l2, s0, s1, s2, k1, k2,

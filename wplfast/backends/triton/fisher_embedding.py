@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernel import kernel
 from .launch import OPTIONS, on_device, written
 from .split import OCTET
 
@@ -50,7 +51,7 @@ def _add_partials(
             tl.store(mean_partials + target, mean, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n_uses", "n_steps", "units"])
+@kernel(do_not_specialize=["n_uses", "n_steps", "units"])
 def fisher_embedding_kernel(
     fisher, gradient, grad_outputs, weights, tokens, order, partials, mean_partials, n_uses, n_steps, units,
     UNIT: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -127,7 +128,7 @@ def fisher_embedding_kernel(
         token, sample = next_token, next_sample
 
 
-@triton.jit(do_not_specialize=["n_uses", "units"])
+@kernel(do_not_specialize=["n_uses", "units"])
 def fold_spans_kernel(
     fisher, gradient, tokens, partials, mean_partials, n_uses, units,
     UNIT: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr, BLOCK: tl.constexpr, HAS_GRADIENT: tl.constexpr,

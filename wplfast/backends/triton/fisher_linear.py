@@ -18,6 +18,7 @@ from .. import reference
 from .fisher_config import MAX_PARTIALS, Operands, choose_operands
 from .fisher_plan import Layer, choose_plan
 from .fold_tiles import GROUP, fold_tiles, tile_corner
+from .kernel import kernel
 from .launch import INTERPRETED, OPTIONS, capability, on_device, written
 from .products import add_sample, add_tile, product
 from .split import OCTET, split
@@ -33,19 +34,19 @@ _SIZES = ("whole", "rest", "splits", "first_shared", "n_samples", "n_steps", "d_
 _STRIDES = ("g_sample", "g_step", "g_plane", "a_sample", "a_step", "a_plane")
 
 
-@triton.jit(do_not_specialize=_SIZES + _STRIDES)
+@kernel(do_not_specialize=_SIZES + _STRIDES)
 def fisher_linear_kernel(
     fisher, gradient, partials, mean_partials, grad_outputs, activations, weights, whole, rest, splits, first_shared,
     n_samples, n_steps, d_out, d_in, g_octets, a_octets, g_sample, g_step, g_plane, a_sample, a_step, a_plane,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     TERMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SQUARE: tl.constexpr, ONE: tl.constexpr,
-    WHOLE: tl.constexpr, SHARED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """One tile of the Fisher of some of the samples; widths and strides of G and A come in octets.
 
     Counting in octets is what tells the compiler that rows start on 16-byte boundaries. ONE: T <= BK, one product for
-    each sample. Without SQUARE the plain products are summed. WHOLE: there are programs that add to ``fisher``; SHARED:
-    there are some that leave partials [splits, rest, BM, BN].
+    each sample. Without SQUARE the plain products are summed. The first ``whole`` programs add to ``fisher``, the
+    others leave partials [splits, rest, BM, BN]: a branch at run time, so that one compiled kernel serves every plan.
     """
     # The first programs have a tile of their own; the others share tiles, each for some of the samples.
     program = tl.program_id(0)
@@ -98,23 +99,21 @@ def fisher_linear_kernel(
                 acc = tl.zeros((BM, BN), tl.float32)
             chunk = tl.where(done, 0, chunk)
             n = tl.where(done, n + 1, n)
-    if WHOLE:  # noqa: SIM102  (Triton leaves code out by constants alone)
-        if program < whole:
-            # d_in is a multiple of 8 here: rows of the result lie on 16-byte boundaries, stores are as wide as loads.
-            pitch = a_octets * 8
-            base = tl.cast(m_start, tl.int64) * pitch + n_start
-            offsets = tl.arange(0, BM)[:, None] * pitch + tl.arange(0, BN)[None, :]
-            mask = (rm < d_out)[:, None] & (rn < pitch)[None, :]
-            add_tile(fisher + base, offsets, mask, f_acc, True)
-            if HAS_GRADIENT:
-                add_tile(gradient + base, offsets, mask, d_acc, True)
-    if SHARED:  # noqa: SIM102
-        if program >= whole:
-            slot = tl.cast(turn, tl.int64) * (BM * BN)
-            offsets = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-            tl.store(partials + slot + offsets, f_acc)
-            if HAS_GRADIENT:
-                tl.store(mean_partials + slot + offsets, d_acc)
+    if program < whole:
+        # d_in is a multiple of 8 here: rows of the result lie on 16-byte boundaries, stores are as wide as loads.
+        pitch = a_octets * 8
+        base = tl.cast(m_start, tl.int64) * pitch + n_start
+        offsets = tl.arange(0, BM)[:, None] * pitch + tl.arange(0, BN)[None, :]
+        mask = (rm < d_out)[:, None] & (rn < pitch)[None, :]
+        add_tile(fisher + base, offsets, mask, f_acc, True)
+        if HAS_GRADIENT:
+            add_tile(gradient + base, offsets, mask, d_acc, True)
+    else:
+        slot = tl.cast(turn, tl.int64) * (BM * BN)
+        offsets = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+        tl.store(partials + slot + offsets, f_acc)
+        if HAS_GRADIENT:
+            tl.store(mean_partials + slot + offsets, d_acc)
 
 
 def _readable(x: Tensor, operands: Operands) -> bool:
@@ -131,6 +130,11 @@ def as_operand(x: Tensor, operands: Operands) -> Tensor:
     n, t, _ = x.shape
     terms = split(x, operands.terms, operands.dtype)
     return terms.view(operands.terms, n, t, -1)
+
+
+def _or(partials: Tensor | None, result: Tensor | None) -> Tensor | None:
+    """Return the partials; where no tile is shared, the result in their place, which nobody writes to as such."""
+    return result if partials is None else partials
 
 
 def add_products(
@@ -157,12 +161,11 @@ def add_products(
         partials = fisher.new_empty(shape) if rest else None
         mean_partials = fisher.new_empty(shape) if rest and gradient is not None else None
         fisher_linear_kernel[(whole + rest * plan.splits,)](
-            fisher, gradient, partials, mean_partials, g, a, weights, whole, max(rest, 1), plan.splits, first,
-            n, t, d_out, d_in, g.shape[3] // OCTET, a.shape[3] // OCTET, *strides,
+            fisher, gradient, _or(partials, fisher), _or(mean_partials, gradient), g, a, weights,
+            whole, max(rest, 1), plan.splits, first, n, t, d_out, d_in, g.shape[3] // OCTET, a.shape[3] // OCTET, *strides,
             BM=tile.m, BN=tile.n, BK=tile.k, GROUP=GROUP,
             TERMS=operands.terms, PRECISION=operands.precision, UPCAST=INTERPRETED and g.dtype == torch.bfloat16,
-            SQUARE=square, ONE=t <= tile.k, WHOLE=whole > 0, SHARED=rest > 0,
-            HAS_WEIGHTS=weights is not None, HAS_GRADIENT=gradient is not None,
+            SQUARE=square, ONE=t <= tile.k, HAS_WEIGHTS=weights is not None, HAS_GRADIENT=gradient is not None,
             num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
         )  # fmt: skip
         fold_tiles(partials, fisher, first)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernel import kernel
 from .launch import OPTIONS
 
 #: Tiles that share columns of the activations run side by side, for the L2 cache.
@@ -23,7 +24,7 @@ def tile_corner(tile, d_out, d_in, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl
     return (group * GROUP + within % height) * BM, (within // height) * BN
 
 
-@triton.jit(do_not_specialize=["first", "n_tiles", "n_splits", "d_out", "d_in"])
+@kernel(do_not_specialize=["first", "n_tiles", "n_splits", "d_out", "d_in"])
 def fold_tiles_kernel(
     partials, out, first, n_tiles, n_splits, d_out, d_in,
     BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,

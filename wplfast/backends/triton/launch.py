@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ...log import logger
+from .packs import LOADED
 
 #: Products and sums may fuse (one rounding instead of two); Triton 3.10 changes its default, so it is said here.
 OPTIONS = {"enable_fp_fusion": True}
@@ -20,8 +21,9 @@ OPTIONS = {"enable_fp_fusion": True}
 #: True where kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
-#: Pretended size of the CPU under the interpreter: small, so that tests reach the paths of both small and large grids.
-_INTERPRETED_PROCESSORS = 4
+#: What a CPU passes for, in the interpreter: a Hopper GPU, small, so that tests reach the paths of both small and large
+#: grids. Precompilation changes it to what it compiles for.
+PRETENDED = {"processors": 4, "capability": 90}
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -39,10 +41,11 @@ def written(*tensors: Tensor | None) -> None:
 class Relaunched:
     """A kernel for arguments of one kind: compiled by its first launch, from the second on launched as it was compiled.
 
-    The JIT looks at every argument of a launch to find what it compiled for their kind: more work than the launch.
-    Here the caller vouches for it: the device, the dtypes, what is None, the constexprs, the options and, unless the
-    kernel is specialised on neither, the alignment of pointers and the divisibility of numbers are those of the first
-    launch. In the interpreter, which compiles nothing, every launch is a first one.
+    The JIT looks at every argument of a launch to find what it compiled for their kind: more work than the launch. A
+    search in a pack does the same, if faster. Here the caller vouches for the kind: the device, the dtypes, what is
+    None, the constexprs, the options and, unless the kernel is specialised on neither, the alignment of pointers and
+    the divisibility of numbers are those of the first launch. In the interpreter, which compiles nothing, every launch
+    is a first one.
 
     Args:
         kernel: a Triton kernel; all of its arguments are given by position.
@@ -51,12 +54,16 @@ class Relaunched:
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._compiled: Any = None
+        self._loaded: Any = None
         self._again = True
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         """Return what launches a grid of programs, as a kernel does."""
 
         def run(*arguments: Any, **options: Any) -> None:
+            if self._loaded is not None:
+                self._loaded.launch(grid, arguments)
+                return
             if self._compiled is not None:
                 try:
                     self._compiled[(*grid, 1, 1)[:3]](*arguments)
@@ -65,7 +72,9 @@ class Relaunched:
                     logger.warning("a compiled kernel cannot be launched again, the JIT launches it: %s", error)
                     self._compiled, self._again = None, False
             compiled = self._kernel[grid](*arguments, **options)
-            if self._again and isinstance(compiled, triton.compiler.CompiledKernel):
+            if isinstance(compiled, LOADED):
+                self._loaded = compiled
+            elif self._again and isinstance(compiled, triton.compiler.CompiledKernel):
                 self._compiled = compiled
 
         return run
@@ -75,14 +84,14 @@ class Relaunched:
 def n_processors(device: torch.device) -> int:
     """Return the number of streaming multiprocessors."""
     if device.type != "cuda":
-        return _INTERPRETED_PROCESSORS
+        return PRETENDED["processors"]
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @lru_cache
 def capability(device: torch.device) -> int:
-    """Return the compute capability as one number, such as 90; the interpreter passes for a Hopper GPU."""
+    """Return the compute capability as one number, such as 90."""
     if device.type != "cuda":
-        return 90
+        return PRETENDED["capability"]
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernel import kernel
+
 #: 8 elements a thread keep two 16-byte loads of each float32 stream in flight and leave room for full occupancy.
 BLOCK, WARPS = 2048, 8
 #: The masked branch takes smaller blocks: its scalar loads need an address and a predicate each, in registers.
@@ -93,7 +95,7 @@ def _chunk(
     return tl.sum(total)
 
 
-@triton.jit(do_not_specialize_on_alignment=_POINTERS)
+@kernel(do_not_specialize_on_alignment=_POINTERS)
 def penalty_kernel(
     chunks, grads, packed, partials, alpha, l2, scale,
     TYPE: tl.constexpr, FISHER: tl.constexpr, WIDE: tl.constexpr, MODE: tl.constexpr, HAS_OFFSET: tl.constexpr,

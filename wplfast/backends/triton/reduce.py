@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernel import kernel
 from .launch import OPTIONS
 
 #: Partials that one program sums; more than this many take a middle stage.
@@ -17,7 +18,7 @@ _BLOCK = 1024
 _FOLD_BLOCK = 1024
 
 
-@triton.jit(
+@kernel(
     do_not_specialize=["n_partials", "n_terms"],
     do_not_specialize_on_alignment=["partials", "out", "alpha", "constant"],
 )
@@ -59,7 +60,7 @@ def sum_partials(
     return out
 
 
-@triton.jit(do_not_specialize=["n_partials"])
+@kernel(do_not_specialize=["n_partials"])
 def fold_partials_kernel(partials, out, n_partials, numel, BLOCK: tl.constexpr):
     """out[i] += sum over s of partials[s, i]."""
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -77,7 +78,7 @@ def fold_partials(partials: Tensor, out: Tensor) -> None:
     fold_partials_kernel[grid](partials, out, len(partials), numel, _FOLD_BLOCK, **OPTIONS)
 
 
-@triton.jit(do_not_specialize=["n_partials", "taps"])
+@kernel(do_not_specialize=["n_partials", "taps"])
 def fold_taps_kernel(partials, out, n_partials, taps, rows, ROWS: tl.constexpr, TAPS: tl.constexpr):
     """out[row, tap] += sum over s of partials[s, tap, row]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.layout import flat_dtype
+from .kernel import kernel
 from .launch import OPTIONS, n_processors, on_device
 from .reduce import fold_partials
 from .split import OCTET
@@ -32,7 +33,7 @@ def _tile(x, sample, step, column, steps, columns, UNIT: tl.constexpr, UNIT_DIM:
     return x + sample * UNIT + steps[:, None] * step_stride + columns[None, :] * column_stride
 
 
-@triton.jit(do_not_specialize=_SIZES + _STRIDES)
+@kernel(do_not_specialize=_SIZES + _STRIDES)
 def scale_grads_kernel(
     out, activations, grad_outputs, n_steps, width, a_sample, a_step, a_column, g_sample, g_step, g_column,
     BT: tl.constexpr, BD: tl.constexpr, T_UNIT: tl.constexpr, D_UNIT: tl.constexpr,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernel import kernel
 from .launch import OPTIONS, n_processors, on_device, written
 
 BLOCK, WARPS = 4096, 8
@@ -17,7 +18,7 @@ BLOCK, WARPS = 4096, 8
 _PROGRAMS = 4
 
 
-@triton.jit(do_not_specialize=["numel"], do_not_specialize_on_alignment=["factor"])
+@kernel(do_not_specialize=["numel"], do_not_specialize_on_alignment=["factor"])
 def scale_unless_one_kernel(tensor, factor, numel, BLOCK: tl.constexpr):
     """Tensor *= factor, in float32, or float64 where the tensor is."""
     stored: tl.constexpr = tensor.dtype.element_ty

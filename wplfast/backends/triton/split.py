@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernel import kernel
 from .launch import OPTIONS
 
 #: Rows are padded to this many elements: 16 bytes of bfloat16, and the unit that the Fisher kernel counts strides in.
@@ -20,7 +21,7 @@ OCTET = 8
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["n_steps", "width", "pitch", "stride_n", "stride_t", "n_rows", "plane"])
+@kernel(do_not_specialize=["n_steps", "width", "pitch", "stride_n", "stride_t", "n_rows", "plane"])
 def split_kernel(
     x, out, weights, n_steps, width, pitch, stride_n, stride_t, n_rows, plane,
     TERMS: tl.constexpr, SQUARE: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kernel import kernel
 from .launch import OPTIONS, n_processors, on_device, written
 from .reduce import fold_partials
 
@@ -14,7 +15,7 @@ ROWS, BLOCK, WARPS = 8, 256, 4
 MIN_SAMPLES = 64
 
 
-@triton.jit(do_not_specialize=["n_samples"])
+@kernel(do_not_specialize=["n_samples"])
 def accumulate_squares_kernel(
     out, grads, weights, n_samples, numel,
     ADD: tl.constexpr, HAS_WEIGHTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
