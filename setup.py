@@ -2,6 +2,7 @@
 
 Environment:
     WPLFAST_NO_CPP: ``1`` leaves the extension out; the plain-PyTorch backend then serves CPU tensors.
+    WPLFAST_JOBS: how many sources are compiled at a time; as many as there are processors without it.
     CXX, CXXFLAGS: compiler and extra flags, as usual.
 """
 
@@ -59,7 +60,9 @@ def extensions() -> list[Extension]:
     if os.environ.get("WPLFAST_NO_CPP") == "1":
         return []
     from pybind11 import get_include
+    from pybind11.setup_helpers import ParallelCompile
 
+    ParallelCompile("WPLFAST_JOBS").install()
     sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
     depends = sorted(str(path) for pattern in ("*.h", "*.inl") for path in Path("csrc").glob(pattern))
     return [
