@@ -2,8 +2,8 @@
 
 Environment:
     WPLFAST_NO_CPP: ``1`` leaves the extension out; the plain-PyTorch backend then serves CPU tensors.
-    WPLFAST_JOBS: how many sources are compiled at a time; as many as there are processors without it.
     CXX, CXXFLAGS: compiler and extra flags, as usual.
+    WPLFAST_JOBS: how many sources are compiled at a time; as many as there are processors without it.
 """
 
 from __future__ import annotations
