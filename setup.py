@@ -5,6 +5,7 @@ Environment:
     WPLFAST_CUDA_ARCHS: targets such as ``80;90;100``; a wheel then also holds Triton kernels precompiled for them, and
         its version says so: ``0.1.0+sm80.sm90.sm100``. Needs torch and triton: ``pip wheel --no-build-isolation .``
     CXX, CXXFLAGS: compiler and extra flags, as usual.
+    WPLFAST_JOBS: how many sources are compiled at a time; as many as there are processors without it.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ def extensions() -> list[Extension]:
             raise SystemExit("WPLFAST_CUDA_ARCHS needs the extension, which launches the kernels: unset WPLFAST_NO_CPP")
         return []
     from pybind11 import get_include
+    from pybind11.setup_helpers import ParallelCompile
 
+    ParallelCompile("WPLFAST_JOBS").install()
     sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
     depends = sorted(str(path) for pattern in ("*.h", "*.inl") for path in Path("csrc").glob(pattern))
     return [
