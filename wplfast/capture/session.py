@@ -235,7 +235,7 @@ class Session:
         """Run the collecting pass and accumulate all that can be; a dry one only measures."""
         batch = self._batch
         batch.start_round(self.interception.sites, dry)
-        self._run(torch.ones(len(batch.losses)), "collect", batch.keep)
+        self._run(torch.ones_like(batch.losses, requires_grad=False), "collect", batch.keep)
         for index in {*batch.uses, *batch.grouped}:
             self._flush(index)
 
@@ -366,7 +366,7 @@ class Session:
         started, batch = time.perf_counter(), self._batch
         batch.only = wanted
         for sample in range(len(batch.losses)):
-            one = torch.zeros(len(batch.losses))
+            one = torch.zeros(len(batch.losses), device="cpu")
             one[sample] = 1
             self._run(one, "ordinary", keep=True)
             gradients = self.arrivals.take()
