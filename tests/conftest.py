@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from wplfast import backends
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 #: Files whose tests run on the CPU whatever the device.
@@ -44,6 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_only(reason): is about the CPU, and stays there under --device cuda")
+    config.addinivalue_line("markers", "needs_cpp: is about the C++ backend: cpu_only, and skipped without it")
+    config.addinivalue_line("markers", "not_rehearsed(reason): what the rehearsal device lacks")
     config.addinivalue_line("markers", "alone: measures time or memory, or fills the device: not beside other tests")
     name = config.getoption("device")
     if name == "cuda" and not torch.cuda.is_available():
@@ -65,6 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def stays_on_the_cpu(item: pytest.Item) -> str | None:
     """Return why a test runs on the CPU whatever the device, or None."""
     mark = item.get_closest_marker("cpu_only")
+    if item.get_closest_marker("needs_cpp"):
+        return "the C++ backend"
     return str(mark.args[0]) if mark else ABOUT_THE_CPU.get(item.path.name)
 
 
@@ -72,6 +78,10 @@ def stays_on_the_cpu(item: pytest.Item) -> str | None:
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """The device that a test runs on; it is the default device, too."""
     name = request.config.getoption("device")
+    if request.node.get_closest_marker("needs_cpp") and backends.serving("cpu") != "cpp":
+        pytest.skip("of the C++ backend")
+    if name == "rehearsal" and (mark := request.node.get_closest_marker("not_rehearsed")):
+        pytest.skip(f"the rehearsal device lacks {mark.args[0]}")
     if name == "cpu" or stays_on_the_cpu(request.node) or request.node.path.name in OWN_DEVICE:
         yield torch.device("cpu")
         return
@@ -81,6 +91,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     yield torch.device(name, 0)
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = settings
     torch.set_default_device(None)
+
+
+@pytest.fixture
+def autocast_kind(device: torch.device) -> str:
+    """The device type whose autocast is meant; the rehearsal device has none."""
+    return device.type if device.type == "cuda" else "cpu"
 
 
 @pytest.fixture(autouse=True)

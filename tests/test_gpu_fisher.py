@@ -195,14 +195,14 @@ def test_peak_memory_is_that_of_a_unit_and_one_fisher(name):
     n = size(64, 8)
     build, make = {
         "mlp": (
-            lambda: nn.Sequential(nn.Linear(784, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.Linear(2048, 10)),
+            lambda: nn.Sequential(nn.Linear(784, 2048), nn.ReLU(), nn.Linear(2048, 2048)),
             None,
         ),
         "cnn": (cnn, lambda: (torch.randn(n, 3, 64, 64), torch.randint(0, 10, (n,)))),
         "decoder": (lambda: Decoder(1000, 256, 4), lambda: (torch.randint(0, 1000, (n, 64)),) * 2),
     }[name]
     model = build().eval()
-    x, y = make() if make else (torch.randn(n, 784), torch.randint(0, 10, (n,)))
+    x, y = make() if make else (torch.randn(n, 784), torch.randint(0, 2048, (n,)))
 
     def unit():
         for p in model.parameters():
