@@ -5,6 +5,8 @@
 #   make lint    ruff, clang-format, mypy
 #   make bench   microbenchmarks of this machine, into $(OUT)
 #   make wheel   a wheel for this platform, into dist/
+#   make gpu-test      all tests on a GPU, into $(OUT)/gpu-tests.json; runs in $(PYTHON) itself and installs nothing
+#   make gpu-sanitize  every kernel under compute-sanitizer, likewise
 #
 # PYTHON picks the interpreter (3.10 or newer). TORCH picks what pip installs as torch; on Linux the default brings CUDA
 # libraries of several gigabytes unless pip is set up to prefer a CPU build.
@@ -15,7 +17,7 @@ TORCH ?= torch==2.13.0
 OUT ?= out
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint bench wheel gpu-test gpu-sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.two_models --out $(OUT)
@@ -34,6 +36,14 @@ bench: $(VENV)/.installed
 
 wheel: $(VENV)/.torch
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+# A missing compiler costs the C++ backend, not the run.
+gpu-test:
+	$(PYTHON) setup.py -q build_ext --inplace || echo "the C++ extension was not built: its tests will say so"
+	$(PYTHON) -m tests.gpu --out $(OUT) --sanitize
+
+gpu-sanitize:
+	$(PYTHON) -m tests.sanitize
 
 clean:
 	rm -rf build dist $(OUT) wplfast/_C*.so *.egg-info

@@ -37,6 +37,7 @@ ABOUT_THE_CPU = {
 OWN_DEVICE = {"test_triton.py"}
 
 RECORD = os.environ.get("WPLFAST_TEST_RECORD")  # a file that every test's start and outcome is appended to
+LISTING = os.environ.get("WPLFAST_TEST_LISTING")  # a file for the names of all tests, and whether they run alone
 CHOSEN = os.environ.get("WPLFAST_TEST_CHOSEN")  # a file with the tests to run
 
 
@@ -60,6 +61,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if LISTING:
+        alone = {item.nodeid: item.get_closest_marker("alone") is not None for item in items}
+        Path(LISTING).write_text(json.dumps(alone))
     if CHOSEN:
         chosen = set(Path(CHOSEN).read_text().splitlines())
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])

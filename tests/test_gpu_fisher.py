@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_cases import GPU, NAME, in_threads, on_device, peak_of, poison, relative_error, size
+from gpu_cases import GPU, NAME, allocated, in_threads, on_device, peak_of, poison, relative_error, size
 from gpu_cases import stream as new_stream
 from oracle import fisher_loop
 from torch import nn
@@ -261,15 +262,16 @@ def test_threads_with_models_of_their_own():
     in_threads(work, work, work)
 
 
+@pytest.mark.alone
 def test_nothing_is_left_on_the_device():
-    from gpu_cases import allocated
-
     build, make = MODELS["cnn"]
     model, data = build().eval(), [make(4)]
     wplfast.fisher_diagonal(model, data, ce)
+    gc.collect()
     before = allocated()
     for _ in range(size(50, 5)):
         wplfast.fisher_diagonal(model, data, ce)
+    gc.collect()
     assert allocated() <= before + 4096
 
 

@@ -284,9 +284,13 @@ def test_a_fisher_from_the_cpu_is_taken_and_moved_back():
     move(module)
     value = wpl().item()
     module.cpu()
+    if NAME == "rehearsal":  # there the parameters are replaced, on a GPU they stay the same objects
+        wpl.rebind(module)
     assert wpl().item() == pytest.approx(value, rel=1e-5)
     if NAME != "cpu":
         module.to(NAME)
+    if NAME == "rehearsal":
+        wpl.rebind(module)
     assert wpl().item() == pytest.approx(value, rel=1e-6)
 
 

@@ -209,7 +209,7 @@ class Packed(nn.Module):
         self.sorted, self.through = enforce_sorted, through
 
     def forward(self, x):
-        lengths = x[:, 0, -1].long()
+        lengths = x[:, 0, -1].long().cpu()
         packed = pack_padded_sequence(self.inner(x[..., :-1]), lengths, batch_first=True, enforce_sorted=self.sorted)
         out, states = self.rnn(packed)
         assert isinstance(out, PackedSequence)
