@@ -209,11 +209,9 @@ def machine(device: str) -> dict[str, Any]:
         "missing": backends.missing(),
     }
     if torch.cuda.is_available():
-        facts |= {"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
-        facts |= {
-            "gpu_memory": torch.cuda.get_device_properties(0).total_memory,
-            "cudnn": torch.backends.cudnn.version(),
-        }
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {"gpu": properties.name, "capability": [properties.major, properties.minor]}
+        facts |= {"gpu_memory": properties.total_memory, "cudnn": torch.backends.cudnn.version()}
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     for key, command in {"nvidia_smi": query, "commit": ["git", "-C", str(ROOT), "rev-parse", "HEAD"]}.items():
         try:

@@ -67,9 +67,8 @@ class Check:
                 result = "failed: the kernels did not run to their end"
             found["tools"][name] = {"result": result, "log": text[-8000:]}
         results = {name: run["result"] for name, run in found["tools"].items()}
-        found["result"] = (
-            "errors" if "errors" in results.values() else ", ".join(f"{k} {v}" for k, v in results.items())
-        )
+        told = ", ".join(f"{name} {result}" for name, result in results.items())
+        found["result"] = "errors" if "errors" in results.values() else told
         found["seconds"] = round(time.time() - self._started, 1)
         return found
 

@@ -270,6 +270,7 @@ def test_add_grad_allocates_what_is_missing(present):
         torch.testing.assert_close(p.grad, start + e)
 
 
+@pytest.mark.not_rehearsed("sparse tensors")
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float64)], ids=str)
 def test_a_bad_grad_changes_no_other(dtypes):
     first, second = (nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in dtypes)
