@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -418,6 +419,25 @@ def test_compiled_models_run_eagerly_for_the_pass():
     fisher = wplfast.fisher_diagonal(compiled, data, ce)
     assert torch.equal(fisher.flat, wplfast.fisher_diagonal(model, data, ce).flat)
     assert fisher.report.fast_share == 1.0
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_passes_leave_no_tensors_behind(verify):
+    """A session and the graph that its taps are in refer to each other, in C++, where no collector looks."""
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+
+    model, data = mlp(), batches()
+    counts = []
+    for _ in range(3):
+        wplfast.fisher_diagonal(model, data, ce, verify=verify)
+        with wplfast.FisherAccumulator(model) as acc:
+            acc.backward(ce(model(data[0][0]), data[0][1]))
+            ce(model(data[0][0]), data[0][1])  # whose backward pass never comes
+        counts.append(alive())
+    assert counts[2] == counts[1]
 
 
 # ---- the accumulator ---------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from gpu_cases import (
@@ -309,9 +311,11 @@ def test_nothing_leaks_over_many_iterations():
 
     for k in range(12):
         step(k)
+    gc.collect()
     before = allocated()
     for k in range(size(200, 40)):
         step(k)
+    gc.collect()
     assert allocated() <= before + 4096
 
 
