@@ -37,7 +37,7 @@ ABOUT_THE_CPU = {
 OWN_DEVICE = {"test_triton.py"}
 
 RECORD = os.environ.get("WPLFAST_TEST_RECORD")  # a file that every test's start and outcome is appended to
-LISTING = os.environ.get("WPLFAST_TEST_LISTING")  # a file for the names of all tests, and whether they run alone
+LISTING = os.environ.get("WPLFAST_TEST_LISTING")  # a file for the names of all tests, and when each is run
 CHOSEN = os.environ.get("WPLFAST_TEST_CHOSEN")  # a file with the tests to run
 
 
@@ -62,8 +62,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if LISTING:
-        alone = {item.nodeid: item.get_closest_marker("alone") is not None for item in items}
-        Path(LISTING).write_text(json.dumps(alone))
+        turns = {}
+        for item in items:
+            alone = item.get_closest_marker("alone") is not None
+            turns[item.nodeid] = "alone" if alone else "on the CPU" if stays_on_the_cpu(item) else "together"
+        Path(LISTING).write_text(json.dumps(turns))
     if CHOSEN:
         chosen = set(Path(CHOSEN).read_text().splitlines())
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])

@@ -1,7 +1,8 @@
 """All tests on a GPU in one call: ``python -m tests.gpu``, or ``make gpu-test``. See CONTRIBUTING.md, "On a GPU".
 
 Tests are dealt out in batches to processes of their own, so that a crash, a hang or a lost device costs one test, and
-what is done by the time limit is reported in any case. Those marked ``alone`` come last, one process at a time. Nothing
+what is done by the time limit is reported in any case. Those marked ``alone`` follow, one process at a time, and those
+that stay on the CPU come last. Nothing
 is left out silently: skips are listed with their reasons, tests that stay on the CPU are counted, and a test that was
 not reached is a failure.
 """
@@ -32,7 +33,6 @@ class Job:
     """A process of pytest over some tests, and what it has reported so far."""
 
     tests: list[str]
-    alone: bool
     folder: Path
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
@@ -103,7 +103,7 @@ class Run:
         self.options, self.folder = options, folder
         self.started = time.time()
         self.results: dict[str, dict[str, Any]] = {}
-        self.tests: dict[str, bool] = {}  # whether a test wants to be alone
+        self.tests: dict[str, str] = {}  # and in which turn each is run
         self.problems: list[str] = []
         self._n_jobs = 0
 
@@ -129,19 +129,24 @@ class Run:
 
     def execute(self) -> None:
         """Run everything, until it is done or time is up."""
-        together: dict[str, list[str]] = defaultdict(list)
-        for test, alone in self.tests.items():
-            together["alone" if alone else test.split("::")[0]].append(test)
-        last = together.pop("alone", [])
-        batches = [tests[k : k + BATCH] for tests in together.values() for k in range(0, len(tests), BATCH)]
-        self._drain([self._job(tests) for tests in sorted(batches, key=len, reverse=True)], self.options.processes)
-        self._drain([self._job(last, alone=True)] if last else [], 1)
+        for turn, at_once in (
+            ("together", self.options.processes),
+            ("alone", 1),
+            ("on the CPU", self.options.processes),
+        ):
+            files: dict[str, list[str]] = defaultdict(list)
+            for test, when in self.tests.items():
+                if when == turn:
+                    files["" if turn == "alone" else test.split("::")[0]].append(test)
+            size = len(self.tests) if turn == "alone" else BATCH
+            batches = [tests[k : k + size] for tests in files.values() for k in range(0, len(tests), size)]
+            self._drain([self._job(tests) for tests in sorted(batches, key=len, reverse=True)], at_once)
         for test in self.tests:
             self.results.setdefault(test, {"test": test, "outcome": "not reached", "seconds": 0.0})
 
-    def _job(self, tests: list[str], alone: bool = False) -> Job:
+    def _job(self, tests: list[str]) -> Job:
         self._n_jobs += 1
-        return Job(tests, alone, self.folder / f"job{self._n_jobs}")
+        return Job(tests, self.folder / f"job{self._n_jobs}")
 
     def _drain(self, waiting: list[Job], at_once: int) -> None:
         """Run jobs, some at once; what a job leaves undone goes to another one."""
@@ -186,7 +191,7 @@ class Run:
         if rest and not job.done:  # not one test was reached: the next job would not do better
             self.problems.append(f"a process ended before its first test: {log}")
             return []
-        return [self._job(rest, job.alone)] if rest else []
+        return [self._job(rest)] if rest else []
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -286,8 +291,8 @@ def main() -> int:
     parser.add_argument("--out", default=os.environ.get("OUT", "out"), help="folder for gpu-tests.json")
     parser.add_argument("--device", default="cuda", choices=["cuda", "rehearsal", "cpu"])
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
-    parser.add_argument("--limit", type=float, default=460, help="seconds for everything")
-    parser.add_argument("--test-limit", type=float, default=150, help="seconds for one test")
+    parser.add_argument("--limit", type=float, default=400, help="seconds for everything")
+    parser.add_argument("--test-limit", type=float, default=200, help="seconds for one test")
     parser.add_argument("--sanitize", action="store_true", help="compute-sanitizer beside the tests")
     parser.add_argument("tests", nargs="*", help="default: all")
     options = parser.parse_args()
