@@ -1,10 +1,9 @@
 """All tests on a GPU in one call: ``python -m tests.gpu``, or ``make gpu-test``. See CONTRIBUTING.md, "On a GPU".
 
 Tests are dealt out in batches to processes of their own, so that a crash, a hang or a lost device costs one test, and
-what is done by the time limit is reported in any case. Those marked ``alone`` follow, one process at a time, and those
-that stay on the CPU come last. Nothing
-is left out silently: skips are listed with their reasons, tests that stay on the CPU are counted, and a test that was
-not reached is a failure.
+what is done by the time limit is reported in any case. Those marked ``alone`` follow, in one process, and those that
+stay on the CPU come last. Nothing is left out silently: skips are listed with their reasons, tests that stay on the CPU
+are counted, and a test that was not reached is a failure.
 """
 
 from __future__ import annotations
