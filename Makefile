@@ -58,6 +58,14 @@ wheel-test: wheel-tools
 wheel-tools:
 	@$(MAKE) VENV=$(WHEEL_VENV) $(WHEEL_VENV)/.wheel $(if $(WPLFAST_CUDA_ARCHS),$(WHEEL_VENV)/.triton)
 
+# A missing compiler costs the C++ backend, not the run.
+gpu-test:
+	$(PYTHON) setup.py -q build_ext --inplace || echo "the C++ extension was not built: its tests will say so"
+	$(PYTHON) -m tests.gpu --out $(OUT) --sanitize
+
+gpu-sanitize:
+	$(PYTHON) -m tests.sanitize
+
 clean:
 	rm -rf build dist $(OUT) wplfast/_C*.so *.egg-info
 

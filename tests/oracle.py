@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,27 @@ def fisher_loop(
         batches = map_tensors(lambda t: t.double() if t.is_floating_point() else t, batches)
     watched = {name: p for name, p in model.named_parameters() if name in names}
     total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in watched.items()}
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with without_cudnn() if recurrent else nullcontext():
+        count = _add_squares(model, batches, loss_fn, axes, watched, total)
+    return {name: value / count for name, value in total.items()}
+
+
+def without_cudnn() -> AbstractContextManager[None]:
+    """PyTorch's own kernels: those of cuDNN have no backward pass through an RNN in eval mode."""
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=False, allow_tf32=False)
+    return flags if torch.cuda.is_available() else nullcontext()
+
+
+def _add_squares(
+    model: nn.Module,
+    batches: list[tuple[Any, Any]],
+    loss_fn: Callable[[Any, Any], Tensor],
+    axes: tuple[int, int],
+    watched: dict[str, Tensor],
+    total: dict[str, Tensor],
+) -> int:
+    """Add every sample's squared gradient; return how many there are."""
     count = 0
     for inputs, targets in batches:
         n_samples = targets.shape[axes[1]]
@@ -48,7 +70,7 @@ def fisher_loop(
                     total[name] += p.grad.double().square()
             model.zero_grad()
             count += 1
-    return {name: value / count for name, value in total.items()}
+    return count
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

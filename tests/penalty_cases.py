@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import wplfast
-from wplfast import backends
 
-needs_cpp = pytest.mark.skipif(backends.serving("cpu") != "cpp", reason="of the C++ backend")
+needs_cpp = pytest.mark.needs_cpp
 BIG = 1 << 18  # float32 elements of 1 MiB: from here on gradient buffers are used again
 
 
@@ -76,7 +75,7 @@ def reload(module):
 STALE = {
     "float64": lambda m: m.double(),
     "bfloat16": lambda m: m.bfloat16(),
-    "to": lambda m: m.to("cpu", torch.float64),
+    "to": lambda m: m.to(m[0].weight.device, torch.float64),
     "p.data": lambda m: [setattr(p, "data", p.data.clone()) for p in m.parameters()],
     "a flat buffer": lambda m: nn.utils.vector_to_parameters(
         nn.utils.parameters_to_vector(m.parameters()), m.parameters()

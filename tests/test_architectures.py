@@ -36,7 +36,9 @@ def build(name, sizes=(3, 2), double=True):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_fisher_is_that_of_the_loop(name):
+def test_fisher_is_that_of_the_loop(name, device):
+    if name == "mixtral, grouped" and device.type == "rehearsal":
+        pytest.skip("the rehearsal device lacks histograms of integers")
     architecture, model, batches = build(name)
     fisher = wplfast.fisher_diagonal(model, batches, architecture.loss, train=architecture.train)
     expected = fisher_loop(model, batches, architecture.loss, double=architecture.double)

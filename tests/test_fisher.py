@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_close, fisher_loop
+from oracle import assert_close, fisher_loop, without_cudnn
 from torch import nn
 
 import wplfast
@@ -134,7 +135,7 @@ def test_the_scale_does_not_depend_on_the_batch_size():
 
 
 @pytest.mark.parametrize("name", ["mlp", "decoder"])
-def test_autocast(name):
+def test_autocast(name, autocast_kind):
     """Under bf16 autocast the error is that of the format, as it is for plain PyTorch in bf16."""
     model = (mlp() if name == "mlp" else Decoder()).eval()
     data = batches((6, 6)) if name == "mlp" else [tokens(4, 8) for _ in range(2)]
@@ -143,7 +144,7 @@ def test_autocast(name):
         return ce(outputs.float(), targets)
 
     exact = fisher_loop(model, data, loss)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(autocast_kind, dtype=torch.bfloat16):
         fisher = wplfast.fisher_diagonal(model, data, loss)
         plain = fisher_loop(model, data, loss, double=False)
     whole = torch.cat([e.flatten() for e in exact.values()])
@@ -188,13 +189,13 @@ def test_monte_carlo_approaches_the_exact_fisher():
     assert (many - exact).norm() < (few - exact).norm()
 
 
-def test_monte_carlo_is_reproducible_and_leaves_the_global_generator_alone():
+def test_monte_carlo_is_reproducible_and_leaves_the_global_generator_alone(device):
     model, data = mlp(), batches()
     state = torch.get_rng_state()
     first = wplfast.fisher_diagonal(model, data, ce, fisher_type="mc")
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.flat, wplfast.fisher_diagonal(model, data, ce, fisher_type="mc").flat)
-    other = wplfast.fisher_diagonal(model, data, ce, fisher_type="mc", generator=torch.Generator().manual_seed(9))
+    other = wplfast.fisher_diagonal(model, data, ce, fisher_type="mc", generator=torch.Generator(device).manual_seed(9))
     assert not torch.equal(first.flat, other.flat)
 
 
@@ -253,8 +254,9 @@ def test_mean_gradient_from_the_same_pass(name):
     model = build().eval()
     data = [make(n) for n in (5, 3)] if make else [(torch.randn(n, 64), torch.randint(0, 10, (n,))) for n in (5, 3)]
     fisher = wplfast.fisher_diagonal(model, data, ce, with_grad=True)
-    losses = torch.cat([ce(model(x), y) for x, y in data])
-    grads = torch.autograd.grad(losses.mean(), model.parameters())
+    with without_cudnn():
+        losses = torch.cat([ce(model(x), y) for x, y in data])
+        grads = torch.autograd.grad(losses.mean(), model.parameters())
     assert wplfast.fisher_diagonal(model, data, ce).mean_grad is None
     for (key, _), g in zip(model.named_parameters(), grads, strict=True):
         torch.testing.assert_close(fisher.mean_grad[key], g, rtol=1e-4, atol=1e-6, msg=key)
@@ -419,6 +421,25 @@ def test_compiled_models_run_eagerly_for_the_pass():
     assert fisher.report.fast_share == 1.0
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_passes_leave_no_tensors_behind(verify):
+    """A session and the graph that its taps are in refer to each other, in C++, where no collector looks."""
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+
+    model, data = mlp(), batches()
+    counts = []
+    for _ in range(3):
+        wplfast.fisher_diagonal(model, data, ce, verify=verify)
+        with wplfast.FisherAccumulator(model) as acc:
+            acc.backward(ce(model(data[0][0]), data[0][1]))
+            ce(model(data[0][0]), data[0][1])  # whose backward pass never comes
+        counts.append(alive())
+    assert counts[2] == counts[1]
+
+
 # ---- the accumulator ---------------------------------------------------------------------------------------
 
 
@@ -563,7 +584,7 @@ def test_nonfinite_losses():
     with pytest.raises(NonFiniteError, match="the loss of sample 2 is nan"):
         wplfast.fisher_diagonal(model, data, ce)
     fisher = wplfast.fisher_diagonal(model, data, ce, on_nonfinite="skip")
-    assert torch.equal(fisher.flat, wplfast.fisher_diagonal(model, [data[0], data[2]], ce).flat)
+    torch.testing.assert_close(fisher.flat, wplfast.fisher_diagonal(model, [data[0], data[2]], ce).flat)
     assert fisher.n_samples == 7
     assert fisher.report.skipped_samples == 5
     with pytest.raises(ValueError, match=r"no usable samples \(5 skipped\)"):
@@ -602,8 +623,8 @@ def test_nonfinite_gradients_name_the_parameter():
     assert_same_state(model, before)
     skipped = wplfast.fisher_diagonal(model, data, ce, on_nonfinite="skip", with_grad=True)
     clean = wplfast.fisher_diagonal(model, [data[0], data[2]], ce, with_grad=True)
-    assert torch.equal(skipped.flat, clean.flat)
-    assert torch.equal(skipped.mean_grad["a.weight"], clean.mean_grad["a.weight"])
+    torch.testing.assert_close(skipped.flat, clean.flat)
+    torch.testing.assert_close(skipped.mean_grad["a.weight"], clean.mean_grad["a.weight"])
 
 
 def test_tensor_subclasses_are_refused():
@@ -647,9 +668,9 @@ def test_files(tmp_path):
     fisher = wplfast.fisher_diagonal(mlp(), batches(), ce, with_grad=True)
     fisher.save(tmp_path / "f.safetensors")
     again = wplfast.Fisher.load(tmp_path / "f.safetensors")
-    assert torch.equal(again.flat, fisher.flat)
+    assert torch.equal(again.flat, fisher.flat.cpu())
     assert again.n_samples == 12
-    assert torch.equal(again.mean_grad["2.bias"], fisher.mean_grad["2.bias"])
+    assert torch.equal(again.mean_grad["2.bias"], fisher.mean_grad["2.bias"].cpu())
     assert again.metadata["fisher_type"] == "empirical"
     assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]
     (tmp_path / "cut").write_bytes((tmp_path / "f.safetensors").read_bytes()[:100])

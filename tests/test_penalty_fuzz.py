@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
 import tempfile
 from pathlib import Path
@@ -35,6 +36,8 @@ PROFILE = {
     "suppress_health_check": list(HealthCheck),
 }
 
+#: Elsewhere a step waits for the device many times.
+ON_THE_CPU = os.environ.get("WPLFAST_TEST_DEVICE", "cpu") == "cpu"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(), (0,), (1,), (3,), (17,), (5, 7), (1, 6), (2, 0, 3), (2, 3, 5, 3), (70, 61), (4097,)]
 LARGE = (70_001,)  # from 65,536 elements on, two threads share the work
@@ -43,7 +46,8 @@ FISHERS = ["uniform", "zeros", "holes", "tiny", "wide", "large"]
 
 
 def random(shape, generator, dtype=torch.float64):
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype)
 
 
 def ordered(values: Tensor, order: str) -> Tensor:
@@ -63,11 +67,12 @@ def ordered(values: Tensor, order: str) -> Tensor:
 
 
 def random_fisher(shape, style, generator, dtype) -> Tensor:
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+    uniform = uniform.to(torch.get_default_device())
     if style == "zeros":
         uniform = torch.zeros_like(uniform)
     elif style == "holes":
-        uniform = uniform * (torch.rand(shape, generator=generator) < 0.5)
+        uniform = uniform * (torch.rand(shape, generator=generator, device="cpu") < 0.5).to(uniform.device)
     elif style == "tiny":
         uniform = uniform * (1e-6 if dtype == torch.float16 else 1e-25)
     elif style == "wide":
@@ -516,7 +521,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestSequences = Machine.TestCase
-TestSequences.settings = settings(max_examples=120, stateful_step_count=25, **PROFILE)
+TestSequences.settings = settings(max_examples=120 if ON_THE_CPU else 40, stateful_step_count=25, **PROFILE)
 
 
 @settings(max_examples=60, **PROFILE)

@@ -136,6 +136,8 @@ class FisherAccumulator:
     ) -> None:
         """Give everything back as it was."""
         self._stack.close()
+        if self._session is not None:
+            self._session.release()
 
     # ---- accumulation ----------------------------------------------------------------------------------------------
 

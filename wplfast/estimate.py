@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -257,7 +257,10 @@ def _cuda_devices(device: torch.device) -> list[torch.device]:
 def undisturbed(model: nn.Module, train: bool, device: torch.device) -> Iterator[None]:
     """Run in eval mode (unless train), with gradients on; restore modes and RNG."""
     modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng(devices=_cuda_devices(device)), torch.enable_grad():
+    rnn = not train and device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module, _ in modes)
+    # In eval mode cuDNN has no backward pass through an RNN; PyTorch's own kernels have.
+    kernels = torch.backends.cudnn.flags(enabled=False) if rnn else nullcontext()
+    with torch.random.fork_rng(devices=_cuda_devices(device)), torch.enable_grad(), kernels:
         try:
             if not train:
                 model.eval()

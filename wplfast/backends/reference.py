@@ -209,6 +209,6 @@ def penalty_add_grad_(
 def scale_unless_one_(tensor: Tensor, factor: Tensor) -> None:
     """Multiply a buffer in place: on a CPU after a look, elsewhere in any case, since a look would synchronise."""
     if tensor.device.type != "cpu":
-        tensor.copy_(tensor.to(factor.dtype) * factor)
+        tensor.copy_(tensor.to(torch.promote_types(tensor.dtype, factor.dtype)) * factor)
     elif (number := factor.item()) != 1:
         tensor.mul_(number)  # a number is not rounded to the tensor's dtype first

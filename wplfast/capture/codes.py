@@ -30,11 +30,12 @@ class Codes:
     def __init__(self, n_samples: int, generator: torch.Generator) -> None:
         """Draw a random numbering of the samples; sample n's code in pass d is digit d of its number."""
         self.n_samples = n_samples
-        self.order = torch.randperm(n_samples, generator=generator)
+        self.order = torch.randperm(n_samples, generator=generator, device="cpu")
         self.rounds = 1
         while RADIX**self.rounds < n_samples:
             self.rounds += 1
-        self.signs = torch.randint(0, 2, (n_samples,), generator=generator, dtype=torch.int64) * 2 - 1
+        signs = torch.randint(0, 2, (n_samples,), generator=generator, dtype=torch.int64, device="cpu")
+        self.signs = signs * 2 - 1
 
     def weights(self, digit: int) -> Tensor:
         """Return the loss weights of one probing pass, float64 [N] on the CPU; those of digit 0 carry random signs."""
@@ -46,8 +47,8 @@ class Codes:
 @lru_cache(maxsize=64)
 def _direction(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a fixed random vector to project rows on."""
-    generator = torch.Generator().manual_seed(0x5EED + length)
-    return torch.randn(length, generator=generator, dtype=torch.float64).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(0x5EED + length)
+    return torch.randn(length, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
 
 
 @dataclass
@@ -148,8 +149,8 @@ def decode(digits: list[Signature], plain: Signature, codes: Codes) -> Tensor | 
         value = exponent.long() + RADIX // 2
         sane &= (value >= 0) & (value < RADIX)
         number += value.clamp(0, RADIX - 1) * RADIX**digit
-    sample_of = torch.full((RADIX ** len(digits),), -1, dtype=torch.int64)
-    sample_of[codes.order] = torch.arange(codes.n_samples)
+    sample_of = torch.full((RADIX ** len(digits),), -1, dtype=torch.int64, device="cpu")
+    sample_of[codes.order] = torch.arange(codes.n_samples, device="cpu")
     owner = sample_of.to(before.device)[number]
     sane &= owner >= 0
     for digit, coded in enumerate(digits):

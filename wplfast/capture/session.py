@@ -44,6 +44,11 @@ _CHECKED = frozenset(8**k for k in range(12))
 MAX_ROUNDS = 4
 
 
+def _no_batch() -> Batch:
+    """Return what stands between batches: the last one's losses would keep its graph alive."""
+    return Batch(torch.empty(0, device="cpu"), None, None, None, False, False)
+
+
 class Session:
     """The state of one pass: what was learnt about the model, and the accumulators it fills."""
 
@@ -69,7 +74,7 @@ class Session:
         self._verified = False
         self._reorders = False  # rows may lie in another order in every batch
         self._mode: _Mode = "idle"
-        self._batch = Batch(torch.empty(0), None, None, None, False, False)
+        self._batch = _no_batch()
 
     @property
     def is_learning(self) -> bool:
@@ -148,6 +153,7 @@ class Session:
             self._verified = self._verified or len(losses) > 1
         if not retain_graph:
             self.interception.start_batch()
+        self._batch = _no_batch()
         self.batches += 1
         return True
 
@@ -167,7 +173,12 @@ class Session:
     def abandon(self) -> None:
         """Forget a batch that will not be accumulated."""
         self.arrivals.drop()
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the last graph: its taps refer to the session, a cycle that Python's collector cannot see."""
         self.interception.start_batch()
+        self._batch = _no_batch()
 
     def _run(self, weights: Tensor, mode: _Mode, keep: bool) -> None:
         """Run one backward pass."""
@@ -235,7 +246,7 @@ class Session:
         """Run the collecting pass and accumulate all that can be; a dry one only measures."""
         batch = self._batch
         batch.start_round(self.interception.sites, dry)
-        self._run(torch.ones(len(batch.losses)), "collect", batch.keep)
+        self._run(torch.ones_like(batch.losses, requires_grad=False), "collect", batch.keep)
         for index in {*batch.uses, *batch.grouped}:
             self._flush(index)
 
@@ -366,7 +377,7 @@ class Session:
         started, batch = time.perf_counter(), self._batch
         batch.only = wanted
         for sample in range(len(batch.losses)):
-            one = torch.zeros(len(batch.losses))
+            one = torch.zeros(len(batch.losses), device="cpu")
             one[sample] = 1
             self._run(one, "ordinary", keep=True)
             gradients = self.arrivals.take()

@@ -162,7 +162,8 @@ def add_products(
         mean_partials = fisher.new_empty(shape) if rest and gradient is not None else None
         fisher_linear_kernel[(whole + rest * plan.splits,)](
             fisher, gradient, _or(partials, fisher), _or(mean_partials, gradient), g, a, weights,
-            whole, max(rest, 1), plan.splits, first, n, t, d_out, d_in, g.shape[3] // OCTET, a.shape[3] // OCTET, *strides,
+            whole, max(rest, 1), plan.splits, first,
+            n, t, d_out, d_in, g.shape[3] // OCTET, a.shape[3] // OCTET, *strides,
             BM=tile.m, BN=tile.n, BK=tile.k, GROUP=GROUP,
             TERMS=operands.terms, PRECISION=operands.precision, UPCAST=INTERPRETED and g.dtype == torch.bfloat16,
             SQUARE=square, ONE=t <= tile.k, HAS_WEIGHTS=weights is not None, HAS_GRADIENT=gradient is not None,

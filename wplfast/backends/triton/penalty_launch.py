@@ -134,7 +134,7 @@ def _launch(
         grads = None
         if grad:
             places = addresses(grad)
-            grads = _grad_tables.get((device, places), device, lambda: torch.tensor(places, dtype=torch.int64))
+            grads = _grad_tables.get((device, places), device, lambda: torch.tensor(places, device="cpu"))
         return launch(mode, streams, chunks, alpha, l2, grads=grads, packed=packed, scale=scale)
 
 

@@ -1,0 +1,295 @@
+"""Fisher passes on the device: waits for it, memory, repeatable bits, precision of real layers, threads, data."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gpu_cases import GPU, NAME, allocated, in_threads, on_device, peak_of, poison, relative_error, size
+from gpu_cases import stream as new_stream
+from oracle import fisher_loop
+from torch import nn
+
+import wplfast
+
+pytestmark = on_device
+ce = wplfast.losses.cross_entropy
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP: what a decoder is made of."""
+
+    def __init__(self, width, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, h):
+        n, t, d = h.shape
+        q, k, v = self.qkv(self.first(h)).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + self.out(a.transpose(1, 2).reshape(n, t, d))
+        return h + self.down(F.gelu(self.up(self.second(h))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, vocabulary=101, width=64, layers=2, length=70):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*[Block(width) for _ in range(layers)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids):
+        h = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+        return self.head(self.norm(self.blocks(h)))
+
+
+class Rnn(nn.Module):
+    def __init__(self, kind, width=48):
+        super().__init__()
+        self.tokens = nn.Embedding(101, width)
+        self.rnn = kind(width, width, 2, batch_first=True)
+        self.head = nn.Linear(width, 101)
+
+    def forward(self, ids):
+        return self.head(self.rnn(self.tokens(ids))[0])
+
+
+def cnn():
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [
+        nn.Conv2d(32, 48, 3, stride=2, groups=4),
+        nn.GroupNorm(6, 48),
+        nn.ReLU(),
+        nn.Conv2d(48, 48, 3, groups=48),
+    ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(192, 10))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(300, 257), nn.ReLU(), nn.Linear(257, 130), nn.ReLU(), nn.Linear(130, 10))
+
+
+def ids(n):
+    return torch.randint(0, 101, (n, 33)), torch.randint(0, 101, (n, 33))
+
+
+MODELS = {
+    "mlp": (mlp, lambda n: (torch.randn(n, 300), torch.randint(0, 10, (n,)))),
+    "cnn": (cnn, lambda n: (torch.randn(n, 3, 24, 24), torch.randint(0, 10, (n,)))),
+    "decoder": (Decoder, ids),
+    "lstm": (lambda: Rnn(nn.LSTM), ids),
+    "gru": (lambda: Rnn(nn.GRU), ids),
+}
+
+
+def norm_error(fisher, exact):
+    """Return the error of all parameters together, relative to the exact norm."""
+    return relative_error(
+        torch.cat([fisher[n].flatten() for n in exact]), torch.cat([e.flatten() for e in exact.values()])
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_is_within_the_bound_of_float64(name):
+    build, make = MODELS[name]
+    model, data = build().eval(), [make(n) for n in (8, 8, 3)]
+    poison()
+    fisher = wplfast.fisher_diagonal(model, data, ce)
+    exact, plain = fisher_loop(model, data, ce), fisher_loop(model, data, ce, double=False)
+    assert norm_error(fisher, exact) <= max(2e-6, 4 * norm_error(plain, exact))
+    whole = torch.cat([e.flatten() for e in exact.values()]).norm()
+    for n, e in exact.items():
+        bound = max(1e-5 * e.norm(), 4 * (plain[n] - e).norm()) + 1e-12 * whole
+        assert (fisher[n].double() - e).norm() <= bound, n
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "decoder"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_half_precision_is_as_good_as_plain_pytorch_in_it(name, autocast):
+    build, make = MODELS[name]
+    model = build().eval()
+    data = [make(n) for n in (8, 8)]
+
+    def loss(outputs, targets):
+        return ce(outputs.double() if outputs.dtype == torch.float64 else outputs.float(), targets)
+
+    if autocast:
+        exact = fisher_loop(model, data, loss)
+    else:
+        model = model.bfloat16()
+        data = [(x.bfloat16() if x.is_floating_point() else x, y) for x, y in data]
+        exact = fisher_loop(model, data, loss)
+    with torch.autocast(NAME, dtype=torch.bfloat16, enabled=autocast):
+        fisher = wplfast.fisher_diagonal(model, data, loss)
+        plain = fisher_loop(model, data, loss, double=False)
+    assert norm_error(fisher, exact) <= 2 * norm_error(plain, exact) + 1e-3
+    assert all(f.dtype == torch.float32 for f in fisher.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_bits_run_to_run_and_on_another_stream(name):
+    """Where torch's own backward pass repeats, so does F."""
+    build, make = MODELS[name]
+    model, data = build().eval(), [make(n) for n in (8, 5)]
+
+    def gradients():
+        model.zero_grad()
+        ce(model(data[0][0]), data[0][1]).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    repeats = all(torch.equal(gradients(), gradients()) for _ in range(3))
+    first = wplfast.fisher_diagonal(model, data, ce).flat
+    for _ in range(3):
+        poison()
+        again = wplfast.fisher_diagonal(model, data, ce).flat
+        assert torch.equal(again, first) if repeats else relative_error(again, first) < 1e-5
+    with new_stream():
+        again = wplfast.fisher_diagonal(model, data, ce).flat
+    assert torch.equal(again, first) if repeats else relative_error(again, first) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "decoder"])
+def test_a_steady_batch_reads_the_device_once_for_the_losses_and_once_for_the_gradients(name, device, monkeypatch):
+    """What the host must know: are the losses finite, are the gradients; nothing else makes it wait."""
+    build, make = MODELS[name]
+    model, (x, y) = build().eval(), make(8)
+    with wplfast.FisherAccumulator(model) as acc:
+        for _ in range(4):
+            acc.backward(ce(model(x), y))
+        losses = ce(model(x), y)
+        assert waits_of(lambda: acc.backward(losses), device) <= 2
+
+
+def waits_of(function, device):
+    """Count how often the host waits for the device."""
+    if NAME == "rehearsal":
+        before = torch.ops.rehearsal.waits()
+        function()
+        return torch.ops.rehearsal.waits() - before
+    if not GPU:
+        function()
+        return 0
+    import warnings
+
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in caught)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("name", ["mlp", "cnn", "decoder"])
+def test_peak_memory_is_that_of_a_unit_and_one_fisher(name):
+    """A unit is forward and backward of the same batch; parameters used more than once may cost output gradients."""
+    n = size(64, 8)
+    build, make = {
+        "mlp": (
+            lambda: nn.Sequential(nn.Linear(784, 2048), nn.ReLU(), nn.Linear(2048, 2048)),
+            None,
+        ),
+        "cnn": (cnn, lambda: (torch.randn(n, 3, 64, 64), torch.randint(0, 10, (n,)))),
+        "decoder": (lambda: Decoder(1000, 256, 4), lambda: (torch.randint(0, 1000, (n, 64)),) * 2),
+    }[name]
+    model = build().eval()
+    x, y = make() if make else (torch.randn(n, 784), torch.randint(0, 2048, (n,)))
+
+    def unit():
+        for p in model.parameters():
+            p.grad = None
+        ce(model(x), y).sum().backward()
+
+    unit()
+    ordinary = peak_of(unit)
+    for p in model.parameters():
+        p.grad = None
+    one_fisher = 4 * sum(p.numel() for p in model.parameters())
+    tied = 0
+    if name == "decoder":  # its table is the head, too: gradients of the logits and of the embeddings are kept
+        tied = 4 * x.numel() * (1000 + 256)
+    with wplfast.FisherAccumulator(model) as acc:
+        for _ in range(3):
+            acc.backward(ce(model(x), y))
+        peak = peak_of(lambda: acc.backward(ce(model(x), y)))
+    print(f"{name}: {peak / 2**20:.1f} MiB against {ordinary / 2**20:.1f} of a unit, F {one_fisher / 2**20:.1f}")
+    if NAME != "rehearsal":  # the plain-PyTorch backend makes per-sample gradients, and is what a rehearsal runs
+        assert peak <= 1.02 * ordinary + one_fisher + tied + 2**20
+
+
+def test_data_from_the_cpu_and_from_a_loader(device):
+    model = mlp()
+    x, y = torch.randn(20, 300, device="cpu"), torch.randint(0, 10, (20,), device="cpu")
+    direct = wplfast.fisher_diagonal(model, [(x.to(device), y.to(device))], ce).flat
+    assert torch.equal(wplfast.fisher_diagonal(model, [(x, y)], ce).flat, direct)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8, pin_memory=GPU)
+    several = wplfast.fisher_diagonal(model, loader, ce)
+    assert several.n_samples == 20
+    torch.testing.assert_close(several.flat, direct, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["empirical", "mc", "exact"])
+def test_every_type_of_fisher(kind):
+    model, data = mlp(), [MODELS["mlp"][1](6)]
+    first = wplfast.fisher_diagonal(model, data, ce, fisher_type=kind, with_grad=True)
+    again = wplfast.fisher_diagonal(model, data, ce, fisher_type=kind, with_grad=True)
+    assert torch.equal(first.flat, again.flat)
+    wide = copy.deepcopy(model).double()
+    double = wplfast.fisher_diagonal(wide, [(data[0][0].double(), data[0][1])], ce, fisher_type=kind)
+    if kind != "mc":  # another dtype may draw other targets
+        assert relative_error(first.flat, double.flat) < 2e-6
+
+
+def test_threads_with_models_of_their_own():
+    build, make = MODELS["cnn"]
+
+    def work():
+        model, data = build().eval(), [make(4), make(3)]
+        fisher = wplfast.fisher_diagonal(model, data, ce)
+        exact = fisher_loop(model, data, ce)
+        assert norm_error(fisher, exact) < 1e-5
+
+    in_threads(work, work, work)
+
+
+@pytest.mark.alone
+def test_nothing_is_left_on_the_device():
+    build, make = MODELS["cnn"]
+    model, data = build().eval(), [make(4)]
+    wplfast.fisher_diagonal(model, data, ce)
+    gc.collect()
+    before = allocated()
+    for _ in range(size(50, 5)):
+        wplfast.fisher_diagonal(model, data, ce)
+    gc.collect()
+    assert allocated() <= before + 4096
+
+
+def test_channels_last_and_the_penalty_after_it():
+    build, make = MODELS["cnn"]
+    model, (x, y) = build().eval(), make(6)
+    expected = wplfast.fisher_diagonal(model, [(x, y)], ce)
+    model = model.to(memory_format=torch.channels_last)
+    fisher = wplfast.fisher_diagonal(model, [(x.to(memory_format=torch.channels_last), y)], ce)
+    assert norm_error(fisher, {n: e.double() for n, e in expected.items()}) < 1e-5
+    wpl = wplfast.WeightPlasticityLoss(model, alpha=2.0)
+    wpl.consolidate(fisher)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01)
+    value = wpl()
+    exact = sum(f.double().sum() for f in fisher.values()) * 0.01**2
+    assert value.item() == pytest.approx(float(exact), rel=1e-3)
+    value.backward()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, 0.02 * fisher[n], rtol=1e-3, atol=1e-9)
