@@ -1,7 +1,7 @@
 """Everything that is measured on a GPU, in one call of less than eight minutes: ``make gpu-bench``.
 
     python -m benchmarks.gpu --json out/gpu.json                          # build, measure, print a short table last
-    python -m benchmarks.gpu --json out/gpu.json --parts kernels profile  # some parts
+    python -m benchmarks.gpu --json out/gpu.json --parts linear profile  # some parts
     python -m benchmarks.gpu --json out/gpu.json --device cpu --quick     # a rehearsal without a GPU, not a measurement
 
 Each part runs in a process of its own with a time cap, so that none can stop another; what fails is recorded with its
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: part -> (module, its prefix, seconds after which no further case begins). In the order in which they run.
 PARTS: dict[str, tuple[str, str, float]] = {
     "roofs": ("roofs", "", 15),
-    "kernels": ("kernels", "", 50),
+    "linear": ("linear", "", 50),
     "fisher": ("fisher", "", 110),
     "penalty": ("bandwidth", "", 45),
     "layers": ("layers", "", 45),

@@ -23,8 +23,8 @@ from benchmarks import (
     figures,
     fisher,
     gpu,
-    kernels,
     layers,
+    linear,
     passes,
     peers,
     readme,
@@ -469,10 +469,10 @@ def test_the_plan_of_a_gpu_run_fits():
 def test_what_fails_is_said(monkeypatch, tmp_path, capfd):
     found = {"cases": {}, "errors": {"a case": "Traceback\nValueError: words"}, "left_out": {}, "table": "a table"}
     monkeypatch.setattr(gpu, "_run", lambda *arguments: found)
-    assert gpu.main(["--json", str(tmp_path / "gpu.json"), "--no-build", "--parts", "kernels"]) == 1
+    assert gpu.main(["--json", str(tmp_path / "gpu.json"), "--no-build", "--parts", "linear"]) == 1
     out, _ = capfd.readouterr()
     assert "a table" in out
-    assert out.rstrip().endswith("FAILED kernels / a case: ValueError: words")
+    assert out.rstrip().endswith("FAILED linear / a case: ValueError: words")
 
 
 @pytest.fixture(scope="module")
@@ -480,9 +480,9 @@ def rehearsed():
     """A record with a case or two of each part."""
     cases = {
         "roofs": {name: roofs.cases(CPU, True)[name]() for name in ("memory", "bf16 product")},
-        "kernels": {
-            "a": kernels.case(CPU, True, kernels.LAYERS["3072x768"], "bf16", None, "weights, gradient"),
-            "b": kernels.case(CPU, True, kernels.LAYERS["MLP 1024x1024 T=1"], "fp32", "bf16x3", ""),
+        "linear": {
+            "a": linear.case(CPU, True, linear.LAYERS["3072x768"], "bf16", None, "weights, gradient"),
+            "b": linear.case(CPU, True, linear.LAYERS["MLP 1024x1024 T=1"], "fp32", "bf16x3", ""),
         },
         "layers": {
             "conv": layers.conv(CPU, True, "3x3 stride 2, 128, 56x56", "bf16"),
@@ -502,12 +502,12 @@ def rehearsed():
 
 def test_gpu_cases_are_right(rehearsed):
     found = {part: record["cases"] for part, record in rehearsed["parts"].items()}
-    for name, r in (found["kernels"] | found["layers"]).items():
+    for name, r in (found["linear"] | found["layers"]).items():
         assert r["right"], name
         assert r["same_bits_twice"], name
         assert r["times"]["wplfast"]["milliseconds"]["median"] > 0
-    assert "gradient" in found["kernels"]["a"]["relative_error"]
-    assert "materialised" in found["kernels"]["b"]["times"]
+    assert "gradient" in found["linear"]["a"]["relative_error"]
+    assert "materialised" in found["linear"]["b"]["times"]
     fp32 = found["penalty"]["fp32"]
     assert fp32["results"]["add_grad_"]["bytes"] == 20 * fp32["parameters"]
     assert fp32["results"]["value and gradient"]["bytes"] == 16 * fp32["parameters"]
@@ -531,7 +531,7 @@ def test_gpu_record_is_rendered(rehearsed):
     assert "Failed or wrong in this run: layers: conv." in gpu_report.section(failed)
     pytest.importorskip("matplotlib")
     assert figures.draw(rehearsed).startswith(b"\x89PNG")
-    tables = {"roofs": roofs, "kernels": kernels, "layers": layers, "penalty": bandwidth, "profile": passes}
+    tables = {"roofs": roofs, "linear": linear, "layers": layers, "penalty": bandwidth, "profile": passes}
     for part, module in tables.items():
         lines = module.table(rehearsed["parts"][part]["cases"]).splitlines()
         assert max(map(len, lines)) <= 125
@@ -552,11 +552,11 @@ def test_readme_says_that_gpu_speed_is_unmeasured_until_it_is(tmp_path, monkeypa
 
 
 def test_wrong_kernels_are_recorded_as_wrong(monkeypatch):
-    monkeypatch.setattr(kernels.ops, "fisher_linear_", lambda *arguments: None)
+    monkeypatch.setattr(linear.ops, "fisher_linear_", lambda *arguments: None)
     with pytest.raises(parts.WrongCaseError, match="relative error") as raised:
-        kernels.case(CPU, True, kernels.LAYERS["3072x768"], "bf16", None, "")
+        linear.case(CPU, True, linear.LAYERS["3072x768"], "bf16", None, "")
     assert raised.value.record["right"] is False
-    assert "WRONG" in kernels.table({"a": raised.value.record})
+    assert "WRONG" in linear.table({"a": raised.value.record})
     monkeypatch.setattr(bandwidth.wplfast.WeightPlasticityLoss, "add_grad_", lambda self: self())
     with pytest.raises(parts.WrongCaseError, match="errors"):
         bandwidth.case(CPU, True, 1000, 1, bandwidth.FP32, baselines=False)
@@ -569,11 +569,19 @@ def test_wrong_fisher_in_a_lower_precision_is_recorded(monkeypatch):
 
 
 def test_large_models_have_the_sizes_they_are_named_for():
-    sizes = {"gpt2": 124_439_808, "gpt2_autocast": 124_439_808, "resnet50": 25_557_032, "lstm": 28_018_000}
+    sizes = {
+        "gpt2": 124_439_808,
+        "gpt2_untied": 163_037_184,
+        "gpt2_autocast": 124_439_808,
+        "resnet50": 25_557_032,
+        "lstm": 28_018_000,
+        "cell": 22_011_000,
+    }
     for name, expected in sizes.items():
         with torch.device("meta"):
             model = fisher.KNOWN[name].model(False)
         assert sum(p.numel() for p in model.parameters()) == expected, name
+    assert sorted(fisher.ORDER) == sorted(fisher.KNOWN)
 
 
 def test_union_of_spans():
