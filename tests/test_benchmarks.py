@@ -25,6 +25,7 @@ from benchmarks import (
     gpu,
     layers,
     linear,
+    models,
     passes,
     peers,
     readme,
@@ -420,6 +421,21 @@ def test_parts_are_guarded_and_go_on_where_they_ended(tmp_path):
     assert again["left_out"] == {"late": parts.LATE}
 
 
+def test_tables_are_kept_after_each_case(tmp_path):
+    path = tmp_path / "part.json"
+    seen = []
+
+    def table(found):
+        seen.append(json.loads(path.read_text())["running"])
+        return ", ".join(found)
+
+    assert parts.run({"a": dict, "b": dict}, path, 60, CPU, table)["table"] == "a, b"
+    assert seen == ["a", "b"]
+    record = parts.run({"c": dict}, path, 60, CPU, lambda found: 1 / 0)
+    assert "ZeroDivisionError" in record["errors"]["the table"]
+    assert set(record["cases"]) == {"a", "b", "c"}
+
+
 def test_a_lost_device_ends_a_part(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "_works", lambda device: False)
     record = parts.run({"a": failing, "b": dict}, tmp_path / "part.json", 60, CPU)
@@ -492,7 +508,7 @@ def rehearsed():
             "squares": layers.squares(CPU, True, 64, 2048),
         },
         "penalty": {kind.name: bandwidth.case(CPU, True, 10**6, 160, kind, baselines=True) for kind in bandwidth.KINDS},
-        "fisher": {"lstm": fisher.case(CPU, True, "lstm"), "gpt2": fisher.case(CPU, True, "gpt2")},
+        "fisher": {"lstm": models.case(CPU, True, "lstm"), "gpt2": models.case(CPU, True, "gpt2")},
         "profile": {"mlp": passes.case(CPU, True, "mlp")},
     }
     found = {part: {"cases": made, "errors": {}, "left_out": {}} for part, made in cases.items()}
@@ -535,7 +551,7 @@ def test_gpu_record_is_rendered(rehearsed):
     for part, module in tables.items():
         lines = module.table(rehearsed["parts"][part]["cases"]).splitlines()
         assert max(map(len, lines)) <= 125
-    assert "WRONG" not in fisher.short_table(rehearsed["parts"]["fisher"]["cases"])
+    assert "WRONG" not in models.table(rehearsed["parts"]["fisher"]["cases"])
     assert passes.log(rehearsed["parts"]["profile"]["cases"]).count("host") > 3
 
 
@@ -565,7 +581,7 @@ def test_wrong_kernels_are_recorded_as_wrong(monkeypatch):
 def test_wrong_fisher_in_a_lower_precision_is_recorded(monkeypatch):
     monkeypatch.setattr(fisher, "LOOPS", 0.0)
     with pytest.raises(parts.WrongCaseError, match="gpt2"):
-        fisher.case(CPU, True, "gpt2")
+        models.case(CPU, True, "gpt2")
 
 
 def test_large_models_have_the_sizes_they_are_named_for():
@@ -581,7 +597,7 @@ def test_large_models_have_the_sizes_they_are_named_for():
         with torch.device("meta"):
             model = fisher.KNOWN[name].model(False)
         assert sum(p.numel() for p in model.parameters()) == expected, name
-    assert sorted(fisher.ORDER) == sorted(fisher.KNOWN)
+    assert sorted(models.ORDER) == sorted(fisher.KNOWN)
 
 
 def test_union_of_spans():
