@@ -41,7 +41,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks all --json $(OUT)/benchmarks.json
 
 # Without the virtual environment: a machine with a GPU has its own torch, and may have no network. GPU_BENCH: options,
-# such as "--parts kernels profile".
+# such as "--parts linear profile".
 gpu-bench:
 	$(PYTHON) -m benchmarks.gpu --json $(OUT)/gpu.json --commit "$(COMMIT)" $(GPU_BENCH)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import wplfast
 
-from .contenders import ALPHA, CHUNK_CUDA, NO_VALUE, Case, by_name, compiled, net_shapes, plain
+from .contenders import ALPHA, CHUNK_CUDA, NO_VALUE, Case, by_name, net_shapes, plain
 from .large import LARGE
 from .penalty import small_shapes
 from .plumbing.kernel_case import fresh
@@ -205,21 +205,6 @@ def small(device: torch.device, quick: bool) -> dict:
     return measured(device, quick, small_shapes(), FP32, baselines=True, small=True)
 
 
-def against_compiled(device: torch.device, quick: bool, size: int, tensors: int) -> dict:
-    """Time ``add_grad_`` beside torch.compile, which is compiled for this case."""
-    size = QUICK if quick else size
-    shapes: list[tuple[int, ...]] = [(size,)] if tensors == 1 else net_shapes(size, tensors)
-    shapes = small_shapes() if tensors == 8 else shapes
-    subject = Subject(shapes, FP32, device)
-    ways = {**compiled(subject.case), "add_grad_": subject.wpl.add_grad_}
-    errors = {name: subject.errors(run) for name, run in ways.items()}
-    times = interleave({name: Contender(run) for name, run in ways.items()}, ROUNDS, SECONDS, device)
-    over = asdict(ratio(times["compile"], times["add_grad_"]))
-    spreads = {name: asdict(Spread.of(taken, 1e3)) for name, taken in times.items()}
-    found = {"parameters": subject.case.numel, "tensors": len(shapes), "milliseconds": spreads}
-    return {**found, "over_add_grad_": over, "relative_error": errors}
-
-
 def cases(device: torch.device, quick: bool) -> Cases:
     """Return what is measured."""
     million = 10**6
@@ -232,13 +217,6 @@ def cases(device: torch.device, quick: bool) -> Cases:
     }
     models = {f"{name}'s parameters, fp32": partial(of_model, device, quick, name) for name in ("gpt2", "resnet50")}
     return {"8 small tensors": partial(small, device, quick), **models, **found}
-
-
-def compiled_cases(device: torch.device, quick: bool) -> Cases:
-    """Return what is measured beside torch.compile: minutes of compiling, so that it comes last."""
-    rows = [(64 * 10**6, 1), (64 * 10**6, 8), (64 * 10**6, 20 if quick else 160)]
-    names = ("64 M in 1", "8 small tensors", "64 M in 160")
-    return {name: partial(against_compiled, device, quick, *row) for name, row in zip(names, rows, strict=True)}
 
 
 def table(found: dict) -> str:
@@ -263,12 +241,3 @@ def table(found: dict) -> str:
             f"{replay}{others}{wrong}"
         )
     return "\n".join(lines)
-
-
-def compiled_table(found: dict) -> str:
-    """Return a line for each case beside torch.compile."""
-    return "\n".join(
-        f"torch.compile, {name}: {r['milliseconds']['compile']['median']:.3g} ms, "
-        f"{r['over_add_grad_']['median']:.2f}x add_grad_"
-        for name, r in found.items()
-    )

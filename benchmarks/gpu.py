@@ -1,7 +1,7 @@
 """Everything that is measured on a GPU, in one call of less than eight minutes: ``make gpu-bench``.
 
     python -m benchmarks.gpu --json out/gpu.json                          # build, measure, print a short table last
-    python -m benchmarks.gpu --json out/gpu.json --parts kernels profile  # some parts
+    python -m benchmarks.gpu --json out/gpu.json --parts linear profile  # some parts
     python -m benchmarks.gpu --json out/gpu.json --device cpu --quick     # a rehearsal without a GPU, not a measurement
 
 Each part runs in a process of its own with a time cap, so that none can stop another; what fails is recorded with its
@@ -27,18 +27,18 @@ from typing import Any
 from .plumbing.record import write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-#: part -> (module, its prefix, seconds after which no further case begins). In the order in which they run.
+#: part -> (module, what makes its table, seconds after which no further case begins). In the order in which they run.
 PARTS: dict[str, tuple[str, str, float]] = {
-    "roofs": ("roofs", "", 15),
-    "kernels": ("kernels", "", 50),
-    "fisher": ("fisher", "", 110),
-    "penalty": ("bandwidth", "", 45),
-    "layers": ("layers", "", 45),
-    "profile": ("passes", "", 30),
-    "launches": ("launches", "", 35),
-    "peers": ("peers", "", 35),
-    "compiled": ("bandwidth", "compiled_", 60),
-    "tiles": ("tiles", "", 60),
+    "roofs": ("roofs", "table", 15),
+    "linear": ("linear", "table", 50),
+    "fisher": ("models", "table", 110),
+    "penalty": ("bandwidth", "table", 45),
+    "layers": ("layers", "table", 45),
+    "profile": ("passes", "table", 30),
+    "launches": ("launches", "table", 35),
+    "peers": ("peers", "short_table", 35),
+    "compiled": ("compiled", "table", 60),
+    "tiles": ("tiles", "table", 60),
 }
 OPTIONAL = ("tiles",)  # part of a run only where asked for
 WHOLE = ("launches", "tiles")  # measured in one piece, by ``run``
@@ -168,7 +168,7 @@ def _work(options: argparse.Namespace) -> int:
     from .plumbing.record import environment
 
     (part,) = options.parts
-    name, prefix, seconds = PARTS[part]
+    name, shown, seconds = PARTS[part]
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
     record = parts.load(options.json)
     try:
@@ -180,22 +180,14 @@ def _work(options: argparse.Namespace) -> int:
         return 0
     record["place"] = environment(options.device)
     write_json(options.json, record)
-    seconds = options.seconds or seconds
+    seconds, table = options.seconds or seconds, getattr(module, shown)
     if part in WHOLE:
         arguments = (device, seconds, options.quick) if part == "tiles" else (options.device,)
-        cases = {"all": lambda: module.run(*arguments)}
+        cases: parts.Cases = {"all": lambda: module.run(*arguments)}
+        record = parts.run(cases, options.json, seconds, device, lambda found: table(found["all"]))
     else:
-        cases = getattr(module, f"{prefix}cases")(device, options.quick)
-    record = parts.run(cases, options.json, seconds, device)
-    found = record["cases"]
-    if part in WHOLE:
-        found = {key: value for key, value in found.get("all", {}).items() if key != "wall_seconds"}
-    try:
-        shown = getattr(module, "short_table" if hasattr(module, "short_table") else f"{prefix}table")
-        record["table"] = shown(found) if found else ""
-    except Exception as error:  # a table must not cost what it would show
-        record["errors"]["the table"] = f"{type(error).__name__}: {error}"
-    write_json(options.json, record)
+        cases = module.cases(device, options.quick)
+        record = parts.run(cases, options.json, seconds, device, table)
     if hasattr(module, "log"):
         write_bytes(options.json.with_suffix(".txt"), module.log(record["cases"]).encode())
     return 3 if "lost" in record else 0

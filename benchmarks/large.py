@@ -83,8 +83,8 @@ class WordLSTM(nn.Module):
         return self.head(self.cells(self.tokens(tokens))[0])
 
 
-def _gpt2(quick: bool) -> nn.Module:
-    return Decoder(50, 8, 128, 2, tied=True) if quick else Decoder(50257, 512, 768, 12, tied=True)
+def _gpt2(quick: bool, tied: bool = True) -> nn.Module:
+    return Decoder(50, 8, 128, 2, tied) if quick else Decoder(50257, 512, 768, 12, tied)
 
 
 def _resnet(quick: bool) -> nn.Module:
@@ -125,6 +125,15 @@ LARGE = {
     w.name: w
     for w in (
         Workload("gpt2", f"{_GPT2}, bf16", 1.2, _in_bf16(_gpt2), _text(8, 512, 50257), "bf16", BATCHES),
+        Workload(
+            "gpt2_untied",
+            f"{_GPT2.replace('tied head', 'its head its own')}, bf16",
+            1.2,
+            lambda quick: _gpt2(quick, tied=False).bfloat16(),
+            _text(8, 512, 50257),
+            "bf16",
+            BATCHES,
+        ),
         Workload(
             "gpt2_autocast",
             f"{_GPT2}, fp32 under autocast to bf16",

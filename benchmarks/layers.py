@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wplfast import ops
 
-from .kernels import DTYPES, TOLERANCE
+from .linear import DTYPES, TOLERANCE
 from .plumbing.kernel_case import OURS, checked, errors_of, fresh, judged, timed
 from .plumbing.parts import Cases
 from .roofs import tf32

@@ -23,8 +23,9 @@ from benchmarks import (
     figures,
     fisher,
     gpu,
-    kernels,
     layers,
+    linear,
+    models,
     passes,
     peers,
     readme,
@@ -420,6 +421,21 @@ def test_parts_are_guarded_and_go_on_where_they_ended(tmp_path):
     assert again["left_out"] == {"late": parts.LATE}
 
 
+def test_tables_are_kept_after_each_case(tmp_path):
+    path = tmp_path / "part.json"
+    seen = []
+
+    def table(found):
+        seen.append(json.loads(path.read_text())["running"])
+        return ", ".join(found)
+
+    assert parts.run({"a": dict, "b": dict}, path, 60, CPU, table)["table"] == "a, b"
+    assert seen == ["a", "b"]
+    record = parts.run({"c": dict}, path, 60, CPU, lambda found: 1 / 0)
+    assert "ZeroDivisionError" in record["errors"]["the table"]
+    assert set(record["cases"]) == {"a", "b", "c"}
+
+
 def test_a_lost_device_ends_a_part(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "_works", lambda device: False)
     record = parts.run({"a": failing, "b": dict}, tmp_path / "part.json", 60, CPU)
@@ -469,10 +485,10 @@ def test_the_plan_of_a_gpu_run_fits():
 def test_what_fails_is_said(monkeypatch, tmp_path, capfd):
     found = {"cases": {}, "errors": {"a case": "Traceback\nValueError: words"}, "left_out": {}, "table": "a table"}
     monkeypatch.setattr(gpu, "_run", lambda *arguments: found)
-    assert gpu.main(["--json", str(tmp_path / "gpu.json"), "--no-build", "--parts", "kernels"]) == 1
+    assert gpu.main(["--json", str(tmp_path / "gpu.json"), "--no-build", "--parts", "linear"]) == 1
     out, _ = capfd.readouterr()
     assert "a table" in out
-    assert out.rstrip().endswith("FAILED kernels / a case: ValueError: words")
+    assert out.rstrip().endswith("FAILED linear / a case: ValueError: words")
 
 
 @pytest.fixture(scope="module")
@@ -480,9 +496,9 @@ def rehearsed():
     """A record with a case or two of each part."""
     cases = {
         "roofs": {name: roofs.cases(CPU, True)[name]() for name in ("memory", "bf16 product")},
-        "kernels": {
-            "a": kernels.case(CPU, True, kernels.LAYERS["3072x768"], "bf16", None, "weights, gradient"),
-            "b": kernels.case(CPU, True, kernels.LAYERS["MLP 1024x1024 T=1"], "fp32", "bf16x3", ""),
+        "linear": {
+            "a": linear.case(CPU, True, linear.LAYERS["3072x768"], "bf16", None, "weights, gradient"),
+            "b": linear.case(CPU, True, linear.LAYERS["MLP 1024x1024 T=1"], "fp32", "bf16x3", ""),
         },
         "layers": {
             "conv": layers.conv(CPU, True, "3x3 stride 2, 128, 56x56", "bf16"),
@@ -492,7 +508,7 @@ def rehearsed():
             "squares": layers.squares(CPU, True, 64, 2048),
         },
         "penalty": {kind.name: bandwidth.case(CPU, True, 10**6, 160, kind, baselines=True) for kind in bandwidth.KINDS},
-        "fisher": {"lstm": fisher.case(CPU, True, "lstm"), "gpt2": fisher.case(CPU, True, "gpt2")},
+        "fisher": {"lstm": models.case(CPU, True, "lstm"), "gpt2": models.case(CPU, True, "gpt2")},
         "profile": {"mlp": passes.case(CPU, True, "mlp")},
     }
     found = {part: {"cases": made, "errors": {}, "left_out": {}} for part, made in cases.items()}
@@ -502,12 +518,12 @@ def rehearsed():
 
 def test_gpu_cases_are_right(rehearsed):
     found = {part: record["cases"] for part, record in rehearsed["parts"].items()}
-    for name, r in (found["kernels"] | found["layers"]).items():
+    for name, r in (found["linear"] | found["layers"]).items():
         assert r["right"], name
         assert r["same_bits_twice"], name
         assert r["times"]["wplfast"]["milliseconds"]["median"] > 0
-    assert "gradient" in found["kernels"]["a"]["relative_error"]
-    assert "materialised" in found["kernels"]["b"]["times"]
+    assert "gradient" in found["linear"]["a"]["relative_error"]
+    assert "materialised" in found["linear"]["b"]["times"]
     fp32 = found["penalty"]["fp32"]
     assert fp32["results"]["add_grad_"]["bytes"] == 20 * fp32["parameters"]
     assert fp32["results"]["value and gradient"]["bytes"] == 16 * fp32["parameters"]
@@ -531,11 +547,11 @@ def test_gpu_record_is_rendered(rehearsed):
     assert "Failed or wrong in this run: layers: conv." in gpu_report.section(failed)
     pytest.importorskip("matplotlib")
     assert figures.draw(rehearsed).startswith(b"\x89PNG")
-    tables = {"roofs": roofs, "kernels": kernels, "layers": layers, "penalty": bandwidth, "profile": passes}
+    tables = {"roofs": roofs, "linear": linear, "layers": layers, "penalty": bandwidth, "profile": passes}
     for part, module in tables.items():
         lines = module.table(rehearsed["parts"][part]["cases"]).splitlines()
         assert max(map(len, lines)) <= 125
-    assert "WRONG" not in fisher.short_table(rehearsed["parts"]["fisher"]["cases"])
+    assert "WRONG" not in models.table(rehearsed["parts"]["fisher"]["cases"])
     assert passes.log(rehearsed["parts"]["profile"]["cases"]).count("host") > 3
 
 
@@ -552,11 +568,11 @@ def test_readme_says_that_gpu_speed_is_unmeasured_until_it_is(tmp_path, monkeypa
 
 
 def test_wrong_kernels_are_recorded_as_wrong(monkeypatch):
-    monkeypatch.setattr(kernels.ops, "fisher_linear_", lambda *arguments: None)
+    monkeypatch.setattr(linear.ops, "fisher_linear_", lambda *arguments: None)
     with pytest.raises(parts.WrongCaseError, match="relative error") as raised:
-        kernels.case(CPU, True, kernels.LAYERS["3072x768"], "bf16", None, "")
+        linear.case(CPU, True, linear.LAYERS["3072x768"], "bf16", None, "")
     assert raised.value.record["right"] is False
-    assert "WRONG" in kernels.table({"a": raised.value.record})
+    assert "WRONG" in linear.table({"a": raised.value.record})
     monkeypatch.setattr(bandwidth.wplfast.WeightPlasticityLoss, "add_grad_", lambda self: self())
     with pytest.raises(parts.WrongCaseError, match="errors"):
         bandwidth.case(CPU, True, 1000, 1, bandwidth.FP32, baselines=False)
@@ -565,15 +581,23 @@ def test_wrong_kernels_are_recorded_as_wrong(monkeypatch):
 def test_wrong_fisher_in_a_lower_precision_is_recorded(monkeypatch):
     monkeypatch.setattr(fisher, "LOOPS", 0.0)
     with pytest.raises(parts.WrongCaseError, match="gpt2"):
-        fisher.case(CPU, True, "gpt2")
+        models.case(CPU, True, "gpt2")
 
 
 def test_large_models_have_the_sizes_they_are_named_for():
-    sizes = {"gpt2": 124_439_808, "gpt2_autocast": 124_439_808, "resnet50": 25_557_032, "lstm": 28_018_000}
+    sizes = {
+        "gpt2": 124_046_592,
+        "gpt2_untied": 162_643_968,
+        "gpt2_autocast": 124_046_592,
+        "resnet50": 25_557_032,
+        "lstm": 28_018_000,
+        "cell": 22_011_000,
+    }
     for name, expected in sizes.items():
         with torch.device("meta"):
             model = fisher.KNOWN[name].model(False)
         assert sum(p.numel() for p in model.parameters()) == expected, name
+    assert sorted(models.ORDER) == sorted(fisher.KNOWN)
 
 
 def test_union_of_spans():

@@ -15,7 +15,7 @@ CONTRACT = 0.9  # share of the copy's bandwidth
 def draw(record: Mapping[str, Any]) -> bytes:
     """Draw shares of cuBLAS's rate and of the copy's bandwidth as a PNG."""
     plt = plots.pyplot()
-    kernels = record["parts"].get("kernels", {}).get("cases", {})
+    kernels = record["parts"].get("linear", {}).get("cases", {})
     penalty = {k: r for k, r in record["parts"].get("penalty", {}).get("cases", {}).items() if r["parameters"] >= LEAST}
     height = 1.6 + 0.24 * max(len(kernels), 1.6 * len(penalty))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")

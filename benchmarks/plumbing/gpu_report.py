@@ -24,7 +24,7 @@ def section(record: Found | None) -> str:
         return ""
     tables = (
         _fisher(parts.get("fisher", {})),
-        _kernels(parts.get("kernels", {})),
+        _linear(parts.get("linear", {})),
         _layers(parts.get("layers", {})),
         _penalty(parts.get("penalty", {}), parts.get("compiled", {})),
         _peers(parts.get("peers", {})),
@@ -98,7 +98,7 @@ def _fisher(found: Found) -> Iterator[str]:
     )
 
 
-def _kernels(found: Found) -> Iterator[str]:
+def _linear(found: Found) -> Iterator[str]:
     """Render the linear layers' kernel beside the plain product."""
     if not found:
         return

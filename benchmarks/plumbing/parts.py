@@ -40,7 +40,9 @@ def load(path: Path) -> dict[str, Any]:
     return record
 
 
-def run(cases: Cases, path: Path, seconds: float, device: torch.device) -> dict[str, Any]:
+def run(
+    cases: Cases, path: Path, seconds: float, device: torch.device, table: Callable[[dict], str] | None = None
+) -> dict[str, Any]:
     """Run the cases that a record does not hold yet, and write it after each.
 
     Args:
@@ -48,6 +50,7 @@ def run(cases: Cases, path: Path, seconds: float, device: torch.device) -> dict[
         path: where the record is and goes.
         seconds: after that, no further case begins.
         device: looked at after each case; the part ends where it no longer works.
+        table: renders the cases that were measured; kept in the record.
     """
     record, started = load(path), time.perf_counter()
     record["left_out"] = {}
@@ -62,6 +65,8 @@ def run(cases: Cases, path: Path, seconds: float, device: torch.device) -> dict[
         _guarded(name, case, record)
         record["running"] = None
         record["wall_seconds"] = round(time.perf_counter() - started, 1)
+        if table is not None and record["cases"]:
+            _tabulate(table, record)
         write_json(path, record)
         if not _works(device):
             record["lost"] = name  # the next process goes on without it
@@ -84,6 +89,14 @@ def _guarded(name: str, case: Callable[[], dict], record: dict[str, Any]) -> Non
     if result is not None:
         record["cases"][name] = {**result, "wall_seconds": round(time.perf_counter() - started, 2)}
     gc.collect()
+
+
+def _tabulate(table: Callable[[dict], str], record: dict[str, Any]) -> None:
+    """Render what was measured; a table must not cost what it would show."""
+    try:
+        record["table"] = table(record["cases"])
+    except Exception as error:
+        record["errors"]["the table"] = f"{type(error).__name__}: {error}"
 
 
 def _works(device: torch.device) -> bool:
