@@ -124,7 +124,7 @@ def measure(case: Case) -> dict[str, Any]:
         "tensor_core": len(re.findall(TENSOR_CORES[case.arch], ptx)),
         "copies": {str(width): count for width, count in asynchronous_copies(ptx).items() if count},
         "stores": {str(width): count for width, count in vector_widths(ptx, "st").items()},
-        "loop": product_loop(compiled),
+        "loop": len(product_loop(compiled)) or None,
     }
 
 

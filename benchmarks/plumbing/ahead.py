@@ -69,14 +69,14 @@ def asynchronous_copies(ptx: str) -> dict[int, int]:
     return {b: len(re.findall(rf"cp\.async\.c[ag]\.shared\.global .*?, 0x{b:x}\b", ptx)) for b in (4, 8, 16)}
 
 
-def product_loop(compiled: Any) -> int | None:
-    """Return how many machine instructions the loop on tensor cores has, None if there is none.
+def product_loop(compiled: Any) -> list[str]:
+    """Return the machine instructions of the loop on tensor cores, none if there is no such loop.
 
     It is the shortest one with most of their instructions: code that was moved out of line jumps back into it too.
     """
     labels: dict[str, int] = {}
     instructions: list[str] = []
-    lengths = []
+    loops = []
     for line in _tool(compiled, "nvdisasm", "-c").splitlines():
         label = re.match(r"\s*(\.L_x_\d+):", line)
         if label:
@@ -89,8 +89,8 @@ def product_loop(compiled: Any) -> int | None:
             body = instructions[labels[jump[1]] : index + 1]
             products = sum(bool(re.search(r"[HQ]G?MMA|UTC\w*MMA", other)) for other in body)
             if products:
-                lengths.append((-products, len(body)))
-    return min(lengths)[1] if lengths else None
+                loops.append((-products, len(body), body))
+    return min(loops)[2] if loops else []
 
 
 def _tool(compiled: Any, name: str, option: str) -> str:
