@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.layout import is_run
+from . import tied
 from .call import Source
 from .uses import Use, add_squares, chunks
 
@@ -29,7 +30,8 @@ def accumulate(
         target = _view(fisher, region)
         plain = None if gradient is None else _view(gradient, region)
         whole = region is not None or all(use.source.graph is None for use in group)
-        if not (whole and _fused(group, target, plain, weights)):
+        fused = whole and _fused(group, target, plain, weights)
+        if not fused and not tied.accumulate(group, target, plain, weights):
             _materialised(parameter, group, target, plain, weights, direct=region is not None)
 
 
