@@ -32,7 +32,7 @@ from ...plumbing.workers import Workers
 from . import report, summary, sweep, training
 from .fishers import KINDS
 from .scenarios import SCENARIOS, Setup, tasks
-from .training import ARMS, TUNED
+from .training import TUNED
 
 GRID = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7)
 L2_GRID = (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3)  # where F = 1, not about 1e-4
@@ -84,8 +84,13 @@ def run(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
     """Learn all sequences and sweeps and return their summaries."""
     seeds = range(options.seeds)
     grids = {"ewc": options.grid, "online": options.grid, "l2": options.l2_grid}
-    arms = [(arm, alpha) for arm in ARMS for alpha in (grids[arm] if arm in TUNED else (None,))]
-    sequences = [(setup, scenario, seed, *arm) for scenario in SCENARIOS for seed in seeds for arm in arms]
+    sequences = [
+        (setup, scenario, seed, arm, alpha)
+        for scenario in SCENARIOS
+        for seed in seeds
+        for arm in training.arms(len(tasks(setup, scenario, 0)))
+        for alpha in (grids[arm] if arm in TUNED else (None,))
+    ]
     kinds = sweep.curves(options.batch_sizes)
     sweeps = [
         (setup, name, seed, *kind, options.sweep_grid) for name in sweep.SWEPT for seed in seeds for kind in kinds

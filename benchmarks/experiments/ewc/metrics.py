@@ -52,29 +52,26 @@ def good_range(alphas: Sequence[float], scores: Sequence[float], within: float) 
         within: in points.
 
     Returns:
-        ``low``, ``high`` (strengths), ``decades`` (log10 of their ratio), ``centre`` (their geometric mean), and
-        ``open``: whether the range reaches an end of the grid, so that it may be wider than that.
+        ``low``, ``high`` (strengths), ``decades`` (log10 of their ratio), and ``open_low``, ``open_high``: whether the
+        range reaches that end of the grid, so that it may be wider than that.
     """
     x, y = np.log10(alphas), np.asarray(scores, float)
     best, bound = int(y.argmax()), float(y.max()) - within
-    ends, open_ends = [], False
+    ends, is_open = [], []
     for step in (-1, 1):
         at = best
         while 0 <= at + step < len(y) and y[at + step] >= bound:
             at += step
-        if 0 <= at + step < len(y):
-            share = (y[at] - bound) / (y[at] - y[at + step])
-            ends.append(float(x[at] + share * (x[at + step] - x[at])))
-        else:
-            ends.append(float(x[at]))
-            open_ends = True
+        is_open.append(not 0 <= at + step < len(y))
+        share = 0.0 if is_open[-1] else (y[at] - bound) / (y[at] - y[at + step])
+        ends.append(float(x[at]) if is_open[-1] else float(x[at] + share * (x[at + step] - x[at])))
     low, high = ends
     return {
-        "low": 10**low,
-        "high": 10**high,
-        "decades": high - low,
-        "centre": 10 ** ((low + high) / 2),
-        "open": open_ends,
+        "low": float(f"{10**low:.4g}"),
+        "high": float(f"{10**high:.4g}"),
+        "decades": round(high - low, 3),
+        "open_low": is_open[0],
+        "open_high": is_open[1],
     }
 
 

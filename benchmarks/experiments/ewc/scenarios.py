@@ -1,8 +1,7 @@
 """What is learnt one after the other: new data for one model (EWC), or the same data for a new model (WPL).
 
 The scenarios are named as in van de Ven and Tolias, arXiv:1904.07734: task-incremental (the task is known when the
-model is used, each has an output layer of its own), domain-incremental (one output layer, the inputs change),
-class-incremental (one output layer over all classes).
+model is used, each has an output layer of its own) and domain-incremental (one output layer, the inputs change).
 """
 
 from __future__ import annotations
@@ -58,7 +57,6 @@ SCENARIOS = {
     "split2": Scenario("halves of the digits, task-incremental", "one, new output layer", "new classes"),
     "split5": Scenario("pairs of digits, task-incremental", "one, new output layer", "new classes"),
     "permuted": Scenario("permuted pixels, domain-incremental", "one", "pixels permuted anew"),
-    "classes": Scenario("pairs of digits, class-incremental", "one", "new classes"),
     "models": Scenario("two models", *_WPL),
     "models10": Scenario("two models, B at 10 x the rate", *_WPL, rate=10.0),  # two_models' rate, which forgets more
 }
@@ -101,11 +99,9 @@ def tasks(setup: Setup, scenario: str, seed: int) -> tuple[Task, ...]:
     """
     split = load_split(setup.data, seed)
     if scenario == "split2":
-        parts = [Task(_classes(split, classes, relative=True), head) for head, classes in enumerate(HALVES)]
+        parts = [Task(_classes(split, classes), head) for head, classes in enumerate(HALVES)]
     elif scenario == "split5":
-        parts = [Task(_classes(split, classes, relative=True), head) for head, classes in enumerate(PAIRS)]
-    elif scenario == "classes":
-        parts = [Task(_classes(split, classes, relative=False), 0) for classes in PAIRS]
+        parts = [Task(_classes(split, classes), head) for head, classes in enumerate(PAIRS)]
     elif scenario == "permuted":
         generator = torch.Generator().manual_seed(seed)
         orders = [torch.arange(split.n_features)]
@@ -142,13 +138,13 @@ def hidden_layers(n_in: int, width: int, count: int) -> nn.Sequential:
     return layers
 
 
-def _classes(split: Split, classes: range, relative: bool) -> Split:
-    """Return the samples of some classes; relative labels count from the first of them."""
+def _classes(split: Split, classes: range) -> Split:
+    """Return the samples of some classes; their labels count from the first of them."""
 
     def chosen(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, labels = part
         rows = (labels >= classes.start) & (labels < classes.stop)
-        return images[rows], labels[rows] - classes.start * relative
+        return images[rows], labels[rows] - classes.start
 
     return Split(chosen(split.train), chosen(split.validation), chosen(split.test))
 

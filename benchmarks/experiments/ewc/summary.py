@@ -11,7 +11,7 @@ import numpy as np
 from ...plumbing.spread import spread
 from .metrics import average_accuracy, backward_transfer, forgetting, new_task_accuracy
 from .scenarios import SCENARIOS
-from .training import ARMS, TUNED, Run
+from .training import TUNED, Run
 
 GOAL_REDUCTION, GOAL_COST = 80.0, 2.0  # forgetting cut by at least (%), at a cost on new tasks of at most (points)
 
@@ -24,7 +24,7 @@ def summarise(scenario: str, runs: Sequence[Run]) -> dict[str, Any]:
     seed; ``gap`` how far the average accuracy at the end lies below joint training.
     """
     arms: dict[str, Any] = {}
-    chosen = {arm: _best([run for run in runs if run.arm == arm]) for arm in ARMS}
+    chosen = {arm: _best([run for run in runs if run.arm == arm]) for arm in dict.fromkeys(run.arm for run in runs)}
     new = {arm: np.array([new_task_accuracy(run.matrix) for run in picked]) for arm, picked in chosen.items()}
     joint = np.array([average_accuracy(run.matrix)[-1] for run in chosen["joint"]])
     for arm, picked in chosen.items():

@@ -40,6 +40,11 @@ class Run:
     validation: float
 
 
+def arms(n_tasks: int) -> list[str]:
+    """List the arms that differ with so many tasks: with two there is one anchor, merged or not."""
+    return [arm for arm in ARMS if arm != "online" or n_tasks > 2]
+
+
 def run(job: tuple[Setup, str, int, str, float | None]) -> Run:
     """Learn all tasks with one arm.
 

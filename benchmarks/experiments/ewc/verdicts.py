@@ -1,0 +1,98 @@
+"""What the record says about the claims and goals, computed from its figures, in sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...plumbing.markdown import several
+from .summary import GOAL_COST, GOAL_REDUCTION, reaches_goal
+
+_SAME_SHIFT, _SAME_POINTS = 0.05, 0.1  # decades, points: below them a strength counts as independent of the batch size
+
+
+def verdicts(record: dict[str, Any]) -> list[str]:
+    """Return one sentence for each claim, agreeing or not."""
+    lines = []
+    for name, swept in record["sweep"].items():
+        title = record["scenarios"][name]["title"].split(",")[0]
+        right, squared = (swept["batch_size"][kind] for kind in ("empirical", "squared"))
+        lines += [_right(title, right), _squared(title, squared), _widths(title, swept)]
+    lines += [_goal(scenario) for scenario in record["scenarios"].values()]
+    lines += [_compared(record, "online", "online EWC"), _compared(record, "l2", "the L2 anchor")]
+    return lines
+
+
+def _right(title: str, moves: dict[str, Any]) -> str:
+    """Say whether the right Fisher's strength is independent of the batch size."""
+    furthest = max(moves["shift"], key=abs)
+    holds = abs(furthest) <= _SAME_SHIFT and moves["lost_points"] <= _SAME_POINTS
+    return (
+        f"{title}, right F: the same for batches of {_sizes(moves)} up to {max(moves['fisher_difference']):.0e} of its "
+        f"norm; its curve moves by {abs(furthest):.2f} decades, and an alpha chosen at one batch size loses at most "
+        f"{moves['lost_points']:.1f} points at another. That alpha does not depend on the batch size "
+        f"{'holds' if holds else 'does NOT hold'} here."
+    )
+
+
+def _squared(title: str, moves: dict[str, Any]) -> str:
+    """Say how the batch-squared Fisher's strength moves."""
+    slope = moves["shift_per_decade"]
+    return (
+        f"{title}, batch-squared F: its mean falls to 1/{1 / moves['mean_ratio'][-1]:.0f} from batches of "
+        f"{moves['sizes'][0]} to {moves['sizes'][-1]}, and its curve moves by {moves['shift'][-1]:.1f} decades: "
+        f"{slope:.2f} for each decade of batch size (1: as 1/B). An alpha chosen at one batch size loses up to "
+        f"{moves['lost_points']:.1f} points at another."
+    )
+
+
+def _widths(title: str, swept: dict[str, Any]) -> str:
+    """Compare how wide the ranges of good alphas are, and how good the best ones."""
+    right = next(curve for curve in swept["curves"] if curve["kind"] == "empirical")
+    squared = [curve for curve in swept["curves"] if curve["kind"] == "squared"][1:]
+    shown = [f"{_decades(right)} decades with the right F"]
+    shown += [f"{_decades(curve)} with batches of {curve['batch_size']}" for curve in squared]
+    gains = [right["best_test"] - curve["best_test"] for curve in squared]
+    return (
+        f"{title}: good alphas (within 2 points) span {several(shown)} squared; at its best alpha the right F is "
+        f"{min(gains):+.1f} to {max(gains):+.1f} points from the batch-squared ones."
+    )
+
+
+def _goal(scenario: dict[str, Any]) -> str:
+    """Say whether EWC or WPL reaches the goal."""
+    arm, none = scenario["arms"]["ewc"], scenario["arms"]["none"]
+    cut = arm["reduction_percent"]
+    if cut is None:
+        return f"{scenario['title']}: fine-tuning forgets nothing here, so there is nothing to cut."
+    return (
+        f"{scenario['title']}, goal of {GOAL_REDUCTION:.0f} % less forgetting at a cost of at most {GOAL_COST:.0f} "
+        f"points: {cut:.0f} % (from {none['forgetting'][-1]['mean']:.1f} to {arm['forgetting'][-1]['mean']:.1f}) at "
+        f"{round(arm['cost']['mean'], 1) + 0.0:.1f} points with {scenario['method']}, "
+        f"{'reached' if reaches_goal(arm) else 'NOT reached'}."
+    )
+
+
+def _compared(record: dict[str, Any], arm: str, words: str) -> str:
+    """Compare average accuracy at the end with merged anchors' and another arm, paired by seed."""
+    found = []
+    for scenario in record["scenarios"].values():
+        if arm not in scenario["arms"]:
+            continue
+        ends = [scenario["arms"][name]["accuracy"][-1]["seeds"] for name in ("ewc", arm)]
+        gain = np.subtract(*ends)
+        std = float(gain.std(ddof=1)) if len(gain) > 1 else 0.0
+        found.append(f"{gain.mean():+.1f} ± {std:.1f} ({scenario['title']})")
+    return f"Average accuracy with all anchors merged minus that of {words}, paired by seed: {'; '.join(found)}."
+
+
+def _sizes(moves: dict[str, Any]) -> str:
+    """List the batch sizes."""
+    return several([str(size) for size in moves["sizes"]])
+
+
+def _decades(curve: dict[str, Any]) -> str:
+    """Format a width, which is a lower bound where the range reaches the grid's end."""
+    good = curve["good"]["2"]
+    return f"{'at least ' * (good['open_low'] or good['open_high'])}{good['decades']:.1f}"
