@@ -129,7 +129,7 @@ def tasks_figure(record: dict[str, Any]) -> bytes:
             if column == 0:
                 axis.set_ylabel("average test accuracy (%)")
                 parts[0].legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    axes = np.atleast_1d(parts[-1].subplots(1, len(scenarios)))
+    axes = np.atleast_1d(parts[-1].subplots(1, len(scenarios), sharey=True))
     for axis, scenario in zip(axes, scenarios.values(), strict=True):
         _draw_balance(axis, scenario)
         axis.set_title(scenario["title"].replace(", ", ",\n"), loc="left", fontsize=9, fontweight="bold")
@@ -159,8 +159,10 @@ def _draw_stages(axis: Any, scenario: dict[str, Any]) -> None:
 
 def _draw_balance(axis: Any, scenario: dict[str, Any]) -> None:
     """Draw forgetting (filled) and the cost on new tasks (open) of every arm but joint training."""
-    arms = [arm for arm in scenario["arms"] if arm != "joint"]
+    arms = [arm for arm in ARMS if arm != "joint"]
     for index, arm in enumerate(arms):
+        if arm not in scenario["arms"]:
+            continue
         values, colour = scenario["arms"][arm], _ARM_LOOKS[arm][0]
         for spread, shift, fill in ((values["forgetting"][-1], -0.17, colour), (values["cost"], 0.17, "white")):
             axis.errorbar(
@@ -179,8 +181,9 @@ def _draw_balance(axis: Any, scenario: dict[str, Any]) -> None:
     ):
         axis.errorbar([], [], fmt="o", markersize=5.5, color=plots.BLACK, markerfacecolor=fill, label=label)
     axis.axvline(0, color=plots.BLACK, linewidth=0.8)
-    axis.set(xlabel="points lost", yticks=range(len(arms)), yticklabels=[arm_title(scenario, arm) for arm in arms])
-    axis.set_ylim(3.5, -0.5)
+    names = [ARMS[arm].replace("EWC,", "EWC or WPL,") for arm in arms]
+    axis.set(xlabel="points lost", yticks=range(len(arms)), yticklabels=names)
+    axis.set_ylim(len(arms) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)
 
 
