@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ...plumbing import spread
 from ...plumbing.markdown import RESULTS, heading, row
-from ...plumbing.spread import points
 from .figures import arm_title, figure, tasks_figure
 from .fishers import KINDS
 from .verdicts import verdicts
@@ -62,9 +62,9 @@ def markdown(record: dict[str, Any]) -> str:
     ]
     for scenario in record["scenarios"].values():
         none, ewc = scenario["arms"]["none"], scenario["arms"]["ewc"]
-        lost = f"{points(none['forgetting'][-1])}, {points(ewc['forgetting'][-1])}"
+        lost = f"{_points(none['forgetting'][-1])}, {_points(ewc['forgetting'][-1])}"
         cells = [scenario[key] for key in ("title", "method", "model", "data", "anchored")]
-        lines.append(row([*cells, lost, points(ewc["cost"])]))
+        lines.append(row([*cells, lost, _points(ewc["cost"])]))
     lines += ["", *heading(["", *_ARM_COLUMNS])]
     for scenario in record["scenarios"].values():
         lines.append(row([f"**{scenario['title']}**", *[""] * len(_ARM_COLUMNS)]))
@@ -79,6 +79,11 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _points(values: dict[str, Any]) -> str:
+    """Format mean and standard deviation without padding, which the columns bring."""
+    return spread.points(values).replace("±  ", "± ")
+
+
 def _title(record: dict[str, Any], name: str) -> str:
     """Return a scenario's title."""
     return record["scenarios"][name]["title"]
@@ -88,12 +93,12 @@ def _arm_cells(values: dict[str, Any]) -> list[str]:
     """Return an arm's row."""
     cut, alpha = values["reduction_percent"], values["alpha"]
     return [
-        points(values["accuracy"][-1]),
-        points(values["forgetting"][-1]),
+        _points(values["accuracy"][-1]),
+        _points(values["forgetting"][-1]),
         "" if cut is None or alpha is None else f"{cut:.0f} %",
-        points(values["new_task_accuracy"]),
-        points(values["cost"]),
-        points(values["gap"]),
+        _points(values["new_task_accuracy"]),
+        _points(values["cost"]),
+        _points(values["gap"]),
         "" if alpha is None else f"{alpha:g}{' (edge)' * values['at_edge_of_grid']}",
     ]
 
