@@ -9,6 +9,7 @@ from ...plumbing import spread
 from ...plumbing.markdown import RESULTS, heading, row
 from .figures import arm_title, figure, tasks_figure
 from .fishers import KINDS
+from .summary import forgets
 from .verdicts import verdicts
 
 __all__ = ["figure", "markdown", "table", "tasks_figure"]
@@ -21,7 +22,7 @@ def table(record: dict[str, Any]) -> str:
     """Return both tables as text."""
     lines = []
     for scenario in record["scenarios"].values():
-        rows = [(arm_title(scenario, arm), _arm_cells(values)) for arm, values in scenario["arms"].items()]
+        rows = [(arm_title(scenario, arm), _arm_cells(scenario, values)) for arm, values in scenario["arms"].items()]
         lines += [*_aligned(scenario["title"], _ARM_COLUMNS, rows), ""]
     for name, swept in record["sweep"].items():
         rows = [(KINDS[curve["kind"]], cells) for curve, cells in _sweep_rows(swept)]
@@ -68,7 +69,9 @@ def markdown(record: dict[str, Any]) -> str:
     lines += ["", *heading(["", *_ARM_COLUMNS])]
     for scenario in record["scenarios"].values():
         lines.append(row([f"**{scenario['title']}**", *[""] * len(_ARM_COLUMNS)]))
-        lines += [row([arm_title(scenario, arm), *_arm_cells(values)]) for arm, values in scenario["arms"].items()]
+        lines += [
+            row([arm_title(scenario, arm), *_arm_cells(scenario, values)]) for arm, values in scenario["arms"].items()
+        ]
     lines += [
         "",
         "Test accuracy averaged over tasks at the end, in %; forgetting after Chaudhry et al. "
@@ -89,9 +92,9 @@ def _title(record: dict[str, Any], name: str) -> str:
     return record["scenarios"][name]["title"]
 
 
-def _arm_cells(values: dict[str, Any]) -> list[str]:
+def _arm_cells(scenario: dict[str, Any], values: dict[str, Any]) -> list[str]:
     """Return an arm's row."""
-    cut, alpha = values["reduction_percent"], values["alpha"]
+    cut, alpha = values["reduction_percent"] if forgets(scenario) else None, values["alpha"]
     return [
         _points(values["accuracy"][-1]),
         _points(values["forgetting"][-1]),

@@ -51,6 +51,12 @@ def summarise(scenario: str, runs: Sequence[Run]) -> dict[str, Any]:
     return {**asdict(SCENARIOS[scenario]), "n_tasks": len(arms["none"]["accuracy"]), "arms": arms}
 
 
+def forgets(scenario: dict[str, Any]) -> bool:
+    """Tell whether fine-tuning forgets more than its seeds scatter, so that a share of it means something."""
+    lost = scenario["arms"]["none"]["forgetting"][-1]
+    return bool(lost["mean"] > lost["std"])
+
+
 def reaches_goal(row: dict[str, Any]) -> bool:
     """Tell whether an arm cuts forgetting enough at a cost that is low enough."""
     reduction = row["reduction_percent"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ...plumbing.markdown import several
-from .summary import GOAL_COST, GOAL_REDUCTION, reaches_goal
+from .summary import GOAL_COST, GOAL_REDUCTION, forgets, reaches_goal
 
 _SAME_SHIFT, _SAME_POINTS = 0.05, 0.1  # decades, points: below them a strength counts as independent of the batch size
 
@@ -64,12 +64,16 @@ def _widths(title: str, swept: dict[str, Any]) -> str:
 def _goal(scenario: dict[str, Any]) -> str:
     """Say whether EWC or WPL reaches the goal."""
     arm, none = scenario["arms"]["ewc"], scenario["arms"]["none"]
+    lost = none["forgetting"][-1]
+    if not forgets(scenario):
+        return (
+            f"{scenario['title']}: fine-tuning forgets {lost['mean']:.1f} ± {lost['std']:.1f} points, no more than its "
+            "seeds scatter, so there is nothing to cut."
+        )
     cut = arm["reduction_percent"]
-    if cut is None:
-        return f"{scenario['title']}: fine-tuning forgets nothing here, so there is nothing to cut."
     return (
         f"{scenario['title']}, goal of {GOAL_REDUCTION:.0f} % less forgetting at a cost of at most {GOAL_COST:.0f} "
-        f"points: {cut:.0f} % (from {none['forgetting'][-1]['mean']:.1f} to {arm['forgetting'][-1]['mean']:.1f}) at "
+        f"points: {cut:.0f} % (from {lost['mean']:.1f} to {arm['forgetting'][-1]['mean']:.1f}) at "
         f"{round(arm['cost']['mean'], 1) + 0.0:.1f} points with {scenario['method']}, "
         f"{'reached' if reaches_goal(arm) else 'NOT reached'}."
     )
