@@ -203,6 +203,10 @@ def test_summary_by_hand():
     assert arms["ewc"]["backward_transfer"][-1]["mean"] == pytest.approx(-3)
     assert summary.reaches_goal(arms["ewc"])
     assert not summary.reaches_goal(arms["l2"])  # it forgets nothing, but new tasks lose 30 points
+    scenario = {"title": "t", "method": "EWC", "arms": arms}
+    assert verdicts._goal(scenario).endswith("90 % (from 30.0 to 3.0) at 1.0 points with EWC, reached.")
+    arms["none"]["forgetting"][-1] = {"mean": 0.6, "std": 1.0}
+    assert "0.6 ± 1.0 points, no more than its seeds scatter" in verdicts._goal(scenario)
 
 
 def test_sweep_summary_by_hand():
