@@ -1,0 +1,157 @@
+"""What is learnt one after the other: new data for one model (EWC), or the same data for a new model (WPL).
+
+The scenarios are named as in van de Ven and Tolias, arXiv:1904.07734: task-incremental (the task is known when the
+model is used, each has an output layer of its own) and domain-incremental (one output layer, the inputs change).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from ...plumbing.data import DataError, Split, load_split
+
+N_CLASSES = 10
+HALVES = (range(5), range(5, 10))
+PAIRS = tuple(range(first, first + 2) for first in range(0, 10, 2))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Settings that all arms have in common: the network, the schedule of every task, how the Fisher is estimated.
+
+    Every task is learnt with a fresh Adam whose rate falls linearly from ``lr`` to 0.
+    """
+
+    data: str | None = None
+    device: str = "cpu"
+    hidden: int = 100
+    layers: int = 2
+    permutations: int = 5
+    batch_size: int = 64
+    iterations: int = 200
+    lr: float = 0.003
+    gamma: float = 0.9
+    fisher_type: str = "empirical"
+    fisher_samples: int = 1024
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A sequence of tasks: what changes from one to the next, what is anchored, how fast later tasks are learnt."""
+
+    title: str
+    model: str
+    data: str
+    anchored: str = "all parameters"
+    method: str = "EWC"
+    rate: float = 1.0  # of all tasks but the first, over the common one
+
+
+_WPL = ("A, then B", "the same", "shared layers", "WPL")
+SCENARIOS = {
+    "split2": Scenario("halves of the digits, task-incremental", "one, new output layer", "new classes"),
+    "split5": Scenario("pairs of digits, task-incremental", "one, new output layer", "new classes"),
+    "permuted": Scenario("permuted pixels, domain-incremental", "one", "pixels permuted anew"),
+    "models": Scenario("two models", *_WPL),
+    "models10": Scenario("two models, B at 10 x the rate", *_WPL, rate=10.0),  # two_models' rate, which forgets more
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data, and the number of the output layers that they are classified with."""
+
+    split: Split
+    head: int
+
+
+class Network(nn.Module):
+    """Hidden layers shared by all tasks, under one or several output parts."""
+
+    def __init__(self, trunk: nn.Sequential, heads: Sequence[nn.Module]) -> None:
+        """Put the parts together."""
+        super().__init__()
+        self.trunk, self.heads = trunk, nn.ModuleList(heads)
+
+    def path(self, head: int) -> nn.Sequential:
+        """Return the model of one task: what its data pass through."""
+        return nn.Sequential(self.trunk, self.heads[head])
+
+    def anchored(self, scenario: str, heads: Sequence[int]) -> dict[str, nn.Parameter]:
+        """Return by name what is anchored after tasks with these heads: the trunk, and for EWC their heads too."""
+        prefixes = ["trunk."]
+        if SCENARIOS[scenario].method == "EWC":
+            prefixes += [f"heads.{head}." for head in heads]
+        return {name: p for name, p in self.named_parameters() if name.startswith(tuple(prefixes))}
+
+
+@lru_cache(maxsize=2)
+def tasks(setup: Setup, scenario: str, seed: int) -> tuple[Task, ...]:
+    """Return the tasks of a scenario; the seed decides the splits and the permutations.
+
+    Raises:
+        DataError: if the data are missing, damaged, or too few.
+    """
+    split = load_split(setup.data, seed)
+    if scenario == "split2":
+        parts = [Task(_classes(split, classes), head) for head, classes in enumerate(HALVES)]
+    elif scenario == "split5":
+        parts = [Task(_classes(split, classes), head) for head, classes in enumerate(PAIRS)]
+    elif scenario == "permuted":
+        generator = torch.Generator().manual_seed(seed)
+        orders = [torch.arange(split.n_features)]
+        orders += [torch.randperm(split.n_features, generator=generator) for _ in range(setup.permutations - 1)]
+        parts = [Task(_mapped(split, order), 0) for order in orders]
+    else:
+        parts = [Task(split, head) for head in range(2)]
+    if not all(
+        len(labels) for task in parts for _, labels in (task.split.train, task.split.validation, task.split.test)
+    ):
+        raise DataError(f"{setup.data or 'data'}: too few digits: a task is left without any in one part of the split")
+    return tuple(Task(task.split.to(setup.device), task.head) for task in parts)
+
+
+def network(setup: Setup, scenario: str, n_features: int, seed: int) -> Network:
+    """Build the network of a scenario; the seed decides all initial values."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        trunk = hidden_layers(n_features, setup.hidden, setup.layers)
+        if SCENARIOS[scenario].method == "WPL":  # B is deeper than A
+            heads = [hidden_layers(setup.hidden, setup.hidden, depth) for depth in (0, 2)]
+            heads = [layers.append(nn.Linear(setup.hidden, N_CLASSES)) for layers in heads]
+        else:
+            sizes = {"split2": [5, 5], "split5": [2] * 5}.get(scenario, [N_CLASSES])
+            heads = [nn.Sequential(nn.Linear(setup.hidden, size)) for size in sizes]
+        return Network(trunk, heads).to(setup.device)
+
+
+def hidden_layers(n_in: int, width: int, count: int) -> nn.Sequential:
+    """Build hidden layers of one width."""
+    layers = nn.Sequential()
+    for index in range(count):
+        layers.extend((nn.Linear(width if index else n_in, width), nn.ReLU()))
+    return layers
+
+
+def _classes(split: Split, classes: range) -> Split:
+    """Return the samples of some classes; their labels count from the first of them."""
+
+    def chosen(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, labels = part
+        rows = (labels >= classes.start) & (labels < classes.stop)
+        return images[rows], labels[rows] - classes.start
+
+    return Split(chosen(split.train), chosen(split.validation), chosen(split.test))
+
+
+def _mapped(split: Split, order: Tensor) -> Split:
+    """Return the same samples with their pixels in another order."""
+    train, validation, test = (
+        (images[:, order], labels) for images, labels in (split.train, split.validation, split.test)
+    )
+    return Split(train, validation, test)

@@ -1,0 +1,137 @@
+"""One network learns the tasks of a scenario one after the other, with one arm; every accuracy after every task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import wplfast
+
+from .fishers import estimate
+from .scenarios import SCENARIOS, Network, Setup, Task, network, tasks
+
+#: what earlier tasks leave behind for later ones, and what each is called in tables and figures
+ARMS = {
+    "none": "fine-tuning",
+    "ewc": "EWC, all anchors",
+    "online": "online EWC",
+    "l2": "L2 anchor (F = 1)",
+    "joint": "joint training",
+}
+TUNED = ("ewc", "online", "l2")
+FISHER_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sequence: test accuracies (row k: of tasks 0 to k after task k), and the validation score at the end."""
+
+    scenario: str
+    seed: int
+    arm: str
+    alpha: float | None
+    matrix: list[list[float]]
+    validation: float
+
+
+def arms(n_tasks: int) -> list[str]:
+    """List the arms that differ with so many tasks: with two there is one anchor, merged or not."""
+    return [arm for arm in ARMS if arm != "online" or n_tasks > 2]
+
+
+def run(job: tuple[Setup, str, int, str, float | None]) -> Run:
+    """Learn all tasks with one arm.
+
+    Args:
+        job: the settings, the scenario, the seed, the arm, and alpha where the arm has one.
+    """
+    setup, scenario, seed, arm, alpha = job
+    sequence = tasks(setup, scenario, seed)
+    net = deepcopy(first_task(setup, scenario, seed))
+    wpl = None if alpha is None else wplfast.WeightPlasticityLoss(net.anchored(scenario, range(len(net.heads))), alpha)
+    matrix = [accuracies(net, sequence[:1], "test")]
+    for index in range(1, len(sequence)):
+        if wpl is not None:
+            anchor(wpl, net, setup, scenario, sequence[index - 1], arm)
+        learnt = sequence[: index + 1] if arm == "joint" else sequence[index : index + 1]
+        train(net, learnt, setup, seed_of(seed, index), wpl, SCENARIOS[scenario].rate)
+        matrix.append(accuracies(net, sequence[: index + 1], "test"))
+    validation = accuracies(net, sequence, "validation")
+    return Run(scenario, seed, arm, alpha, matrix, sum(validation) / len(validation))
+
+
+@lru_cache(maxsize=2)
+def first_task(setup: Setup, scenario: str, seed: int) -> Network:
+    """Return the network after the first task, which is the same for all arms: copy it before you change it."""
+    task = tasks(setup, scenario, seed)[0]
+    net = network(setup, scenario, task.split.n_features, seed)
+    train(net, [task], setup, seed_of(seed, 0))
+    return net
+
+
+def anchor(wpl: wplfast.WeightPlasticityLoss, net: Network, setup: Setup, scenario: str, task: Task, arm: str) -> None:
+    """Anchor what the task was learnt with where it is now."""
+    params = net.anchored(scenario, [task.head])
+    fisher: Mapping[str, Tensor] = {name: torch.ones_like(p) for name, p in params.items()}
+    if arm != "l2":
+        fisher = estimate(setup.fisher_type, net.path(task.head), params, task.split, FISHER_BATCH)
+    if arm == "online":
+        wpl.consolidate(fisher, active=list(params), anchor="replace", decay=setup.gamma)
+    else:
+        wpl.consolidate(fisher, active=list(params))
+
+
+def train(
+    net: Network,
+    learnt: Sequence[Task],
+    setup: Setup,
+    seed: int,
+    wpl: wplfast.WeightPlasticityLoss | None = None,
+    rate: float = 1.0,
+) -> None:
+    """Learn a task, or several at once: each step then takes its share of the batch from every one of them."""
+    paths = [net.path(task.head) for task in learnt]
+    size = max(1, setup.batch_size // len(learnt))
+    streams = [batches(task.split.train, size, seed + index) for index, task in enumerate(learnt)]
+    optimizer = torch.optim.Adam(net.parameters(), lr=setup.lr, fused=True)
+    for step in range(setup.iterations):
+        optimizer.param_groups[0]["lr"] = rate * setup.lr * (1 - step / setup.iterations)
+        optimizer.zero_grad()
+        for path, stream in zip(paths, streams, strict=True):
+            images, labels = next(stream)
+            (F.cross_entropy(path(images), labels) / len(paths)).backward()
+        if wpl is not None:
+            wpl.add_grad_()
+        optimizer.step()
+
+
+def batches(part: tuple[Tensor, Tensor], size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches for ever, without replacement within an epoch; the seed decides the order."""
+    images, labels = part
+    generator = torch.Generator().manual_seed(seed)
+    size = min(size, len(labels))
+    while True:
+        order = torch.randperm(len(labels), generator=generator).to(labels.device)
+        for chosen in order[: len(order) // size * size].split(size):
+            yield images[chosen], labels[chosen]
+
+
+@torch.no_grad()
+def accuracies(net: Network, seen: Sequence[Task], part: str) -> list[float]:
+    """Return the share of right answers on a part of each task's data."""
+    found = []
+    for task in seen:
+        images, labels = getattr(task.split, part)
+        found.append((net.path(task.head)(images).argmax(1) == labels).double().mean().item())
+    return found
+
+
+def seed_of(seed: int, index: int) -> int:
+    """Return the seed of one task's order of samples; joint training takes the next ones for its other tasks."""
+    return seed * 1_000_000 + index * 1000
