@@ -16,6 +16,7 @@ from ...plumbing.workers import Workers
 from . import report, summary
 from .loop import Run, Setup
 from .plasticity import Schedule
+from .problem import Choices
 from .reinforce import Policy
 
 #: runs with these seeds choose settings, and are not reported
@@ -93,6 +94,7 @@ def setup_of(options: argparse.Namespace, defaults: Setup) -> Setup:
         options.architectures,
         options.minibatches,
         options.clip,
+        momentum=defaults.momentum,
         policy=policy,
         schedule=schedule,
         compare=options.baseline == "python",
@@ -108,6 +110,7 @@ def compare(
     options: argparse.Namespace,
     data: dict[str, Any],
     words: dict[str, str],
+    describe: Callable[[Choices], str],
 ) -> dict[str, Any]:
     """Tune, run both arms, and return the record.
 
@@ -121,7 +124,8 @@ def compare(
         setup: settings of the search.
         options: the command line, with ``lr``, ``alpha``, ``seeds``, ``workers`` and ``device``.
         data: what the record says of the data.
-        words: what the report calls things: "error", "title".
+        words: what the report calls things: "title", "error", "reward".
+        describe: renders an architecture.
     """
     place, started = environment(options.device), time.perf_counter()
     rates, alphas = (sorted(set(values)) for values in (options.lr, options.alpha))
@@ -140,6 +144,9 @@ def compare(
         bar.set_description("comparing")
         jobs = [Job(task, setup, seed, chosen, a) for a in (None, alpha["chosen"]) for seed in range(options.seeds)]
         runs = workers.map(function, jobs)
+    for one in runs:
+        if one.final:
+            one.final["architecture"] = describe(one.final["choices"])
     arms = {"ce": runs[: options.seeds], "wpl": runs[options.seeds :]}
     return {
         "experiment": name,

@@ -33,6 +33,7 @@ class Setup:
         lr_decay: of the learning rate, after every epoch ...
         lr_decay_after: ... from this one on.
         weight_decay: plain L2 decay of all weights in use.
+        momentum: of SGD.
         derive: architectures that the final one is chosen from, by validation error.
         policy: of the controller.
         schedule: of the penalty.
@@ -47,6 +48,7 @@ class Setup:
     lr_decay: float = 0.96
     lr_decay_after: int = 15
     weight_decay: float = 1e-7
+    momentum: float = 0.0
     derive: int = 10
     policy: Policy = field(default_factory=Policy)
     schedule: Schedule = field(default_factory=Schedule)
@@ -102,7 +104,7 @@ class _Search:
         self.controller = Controller(problem.decisions)
         self.reinforce = Reinforce(self.controller, setup.policy, self.generator)
         self.parameters = list(problem.model.parameters())
-        self.optimizer = torch.optim.SGD(self.parameters, lr, weight_decay=setup.weight_decay)
+        self.optimizer = torch.optim.SGD(self.parameters, lr, setup.momentum, weight_decay=setup.weight_decay)
         self.plasticity = Plasticity(problem.weights, alpha, setup.schedule)
         compared = setup.compare and alpha is not None
         self.published = ReferencePenalty(problem.weights, alpha or 0.0, setup.schedule.rate) if compared else None

@@ -64,11 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DataError, DeviceError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    record = command.compare("text_search", run, task, setup, options, data, WORDS)
-    for runs in record["runs"].values():
-        for one in runs:
-            if one["final"]:
-                one["final"]["cell"] = describe(one["final"]["choices"])
+    record = command.compare("text_search", run, task, setup, options, data, WORDS, describe)
     command.finish(record, options)
     return 0
 
