@@ -1,4 +1,4 @@
-"""The search over recurrent cells, tiny: sampler, penalty, statistics by hand; its reader of text with damaged files."""
+"""The search over recurrent cells, tiny: sampler, penalty, statistics by hand; its reader with damaged files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
 import wplfast
-from benchmarks.experiments.search import command, report, summary
+from benchmarks.experiments.search import command, summary
 from benchmarks.experiments.search.controller import Controller
 from benchmarks.experiments.search.forgetting import forgetting
 from benchmarks.experiments.search.loop import Run, Setup, search
@@ -25,6 +25,7 @@ from benchmarks.experiments.search.problem import Decision
 from benchmarks.experiments.search.reference import ReferencePenalty
 from benchmarks.experiments.search.reinforce import Policy, Reinforce
 from benchmarks.experiments.text_search import __main__ as text_search
+from benchmarks.experiments.text_search import report
 from benchmarks.experiments.text_search.cells import SharedCells, Sizes, decisions, describe, edges
 from benchmarks.experiments.text_search.problem import Batches, Stream, TextProblem
 from benchmarks.plumbing.data import DataError
@@ -367,7 +368,7 @@ def test_report_names_verdicts_times_and_divergence():
         "wall_seconds": 3.0,
         "tuning": {"lr": summary.grid(ce, "lr"), "alpha": summary.grid(wpl, "alpha")},
     }
-    table, section = report.table(record), report.markdown(record, "none.png")
+    table, section = report.table(record), report.markdown(record)
     for text in (table, section):
         assert "75 % less; goal 60: reached" in text
         assert "goal: not lower: not reached" in text
@@ -377,7 +378,7 @@ def test_report_names_verdicts_times_and_divergence():
     assert report.figure(record).startswith(b"\x89PNG")
     record["summary"] = summary.summarise({"ce": ce, "wpl": [replace(wpl[0], diverged=True)]}, 1)
     assert "all runs diverged" in report.table(record)
-    assert "Diverged, and left out in both arms: 1 with WPL" in report.markdown(record, "none.png")
+    assert "Diverged, and left out in both arms: 1 with WPL" in report.markdown(record)
     assert report.figure(record).startswith(b"\x89PNG")
 
 
@@ -385,7 +386,9 @@ def test_report_names_verdicts_times_and_divergence():
 
 
 def test_smoke_run_writes_everything(tmp_path, capsys):
-    assert text_search.main([*TINY, "--baseline", "python", "--out", str(tmp_path)]) == 0
+    assert (
+        text_search.main([*TINY, "--baseline", "python", "--dropout", "0.1", "0.1", "0.1", "--out", str(tmp_path)]) == 0
+    )
     record = json.loads((tmp_path / "text_search.json").read_text())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text_search.json", "text_search.png"]
     assert (tmp_path / "text_search.png").read_bytes().startswith(b"\x89PNG")
@@ -399,7 +402,7 @@ def test_smoke_run_writes_everything(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "cross-entropy alone" in printed
     assert "As published" in printed
-    assert "goal" in report.markdown(record, "text_search.png")
+    assert "goal" in report.markdown(record)
 
 
 def test_what_is_given_goes_before_the_papers_sizes():

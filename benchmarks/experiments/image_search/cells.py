@@ -102,7 +102,7 @@ class SharedCells(nn.Module):
     def used(self, choices: Choices) -> list[str]:
         """Return the names of the operations with weights that an architecture uses, each once."""
         keys = [f"{n}-{source}-{operation}" for n, source, operation in edges(choices) if operation in _KERNELS]
-        return [f"{cell}-{key}" for cell in range(self.sizes.cells) for key in dict.fromkeys(keys)]
+        return [f"{cell}-{key}" for cell in self._reached(choices) for key in dict.fromkeys(keys)]
 
     def forward(self, choices: Choices, images: Tensor) -> Tensor:
         """Return logits [N, classes] of images [N, C, H, W]."""
@@ -121,6 +121,15 @@ class SharedCells(nn.Module):
             last, current = current, torch.stack([nodes[i] for i in loose]).mean(0)
         logits: Tensor = self.head(F.relu(current).mean((2, 3)))
         return logits
+
+    def _reached(self, choices: Choices) -> list[int]:
+        """Return the cells that the last one depends on: one that reads input 0 alone passes over its predecessor."""
+        steps = [2 - source for _, source, _ in edges(choices) if source < 2]
+        reached = {self.sizes.cells - 1}
+        for cell in reversed(range(self.sizes.cells)):
+            if cell in reached:
+                reached.update(cell - step for step in steps if cell >= step)
+        return sorted(reached)
 
     def _apply_operation(self, place: str, source: int, operation: str, x: Tensor) -> Tensor:
         """Run one operation."""

@@ -64,15 +64,16 @@ def _after_start(axis: Any, summary: dict[str, Any], key: str) -> None:
     axis.set_ylim(low - margin, high + margin)
 
 
-def markdown(record: dict[str, Any], image: str) -> str:
+def markdown(record: dict[str, Any], image: str | None = None) -> str:
     """Return a section of the results page: the figure, the table, the verdicts, the settings.
 
     Args:
         record: as written.
-        image: the name of its figure in ``benchmarks/results``.
+        image: the name of its figure in ``benchmarks/results``, if it shall be shown.
     """
     words, tuning = record["words"], record["tuning"]
-    lines = [f"### {words['title']}: {record['data']['name']}", "", *md.image(image, words["title"])]
+    lines = [f"### {words['title']}: {record['data']['name']}", ""]
+    lines += md.image(image, words["title"]) if image else []
     lines += md.heading(["", *ARMS.values(), ""])
     lines += [md.row(cells) for cells in _rows(record)]
     lines += ["", *_notes(record)]
@@ -128,8 +129,9 @@ def _notes(record: dict[str, Any]) -> list[str]:
     lines = [
         f"Differences: validation {words['error']} at the end of an epoch minus right after an architecture's own "
         "training; mean ± standard deviation over "
-        f"{summary['seeds']} seeds. Goals are the paper's reductions in the epoch in which cross-entropy alone "
-        "forgets most.",
+        f"{summary['seeds']} seed{'s' * (summary['seeds'] != 1)}. Goals are the paper's reductions in the epoch in "
+        "which cross-entropy alone forgets most; since that epoch is picked by what one arm did, chance favours the "
+        "other one in it, and not in the rows over all epochs.",
     ]
     lost = {ARMS[arm]: values["diverged"] for arm, values in summary["arms"].items() if values["diverged"]}
     if lost:
