@@ -7,6 +7,7 @@
 ``plasticity.py``  the penalty over an epoch: when it begins, its strength, its running Fisher
 ``loop.py``        one search: train the sampled architectures in turn, then the controller
 ``forgetting.py``  what architectures lost between their own training and the end of the epoch
+``clock.py``       time per part
 ``reference.py``   the same penalty the way it was first published, for the comparison of times
 ``summary.py``     what the runs say: the choice of alpha, curves, verdicts, times
 ``report.py``      the table, the figure, the section of the results page
