@@ -173,7 +173,8 @@ def _setting(record: dict[str, Any]) -> str:
     sizes = ", ".join(f"{key} {value:,}" for key, value in record["data"].items() if isinstance(value, int))
     return (
         f"{settings['epochs']} epochs of {settings['architectures']} architectures with {settings['minibatches']} "
-        f"minibatches each; errors, rewards and the Fisher are of the validation part; {sizes}; {record['wall_seconds']:.0f} s in all on {record['hardware']['cpu']}."
+        f"minibatches each; errors, rewards and the Fisher are of the validation part; {sizes}; "
+        f"{record['wall_seconds']:.0f} s in all on {record['hardware']['cpu']}."
     )
 
 

@@ -33,8 +33,8 @@ from .task import Task, make, run
 RATES = (5.0, 10.0, 20.0)
 ALPHAS = (0.003, 0.03, 0.3)  # the mean entry of alpha F
 SMALL = Setup(epochs=8, architectures=8, minibatches=10, schedule=Schedule(start=2), policy=Policy(3.5e-3, 20))
-#: the paper's sizes, as its published command line and its code's defaults have them; alpha is chosen all the same, since
-#: theirs multiplies a Fisher of another scale
+#: the paper's sizes, as its published command line and its code's defaults have them; alpha is chosen all the same,
+#: since theirs multiplies a Fisher of another scale
 PAPER = {
     "hidden": 1000,
     "blocks": 12,
