@@ -71,8 +71,8 @@ def load_text(files: Files, vocabulary: int) -> Text:
     ranked = sorted(counts, key=lambda word: (-counts[word], word))  # equal counts must not depend on the reading order
     words = (UNKNOWN, *ranked[: vocabulary - 1])
     index = {word: i for i, word in enumerate(words)}
-    parts = (torch.tensor([index.get(word, 0) for word in part]) for part in (train, validation, test))
-    return Text(*parts, words)
+    parts = [torch.tensor([index.get(word, 0) for word in part]) for part in (train, validation, test)]
+    return Text(parts[0], parts[1], parts[2], words)
 
 
 def columns(words: Tensor, count: int) -> Tensor:

@@ -115,9 +115,8 @@ class SharedCells(nn.Module):
                 last, current = (F.avg_pool2d(x, 2, ceil_mode=True) for x in (last, current))
             nodes = [last, current]
             for (node, i, first), (_, j, second) in zip(chosen[::2], chosen[1::2], strict=True):
-                parts = (self._apply_operation(f"{cell}-{node}", i, first, nodes[i]),)
-                parts += (self._apply_operation(f"{cell}-{node}", j, second, nodes[j]),)
-                nodes.append(parts[0] + parts[1])
+                one = self._apply_operation(f"{cell}-{node}", i, first, nodes[i])
+                nodes.append(one + self._apply_operation(f"{cell}-{node}", j, second, nodes[j]))
             last, current = current, torch.stack([nodes[i] for i in loose]).mean(0)
         logits: Tensor = self.head(F.relu(current).mean((2, 3)))
         return logits

@@ -54,10 +54,11 @@ class Controller(nn.Module):
         self.offsets = [tables[decision.kind] for decision in decisions]
         self.embedding = nn.Embedding(total, hidden)
         self.lstm = nn.LSTMCell(hidden, hidden)
-        self.heads = nn.ModuleList(nn.Linear(hidden, decision.options) for decision in decisions)
+        heads = [nn.Linear(hidden, decision.options) for decision in decisions]
+        self.heads = nn.ModuleList(heads)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -_INIT, _INIT)
-        for head in self.heads:
+        for head in heads:
             nn.init.zeros_(head.bias)
 
     def sample(self, count: int, generator: torch.Generator) -> Sample:

@@ -180,7 +180,8 @@ def _setting(record: dict[str, Any]) -> str:
 
 def _points(mean: float, std: float) -> str:
     """Render mean and deviation."""
-    return f"{mean:.3g} ± {std:.2g}"
+    digits = 0 if max(abs(mean), std) >= 100 else 1 if max(abs(mean), std) >= 10 else 2
+    return f"{round(mean, digits) + 0.0:.{digits}f} ± {std:.{digits}f}"  # without the sign of a zero
 
 
 def _of(values: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ def best(runs: Sequence[Run], setting: str) -> float:
     """Return the setting ("lr" or "alpha") whose runs score best on the mean; the smaller one of equals."""
     values = sorted({getattr(run, setting) for run in runs})
     means = [np.mean([score(run) for run in runs if getattr(run, setting) == value]) for value in values]
-    return values[int(np.argmax(means))]
+    return float(values[int(np.argmax(means))])
 
 
 def grid(runs: Sequence[Run], setting: str) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def grid(runs: Sequence[Run], setting: str) -> dict[str, Any]:
     return {"values": rows, "chosen": chosen, "at_edge": chosen in (values[0], values[-1])}
 
 
-def summarise(runs: dict[str, Sequence[Run]], start: int) -> dict[str, Any]:
+def summarise(runs: Mapping[str, Sequence[Run]], start: int) -> dict[str, Any]:
     """Compare the arms.
 
     Forgetting is an error at the end of an epoch minus the error right after an architecture's training. The worst
@@ -51,10 +51,10 @@ def summarise(runs: dict[str, Sequence[Run]], start: int) -> dict[str, Any]:
         start: epoch from which on the penalty acts.
     """
     kept = [i for i in range(len(runs["ce"])) if not any(arm[i].diverged for arm in runs.values())]
-    arms = {}
+    arms: dict[str, Any] = {}
     for arm, all_runs in runs.items():
         chosen = [all_runs[i] for i in kept]
-        keys = chosen[0].epochs[0] if chosen else ()
+        keys = list(chosen[0].epochs[0]) if chosen else []
         stacked = {key: np.array([[epoch[key] for epoch in run.epochs] for run in chosen]) for key in keys}
         arms[arm] = {
             "diverged": sum(run.diverged for run in all_runs),

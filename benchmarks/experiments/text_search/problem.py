@@ -86,7 +86,7 @@ class TextProblem(Problem):
             self.model: SharedCells = SharedCells(sizes)
         self.model.to(device)
         self.decisions = decisions(sizes.blocks)
-        self.weights = {name: edge.weight for name, edge in self.model.edges.items()}
+        self.weights = {name: self.model.edges.get_parameter(f"{name}.weight") for name in self.model.edges}
         parts = {"train": text.train, "validation": text.validation, "test": text.test}
         streams = {name: Stream(part.to(device), batches, name) for name, part in parts.items()}
         self._train, self._validation, self._test = streams.values()
