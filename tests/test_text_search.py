@@ -19,6 +19,7 @@ import wplfast
 from benchmarks.experiments.search import command, summary
 from benchmarks.experiments.search.controller import Controller
 from benchmarks.experiments.search.forgetting import forgetting
+from benchmarks.experiments.search.kept import Kept
 from benchmarks.experiments.search.loop import Run, Setup, search
 from benchmarks.experiments.search.plasticity import Plasticity, Schedule
 from benchmarks.experiments.search.problem import Decision
@@ -403,6 +404,31 @@ def test_smoke_run_writes_everything(tmp_path, capsys):
     assert "cross-entropy alone" in printed
     assert "As published" in printed
     assert "goal" in report.markdown(record)
+
+
+def test_finished_runs_are_taken_over(tmp_path):
+    calls = []
+
+    def function(job):
+        calls.append(job)
+        return search(problem(job), setup(), job, 1.0, 1.0)
+
+    first, again = (Kept(function, tmp_path, "1")(3) for _ in range(2))
+    assert first == again
+    assert calls == [3]
+    Kept(function, tmp_path, "1")(4)
+    Kept(function, tmp_path, "2")(3)
+    assert calls == [3, 4, 3]
+
+
+def test_resumed_comparison_gives_the_same_figures(tmp_path, monkeypatch):
+    records = []
+    for _ in range(2):
+        assert text_search.main([*TINY, "--resume", "--out", str(tmp_path)]) == 0
+        records.append(json.loads((tmp_path / "text_search.json").read_text()))
+        monkeypatch.setattr(text_search, "run", lambda job: pytest.fail("all runs are there"))
+    assert records[0]["summary"] == records[1]["summary"]
+    assert len(list((tmp_path / "runs").iterdir())) == 2 + 2 + 2
 
 
 def test_what_is_given_goes_before_the_papers_sizes():

@@ -11,6 +11,7 @@
 ``reference.py``   the same penalty the way it was first published, for the comparison of times
 ``summary.py``     what the runs say: the choice of alpha, curves, verdicts, times
 ``report.py``      the table, the figure, the section of the results page
+``kept.py``        finished runs in files
 ``command.py``     the command line and the driver
 =================  =====================================================================================
 """

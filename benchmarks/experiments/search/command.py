@@ -14,6 +14,7 @@ from ...plumbing.options import add_common, count, positive, share, strength
 from ...plumbing.record import environment, write_bytes, write_json
 from ...plumbing.workers import Workers
 from . import report, summary
+from .kept import Kept
 from .loop import Run, Setup
 from .plasticity import Schedule
 from .problem import Choices
@@ -66,6 +67,7 @@ def add_options(
     add("--alpha-decay", type=share, default=schedule.decay, help="factor per epoch; default: %(default)s")
     add("--alpha-decay-after", type=count, default=0, help="first epoch of it; default: %(default)s")
     add("--baseline", choices=("python",), help="also time a loop over parameters and squares of a batch's gradient")
+    add("--resume", action="store_true", help="keep finished runs in OUT/runs, and take over those that are there")
     add_common(parser, seeds=3)
 
 
@@ -128,6 +130,9 @@ def compare(
         describe: renders an architecture.
     """
     place, started = environment(options.device), time.perf_counter()
+    if options.resume:
+        (options.out / "runs").mkdir(exist_ok=True)
+        function = Kept(function, options.out / "runs", f"{name} {place['versions']} {place['commit']}")
     rates, alphas = (sorted(set(values)) for values in (options.lr, options.alpha))
     total = len(rates) * (len(rates) > 1) + len(alphas) * (len(alphas) > 1) + 2 * options.seeds
     with tqdm(total=total, unit="run") as bar, Workers(options.workers, bar) as workers:
@@ -155,6 +160,7 @@ def compare(
         **place,
         "settings": {"task": asdict(task), **asdict(setup), "seeds": options.seeds, "tuning_seed": _TUNING_SEED},
         "workers": options.workers,
+        "resumed": options.resume,
         "wall_seconds": round(time.perf_counter() - started, 1),
         "chosen_by": "mean validation reward of the last epochs; equal numbers of settings are tried"
         if len(rates) == len(alphas)

@@ -174,8 +174,13 @@ def _setting(record: dict[str, Any]) -> str:
     return (
         f"{settings['epochs']} epochs of {settings['architectures']} architectures with {settings['minibatches']} "
         f"minibatches each; errors, rewards and the Fisher are of the validation part; {sizes}; "
-        f"{record['wall_seconds']:.0f} s in all on {record['hardware']['cpu']}."
+        f"{_wall(record)} on {record['hardware']['cpu']}."
     )
+
+
+def _wall(record: dict[str, Any]) -> str:
+    """Say how long it took."""
+    return f"{record['wall_seconds']:.0f} s in {'the last of several calls' if record.get('resumed') else 'all'}"
 
 
 def _points(mean: float, std: float) -> str:
