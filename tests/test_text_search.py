@@ -355,6 +355,7 @@ def test_runs_that_diverge_leave_both_arms_and_score_nothing():
     assert grid["at_edge"]
     everything = summary.summarise({"ce": ce[:1], "wpl": wpl[:1]}, 1)
     assert "verdicts" not in everything
+    assert "NaN" not in json.dumps(everything)
 
 
 def test_report_names_verdicts_times_and_divergence():

@@ -107,11 +107,10 @@ def _curve(values: np.ndarray) -> dict[str, list[float]]:
 
 
 def _spread(values: Any) -> dict[str, Any]:
-    """Return mean, standard deviation and the single values, to five digits."""
+    """Return mean, standard deviation and the single values, to five digits; a mean of None where there are none."""
     array = np.asarray(values, float)
     std = float(array.std(ddof=1)) if len(array) > 1 else 0.0
-    mean = float(array.mean()) if len(array) else float("nan")
-    return {"mean": mean, "std": std, "seeds": _rounded(array)}
+    return {"mean": float(array.mean()) if len(array) else None, "std": std, "seeds": _rounded(array)}
 
 
 def _rounded(values: Any) -> list[float]:
