@@ -1,0 +1,78 @@
+"""The controller: an LSTM that makes one decision after the other, as in ENAS (Pham et al., arXiv:1802.03268)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .problem import Choices, Decision
+
+_INIT = 0.1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Architectures, and how likely they were.
+
+    Args:
+        architectures: n of them.
+        log_probabilities: [n], summed over the decisions of each.
+        entropies: [n], of the distributions that were drawn from, summed likewise; in nats.
+    """
+
+    architectures: list[Choices]
+    log_probabilities: Tensor
+    entropies: Tensor
+
+
+class Controller(nn.Module):
+    """Samples architectures; every decision is drawn from a softmax that depends on all decisions before.
+
+    It stays on the CPU: it is tiny, and its choices are needed there.
+
+    Args:
+        decisions: in the order in which they are made.
+        hidden: width of the LSTM.
+        temperature: logits are divided by it.
+        bound: logits are then squashed into (-bound, bound), so that no option ever becomes impossible.
+    """
+
+    def __init__(
+        self, decisions: Sequence[Decision], hidden: int = 100, temperature: float = 5.0, bound: float = 2.5
+    ) -> None:
+        """Draw all weights uniformly from [-0.1, 0.1]."""
+        super().__init__()
+        self.temperature, self.bound = temperature, bound
+        self.offsets, total = [], 1  # the first entry of the table begins every sequence
+        tables: dict[str, int] = {}
+        for kind in dict.fromkeys(decision.kind for decision in decisions):
+            tables[kind] = total
+            total += max(decision.options for decision in decisions if decision.kind == kind)
+        self.offsets = [tables[decision.kind] for decision in decisions]
+        self.embedding = nn.Embedding(total, hidden)
+        self.lstm = nn.LSTMCell(hidden, hidden)
+        heads = [nn.Linear(hidden, decision.options) for decision in decisions]
+        self.heads = nn.ModuleList(heads)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -_INIT, _INIT)
+        for head in heads:
+            nn.init.zeros_(head.bias)
+
+    def sample(self, count: int, generator: torch.Generator) -> Sample:
+        """Draw architectures, with a graph for their log-probabilities and entropies."""
+        token, state = torch.zeros(count, dtype=torch.int64), None
+        chosen, log_probabilities, entropies = [], [], []
+        for head, offset in zip(self.heads, self.offsets, strict=True):
+            state = self.lstm(self.embedding(token), state)
+            logits = self.bound * torch.tanh(head(state[0]) / self.temperature)
+            log_p = logits.log_softmax(1)
+            choice = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            chosen.append(choice)
+            log_probabilities.append(log_p.gather(1, choice))
+            entropies.append(-(log_p.exp() * log_p).sum(1))
+            token = offset + choice[:, 0]
+        architectures = [tuple(row) for row in torch.cat(chosen, 1).tolist()]
+        return Sample(architectures, torch.cat(log_probabilities, 1).sum(1), torch.stack(entropies, 1).sum(1))

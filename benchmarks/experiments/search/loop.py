@@ -1,0 +1,225 @@
+"""One search: in every epoch, train sampled architectures one after the other, then the controller."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+import wplfast
+
+from .clock import Clock
+from .controller import Controller
+from .forgetting import forgetting
+from .plasticity import Plasticity, Schedule
+from .problem import Choices, Problem
+from .reference import ReferencePenalty
+from .reinforce import Policy, Reinforce
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Settings that a search with the penalty and one without have in common.
+
+    Args:
+        epochs: number of them.
+        architectures: sampled and trained in each.
+        minibatches: that each is trained on.
+        clip: the most that the norm of all gradients together may be.
+        lr_decay: of the learning rate, after every epoch ...
+        lr_decay_after: ... from this one on.
+        weight_decay: plain L2 decay of all weights in use.
+        momentum: of SGD.
+        derive: architectures that the final one is chosen from, by validation error.
+        policy: of the controller.
+        schedule: of the penalty.
+        compare: time the published way beside the penalty.
+        device: where the models are.
+    """
+
+    epochs: int = 12
+    architectures: int = 10
+    minibatches: int = 5
+    clip: float = 0.25
+    lr_decay: float = 0.96
+    lr_decay_after: int = 15
+    weight_decay: float = 1e-7
+    momentum: float = 0.0
+    derive: int = 10
+    policy: Policy = field(default_factory=Policy)
+    schedule: Schedule = field(default_factory=Schedule)
+    compare: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one search did.
+
+    Args:
+        seed: of everything that was drawn.
+        lr: learning rate of the shared weights.
+        alpha: strength of the penalty; None without it.
+        diverged: whether a loss was no longer finite, which ended it.
+        epochs: what was measured in each.
+        times: milliseconds and counts by part, of the epochs in which the penalty may act.
+        final: validation and test error of the architecture that was chosen in the end, and its choices.
+    """
+
+    seed: int
+    lr: float
+    alpha: float | None
+    diverged: bool
+    epochs: list[dict[str, float]]
+    times: dict[str, dict[str, float]]
+    final: dict[str, Any]
+
+
+def search(problem: Problem, setup: Setup, seed: int, lr: float, alpha: float | None) -> Run:
+    """Search; nothing but the penalty differs between runs of one seed and learning rate.
+
+    Args:
+        problem: made with the same seed.
+        setup: settings.
+        seed: of the controller, of what it samples, and of dropout.
+        lr: learning rate of the shared weights.
+        alpha: strength of the penalty; None: cross-entropy alone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _Search(problem, setup, seed, lr, alpha).run()
+
+
+class _Search:
+    """The state of a search."""
+
+    def __init__(self, problem: Problem, setup: Setup, seed: int, lr: float, alpha: float | None) -> None:
+        """Make the controller and the optimizers."""
+        self.problem, self.setup, self.seed, self.lr, self.alpha = problem, setup, seed, lr, alpha
+        self.generator = torch.Generator().manual_seed(seed)
+        self.controller = Controller(problem.decisions)
+        self.reinforce = Reinforce(self.controller, setup.policy, self.generator)
+        self.parameters = list(problem.model.parameters())
+        self.optimizer = torch.optim.SGD(self.parameters, lr, setup.momentum, weight_decay=setup.weight_decay)
+        self.plasticity = Plasticity(problem.weights, alpha, setup.schedule)
+        compared = setup.compare and alpha is not None
+        self.published = ReferencePenalty(problem.weights, alpha or 0.0, setup.schedule.rate) if compared else None
+        self.clock = Clock(setup.device)
+        self.verified = False
+
+    def run(self) -> Run:
+        """Run all epochs."""
+        epochs: list[dict[str, float]] = []
+        here = multiprocessing.parent_process() is None  # workers would draw over each other
+        for epoch in tqdm(range(self.setup.epochs), "epochs", leave=False, disable=None if here else True):
+            measured = self._epoch(epoch)
+            if measured is None:
+                return Run(self.seed, self.lr, self.alpha, True, epochs, self.clock.milliseconds(), {})
+            epochs.append({key: _rounded(value) for key, value in measured.items()})
+        return Run(self.seed, self.lr, self.alpha, False, epochs, self.clock.milliseconds(), self._derive())
+
+    def _epoch(self, epoch: int) -> dict[str, float] | None:
+        """Train architectures, measure what they forgot, train the controller; None if a loss was not finite."""
+        setup = self.setup
+        if epoch == setup.schedule.start:
+            self.clock = Clock(setup.device)  # both arms are timed over the same epochs
+        self.plasticity.begin_epoch(epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * setup.lr_decay ** max(0, epoch - setup.lr_decay_after)
+        trained: list[Choices] = []
+        before, losses = [], []
+        for _ in range(setup.architectures):
+            with torch.no_grad():
+                choices = self.controller.sample(1, self.generator).architectures[0]
+            loss = self._train(choices)
+            if not math.isfinite(loss):
+                return None
+            trained.append(choices)
+            losses.append(loss)
+            with self.clock.part("evaluation"):
+                before.append(self.problem.error(choices))
+            if self.plasticity.on and not self._consolidate(choices):
+                return None
+        with self.clock.part("evaluations at the epoch's end"):
+            after = [self.problem.error(choices) for choices in trained]
+        with self.clock.part("controller"):
+            rewards = [r for _ in range(setup.policy.steps) for r in self.reinforce.step(self.problem.reward)]
+        return {
+            "alpha": self.plasticity.alpha,
+            "loss": sum(losses) / len(losses),
+            "error_before": sum(before) / len(before),
+            "error_after": sum(after) / len(after),
+            **forgetting(before, after),
+            "reward": sum(rewards) / len(rewards),
+        }
+
+    def _train(self, choices: Choices) -> float:
+        """Train an architecture; return its mean loss without the penalty.
+
+        The penalty enters before gradients are clipped, as it was published: with a learning rate of 20, a penalty that
+        nothing bounds would overshoot its own minimum wherever ``lr * alpha * F > 2``.
+        """
+        active = self.problem.active(choices)
+        losses = []
+        for _ in range(self.setup.minibatches):
+            with self.clock.part("cross-entropy"):
+                self.optimizer.zero_grad()
+                loss = self.problem.train_loss(choices)
+                loss.backward()
+            if self.plasticity.on:
+                if self.published is not None:
+                    with self.clock.part("penalty, as published"):
+                        self.published.gradients(active)
+                with self.clock.part("penalty"):
+                    self.plasticity.add_grad_(active)
+            with self.clock.part("clipping and step"):
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.setup.clip)
+                self.optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean().item()
+
+    def _consolidate(self, choices: Choices) -> bool:
+        """Estimate the architecture's Fisher and move the anchor of its weights; False if it is not finite.
+
+        The first estimate is verified; the cells that follow are made of the same operations.
+        """
+        active = self.problem.active(choices)
+        if not active:
+            return True
+        given = self.problem.fisher_pass(choices)
+        if self.published is not None:
+            with self.clock.part("Fisher, as published"):
+                self.published.learn(given, active)
+        try:
+            with self.clock.part("Fisher" if self.verified else "Fisher, verified"):
+                fisher = wplfast.fisher_diagonal(
+                    given.model,
+                    [given.batch],
+                    given.loss_fn,
+                    params={name: self.problem.weights[name] for name in active},
+                    verify=not self.verified,
+                )
+            self.verified = True
+            with self.clock.part("anchor"):
+                self.plasticity.learn(fisher, active)
+        except wplfast.errors.NonFiniteError:
+            return False
+        return True
+
+    def _derive(self) -> dict[str, Any]:
+        """Choose the best of some architectures by validation error, and measure it on the test part."""
+        with torch.no_grad():
+            found = self.controller.sample(self.setup.derive, self.generator).architectures
+        errors = [self.problem.error(choices) for choices in found]
+        best = min(range(len(found)), key=errors.__getitem__)
+        test = self.problem.test_error(found[best])
+        return {"validation": _rounded(errors[best]), "test": _rounded(test), "choices": list(found[best])}
+
+
+def _rounded(value: float) -> float:
+    """Keep five digits."""
+    return float(f"{value:.5g}")

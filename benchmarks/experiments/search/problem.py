@@ -1,0 +1,72 @@
+"""What a search space must offer, so that one loop searches them all."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+#: one architecture: what was chosen at every decision
+Choices = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One choice that the controller makes.
+
+    Args:
+        kind: decisions of one kind share the embedding that tells the controller what was chosen before.
+        options: number of them.
+    """
+
+    kind: str
+    options: int
+
+
+class Problem(ABC):
+    """Data and one set of shared weights from which architectures are made.
+
+    Attributes:
+        model: holds all shared weights.
+        decisions: what makes up an architecture.
+        weights: the weights that the penalty covers, by name.
+    """
+
+    model: nn.Module
+    decisions: tuple[Decision, ...]
+    weights: dict[str, Tensor]
+
+    @abstractmethod
+    def active(self, choices: Choices) -> list[str]:
+        """Return the names of the covered weights that an architecture uses."""
+
+    @abstractmethod
+    def train_loss(self, choices: Choices) -> Tensor:
+        """Return the mean loss of the next training minibatch, with a graph."""
+
+    @abstractmethod
+    def fisher_pass(self, choices: Choices) -> FisherPass:
+        """Return what the Fisher is estimated with: a model and the next held-out minibatch."""
+
+    @abstractmethod
+    def error(self, choices: Choices) -> float:
+        """Return the validation error, on the same minibatches at every call."""
+
+    @abstractmethod
+    def reward(self, choices: Choices) -> float:
+        """Return the reward of one validation minibatch, another one at every call."""
+
+    @abstractmethod
+    def test_error(self, choices: Choices) -> float:
+        """Return the error on the test part."""
+
+
+@dataclass(frozen=True)
+class FisherPass:
+    """A model, one minibatch ``(inputs, targets)`` and a loss per sample, as ``wplfast.fisher_diagonal`` takes them."""
+
+    model: nn.Module
+    batch: tuple[Any, Tensor]
+    loss_fn: Any

@@ -1,0 +1,118 @@
+"""What the runs of a search say: the choice of alpha, curves over seeds, verdicts, times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .forgetting import MEASURES
+from .loop import Run
+
+#: the paper's curves fall by this much in percent, or more, where cross-entropy alone forgets most
+GOALS = {"mean": 60.0, "best5": 40.0, "max": 40.0}
+ARMS = {"ce": "cross-entropy alone", "wpl": "with WPL"}
+_END = 3  # epochs that "in the end" means
+
+
+def score(run: Run) -> float:
+    """Return what settings are chosen by: the mean validation reward of the last epochs; 0 if the run diverged."""
+    return 0.0 if run.diverged else float(np.mean([epoch["reward"] for epoch in run.epochs[-_END:]]))
+
+
+def best(runs: Sequence[Run], setting: str) -> float:
+    """Return the setting ("lr" or "alpha") whose runs score best on the mean; the smaller one of equals."""
+    values = sorted({getattr(run, setting) for run in runs})
+    means = [np.mean([score(run) for run in runs if getattr(run, setting) == value]) for value in values]
+    return float(values[int(np.argmax(means))])
+
+
+def grid(runs: Sequence[Run], setting: str) -> dict[str, Any]:
+    """Return the scores of a grid, the choice, and whether it lies at the grid's edge."""
+    values = sorted({getattr(run, setting) for run in runs})
+    chosen = best(runs, setting)
+    rows = []
+    for value in values:
+        scores = [score(run) for run in runs if getattr(run, setting) == value]
+        rows.append({setting: value, "reward": round(float(np.mean(scores)), 5), "seeds": _rounded(scores)})
+    return {"values": rows, "chosen": chosen, "at_edge": chosen in (values[0], values[-1])}
+
+
+def summarise(runs: Mapping[str, Sequence[Run]], start: int) -> dict[str, Any]:
+    """Compare the arms.
+
+    Forgetting is an error at the end of an epoch minus the error right after an architecture's training. The worst
+    epoch is the one from ``start`` on in which the mean difference of cross-entropy alone, averaged over seeds, is
+    largest; before ``start`` the arms are the same.
+
+    Args:
+        runs: by arm, seeds in the same order; runs that diverged are counted and left out, in both arms.
+        start: epoch from which on the penalty acts.
+    """
+    kept = [i for i in range(len(runs["ce"])) if not any(arm[i].diverged for arm in runs.values())]
+    arms: dict[str, Any] = {}
+    for arm, all_runs in runs.items():
+        chosen = [all_runs[i] for i in kept]
+        keys = list(chosen[0].epochs[0]) if chosen else []
+        stacked = {key: np.array([[epoch[key] for epoch in run.epochs] for run in chosen]) for key in keys}
+        arms[arm] = {
+            "diverged": sum(run.diverged for run in all_runs),
+            "curves": {key: _curve(values) for key, values in stacked.items()},
+            "after_start": {key: _spread(values[:, start:].mean(1)) for key, values in stacked.items()},
+            "end": {key: _spread(values[:, -_END:].mean(1)) for key, values in stacked.items()},
+            "final": {part: _spread([run.final[part] for run in chosen]) for part in ("validation", "test")},
+            "times": _times(chosen),
+        }
+    result: dict[str, Any] = {"seeds": len(kept), "start": start, "arms": arms}
+    if kept and len(arms["ce"]["curves"]["mean"]["mean"]) > start:
+        result |= _verdicts(arms, start)
+    return result
+
+
+def _verdicts(arms: dict[str, Any], start: int) -> dict[str, Any]:
+    """Return the worst epoch of cross-entropy alone, and what the penalty makes of it."""
+    curves = {arm: values["curves"] for arm, values in arms.items()}
+    worst = start + int(np.argmax(curves["ce"]["mean"]["mean"][start:]))
+    verdicts = {}
+    for measure in MEASURES:
+        without, with_it = (curves[arm][measure]["mean"][worst] for arm in ("ce", "wpl"))
+        reduction = 100 * (1 - with_it / without) if without > 0 else None
+        met = None if reduction is None else reduction >= GOALS[measure]
+        verdicts[measure] = {
+            "ce": without,
+            "wpl": with_it,
+            "reduction_percent": None if reduction is None else round(reduction, 1),
+            "goal_percent": GOALS[measure],
+            "reached": met,
+        }
+    rewards = {arm: values["end"]["reward"]["mean"] for arm, values in arms.items()}
+    verdicts["reward"] = {**rewards, "reached": rewards["wpl"] >= rewards["ce"]}
+    return {"worst_epoch": worst, "verdicts": verdicts}
+
+
+def _times(runs: Sequence[Run]) -> dict[str, float]:
+    """Return the milliseconds of one of each part, the median over runs."""
+    parts = runs[0].times if runs else {}
+    return {
+        part: round(float(np.median([run.times[part]["milliseconds"] for run in runs if part in run.times])), 4)
+        for part in parts
+    }
+
+
+def _curve(values: np.ndarray) -> dict[str, list[float]]:
+    """Return mean and standard deviation over seeds, by epoch."""
+    std = values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+    return {"mean": _rounded(values.mean(0)), "std": _rounded(std)}
+
+
+def _spread(values: Any) -> dict[str, Any]:
+    """Return mean, standard deviation and the single values, to five digits; a mean of None where there are none."""
+    array = np.asarray(values, float)
+    std = float(array.std(ddof=1)) if len(array) > 1 else 0.0
+    return {"mean": float(array.mean()) if len(array) else None, "std": std, "seeds": _rounded(array)}
+
+
+def _rounded(values: Any) -> list[float]:
+    """Keep five digits."""
+    return [float(f"{value:.5g}") for value in values]

@@ -1,0 +1,150 @@
+"""Language modelling as a search problem: truncated backpropagation, perplexity as the error, its inverse as reward."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import wplfast
+
+from ...plumbing.data import DataError
+from ...plumbing.text import Text, columns
+from ..search.problem import Choices, FisherPass, Problem
+from .cells import Child, SharedCells, Sizes, decisions, edges
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How the text is cut.
+
+    Args:
+        size: rows of a minibatch.
+        length: words of a row, over which gradients flow.
+        evaluate: minibatches that an error is measured on.
+        reward: the constant c of the reward c / perplexity.
+    """
+
+    size: int = 32
+    length: int = 20
+    evaluate: int = 2
+    reward: float = 80.0
+
+
+class Stream:
+    """The segments of one part of a text, in order and over again.
+
+    Args:
+        words: [L] int64.
+        batches: how they are cut.
+        part: its name, for messages.
+
+    Raises:
+        DataError: if there is not one segment.
+    """
+
+    def __init__(self, words: Tensor, batches: Batches, part: str) -> None:
+        """Begin at the first segment."""
+        self._rows = columns(words, batches.size)
+        self._length = batches.length
+        self.count = (self._rows.shape[1] - 1) // batches.length
+        self.position = 0
+        if self.count < 2:
+            needed = batches.size * (2 * batches.length + 1)
+            raise DataError(f"the {part} part has {len(words):,} words, expected at least {needed:,}")
+
+    def segment(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return words [N, T] and the words that follow them, [N, T]."""
+        start, end = index * self._length, (index + 1) * self._length
+        return self._rows[:, start:end], self._rows[:, start + 1 : end + 1]
+
+    def next(self) -> tuple[int, tuple[Tensor, Tensor]]:
+        """Return the next segment with its index."""
+        index, self.position = self.position, (self.position + 1) % self.count
+        return index, self.segment(index)
+
+
+class TextProblem(Problem):
+    """Recurrent cells that model text.
+
+    Args:
+        text: word indices of the three parts.
+        sizes: of the models.
+        batches: how the text is cut.
+        seed: decides the initial weights and which validation minibatches give rewards.
+        device: where the models are.
+    """
+
+    def __init__(self, text: Text, sizes: Sizes, batches: Batches, seed: int, device: str = "cpu") -> None:
+        """Make the shared weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model: SharedCells = SharedCells(sizes)
+        self.model.to(device)
+        self.decisions = decisions(sizes.blocks)
+        self.weights = {name: self.model.edges.get_parameter(f"{name}.weight") for name in self.model.edges}
+        parts = {"train": text.train, "validation": text.validation, "test": text.test}
+        streams = {name: Stream(part.to(device), batches, name) for name, part in parts.items()}
+        self._train, self._validation, self._test = streams.values()
+        self._fisher = Stream(text.validation.to(device), batches, "validation")
+        self._batches = batches
+        self._zero = torch.zeros(batches.size, sizes.hidden, device=device)
+        self._state = self._zero
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def active(self, choices: Choices) -> list[str]:
+        """Return the names of a cell's edges."""
+        return [f"{j}-{block}" for j, block in edges(choices)]
+
+    def train_loss(self, choices: Choices) -> Tensor:
+        """Return the cross-entropy per word of the next segment; the state is carried over from the last one."""
+        index, (words, targets) = self._train.next()
+        self.model.train()
+        state = self._zero if index == 0 else self._state
+        logits, state = self.model(choices, words, state)
+        self._state = state.detach()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def fisher_pass(self, choices: Choices) -> FisherPass:
+        """Return the next validation segment, with the state that the cell itself reaches on the segment before it."""
+        index, (words, targets) = self._fisher.next()
+        before, _ = self._fisher.segment((index - 1) % self._fisher.count)
+        self.model.eval()
+        with torch.no_grad():
+            _, state = self.model(choices, before, self._zero)
+        loss = partial(wplfast.losses.cross_entropy, token_reduction="mean")
+        return FisherPass(Child(self.model, choices), ((words, state), targets), loss)
+
+    def error(self, choices: Choices) -> float:
+        """Return the perplexity of the first segments of the validation part."""
+        return self._perplexity(choices, self._validation, range(min(self._batches.evaluate, self._validation.count)))
+
+    def reward(self, choices: Choices) -> float:
+        """Return c / perplexity of a segment that is drawn at random."""
+        index = int(torch.randint(self._validation.count, (), generator=self._generator))
+        return self._batches.reward / self._perplexity(choices, self._validation, range(index, index + 1))
+
+    def test_error(self, choices: Choices) -> float:
+        """Return the perplexity of the whole test part."""
+        return self._perplexity(choices, self._test, range(self._test.count))
+
+    @torch.no_grad()
+    def _perplexity(self, choices: Choices, stream: Stream, indices: range) -> float:
+        """Return the perplexity of successive segments, from a state of zeros.
+
+        One that exceeds the vocabulary counts as the vocabulary, which is what guessing evenly has: perplexities of
+        millions, which a cell has that overshot, would be all that a mean over cells shows.
+        """
+        self.model.eval()
+        state, total = self._zero, self._zero.new_zeros(())
+        for index in indices:
+            words, targets = stream.segment(index)
+            logits, state = self.model(choices, words, state)
+            total += F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = total.item() / len(indices)
+        most = math.log(self.model.sizes.vocabulary)
+        return math.exp(loss if loss < most else most)  # of NaN too
