@@ -14,7 +14,7 @@ PAGE = RESULTS.parent / "RESULTS.md"
 SECTIONS = (
     ("two_models", "Two models that share layers", ("two_models_mnist", "two_models_digits")),
     ("ewc", "EWC beside WPL", ("ewc_mnist", "ewc_digits")),
-    ("text_search", "Architecture search on text", ("text_search_ptb", "text_search_pydoc")),
+    ("text_search", "Architecture search on text", ("text_search_ptb", "text_search_help")),
     ("image_search", "Architecture search on images", ("image_search_mnist", "image_search_digits")),
     ("fine_tuning", "Incremental fine-tuning", ("fine_tuning_mnist", "fine_tuning_digits")),
 )
@@ -44,7 +44,7 @@ def _section(name: str, record: dict[str, Any], text: str) -> str:
     place = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['cores']} cores"
     commit = (record["commit"] or "unknown")[:7]
     lines = [f"### {record['data']['name']}", ""]
-    if (RESULTS / f"{name}.png").exists():
+    if (RESULTS / f"{name}.png").exists() and f"({RESULTS.name}/{name}.png)" not in text:
         lines += [f"![{record['experiment']} on {record['data']['name']}](results/{name}.png)", ""]
     lines += [text, "", f"{record['wall_seconds']:.0f} s on {place}; torch {versions['torch']}; commit {commit}; "]
     lines[-1] += f"[record](results/{name}.json).\n"

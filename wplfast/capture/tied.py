@@ -20,7 +20,7 @@ from .uses import FactoredUse, Use, chunks, widened
 
 
 def accumulate(group: Sequence[Use], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
-    """Add squares of uses of both kinds to ``fisher`` [V, D]; False if there are others, or they are better summed whole.
+    """Add squares of uses of both kinds to ``fisher`` [V, D]; False where there are others or nothing is to be gained.
 
     Args:
         group: uses of one parameter.
