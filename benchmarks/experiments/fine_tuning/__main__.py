@@ -1,12 +1,12 @@
 """Incremental fine-tuning: few steps, a share of old data, wrong labels; and a penalty in place of old data.
 
-A small convolutional network knows some classes. Then small update sets of one class each arrive, of known or of new
+A small network knows some classes. Then small update sets of one class each arrive, of known or of new
 classes, and it is fine-tuned on each, warm, with a share lambda of old data in the minibatches. Studied are the number
 of steps, lambda, wrong labels, and how far WPL (anchored after every update, with a running F) replaces old data.
 
     python -m benchmarks.experiments.fine_tuning                       # the digits that scikit-learn ships
     python -m benchmarks.experiments.fine_tuning --data DIR            # MNIST's IDX files
-    python -m benchmarks.experiments.fine_tuning --data DIR --seeds 9 --iterations 100 --width 32 --device cuda
+    python -m benchmarks.experiments.fine_tuning --data DIR --model cnn --width 32 --seeds 9 --device cuda
 
 Writes fine_tuning.json and fine_tuning.png; prints tables and verdicts. Setting: after Kaeding, Rodner, Freytag and
 Denzler, "Fine-tuning deep neural networks in continuous learning scenarios", ACCV workshops 2016,
@@ -28,12 +28,14 @@ from ...plumbing.options import DeviceError, add_common, positive, resolve, stre
 from ...plumbing.record import environment, write_bytes, write_json
 from ...plumbing.workers import Workers
 from . import figure, plan, report
+from .model import WIDTHS
 from .results import summarise
 from .stream import SCENARIOS, Sizes, make_stream
 from .training import Setup
 
 DIGITS = Sizes(update=30, start_known=20, start_new=60)
-MNIST = Sizes(update=100, start_known=100, start_new=300)
+MNIST = Sizes(update=100, start_known=50, start_new=150)
+MOST = 10  # update sets: one of each class, or two of each new one
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     sizes = Sizes(*options.sizes) if options.sizes else DIGITS if options.data is None else MNIST
     setup = Setup(
-        sizes, options.data, options.device, options.width, n_updates=options.updates, start_iterations=options.start
+        sizes,
+        options.data,
+        options.device,
+        options.model,
+        options.width or WIDTHS[options.model],
+        n_updates=options.updates,
+        start_iterations=options.start,
     )
     tuning = min(options.tuning_seeds, options.seeds)
     try:
@@ -102,17 +110,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), help="what arrives; default: both")
     add("--iterations", type=positive, default=30, help="SGD steps of an update; default: %(default)s")
     add("--epochs", type=strength, default=10.0, help="the longest updates; default: %(default)g")
-    add("--updates", type=positive, default=10, help="update sets, at most 10; default: %(default)s")
+    add("--updates", type=positive, default=MOST, help=f"update sets, at most {MOST}; default: %(default)s")
     add("--start", type=positive, default=300, help="SGD steps before the first update; default: %(default)s")
-    add("--width", type=positive, default=8, help="channels of the first convolution; default: %(default)s")
+    add("--model", choices=WIDTHS, default="mlp", help="default: %(default)s")
+    add("--width", type=positive, help="hidden units, or channels of the first convolution; default: 64, cnn 8")
     sizes = ("UPDATE", "KNOWN", "NEW")
     words = (
-        "samples of an update set, and of a class at the start in each scenario; default: 30 20 60, MNIST 100 100 300"
+        "samples of an update set, and of a class at the start in each scenario; default: 30 20 60, MNIST 100 50 150"
     )
     add("--sizes", type=positive, nargs=3, metavar=sizes, help=words)
     add("--tuning-seeds", type=positive, default=2, metavar="N", help="seeds to choose on; default: %(default)s")
     add_common(parser, seeds=5)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.updates > MOST:
+        parser.error(f"argument --updates: expected at most {MOST}, got {options.updates}")
+    return options
 
 
 if __name__ == "__main__":

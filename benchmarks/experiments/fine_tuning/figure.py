@@ -102,10 +102,8 @@ def _draw_methods(axis: Any, scenario: Scenario) -> None:
         (n_shares / 2 - 0.5, "lambda, all old data kept"),
         (n_shares + 1, "kept of a class,\nlambda 0.5"),
     ):
-        axis.annotate(
-            words, (centre, 0), (0, -22), "data", "offset points", ha="center", va="top", annotation_clip=False
-        )
-        axis.texts[-1].xycoords = ("data", "axes fraction")
+        below = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "annotation_clip": False}
+        axis.annotate(words, (centre, 0), (0, -20), ha="center", va="top", **below)
 
 
 def _fit(axis: Any, curves: Sequence[Any]) -> None:

@@ -53,9 +53,10 @@ def markdown(record: Mapping[str, Any]) -> str:
         "",
         *image(picture, "Accuracy by update, for steps, share of old data, wrong labels; and with WPL"),
         "After Kaeding, Rodner, Freytag and Denzler (2016). Update sets of "
-        f"{settings['sizes']['update']} samples of one class arrive one after the other; SGD with momentum "
-        f"{settings['momentum']:g}, weight decay {settings['weight_decay']:g} and minibatches of {settings['batch_size']}, {settings['iterations']} steps an "
-        f"update unless said otherwise, a share lambda of old data (0.5 unless said otherwise). {_legend(record)}",
+        f"{settings['sizes']['update']} samples of one class arrive one after the other. SGD with momentum "
+        f"{settings['momentum']:g}, weight decay {settings['weight_decay']:g} and minibatches of "
+        f"{settings['batch_size']}; {settings['iterations']} steps an update and a share lambda = 0.5 of old data "
+        f"unless said otherwise. {_legend(record)}",
         "",
     ]
     for scenario in _scenarios(record):

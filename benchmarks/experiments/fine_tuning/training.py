@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler
 import wplfast
 
 from ...plumbing.data import Split, load_split
-from .model import GrowingNet
+from .model import WIDTHS, GrowingNet
 from .sampler import OldNewSampler
 from .stream import Sizes, Stream, make_stream, remembered
 
@@ -30,7 +30,8 @@ class Setup:
     sizes: Sizes
     data: str | None = None
     device: str = "cpu"
-    width: int = 8
+    model: str = "mlp"
+    width: int = WIDTHS["mlp"]
     batch_size: int = 64
     momentum: float = 0.9
     weight_decay: float = 0.0005
@@ -162,7 +163,8 @@ def _started(
 def _model(setup: Setup, scenario: str, seed: int) -> GrowingNet:
     """Return the model before the start."""
     split, stream = _data(setup, scenario, 0.0, seed)
-    return GrowingNet(split.n_features, stream.start_classes, setup.width, seed).to(setup.device)
+    model = GrowingNet(setup.model, split.n_features, stream.start_classes, setup.width, seed)
+    return model.to(setup.device)
 
 
 @lru_cache(maxsize=64)
