@@ -228,7 +228,9 @@ def test_runs_repeat(method):
 
 
 def test_convolutions_run():
-    run = training.train((replace(SETUP, model="cnn", width=8, n_updates=1, start_iterations=100), NEW, Arm("wpl", 0.01, 1.0), 0))
+    run = training.train(
+        (replace(SETUP, model="cnn", width=8, n_updates=1, start_iterations=100), NEW, Arm("wpl", 0.01, 1.0), 0)
+    )
     assert run.test[0] > 0.3
     assert not run.diverged
 
@@ -424,6 +426,7 @@ def test_report_is_made_from_the_record_alone(record):
     assert page.startswith("### Incremental fine-tuning: MNIST")
     assert page.count("\n| ") >= 18
     assert "confirmed" in page
+    assert "no penalty 0 of 13, WPL 0 of 13, L2 anchor (F = 1) 4 of 4." in page
     assert figure.draw(record).startswith(b"\x89PNG")
 
 

@@ -17,7 +17,7 @@ MEMORIES = (10, 50)  # old samples of a class; none at all is the same as lambda
 EPOCHS = (1.0, 0.1)  # beside the longest training
 CONSTANTS = (10, 3)  # iterations, beside the usual number
 
-LEARNING_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+LEARNING_RATES = (0.0001, 0.001, 0.01, 0.03, 0.1, 0.2)
 PENALTY_RATES = (0.001, 0.01, 0.1)
 #: lr * alpha * mean(F): by what share an average parameter is pulled back in a step. A step overshoots where
 #: lr * alpha * F_i is above 2 (1 + momentum); the largest F_i of WPL are some 30 to 100 times the mean, those of the

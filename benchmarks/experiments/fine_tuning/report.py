@@ -39,7 +39,7 @@ def table(record: Mapping[str, Any]) -> str:
             for words, iterations, cells in _rows(scenario, study):
                 lines.append(f"{words:<32}{iterations:>11}" + "".join(f"{cell:>20}" for cell in cells))
             lines.append("")
-        lines += [f"- {verdict}" for verdict in verdicts(scenario)]
+        lines += [f"- {line}" for line in (*verdicts(scenario), _edges(scenario))]
         lines.append("")
     return "\n".join([*lines, _legend(record)])
 
@@ -66,7 +66,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         for study, title in _STUDIES.items():
             lines.append(row([f"*{title}*", "", *("" for _ in METHODS)]))
             lines += [row([words, iterations, *cells]) for words, iterations, cells in _rows(scenario, study)]
-        lines += ["", *(f"- {verdict}" for verdict in verdicts(scenario)), ""]
+        lines += ["", *(f"- {line}" for line in (*verdicts(scenario), _edges(scenario))), ""]
     return "\n".join(lines)
 
 
@@ -90,6 +90,15 @@ def _cell(found: Mapping[str, Any] | None) -> str:
         return _MISSING
     lost = f" ({found['diverged']} diverged)" if found["diverged"] else ""
     return f"{points(found['mean'])}{lost}"
+
+
+def _edges(scenario: Scenario) -> str:
+    """Say how many learning rates were chosen at an end of their grid."""
+    parts = []
+    for method, words in METHODS.items():
+        chosen = scenario.chosen(method)
+        parts.append(f"{words} {sum(outcome['lr_at_edge'] for outcome in chosen)} of {len(chosen)}")
+    return f"Learning rates chosen at an end of their grid: {', '.join(parts)}."
 
 
 def _legend(record: Mapping[str, Any]) -> str:

@@ -50,7 +50,9 @@ def summarise(
             max(run.iterations for run in outcome.runs) / (len(outcome.runs[0].test) - 1), 1
         )
         tried = [{**asdict(arm), "validation": round(100 * score, 2)} for arm, score in outcome.grid]
-        row["methods"][method] = {**asdict(outcome.arm), "grid": tried, **_accuracies(outcome.runs)}
+        rates = [arm.lr for arm, _ in outcome.grid]
+        edge = {"lr_at_edge": outcome.arm.lr in (min(rates), max(rates))} if rates else {}
+        row["methods"][method] = {**asdict(outcome.arm), **edge, "grid": tried, **_accuracies(outcome.runs)}
     names = {study: [title(condition) for condition in conditions] for study, conditions in studies.items()}
     return {"studies": names, "unchanged": _accuracies(unchanged), "results": results}
 
@@ -79,9 +81,10 @@ class Scenario:
         """Return the rows of a study in order."""
         return [self._part["results"][title] for title in self._part["studies"][name]]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return all rows."""
-        return list(self._part["results"].values())
+    def chosen(self, method: str) -> list[dict[str, Any]]:
+        """Return what was chosen for a method on a grid, in all conditions."""
+        found = (row["methods"].get(method, {"grid": []}) for row in self._part["results"].values())
+        return [outcome for outcome in found if outcome["grid"]]
 
     def share(self, value: float) -> dict[str, Any]:
         """Return the row of the study of lambda with this value."""
