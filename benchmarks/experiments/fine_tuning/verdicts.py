@@ -25,12 +25,12 @@ class Verdict:
 
     def __str__(self) -> str:
         """Return a line."""
-        words = {True: "confirmed", False: "NOT confirmed", None: "measured"}[self.holds]
-        return f"{self.claim}: {words}. {self.figures}"
+        words = {True: "confirmed. ", False: "NOT confirmed. ", None: ""}[self.holds]
+        return f"{self.claim}: {words}{self.figures}"
 
 
 def verdicts(scenario: Scenario) -> list[Verdict]:
-    """Return all verdicts of a scenario; those whose conditions are missing from the record are left out."""
+    """Return all verdicts of a scenario, each from the figures of its record."""
     return [*_steps(scenario), *_share(scenario), *_noise(scenario), *_replacement(scenario)]
 
 
@@ -56,13 +56,17 @@ def _share(scenario: Scenario) -> list[Verdict]:
     best = max(means, key=means.__getitem__)
     words = ", ".join(f"{share:g}: {mean:.1f} %" for share, mean in means.items())
     lost, half = _between(scenario.share(0.0), scenario.share(best))
-    gain, gain_half = difference(scenario.share(0.0)["methods"]["none"], scenario.unchanged)
+    gain = difference(scenario.share(0.0)["methods"]["none"], scenario.unchanged)
+    rate = scenario.share(best)["methods"]["none"]["lr"]
+    (same,) = [t["validation"] for t in scenario.share(0.0)["methods"]["none"]["grid"] if t["lr"] == rate]
     zero = (
-        f"against lambda = {best:g}: {signed(lost, half)} points; against no update at all: {signed(gain, gain_half)}"
+        f"Against lambda = {best:g}: {signed(lost, half)} points; against no update at all: {signed(*gain)}, by a "
+        f"learning rate of {scenario.share(0.0)['methods']['none']['lr']:g}; at lambda = {best:g}'s rate of {rate:g} "
+        f"the validation accuracy is {same:.0f} %"
     )
     late, late_half = _between(scenario.share(1.0), scenario.share(0.75))
     end, end_half = _between(scenario.share(1.0), scenario.share(0.75), "final")
-    one = f"mean over updates {signed(late, late_half)} points, after the last one {signed(end, end_half)}"
+    one = f"Mean over updates {signed(late, late_half)} points, after the last one {signed(end, end_half)}"
     return [
         Verdict("a lambda in between is best", 0 < best < 1, f"Best: {best:g} ({words})"),
         Verdict("lambda = 0 overfits the update set", lost + half < -AS_GOOD, zero),
