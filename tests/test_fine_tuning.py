@@ -367,7 +367,7 @@ def record():
     workers, studies = Fake(), plan.studies("new", 30, 10.0)
     outcomes, unchanged = plan.run(SETUP, plan.keys(studies), 3, 2, workers)
     settings = {"sizes": {"update": 30}, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64, "iterations": 30}
-    settings |= {"seeds": 3, "tuning_seeds": 2, "learning_rates": plan.LEARNING_RATES}
+    settings |= {"epochs": 10.0, "seeds": 3, "tuning_seeds": 2, "learning_rates": plan.LEARNING_RATES}
     part = fine_tuning.summarise(studies, outcomes, unchanged)
     made = {"data": {"name": "MNIST"}, "settings": settings, "scenarios": {"new": part}}
     return json.loads(json.dumps(made))

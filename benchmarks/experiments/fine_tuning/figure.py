@@ -15,7 +15,7 @@ from .training import METHODS
 _LINES = (plots.BLACK, plots.BLUE, plots.SKY, plots.GREEN, plots.ORANGE, plots.VERMILLION, plots.PURPLE)
 _MARKS = ("o", "s", "^", "v", "D", "P", "X")
 _METHODS = {"none": (plots.VERMILLION, "o"), "wpl": (plots.BLUE, "s"), "l2": (plots.ORANGE, "D")}
-_TITLES = ("steps of an update", "share of old data", "wrong labels", "WPL in place of old data")
+_TITLES = ("steps of an update", "share of old data", "wrong labels, {epochs:g} epochs", "mean over updates, with WPL")
 
 
 def draw(record: Mapping[str, Any]) -> bytes:
@@ -31,7 +31,7 @@ def draw(record: Mapping[str, Any]) -> bytes:
         _draw_methods(line[3], scenario)
         for column, axis in enumerate(line):
             letter = "abcdefgh"[4 * row + column]
-            axis.set_title(f"({letter}) {_TITLES[column]}", loc="left", fontweight="bold")
+            axis.set_title(f"({letter}) {_TITLES[column].format(**record['settings'])}", loc="left", fontweight="bold")
         line[0].set_ylabel(f"{SCENARIOS[scenario.name].capitalize()}\ntest accuracy (%)")
     for column, axis in enumerate(axes[-1]):
         columns = 3 if column == 3 else 2
