@@ -68,7 +68,7 @@ class Arm:
     Args:
         method: of :data:`METHODS`, or :data:`UNCHANGED`.
         lr: learning rate of the updates.
-        strength: of the penalty, alpha * mean(F) with the F of the start.
+        strength: of the penalty, alpha * max(F) with the F of the start.
     """
 
     method: str
@@ -154,8 +154,8 @@ def _started(
         return model, None
     fisher = _start_fisher(setup, scenario, arm.method, seed)
     assert fisher is not None, "the model of the start has finite gradients"
-    mean = torch.cat([value.flatten() for value in fisher.values()]).mean().item()
-    wpl = wplfast.WeightPlasticityLoss(model, arm.strength / mean)
+    largest = max(value.max().item() for value in fisher.values())
+    wpl = wplfast.WeightPlasticityLoss(model, arm.strength / largest)
     wpl.consolidate(fisher)
     return model, wpl
 
