@@ -20,6 +20,7 @@ from .sampler import OldNewSampler
 from .stream import Sizes, Stream, make_stream, remembered
 
 METHODS = {"none": "no penalty", "wpl": "WPL", "l2": "L2 anchor (F = 1)"}
+_FISHER_BATCH = 512  # F does not depend on it; small update sets are one batch
 UNCHANGED = "unchanged"  # the model of the start, never trained again
 
 
@@ -199,7 +200,7 @@ def _fisher(
     if method == "l2":
         return {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
     part = _gather(split, stream, index)
-    loader = list(zip(*(tensor.split(setup.batch_size) for tensor in part), strict=True))
+    loader = list(zip(*(tensor.split(_FISHER_BATCH) for tensor in part), strict=True))
     try:
         return wplfast.fisher_diagonal(model, loader, wplfast.losses.cross_entropy, fisher_type="exact")
     except wplfast.errors.NonFiniteError:
