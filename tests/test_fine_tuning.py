@@ -24,8 +24,8 @@ from benchmarks.experiments.fine_tuning import figure, plan, report, training
 from benchmarks.experiments.fine_tuning.model import GrowingNet
 from benchmarks.experiments.fine_tuning.results import Scenario, difference
 from benchmarks.experiments.fine_tuning.sampler import OldNewSampler
+from benchmarks.experiments.fine_tuning.settings import METHODS, UNCHANGED, Arm, Condition, Run, Setup
 from benchmarks.experiments.fine_tuning.stream import Sizes, make_stream, remembered
-from benchmarks.experiments.fine_tuning.training import UNCHANGED, Arm, Condition, Setup
 from benchmarks.experiments.fine_tuning.verdicts import verdicts
 from benchmarks.plumbing.data import DataError, load_split
 from benchmarks.plumbing.spread import spread
@@ -317,7 +317,7 @@ def test_diverged_runs_count_as_nothing_right(arm):
 
 
 def test_every_method_has_as_many_trials():
-    assert {len(plan.grid(method)) for method in training.METHODS} == {6}
+    assert {len(plan.grid(method)) for method in METHODS} == {6}
     assert sorted({round(arm.lr * arm.strength, 6) for arm in plan.grid("wpl")}) == [0.1, 1.0]
 
 
@@ -335,7 +335,7 @@ class Fake:
         good = {"none": 0.03, "wpl": 0.01, "l2": 0.001, UNCHANGED: 0.0}[arm.method]
         validation = 0.9 - abs(arm.lr - good) - 0.0001 * (arm.strength or 0)
         test = 0.5 + 0.1 * (arm.method == "wpl") + 0.01 * seed - condition.noise / 10
-        return training.Run(seed, [0.7, test], [0.7, validation], 30, False)
+        return Run(seed, [0.7, test], [0.7, validation], 30, False)
 
 
 def test_choice_is_on_validation_and_jobs_run_once():

@@ -30,8 +30,8 @@ from ...plumbing.workers import Workers
 from . import figure, plan, report
 from .model import WIDTHS
 from .results import summarise
+from .settings import Setup
 from .stream import SCENARIOS, Sizes, make_stream
-from .training import Setup
 
 DIGITS = Sizes(update=30, start_known=20, start_new=60)
 MNIST = Sizes(update=100, start_known=50, start_new=150)

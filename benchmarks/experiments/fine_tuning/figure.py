@@ -9,8 +9,8 @@ import numpy as np
 
 from ...plumbing import plots
 from .results import Scenario, name
+from .settings import METHODS
 from .stream import SCENARIOS
-from .training import METHODS
 
 _LINES = (plots.BLACK, plots.BLUE, plots.SKY, plots.GREEN, plots.ORANGE, plots.VERMILLION, plots.PURPLE)
 _MARKS = ("o", "s", "^", "v", "D", "P", "X")

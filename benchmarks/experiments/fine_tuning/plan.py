@@ -9,7 +9,8 @@ from typing import TypeVar
 import numpy as np
 
 from ...plumbing.workers import Workers
-from .training import UNCHANGED, Arm, Condition, Run, Setup, train
+from .settings import UNCHANGED, Arm, Condition, Run, Setup
+from .training import train
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # lambda
 NOISES = (0.0, 0.1, 0.2, 0.4)

@@ -9,8 +9,8 @@ from ...plumbing.markdown import heading, image, row
 from ...plumbing.spread import points
 from . import figure as _figure
 from .results import Scenario, name
+from .settings import METHODS
 from .stream import SCENARIOS
-from .training import METHODS
 from .verdicts import verdicts
 
 _STUDIES = {

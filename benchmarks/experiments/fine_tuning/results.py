@@ -11,7 +11,7 @@ import numpy as np
 
 from ...plumbing.spread import spread
 from .plan import Key, Outcome
-from .training import Condition, Run
+from .settings import Condition, Run
 
 
 def title(condition: Condition) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -15,77 +15,12 @@ from torch.utils.data import BatchSampler
 import wplfast
 
 from ...plumbing.data import Split, load_split
-from .model import WIDTHS, GrowingNet
+from .model import GrowingNet
 from .sampler import OldNewSampler
-from .stream import Sizes, Stream, make_stream, remembered
+from .settings import UNCHANGED, Arm, Condition, Run, Setup
+from .stream import Stream, make_stream, remembered
 
-METHODS = {"none": "no penalty", "wpl": "WPL", "l2": "L2 anchor (F = 1)"}
 _FISHER_BATCH = 512  # F does not depend on it; small update sets are one batch
-UNCHANGED = "unchanged"  # the model of the start, never trained again
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Settings that all runs have in common; optimizer and minibatch as in the paper."""
-
-    sizes: Sizes
-    data: str | None = None
-    device: str = "cpu"
-    model: str = "mlp"
-    width: int = WIDTHS["mlp"]
-    batch_size: int = 64
-    momentum: float = 0.9
-    weight_decay: float = 0.0005
-    lr_start: float = 0.02
-    start_iterations: int = 300
-    n_updates: int = 10
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What is varied.
-
-    Args:
-        scenario: "known" or "new".
-        steps: SGD steps of an update, counted in ``unit``.
-        unit: "epochs" of all data in reach, old and new, or "iterations".
-        share_old: lambda.
-        noise: share of wrong labels.
-        memory: most old samples of a class that are kept; None: all.
-    """
-
-    scenario: str
-    steps: float
-    unit: str = "iterations"
-    share_old: float = 0.5
-    noise: float = 0.0
-    memory: int | None = None
-
-
-@dataclass(frozen=True)
-class Arm:
-    """How a run is trained.
-
-    Args:
-        method: of :data:`METHODS`, or :data:`UNCHANGED`.
-        lr: learning rate of the updates.
-        strength: of the penalty, alpha * max(F) with the F of the start.
-    """
-
-    method: str
-    lr: float
-    strength: float | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """Accuracies on all classes so far: after the start, then after every update."""
-
-    seed: int
-    test: list[float]
-    validation: list[float]
-    iterations: int  # of all updates
-    diverged: bool
 
 
 def train(job: tuple[Setup, Condition, Arm, int]) -> Run:
