@@ -408,11 +408,11 @@ def test_verdicts_follow_the_figures(record, words, title, changes):
 
 
 def test_verdicts_on_replacement(record):
-    assert holds(record, "WPL with no old data does as well as no penalty with 10 old") is True  # 60 % against 50 %
+    assert holds(record, "WPL with no old data replaces the step to 10 old") is True  # 60 % against 50 %
     assert holds(record, "Without old data") is True
     assert holds(record, "The Fisher matters") is True
     shift(record, USUAL.format(0), "wpl", -12)
-    assert holds(record, "WPL with no old data does as well as no penalty with 10 old") is False
+    assert holds(record, "WPL with no old data replaces the step to 10 old") is False
     assert holds(record, "Without old data") is False
     (hurts,) = [v for v in verdicts(Scenario(record, "new")) if v.claim == "WPL hurts at"]
     assert "no old data (-2.0" in hurts.figures

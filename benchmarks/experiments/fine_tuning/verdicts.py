@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ...plumbing.markdown import several
@@ -92,15 +93,17 @@ def _replacement(scenario: Scenario) -> list[Verdict]:
         sorts[sort].append(f"{old_data(row)} ({signed(mean, half)})")
     where = [Verdict(f"WPL {sort} at", None, several(names)) for sort, names in sorts.items() if names]
     without = scenario.study("memory")
-    return [*where, *(_worth(row, without) for row in without[:-1]), *_controls(scenario)]
+    worth = [_worth(row, following) for row, following in pairwise(without)]
+    return [*where, *worth, *_controls(scenario)]
 
 
-def _worth(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Compare WPL with this much old data with no penalty and the next larger memory."""
-    following = rows[[id(other) for other in rows].index(id(row)) + 1]
-    mean, half = difference(row["methods"]["wpl"], following["methods"]["none"])
-    claim = f"WPL with {old_data(row)} does as well as no penalty with {old_data(following)}"
-    return Verdict(claim, mean >= -AS_GOOD, f"{signed(mean, half)} points")
+def _worth(row: Mapping[str, Any], following: Mapping[str, Any]) -> Verdict:
+    """Tell whether WPL makes up for less old data: clearly above no penalty, and as good as that with more of them."""
+    gain, half = difference(row["methods"]["wpl"], row["methods"]["none"])
+    short, short_half = difference(row["methods"]["wpl"], following["methods"]["none"])
+    claim = f"WPL with {old_data(row)} replaces the step to {old_data(following)}"
+    words = f"{signed(short, short_half)} points against no penalty there, {signed(gain, half)} against no penalty here"
+    return Verdict(claim, gain > half and short >= -AS_GOOD, words)
 
 
 def _controls(scenario: Scenario) -> list[Verdict]:
