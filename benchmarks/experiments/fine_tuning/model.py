@@ -34,7 +34,8 @@ class GrowingNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [N, C] of flattened images [N, D]."""
-        return self.head(self.features(images))
+        logits: Tensor = self.head(self.features(images))
+        return logits
 
     @torch.no_grad()
     def grow(self, n_classes: int) -> bool:

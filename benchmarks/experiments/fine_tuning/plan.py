@@ -118,7 +118,7 @@ def run(
         (c, m): Outcome(chosen[c, m], grids.get((c, m), []), [done[c, chosen[c, m], s] for s in range(n_seeds)])
         for c, m in pairs
     }
-    return outcomes, [done[(*unchanged, seed)] for seed in range(n_seeds)]
+    return outcomes, [done[unchanged[0], unchanged[1], seed] for seed in range(n_seeds)]
 
 
 def _train(

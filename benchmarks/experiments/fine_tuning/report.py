@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ...plumbing.markdown import heading, image, row
@@ -75,7 +75,7 @@ def _scenarios(record: Mapping[str, Any]) -> list[Scenario]:
     return [Scenario(record, name) for name in record["scenarios"]]
 
 
-def _rows(scenario: Scenario, study: str) -> list[tuple[str, str, Sequence[str]]]:
+def _rows(scenario: Scenario, study: str) -> list[tuple[str, str, list[str]]]:
     """Return name, number of iterations and the methods' accuracies of every condition of a study."""
     rows = []
     for found in scenario.study(study):
