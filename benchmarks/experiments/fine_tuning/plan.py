@@ -19,7 +19,7 @@ EPOCHS = (1.0, 0.1)  # beside the longest training
 CONSTANTS = (10, 3)  # iterations, beside the usual number
 
 LEARNING_RATES = (0.0001, 0.001, 0.01, 0.03, 0.1, 0.2)
-PENALTY_RATES = (0.001, 0.01, 0.1)
+PENALTY_RATES = (0.0001, 0.01, 0.1)
 #: lr * alpha * max(F): by what share of its way the most important parameter is pulled back in a step. Steps overshoot
 #: above 2 (1 + momentum) = 3.8, and F grows as updates go on, so there is little room above 1.
 PULLS = (0.1, 1.0)
