@@ -332,7 +332,7 @@ class Fake:
         return [self._run(*job[1:]) for job in jobs]
 
     def _run(self, condition, arm, seed):
-        good = {"none": 0.03, "wpl": 0.01, "l2": 0.001, UNCHANGED: 0.0}[arm.method]
+        good = {"none": 0.03, "wpl": 0.01, "l2": 0.0001, UNCHANGED: 0.0}[arm.method]
         validation = 0.9 - abs(arm.lr - good) - 0.0001 * (arm.strength or 0)
         test = 0.5 + 0.1 * (arm.method == "wpl") + 0.01 * seed - condition.noise / 10
         return Run(seed, [0.7, test], [0.7, validation], 30, False)
@@ -345,7 +345,7 @@ def test_choice_is_on_validation_and_jobs_run_once():
     assert len(workers.jobs) == len(set(workers.jobs)) == plan.n_runs(pairs, 3, 2)
     assert len(unchanged) == 3
     for (condition, method), outcome in outcomes.items():
-        assert outcome.arm.lr == {"none": 0.03, "wpl": 0.01, "l2": 0.001}[method]
+        assert outcome.arm.lr == {"none": 0.03, "wpl": 0.01, "l2": 0.0001}[method]
         assert [run.seed for run in outcome.runs] == [0, 1, 2]
         assert len(outcome.grid) == (6 if condition.noise == 0 else 0)
     shares = [condition.share_old for condition in studies["share"]]
@@ -435,7 +435,7 @@ def test_report_is_made_from_the_record_alone(record):
 def test_smoke_run_writes_everything(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan, "LEARNING_RATES", (0.01,))
     monkeypatch.setattr(plan, "PENALTY_RATES", (0.01,))
-    monkeypatch.setattr(plan, "PULLS", (0.3,))
+    monkeypatch.setattr(plan, "PULLS", {"wpl": (0.3,), "l2": (0.3,)})
     assert fine_tuning.main([*TINY, "--scenarios", "new", "--out", str(tmp_path)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fine_tuning.json", "fine_tuning.png"]
     record = json.loads((tmp_path / "fine_tuning.json").read_text())
