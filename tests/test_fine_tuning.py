@@ -408,11 +408,16 @@ def test_verdicts_follow_the_figures(record, words, title, changes):
 
 
 def test_verdicts_on_replacement(record):
-    assert holds(record, "WPL with no old data replaces the step to 10 old") is True  # 60 % against 50 %
+    title = "WPL with no old data replaces the step to 10 old"
+    assert holds(record, title) is None  # more old data bring nothing here
+    shift(record, "30 iterations, lambda 0.5, noise 0, 10 old samples of a class", "none", 5)
+    assert holds(record, title) is True  # 10 points gained, 5 would do
+    shift(record, "30 iterations, lambda 0.5, noise 0, 10 old samples of a class", "none", 10)
+    assert holds(record, title) is False  # 15 would be needed
     assert holds(record, "Without old data") is True
     assert holds(record, "The Fisher matters") is True
     shift(record, USUAL.format(0), "wpl", -12)
-    assert holds(record, "WPL with no old data replaces the step to 10 old") is False
+    assert holds(record, title) is False
     assert holds(record, "Without old data") is False
     (hurts,) = [v for v in verdicts(Scenario(record, "new")) if v.claim == "WPL hurts at"]
     assert "no old data (-2.0" in hurts.figures

@@ -99,11 +99,13 @@ def _replacement(scenario: Scenario) -> list[Verdict]:
 
 def _worth(row: Mapping[str, Any], following: Mapping[str, Any]) -> Verdict:
     """Tell whether WPL makes up for less old data: clearly above no penalty, and as good as that with more of them."""
+    step, step_half = difference(following["methods"]["none"], row["methods"]["none"])
     gain, half = difference(row["methods"]["wpl"], row["methods"]["none"])
-    short, short_half = difference(row["methods"]["wpl"], following["methods"]["none"])
     claim = f"WPL with {old_data(row)} replaces the step to {old_data(following)}"
-    words = f"{signed(short, short_half)} points against no penalty there, {signed(gain, half)} against no penalty here"
-    return Verdict(claim, gain > half and short >= -AS_GOOD, words)
+    words = f"The step brings {signed(step, step_half)} points, WPL {signed(gain, half)}"
+    if step <= step_half:
+        return Verdict(claim, None, f"there is no clear step to replace. {words}")
+    return Verdict(claim, gain > half and gain >= step - AS_GOOD, words)
 
 
 def _controls(scenario: Scenario) -> list[Verdict]:
