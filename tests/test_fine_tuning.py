@@ -415,9 +415,10 @@ def test_verdicts_on_replacement(record):
     shift(record, "30 iterations, lambda 0.5, noise 0, 10 old samples of a class", "none", 10)
     assert holds(record, title) is False  # 15 would be needed
     assert holds(record, "Without old data") is True
-    assert holds(record, "The Fisher matters") is True
+    assert holds(record, "L2 anchor, clearly above in 4 of 4 and clearly below in 0") is None
     shift(record, USUAL.format(0), "wpl", -12)
     assert holds(record, title) is False
+    assert holds(record, "L2 anchor, clearly above in 3 of 4 and clearly below in 1") is None
     assert holds(record, "Without old data") is False
     (hurts,) = [v for v in verdicts(Scenario(record, "new")) if v.claim == "WPL hurts at"]
     assert "no old data (-2.0" in hurts.figures
