@@ -410,6 +410,12 @@ def test_verdicts_follow_the_figures(record, words, title, changes):
 def test_verdicts_on_replacement(record):
     title = "WPL with no old data replaces the step to 10 old"
     assert holds(record, title) is None  # more old data bring nothing here
+    idle = json.loads(json.dumps(record))
+    shift(idle, "30 iterations, lambda 0.5, noise 0, 10 old samples of a class", "none", 5)
+    idle["scenarios"]["new"]["unchanged"]["mean"] = spread([60.0, 62.0, 64.0])
+    assert holds(idle, title) is None  # they do, but a model that is not updated is better
+    (helps,) = [v for v in verdicts(Scenario(idle, "new")) if v.claim == "WPL helps at"]
+    assert "no old data (+10.0 ± 0.0, but is not clearly above no update)" in helps.figures
     shift(record, "30 iterations, lambda 0.5, noise 0, 10 old samples of a class", "none", 5)
     assert holds(record, title) is True  # 10 points gained, 5 would do
     shift(record, "30 iterations, lambda 0.5, noise 0, 10 old samples of a class", "none", 10)

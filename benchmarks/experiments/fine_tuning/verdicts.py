@@ -90,21 +90,28 @@ def _replacement(scenario: Scenario) -> list[Verdict]:
     for row in [*scenario.study("share"), *scenario.study("memory")[1:-1]]:
         mean, half = difference(row["methods"]["wpl"], row["methods"]["none"])
         sort = "makes no clear difference" if abs(mean) <= half else "helps" if mean > 0 else "hurts"
-        sorts[sort].append(f"{old_data(row)} ({signed(mean, half)})")
+        idle = sort == "helps" and not _above(row["methods"]["wpl"], scenario.unchanged)
+        words = ", but is not clearly above no update" if idle else ""
+        sorts[sort].append(f"{old_data(row)} ({signed(mean, half)}{words})")
     where = [Verdict(f"WPL {sort} at", None, several(names)) for sort, names in sorts.items() if names]
     without = scenario.study("memory")
-    worth = [_worth(row, following) for row, following in pairwise(without)]
+    worth = [_worth(scenario, row, following) for row, following in pairwise(without)]
     return [*where, *worth, *_controls(scenario)]
 
 
-def _worth(row: Mapping[str, Any], following: Mapping[str, Any]) -> Verdict:
-    """Tell whether WPL makes up for less old data: clearly above no penalty, and as good as that with more of them."""
+def _worth(scenario: Scenario, row: Mapping[str, Any], following: Mapping[str, Any]) -> Verdict:
+    """Tell whether WPL makes up for less old data: clearly above no penalty, and as good as that with more of them.
+
+    There is nothing to make up for where more old data bring no clear gain, or none over a model that is not updated.
+    """
     step, step_half = difference(following["methods"]["none"], row["methods"]["none"])
     gain, half = difference(row["methods"]["wpl"], row["methods"]["none"])
     claim = f"WPL with {old_data(row)} replaces the step to {old_data(following)}"
     words = f"The step brings {signed(step, step_half)} points, WPL {signed(gain, half)}"
     if step <= step_half:
         return Verdict(claim, None, f"there is no clear step to replace. {words}")
+    if not _above(following["methods"]["none"], scenario.unchanged):
+        return Verdict(claim, None, f"the step does not lead clearly above no update at all. {words}")
     return Verdict(claim, gain > half and gain >= step - AS_GOOD, words)
 
 
@@ -129,6 +136,12 @@ def old_data(row: Mapping[str, Any]) -> str:
     if condition["memory"] is not None:
         return f"{condition['memory']} old samples of a class"
     return "no old data" if condition["share_old"] == 0 else f"lambda = {condition['share_old']:g}"
+
+
+def _above(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Tell whether an outcome is clearly above another."""
+    mean, half = difference(a, b)
+    return mean > half
 
 
 def _between(a: Mapping[str, Any], b: Mapping[str, Any], key: str = "mean") -> tuple[float, float]:
