@@ -1,0 +1,130 @@
+"""What arrives when: the start, then update sets of one class each, with wrong labels; and what is kept of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...plumbing.data import DataError
+
+#: what an update set brings
+SCENARIOS = {"known": "known classes", "new": "new classes"}
+N_CLASSES = 10
+START_CLASSES = 5  # that the model knows when new ones are to come; with known classes it starts with all
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of samples.
+
+    Args:
+        update: of an update set.
+        start_known: of each class at the start, where all are known.
+        start_new: of each class at the start, where half of them are to come.
+    """
+
+    update: int
+    start_known: int
+    start_new: int
+
+
+@dataclass(frozen=True)
+class UpdateSet:
+    """Samples of one class that arrive together."""
+
+    index: Tensor  # [U] into the training part
+    n_classes: int  # known from now on
+
+
+@dataclass(frozen=True)
+class Stream:
+    """All that arrives. Classes are numbered in the order of their arrival, so that a grown head keeps its rows.
+
+    Attributes:
+        rank: [10] the number of each digit.
+        labels: [N] of the training part, so numbered, some of the update sets' wrong.
+        start: [S] indices of the start's samples.
+        start_classes: number of classes at the start.
+        updates: the update sets in order.
+        key: [N] random; what a limited memory keeps of a class is what has the smallest keys.
+    """
+
+    rank: Tensor
+    labels: Tensor
+    start: Tensor
+    start_classes: int
+    updates: list[UpdateSet]
+    key: Tensor
+
+
+def make_stream(labels: Tensor, scenario: str, sizes: Sizes, noise: float, n_updates: int, seed: int) -> Stream:
+    """Divide the training part into a start and update sets.
+
+    With known classes, the model starts with all ten, and each brings one update set, in random order. With new ones,
+    it starts with five random classes, and each of the others brings two update sets, one after the other. Noise moves
+    no other draw: the same samples arrive in the same order whatever its level.
+
+    Args:
+        labels: [N] digits of the training part.
+        scenario: "known" or "new".
+        sizes: of the start and of update sets.
+        noise: share of each update set's labels that is replaced by another of the classes known then.
+        n_updates: how many update sets at most.
+        seed: decides all that is random.
+
+    Raises:
+        DataError: if a class has too few samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(N_CLASSES, generator=generator)
+    rank = order.argsort()
+    numbered = rank[labels]
+    of_class = []
+    for number in range(N_CLASSES):
+        index = (numbered == number).nonzero().flatten()
+        of_class.append(index[torch.randperm(len(index), generator=generator)])
+    key = torch.rand(len(labels), generator=generator)
+    if scenario == "known":
+        start_classes, per_class = N_CLASSES, sizes.start_known
+        arriving = torch.randperm(N_CLASSES, generator=generator).tolist()
+    else:
+        start_classes, per_class = START_CLASSES, sizes.start_new
+        arriving = [number for number in range(START_CLASSES, N_CLASSES) for _ in range(2)]
+    used = [per_class if number < start_classes else 0 for number in range(N_CLASSES)]
+    needed = [used[number] + sizes.update * arriving.count(number) for number in range(N_CLASSES)]
+    for digit, number in enumerate(rank.tolist()):
+        if len(of_class[number]) < needed[number]:
+            got = len(of_class[number])
+            raise DataError(f"the training part has {got} samples of class {digit}, expected at least {needed[number]}")
+    start = torch.cat([of_class[number][:per_class] for number in range(start_classes)])
+    updates, n_classes = [], start_classes
+    wrong = numbered.clone()
+    for number in arriving[:n_updates]:
+        index = of_class[number][used[number] :][: sizes.update]
+        used[number] += sizes.update
+        n_classes = max(n_classes, number + 1)
+        shift = torch.randint(1, n_classes, (len(index),), generator=generator)
+        hit = torch.randperm(len(index), generator=generator)[: round(noise * len(index))]
+        wrong[index[hit]] = (number + shift[hit]) % n_classes
+        updates.append(UpdateSet(index, n_classes))
+    return Stream(rank, wrong, start, start_classes, updates, key)
+
+
+def remembered(seen: Tensor, labels: Tensor, key: Tensor, per_class: int) -> Tensor:
+    """Return what a memory of limited size keeps: of each class that was seen a random choice.
+
+    Keeping the smallest random keys is a reservoir: what is dropped now would not be kept later either.
+
+    Args:
+        seen: [M] indices of all samples so far.
+        labels: [N] by which they are kept.
+        key: [N] random numbers.
+        per_class: most samples of a class.
+    """
+    kept = [torch.empty(0, dtype=torch.int64)]
+    for label in labels[seen].unique():
+        same = seen[labels[seen] == label]
+        kept.append(same[key[same].argsort()[:per_class]])
+    return torch.cat(kept)
