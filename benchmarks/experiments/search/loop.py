@@ -170,7 +170,7 @@ class _Search:
                 self.optimizer.zero_grad()
                 loss = self.problem.train_loss(choices)
                 loss.backward()
-            if self.plasticity.on:
+            if self.plasticity.on and active:
                 if self.published is not None:
                     with self.clock.part("penalty, as published"):
                         self.published.gradients(active)
