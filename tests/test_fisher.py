@@ -121,6 +121,16 @@ def test_verify_fisher(name):
     assert set(errors) == {n for n, _ in build().named_parameters()}
 
 
+def test_batches_of_one_sample_are_verified_once(monkeypatch):
+    """One sample shows no mixing: the first batch of several is verified too, batches of one in between are not."""
+    from wplfast.capture.session import Session
+
+    sizes, verify = [], Session._verify
+    monkeypatch.setattr(Session, "_verify", lambda self, batch: (sizes.append(len(batch.losses)), verify(self, batch)))
+    wplfast.fisher_diagonal(mlp(), batches((1, 1, 1, 3, 1, 2)), ce)
+    assert sizes == [1, 3]
+
+
 def test_verify_fisher_raises_beyond_its_tolerance():
     with pytest.raises(wplfast.errors.VerificationError, match="differs from the one-sample loop"):
         wplfast.verify_fisher(Decoder(), tokens(4, 8), ce, rtol=1e-12)
@@ -600,6 +610,22 @@ class Overflow(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return (g * float("inf") if ctx.active else g), None
+
+
+@pytest.mark.parametrize("options", [{"fisher_type": "exact"}, {"fisher_type": "mc", "mc_samples": 3}])
+def test_nonfinite_outputs_when_targets_are_drawn(options):
+    """NaN in the outputs is reported as that of the losses is, whoever makes the targets; a batch is left out once."""
+    model, data = mlp(), batches((4, 4, 4))
+    data[1][0][2, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="the loss of sample 2 is nan"):
+        wplfast.fisher_diagonal(model, data, ce, **options)
+    found = wplfast.fisher_diagonal(
+        model, data, ce, on_nonfinite="skip", generator=torch.Generator().manual_seed(0), **options
+    )
+    assert (found.n_samples, found.report.skipped_samples) == (8, 4)
+    if options["fisher_type"] == "exact":
+        expected = wplfast.fisher_diagonal(model, [data[0], data[2]], ce, **options)
+        torch.testing.assert_close(found.flat, expected.flat)
 
 
 def test_nonfinite_gradients_name_the_parameter():

@@ -173,6 +173,7 @@ class _Pass:
         """Accumulate all terms of a batch from one forward pass; False if the first asks for another forward pass."""
         terms = list(self._terms(batch, outputs))
         alone: Alone | None = None
+        skipped = self.accumulator.n_skipped
         for index, (targets, share) in enumerate(terms):
             losses = self.loss_fn(outputs, targets)
             check_losses(losses)
@@ -193,6 +194,8 @@ class _Pass:
             )
             if not done:
                 return False
+            if self.accumulator.n_skipped > skipped:  # the batch is left out, with all terms
+                return True
         return True
 
     def _terms(self, batch: Batch, outputs: Any) -> Iterator[tuple[Any, Tensor | float]]:
@@ -208,7 +211,7 @@ class _Pass:
                 raise ValueError(
                     f"fisher_type='exact' needs outputs [N, C], got {list(logits.shape)}; use fisher_type='mc'"
                 )
-            probabilities = logits.detach().double().softmax(1)
+            probabilities = logits.detach().double().softmax(1).nan_to_num(nan=0.0)  # the losses are NaN there too
             for c, share in enumerate(probabilities.unbind(1)):
                 yield torch.full((len(logits),), c, device=logits.device), share
 

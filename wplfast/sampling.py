@@ -30,13 +30,14 @@ def draw(outputs: Any, given: Any, likelihood: Likelihood, generator: torch.Gene
         return likelihood(outputs, generator)
     logits = logits_of(outputs).detach()
     if likelihood == "categorical":
-        probabilities = logits.float().softmax(-1).reshape(-1, logits.shape[-1])
+        # A row of NaN is drawn from all the same: its loss is NaN then, and reported as any other.
+        probabilities = logits.float().softmax(-1).nan_to_num(nan=1.0).reshape(-1, logits.shape[-1])
         drawn = torch.multinomial(probabilities, 1, generator=generator).view(logits.shape[:-1])
         if isinstance(given, Tensor) and given.shape == drawn.shape and not given.is_floating_point():
             drawn = torch.where(given < 0, given, drawn)
         return drawn
     if likelihood == "bernoulli":
-        return torch.bernoulli(logits.float().sigmoid(), generator=generator).to(logits.dtype)
+        return torch.bernoulli(logits.float().sigmoid().nan_to_num(nan=0.5), generator=generator).to(logits.dtype)
     if likelihood == "gaussian":
         noise = torch.randn(logits.shape, generator=generator, device=logits.device, dtype=torch.float32)
         return logits + noise.to(logits.dtype)

@@ -114,7 +114,8 @@ class Session:
         """
         measurement, sites = self._measurement, self.interception.sites
         first = not self.batches
-        checked = verify == "always" or bool(verify and not self._verified)  # a batch of one sample verifies little
+        # A batch of one sample verifies little: the first does, and then the first one of several samples.
+        checked = verify == "always" or bool(verify and not self._verified and (first or len(losses) > 1))
         unusual = measurement.is_unusual(sites, len(losses))
         check = self._start_check(losses, verify, unusual)
         measurement.start_batch(len(losses), check, self._reorders, unusual)

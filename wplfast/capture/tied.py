@@ -47,11 +47,11 @@ def accumulate(group: Sequence[Use], fisher: Tensor, gradient: Tensor | None, we
     for samples in chunks(len(tokens), max(steps, fisher.shape[1]) * tokens.shape[1]):
         part = slice(samples.start, samples.stop)
         rows = _rows(product.activations[part], product.grad_outputs[part], tokens[part])
-        found = widened(looked_up.grad_outputs[part], fisher).to(rows.dtype)
+        copies = widened(looked_up.grad_outputs[part], fisher).to(rows.dtype)
         # A token's row of H_n counts once, with every row that was looked up for it.
         both = torch.cat([tokens[part], torch.where(first[part], tokens[part], -1)], 1)
         chosen = None if weights is None else weights[part].contiguous()
-        ops.fisher_embedding_(fisher, both, torch.cat([found, rows], 1), chosen, gradient)
+        ops.fisher_embedding_(fisher, both, torch.cat([copies, rows], 1), chosen, gradient)
     return True
 
 
