@@ -372,7 +372,7 @@ def test_report_names_verdicts_times_and_divergence():
     }
     table, section = report.table(record), report.markdown(record)
     for text in (table, section):
-        assert "75 % less; goal 60: reached" in text
+        assert "75 % less; goal 60 % less: reached" in text
         assert "goal: not lower: not reached" in text
         assert "penalty 17 %, Fisher 8.3 % and anchor 8.3 %" in text  # 1, 1/2, 1/2 of 4 + 2
     assert "1,234" in section
