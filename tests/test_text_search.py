@@ -353,6 +353,10 @@ def test_runs_that_diverge_leave_both_arms_and_score_nothing():
     grid = summary.grid([*wpl, curves(0, 1.0, [1, 1], 0.6), curves(1, 1.0, [1, 1], 0.6)], "alpha")
     assert grid["chosen"] == 1.0  # 0.6 against (0 + 1) / 2
     assert grid["at_edge"]
+    assert [row["forgetting"] for row in grid["values"]] == [1.0, 1.0]
+    assert summary.grid([curves(0, 1.0, [50, 3, 5], 1.0), curves(1, 1.0, [9], 1.0, True)], "alpha", 1)["values"] == [
+        {"alpha": 1.0, "reward": 0.5, "seeds": [1.0, 0.0], "forgetting": 4.0}
+    ]
     everything = summary.summarise({"ce": ce[:1], "wpl": wpl[:1]}, 1)
     assert "verdicts" not in everything
     assert "NaN" not in json.dumps(everything)
@@ -372,7 +376,7 @@ def test_report_names_verdicts_times_and_divergence():
     }
     table, section = report.table(record), report.markdown(record)
     for text in (table, section):
-        assert "75 % less; goal 60: reached" in text
+        assert "75 % less; goal 60 % less: reached" in text
         assert "goal: not lower: not reached" in text
         assert "penalty 17 %, Fisher 8.3 % and anchor 8.3 %" in text  # 1, 1/2, 1/2 of 4 + 2
     assert "1,234" in section
@@ -400,7 +404,8 @@ def test_smoke_run_writes_everything(tmp_path, capsys):
         assert record["tuning"][setting]["chosen"] == max(rows, key=lambda row: row["reward"])[setting]
     assert {run["lr"] for arm in record["runs"].values() for run in arm} == {record["tuning"]["lr"]["chosen"]}
     assert [run["alpha"] for run in record["runs"]["wpl"]] == [record["tuning"]["alpha"]["chosen"]]
-    assert record["settings"]["tuning_seed"] not in [run["seed"] for arm in record["runs"].values() for run in arm]
+    assert record["settings"]["tuning_seeds"] == [1000]
+    assert {run["seed"] for arm in record["runs"].values() for run in arm} == {0}
     printed = capsys.readouterr().out
     assert "cross-entropy alone" in printed
     assert "As published" in printed

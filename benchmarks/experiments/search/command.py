@@ -67,6 +67,7 @@ def add_options(
     add("--alpha-decay", type=share, default=schedule.decay, help="factor per epoch; default: %(default)s")
     add("--alpha-decay-after", type=count, default=0, help="first epoch of it; default: %(default)s")
     add("--baseline", choices=("python",), help="also time a loop over parameters and squares of a batch's gradient")
+    add("--tuning-seeds", type=positive, default=1, metavar="N", help="for each setting; default: %(default)s")
     add("--resume", action="store_true", help="keep finished runs in OUT/runs, and take over those that are there")
     add_common(parser, seeds=3)
 
@@ -117,7 +118,7 @@ def compare(
     """Tune, run both arms, and return the record.
 
     The learning rate is chosen for cross-entropy alone; the penalty takes it over, and gets a grid of its own for
-    alpha. Both choices are by the validation reward in the end, on a seed that is not reported.
+    alpha. Both choices are by the validation reward in the end, on seeds that are not reported.
 
     Args:
         name: of the experiment.
@@ -134,18 +135,23 @@ def compare(
         (options.out / "runs").mkdir(exist_ok=True)
         function = Kept(function, options.out / "runs", f"{name} {place['versions']} {place['commit']}")
     rates, alphas = (sorted(set(values)) for values in (options.lr, options.alpha))
-    total = len(rates) * (len(rates) > 1) + len(alphas) * (len(alphas) > 1) + 2 * options.seeds
-    with tqdm(total=total, unit="run") as bar, Workers(options.workers, bar) as workers:
+    seeds = [_TUNING_SEED + i for i in range(options.tuning_seeds)]
+    tried = sum(len(values) for values in (rates, alphas) if len(values) > 1)
+    with (
+        tqdm(total=tried * len(seeds) + 2 * options.seeds, unit="run") as bar,
+        Workers(options.workers, bar) as workers,
+    ):
 
-        def choose(jobs: list[Job], setting: str, what: str) -> dict[str, Any]:
-            if len(jobs) == 1:
-                return {"values": [], "chosen": getattr(jobs[0], setting), "at_edge": False}
-            bar.set_description(f"tuning {what}")
-            return summary.grid(workers.map(function, jobs), setting)
+        def choose(setting: str, values: Sequence[float], make: Callable[[float, int], Job]) -> dict[str, Any]:
+            if len(values) == 1:
+                return {"values": [], "chosen": values[0], "at_edge": False}
+            bar.set_description(f"tuning {setting}")
+            jobs = [make(value, seed) for value in values for seed in seeds]
+            return summary.grid(workers.map(function, jobs), setting, setup.schedule.start)
 
-        lr = choose([Job(task, setup, _TUNING_SEED, lr, None) for lr in rates], "lr", "the learning rate")
+        lr = choose("lr", rates, lambda value, seed: Job(task, setup, seed, value, None))
         chosen = lr["chosen"]
-        alpha = choose([Job(task, setup, _TUNING_SEED, chosen, a) for a in alphas], "alpha", "alpha")
+        alpha = choose("alpha", alphas, lambda value, seed: Job(task, setup, seed, chosen, value))
         bar.set_description("comparing")
         jobs = [Job(task, setup, seed, chosen, a) for a in (None, alpha["chosen"]) for seed in range(options.seeds)]
         runs = workers.map(function, jobs)
@@ -158,7 +164,7 @@ def compare(
         "words": words,
         "data": data,
         **place,
-        "settings": {"task": asdict(task), **asdict(setup), "seeds": options.seeds, "tuning_seed": _TUNING_SEED},
+        "settings": {"task": asdict(task), **asdict(setup), "seeds": options.seeds, "tuning_seeds": seeds},
         "workers": options.workers,
         "resumed": options.resume,
         "wall_seconds": round(time.perf_counter() - started, 1),

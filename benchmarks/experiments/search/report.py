@@ -17,7 +17,7 @@ _LINES = {"ce": (0, (4, 1.6)), "wpl": "-"}
 
 def table(record: dict[str, Any]) -> str:
     """Return the comparison as text."""
-    columns = (("", -38), *((ARMS[arm], 21) for arm in ARMS), ("", 34))
+    columns = (("", -38), *((ARMS[arm], 21) for arm in ARMS), ("", 40))
     lines = ["".join(_fit(name, width) for name, width in columns)]
     lines.append("-" * (sum(abs(width) for _, width in columns)))
     for cells in _rows(record):
@@ -49,7 +49,8 @@ def figure(record: dict[str, Any]) -> bytes:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     seeds = f"{summary['seeds']} seed{'s' * (summary['seeds'] != 1)}"
-    drawing.suptitle(f"{words['title']}: {record['data']['name']}, {seeds}, mean ± standard deviation", fontsize=11)
+    title = f"{words['title']}: {record['data']['name']}"
+    drawing.suptitle(f"{title}\n{seeds}, mean ± standard deviation", fontsize=11)
     return plots.png(drawing)
 
 
@@ -78,9 +79,9 @@ def markdown(record: dict[str, Any], image: str | None = None) -> str:
     lines += [md.row(cells) for cells in _rows(record)]
     lines += ["", *_notes(record)]
     for setting, what in (("lr", "learning rate (for cross-entropy alone)"), ("alpha", "alpha")):
-        tried = ", ".join(f"{row[setting]:g} ({row['reward']:.4g})" for row in tuning[setting]["values"])
+        tried = ", ".join(_tried(row, setting) for row in tuning[setting]["values"])
         edge = ", at the edge of its grid" * tuning[setting]["at_edge"]
-        tried = f"; tried, with their rewards: {tried}" if tried else ", given"
+        tried = f"; tried, with rewards and mean differences: {tried}" if tried else ", given"
         lines += ["", f"The {what} is {tuning[setting]['chosen']:g}{edge}{tried}."]
     lines += ["", *_time_lines(record), "", _setting(record)]
     return "\n".join(lines) + "\n"
@@ -115,7 +116,9 @@ def _verdict(verdict: dict[str, Any]) -> str:
     """Render a goal and whether it was reached."""
     if verdict["reduction_percent"] is None:
         return "nothing was forgotten"
-    return f"{verdict['reduction_percent']:.0f} % less; goal {verdict['goal_percent']:.0f}: {_met(verdict['reached'])}"
+    percent = verdict["reduction_percent"]
+    change = f"{percent:.0f} % less" if percent >= 0 else f"{-percent:.0f} % more"
+    return f"{change}; goal {verdict['goal_percent']:.0f} % less: {_met(verdict['reached'])}"
 
 
 def _met(reached: bool) -> str:
@@ -176,6 +179,12 @@ def _setting(record: dict[str, Any]) -> str:
         f"minibatches each; errors, rewards and the Fisher are of the validation part; {sizes}; "
         f"{_wall(record)} on {record['hardware']['cpu']}."
     )
+
+
+def _tried(row: dict[str, Any], setting: str) -> str:
+    """Render a setting that was tried."""
+    lost = row.get("forgetting")
+    return f"{row[setting]:g} ({row['reward']:.3g}" + (f", {lost:.3g})" if lost is not None else ")")
 
 
 def _wall(record: dict[str, Any]) -> str:

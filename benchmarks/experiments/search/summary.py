@@ -28,14 +28,20 @@ def best(runs: Sequence[Run], setting: str) -> float:
     return float(values[int(np.argmax(means))])
 
 
-def grid(runs: Sequence[Run], setting: str) -> dict[str, Any]:
-    """Return the scores of a grid, the choice, and whether it lies at the grid's edge."""
+def grid(runs: Sequence[Run], setting: str, start: int = 0) -> dict[str, Any]:
+    """Return the scores of a grid, the choice, and whether it lies at the grid's edge.
+
+    What was forgotten on the mean, from epoch ``start`` on, stands beside each score; it has no say in the choice.
+    """
     values = sorted({getattr(run, setting) for run in runs})
     chosen = best(runs, setting)
     rows = []
     for value in values:
-        scores = [score(run) for run in runs if getattr(run, setting) == value]
+        same = [run for run in runs if getattr(run, setting) == value]
+        scores = [score(run) for run in same]
+        lost = [epoch["mean"] for run in same if not run.diverged for epoch in run.epochs[start:]]
         rows.append({setting: value, "reward": round(float(np.mean(scores)), 5), "seeds": _rounded(scores)})
+        rows[-1]["forgetting"] = float(f"{np.mean(lost):.5g}") if lost else None
     return {"values": rows, "chosen": chosen, "at_edge": chosen in (values[0], values[-1])}
 
 
