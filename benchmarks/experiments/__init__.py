@@ -2,6 +2,11 @@
 
 ====================  =================================================================================
 ``two_models``        two models that share layers, trained one after the other
+``ewc``               one model on new data beside a new model on the same; which Fisher, and how strong
+``text_search``       architecture search over recurrent cells with shared weights, on text
+``image_search``      architecture search over convolution cells with shared weights, on images
+``fine_tuning``       small updates with new samples and classes, some old samples, wrong labels
+``page``              not an experiment: writes ``benchmarks/RESULTS.md`` from the records
 ====================  =================================================================================
 
 Each runs with ``python -m benchmarks.experiments.NAME``, prints a table, and writes a record (JSON) and a figure.
