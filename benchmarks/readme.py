@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .experiments.ewc import verdicts
 from .experiments.two_models import report as two_models
 from .plumbing import gpu_report, penalty_report
 from .plumbing.markdown import RESULTS, image, threads
@@ -14,6 +15,21 @@ from .plumbing.markdown import RESULTS, image, threads
 ROOT = Path(__file__).parent.parent
 CURVES = "Accuracy of A and B while B is trained"
 PEERS = {"torch.func": "`torch.func`: `vmap(grad)`", "loop": "one-sample loop"}
+
+
+def strength(record: dict[str, Any] | None) -> str:
+    """Render which alpha is good with which Fisher."""
+    if record is None:
+        return ""
+    seeds = record["settings"]["seeds"]
+    lines = image("ewc_digits.png", "Accuracy against alpha, for Fishers estimated in batches of several sizes")
+    lines += [
+        f"EWC between two tasks on {record['data']['name']}, {seeds} seeds, `python -m benchmarks.experiments.ewc` "
+        "([more](benchmarks/RESULTS.md)):",
+        "",
+        *(f"- {sentence}" for sentence in verdicts.strengths(record)),
+    ]
+    return "\n".join(lines)
 
 
 def speed(penalty: dict[str, Any], fisher: dict[str, Any], on_gpu: bool = False) -> str:
@@ -133,6 +149,7 @@ def render() -> str:
     text = (ROOT / "README.md").read_text()
     forgetting = [*image("two_models_mnist.png", CURVES), two_models.markdown(record["two_models_mnist"])]
     text = fill(text, "two_models", "\n".join(forgetting))
+    text = fill(text, "strength", strength(_optional("ewc_digits")))
     on_gpu = gpu_record()
     text = fill(text, "speed", speed(record["penalty_cpu"], record["fisher_cpu"], on_gpu is not None))
     text = fill(text, "gpu", gpu_report.section(on_gpu))

@@ -23,6 +23,13 @@ def verdicts(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def strengths(record: dict[str, Any]) -> list[str]:
+    """Return what is said about the right and about the batch-squared Fisher's strength, in each sweep."""
+    titles = {name: record["scenarios"][name]["title"].split(",")[0] for name in record["sweep"]}
+    swept = record["sweep"].items()
+    return [claim(titles[name], found) for name, found in swept for claim in (_right, _squared)]
+
+
 def _right(title: str, swept: dict[str, Any]) -> str:
     """Say whether the right Fisher's strength is independent of the batch size."""
     moves = swept["batch_size"]["empirical"]
