@@ -10,7 +10,9 @@
 ``fisher_conv``        likewise of a convolution: which of the ``conv_*`` kernels serves it
 ``fisher_embedding``   likewise of a table that rows are taken from: sorted uses, no atomics
 ``products``           what kernels on tensor cores share
-``fisher_config``      which precision, tile and split a call of it gets
+``fold_tiles``         where tiles lie, and the sum of those that several programs share
+``fisher_config``      which precision a call gets, and which tiles there are
+``fisher_plan``        which of them it takes, and how samples are shared, by counted work
 ``split``              float32 operands as sums of bfloat16 terms, padded for wide loads
 ``scale``              per-sample gradients of an elementwise scale
 ``scale_unless_one``   a buffer times a factor, without a look from the host
