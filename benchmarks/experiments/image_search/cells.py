@@ -77,8 +77,8 @@ class SharedCells(nn.Module):
     """One set of weights for all cells of N nodes, between a first convolution and a linear classifier.
 
     A node is the sum of two operations, each on the output of one of the last two cells or of an earlier node; there is
-    one set of weights for each (cell, node, input, operation). A cell's output is the mean of its loose ends, normalised:
-    sums of sums would otherwise grow with the architecture, and training collapse at all but small learning rates.
+    one set of weights for each (cell, node, input, operation). A cell's output is the mean of its loose ends,
+    normalised: sums of sums would otherwise grow, and training collapse at all but small learning rates.
     """
 
     def __init__(self, sizes: Sizes) -> None:
