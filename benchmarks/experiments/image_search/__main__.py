@@ -29,7 +29,7 @@ from .cells import Sizes, describe
 from .problem import Batches
 from .task import Task, make, run
 
-RATES = (0.01, 0.02, 0.05)
+RATES = (0.02, 0.06, 0.2)
 ALPHAS = (0.1, 1.0, 10.0)  # the mean entry of alpha F
 SMALL = Setup(8, 8, 10, clip=5.0, momentum=0.9, schedule=Schedule(start=2), policy=Policy(3.5e-3, 20))
 #: sizes of the published code's command line; its cells of the second kind, which halve the images, are left out

@@ -77,7 +77,8 @@ class SharedCells(nn.Module):
     """One set of weights for all cells of N nodes, between a first convolution and a linear classifier.
 
     A node is the sum of two operations, each on the output of one of the last two cells or of an earlier node; there is
-    one set of weights for each (cell, node, input, operation). A cell's output is the mean of its loose ends.
+    one set of weights for each (cell, node, input, operation). A cell's output is the mean of its loose ends,
+    normalised: sums of sums would otherwise grow, and training collapse at all but small learning rates.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -117,7 +118,8 @@ class SharedCells(nn.Module):
             for (node, i, first), (_, j, second) in zip(chosen[::2], chosen[1::2], strict=True):
                 one = self._apply_operation(f"{cell}-{node}", i, first, nodes[i])
                 nodes.append(one + self._apply_operation(f"{cell}-{node}", j, second, nodes[j]))
-            last, current = current, torch.stack([nodes[i] for i in loose]).mean(0)
+            mean = torch.stack([nodes[i] for i in loose]).mean(0)
+            last, current = current, F.group_norm(mean, mean.shape[1] // _GROUP)
         logits: Tensor = self.head(F.relu(current).mean((2, 3)))
         return logits
 
