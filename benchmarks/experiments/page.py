@@ -43,6 +43,7 @@ def _section(name: str, record: dict[str, Any], text: str) -> str:
     hardware, versions = record["hardware"], record["versions"]
     place = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['cores']} cores"
     commit = (record["commit"] or "unknown")[:7]
+    text = text.partition("\n\n")[2] if text.startswith("### ") else text  # the title is here
     lines = [f"### {record['data']['name']}", ""]
     if (RESULTS / f"{name}.png").exists() and f"({RESULTS.name}/{name}.png)" not in text:
         lines += [f"![{record['experiment']} on {record['data']['name']}](results/{name}.png)", ""]
