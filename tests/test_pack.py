@@ -342,7 +342,7 @@ def test_environment_and_information(folder: Path) -> None:
     ("archs", "label"), [("", ""), ("80;90", "+sm80.sm90"), ("90, 80 100", "+sm80.sm90.sm100"), ("80;ninety", None)]
 )
 def test_a_wheel_says_what_it_was_precompiled_for(archs: str, label: str | None) -> None:
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", minversion="77")
     pytest.importorskip("pybind11")
     environment = {**os.environ, "WPLFAST_CUDA_ARCHS": archs}
     program = [sys.executable, "setup.py", "--version"]

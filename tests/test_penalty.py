@@ -228,7 +228,8 @@ def test_merged_anchors_are_the_exact_sum(dtype):
     wpl().backward()
     for (name, p), e in zip(module.named_parameters(), gradients(module, exact).values(), strict=True):
         error = float((p.grad.double() - e.double()).norm() / e.double().norm())
-        assert error <= (1e-5 if dtype == torch.float32 else 5e-3), name
+        # What is expected is added up in the parameter's type, anchor by anchor.
+        assert error <= (1e-5 if dtype == torch.float32 else 2**-7), name
     assert module[0].bias.grad[::2].abs().max() == 0
 
 

@@ -6,10 +6,8 @@ Kernels run on a GPU, or in the interpreter in a process of their own, as in ``t
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
+import interpreter
 import pytest
 
 triton = pytest.importorskip("triton")
@@ -33,10 +31,7 @@ HALF = Operands(1, torch.bfloat16)
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
 def test_under_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    interpreter.run(__file__)
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, layer: Layer, operands: Operands = HALF, capability: int = 90) -> Plan:

@@ -8,8 +8,6 @@ in a process of its own so that a plain ``pytest`` covers them too.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +15,7 @@ import pytest
 pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
+import interpreter  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from wplfast import backends  # noqa: E402
@@ -53,10 +52,7 @@ SIZES = [(0,), (1,), (3, 5), (16,), (2048,), (2049,), (70, 131), (8192 + 3,)]
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
 def test_under_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "WPLFAST_BACKEND": "triton"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    interpreter.run(__file__, WPLFAST_BACKEND="triton")
 
 
 @pytest.fixture(autouse=True)

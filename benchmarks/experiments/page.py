@@ -22,8 +22,8 @@ HEAD = """# What the experiments gave
 
 Made from the records in [results](results) by `python -m benchmarks.experiments.page`. Every experiment is one command,
 `python -m benchmarks.experiments.NAME`; `--help` lists its options, among them the papers' sizes. All figures are
-reported as they came out, at one seed list, and every grid and choice is in the record. The machine had other work at the
-time of all but the two-model runs: their wall times are too long, ratios within a run hold.
+reported as they came out, at one seed list, and every grid and choice is in the record. The machine had other work at
+the time of all but the two-model runs: their wall times are too long, ratios within a run hold.
 """
 
 
