@@ -29,7 +29,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.experiments.two_models --out $(OUT)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
