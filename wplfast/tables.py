@@ -133,7 +133,8 @@ class Tables:
         tables = [Table([indices[k] for k in positions], references, anchors, alpha, l2) for positions in kinds]
         self._tables[key] = tables
         if len(self._tables) > _MAX_TABLES:
-            self._tables.popitem(last=False)
+            with suppress(KeyError):  # another thread dropped the same one at this moment
+                self._tables.popitem(last=False)
         return tables
 
     def clear(self) -> list[tuple[str, ...] | None]:
