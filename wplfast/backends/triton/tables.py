@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -73,9 +74,11 @@ class TableCache:
             if not capturing:  # a table made in a capture holds nothing until the graph is replayed
                 self._tables[key] = table
                 if len(self._tables) > self._capacity:
-                    self._tables.popitem(last=False)
+                    with suppress(KeyError):  # another thread dropped the same one at this moment
+                        self._tables.popitem(last=False)
         else:
-            self._tables.move_to_end(key)
+            with suppress(KeyError):  # likewise
+                self._tables.move_to_end(key)
         if capturing:
             _captured[id(table)] = table
         return table.rows()
