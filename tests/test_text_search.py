@@ -540,3 +540,8 @@ def test_damaged_text(folder, name, content, words):
 def test_equal_numbers_are_tried_by_default():
     assert len(text_search.RATES) == len(text_search.ALPHAS)
     assert command._TUNING_SEED >= 1000
+
+
+def test_records_name_folders_without_where_they_lie():
+    settings = {"files": {"folder": "/home/someone/ptb", "train": "train.txt"}, "vocabulary": 50}
+    assert command._portable(settings) == {"files": {"folder": "ptb", "train": "train.txt"}, "vocabulary": 50}

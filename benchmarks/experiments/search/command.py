@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -164,7 +165,7 @@ def compare(
         "words": words,
         "data": data,
         **place,
-        "settings": {"task": asdict(task), **asdict(setup), "seeds": options.seeds, "tuning_seeds": seeds},
+        "settings": {"task": _portable(asdict(task)), **asdict(setup), "seeds": options.seeds, "tuning_seeds": seeds},
         "workers": options.workers,
         "resumed": options.resume,
         "wall_seconds": round(time.perf_counter() - started, 1),
@@ -185,3 +186,9 @@ def finish(record: dict[str, Any], options: argparse.Namespace) -> None:
     write_bytes(options.out / f"{name}.png", image)
     print(report.table(record))
     print(f"{record['wall_seconds']:.0f} s; {options.out / name}.json, {options.out / name}.png")
+
+
+def _portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with folders by their names alone: where they lie is this machine's matter."""
+    found = {key: _portable(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    return {key: Path(value).name if key == "folder" and value else value for key, value in found.items()}
