@@ -82,6 +82,15 @@ def stays_on_the_cpu(item: pytest.Item) -> str | None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: small models are slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """The device that a test runs on; it is the default device, too."""
     name = request.config.getoption("device")

@@ -27,13 +27,7 @@ TINY += ("--batch-sizes", "8", "64", "--fisher-samples", "64")
 SMALL = Setup(hidden=8, iterations=5, permutations=3, fisher_samples=64)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small are slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_smoke_run_writes_everything(tmp_path, capsys):

@@ -35,13 +35,7 @@ TINY += ("--seeds", "1", "--lr", "0.05", "--alpha", "0.1", "1", "--channels", "4
 TINY += ("--evaluate", "20", "--workers", "0")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small are slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def problem(batch=8):

@@ -38,13 +38,7 @@ TINY = (*SHORT, "--seeds", "1", "--lr", "1", "2", "--alpha", "0.1", "1", "--hidd
 TINY += ("--length", "5", "--vocabulary", "40", "--workers", "0")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small are slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def problem(seed=0, batch=4):

@@ -79,7 +79,7 @@ def _own_rows(tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:
     own = torch.zeros(len(tokens), size + 1, dtype=torch.bool, device=tokens.device)
     own.scatter_(1, valid, True)
     ordered, order = valid.sort(dim=1, stable=True)
-    fresh = torch.ones_like(own[:, :1]).expand_as(ordered).clone()
+    fresh = torch.ones_like(ordered, dtype=torch.bool)
     fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     first = torch.empty_like(fresh).scatter_(1, order, fresh)
     return own[:, :size], first & (tokens >= 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import wplfast
 
+from ...plumbing.training import batches
 from .fishers import estimate
 from .scenarios import SCENARIOS, Network, Setup, Task, network, tasks
 
@@ -109,17 +110,6 @@ def train(
         if wpl is not None:
             wpl.add_grad_()
         optimizer.step()
-
-
-def batches(part: tuple[Tensor, Tensor], size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches for ever, without replacement within an epoch; the seed decides the order."""
-    images, labels = part
-    generator = torch.Generator().manual_seed(seed)
-    size = min(size, len(labels))
-    while True:
-        order = torch.randperm(len(labels), generator=generator).to(labels.device)
-        for chosen in order[: len(order) // size * size].split(size):
-            yield images[chosen], labels[chosen]
 
 
 @torch.no_grad()

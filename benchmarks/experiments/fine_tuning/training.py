@@ -8,13 +8,13 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler
 
 import wplfast
 
 from ...plumbing.data import Split, load_split
+from ...plumbing.training import step
 from .model import GrowingNet
 from .sampler import OldNewSampler
 from .settings import UNCHANGED, Arm, Condition, Run, Setup
@@ -48,7 +48,7 @@ def train(job: tuple[Setup, Condition, Arm, int]) -> Run:
             sampler = OldNewSampler(old, update.index, condition.share_old, count * setup.batch_size, generator)
             optimizer = _optimizer(setup, model, arm.lr)
             for images, labels in _batches(split, stream, sampler, setup.batch_size):
-                _step(model, optimizer, images, labels, wpl)
+                step(model, optimizer, images, labels, wpl)
             done += count
         if not _evaluate(run, model, split, stream, update.n_classes):
             return _diverged(run, len(stream.updates), done)
@@ -112,7 +112,7 @@ def _start(setup: Setup, scenario: str, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     sampler = OldNewSampler(stream.start, (), 1.0, setup.start_iterations * setup.batch_size, generator)
     for images, labels in _batches(split, stream, sampler, setup.batch_size):
-        _step(model, optimizer, images, labels, None)
+        step(model, optimizer, images, labels, None)
     return model.state_dict()
 
 
@@ -157,21 +157,6 @@ def _gather(split: Split, stream: Stream, index: Tensor) -> tuple[Tensor, Tensor
     """Return images and labels, perhaps wrong ones, of samples of the training part."""
     images = split.train[0]
     return images[index.to(images.device)], stream.labels[index].to(images.device)
-
-
-def _step(
-    model: GrowingNet,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    wpl: wplfast.WeightPlasticityLoss | None,
-) -> None:
-    """Take one step."""
-    optimizer.zero_grad()
-    F.cross_entropy(model(images), labels).backward()
-    if wpl is not None:
-        wpl.add_grad_()
-    optimizer.step()
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ the same data, which changes the trunk; A keeps its own layers, is never trained
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import wplfast
 
 from ...plumbing.data import Split, load_split
+from ...plumbing.training import batches, step
 
 #: how B's training treats the shared layers, and what each is called in tables and figures
 METHODS = {
@@ -104,8 +106,8 @@ def train_a(job: tuple[Setup, float | None, int]) -> Trained:
     model = _models(setup, split.n_features, seed)[0]
     optimizer = torch.optim.Adam(model.parameters(), lr=setup.lr_a, fused=True)
     done = 0
-    for images, labels in _batches(split.train, setup.batch_size, seed, setup.iterations_a):
-        _step(model, optimizer, images, labels)
+    for images, labels in islice(batches(split.train, setup.batch_size, seed), setup.iterations_a):
+        step(model, optimizer, images, labels)
         done += 1
         if level is not None and _accuracy(model(split.validation[0]), split.validation[1]) >= level:
             break
@@ -147,9 +149,9 @@ def train_b(job: tuple[Setup, Trained, str, float | None]) -> Run:
     run = Run(method, trained.seed, strength, wpl.alpha.item() if wpl else None)
     validation = []
     _evaluate(run, 0, model_a, model_b, split)
-    batches = _batches(split.train, setup.batch_size, trained.seed + 1_000_000, setup.iterations_b)
-    for iteration, (images, labels) in enumerate(batches, start=1):
-        _step(model_b, optimizer, images, labels, wpl)
+    drawn = islice(batches(split.train, setup.batch_size, trained.seed + 1_000_000), setup.iterations_b)
+    for iteration, (images, labels) in enumerate(drawn, start=1):
+        step(model_b, optimizer, images, labels, wpl)
         decay.step()
         if iteration % setup.evaluate_every == 0 or iteration == setup.iterations_b:
             _evaluate(run, iteration, model_a, model_b, split)
@@ -188,34 +190,6 @@ def _hidden_layers(n_in: int, width: int, count: int) -> nn.Sequential:
     for index in range(count):
         layers.extend((nn.Linear(width if index else n_in, width), nn.ReLU()))
     return layers
-
-
-def _batches(part: tuple[Tensor, Tensor], size: int, seed: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches without replacement within an epoch, the same for every method."""
-    images, labels = part
-    generator = torch.Generator().manual_seed(seed)
-    size = min(size, len(labels))
-    per_epoch = len(labels) // size
-    for index in range(count):
-        if index % per_epoch == 0:
-            order = torch.randperm(len(labels), generator=generator).to(labels.device)
-        chosen = order[index % per_epoch * size :][:size]
-        yield images[chosen], labels[chosen]
-
-
-def _step(
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    wpl: wplfast.WeightPlasticityLoss | None = None,
-) -> None:
-    """Take one step; the penalty adds its gradient without a graph, the cheapest way."""
-    optimizer.zero_grad()
-    F.cross_entropy(model(images), labels).backward()
-    if wpl is not None:
-        wpl.add_grad_()
-    optimizer.step()
 
 
 @torch.no_grad()
