@@ -38,13 +38,13 @@ TINY += ("--evaluate", "20", "--workers", "0")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def problem(batch=8):
+def problem(batch=8, cover="used"):
     generator = torch.Generator().manual_seed(1)
     parts = [
         (torch.randn(n, 1, 8, 8, generator=generator), torch.randint(10, (n,), generator=generator))
         for n in (40, 20, 20)
     ]
-    return ImageProblem(ImageSplit(*parts, name="noise"), SIZES, Batches(batch, 20), 0)
+    return ImageProblem(ImageSplit(*parts, name="noise"), SIZES, Batches(batch, 20), 0, cover=cover)
 
 
 def test_decisions_and_edges_of_a_cell():
@@ -72,8 +72,17 @@ def test_samples_do_not_mix():
     torch.testing.assert_close(cells(CELL, images)[1:2], cells(CELL, images[1:2]))
 
 
+def test_the_penalty_covers_what_all_architectures_use():
+    cells, used = problem(cover="cells"), problem()
+    common = {"stem.0.weight", "stem.1.weight", "stem.1.bias", "head.weight", "head.bias"}
+    assert used.weights.keys() - cells.weights.keys() == common == set(used.active(POOLS))
+    assert {id(weight) for weight in used.weights.values()} == {id(p) for p in used.model.parameters()}
+    used.train_loss(CELL).backward()
+    assert {name for name, weight in used.weights.items() if weight.grad is not None} == set(used.active(CELL))
+
+
 def test_only_operations_in_use_get_gradients():
-    one = problem()
+    one = problem(cover="cells")
     one.train_loss(CELL).backward()
     used = {name for name, weight in one.weights.items() if weight.grad is not None}
     assert used == set(one.active(CELL))

@@ -41,11 +41,11 @@ TINY += ("--length", "5", "--vocabulary", "40", "--workers", "0")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def problem(seed=0, batch=4):
+def problem(seed=0, batch=4, cover="used"):
     generator = torch.Generator().manual_seed(1)
     parts = (torch.randint(20, (400,), generator=generator) for _ in range(3))
     text = Text(*parts, words=tuple(map(str, range(20))))
-    return TextProblem(text, Sizes(20, 6, 4), Batches(batch, 5), seed)
+    return TextProblem(text, Sizes(20, 6, 4), Batches(batch, 5), seed, cover=cover)
 
 
 def edges_in_use():
@@ -145,11 +145,28 @@ def test_hidden_states_stay_bounded():
     assert (state.norm(dim=1) <= 25.001).all()
 
 
-def test_only_edges_in_use_get_gradients():
-    one = problem()
+@pytest.mark.parametrize("cover", ["used", "cells"])
+def test_active_weights_are_those_with_gradients(cover):
+    one = problem(cover=cover)
     one.train_loss(CELL).backward()
-    used = {name for name, edge in one.model.edges.items() if edge.weight.grad is not None}
-    assert used == set(one.active(CELL)) == {"0-1", "0-2", "1-3"}
+    used = {name for name, weight in one.weights.items() if weight.grad is not None}
+    common = {"embedding.weight", "bias", "word.weight", "word.bias", "state.weight"}
+    assert used == set(one.active(CELL)) == {"0-1", "0-2", "1-3"} | (common if cover == "used" else set())
+    parameters = {id(weight) for weight in one.model.parameters()}
+    covered = {id(weight) for weight in one.weights.values()}
+    assert covered == parameters if cover == "used" else len(covered) == len(one.model.edges)
+
+
+def test_layer_norm_takes_the_scale_out_of_the_output():
+    words, state = torch.zeros(2, 5, dtype=torch.int64), torch.randn(2, 6)
+    plain, normal = (SharedCells(Sizes(20, 6, 4, layer_norm=on)) for on in (False, True))
+    normal.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        for cells in (plain, normal):
+            cells.embedding.weight.copy_(torch.eye(20, 6))  # logits are the output itself
+        (raw, before), (scaled, after) = plain(CELL, words, state), normal(CELL, words, state)
+    torch.testing.assert_close(before, after)
+    torch.testing.assert_close(scaled[..., :6], F.layer_norm(raw[..., :6], (6,)))
 
 
 def test_fisher_of_a_cell_is_that_of_single_samples():
@@ -362,7 +379,7 @@ def test_report_names_verdicts_times_and_divergence():
         "summary": summary.summarise({"ce": ce, "wpl": wpl}, 1),
         "words": text_search.WORDS,
         "data": {"name": "NAME", "train": 1234},
-        "settings": {"minibatches": 2, "epochs": 3, "architectures": 4, "device": "cpu"},
+        "settings": {"task": {"cover": "cells"}, "minibatches": 2, "epochs": 3, "architectures": 4, "device": "cpu"},
         "hardware": {"cpu": "CPU"},
         "workers": 1,
         "wall_seconds": 3.0,
@@ -374,6 +391,7 @@ def test_report_names_verdicts_times_and_divergence():
         assert "goal: not lower: not reached" in text
         assert "penalty 17 %, Fisher 8.3 % and anchor 8.3 %" in text  # 1, 1/2, 1/2 of 4 + 2
     assert "1,234" in section
+    assert "the cells' weights alone" in section
     assert "at the edge" in section
     assert report.figure(record).startswith(b"\x89PNG")
     record["summary"] = summary.summarise({"ce": ce, "wpl": [replace(wpl[0], diverged=True)]}, 1)

@@ -29,9 +29,9 @@ from .cells import Sizes, describe
 from .problem import Batches
 from .task import Task, make, run
 
-RATES = (0.02, 0.06, 0.2)
-ALPHAS = (0.1, 1.0, 10.0)  # the mean entry of alpha F
-SMALL = Setup(8, 8, 10, clip=5.0, momentum=0.9, schedule=Schedule(start=2), policy=Policy(3.5e-3, 20))
+RATES = (0.01, 0.02, 0.05)
+ALPHAS = (0.1, 0.5, 2.5)  # the mean entry of alpha F
+SMALL = Setup(6, 24, 10, clip=5.0, momentum=0.9, schedule=Schedule(start=2), policy=Policy(3.5e-3, 20))
 #: sizes of the published code's command line; its cells of the second kind, which halve the images, are left out
 PAPER = {
     "channels": 48,
@@ -43,11 +43,13 @@ PAPER = {
     "epochs": 310,
     "architectures": 50,
     "start": 5,
+    "cover": "cells",
     "reset_every": 3,
     "controller_steps": 1500,
     "controller_lr": 3.5e-4,
     "lr": [0.05],
     "seeds": 1,
+    "tuning_seeds": 1,
 }
 WORDS = {"error": "error (%)", "reward": "reward (accuracy)", "title": "Search for convolution cells"}
 _LARGE = 16  # images of more pixels in height are halved at once where nothing else is asked for
@@ -79,7 +81,8 @@ def _task(options: argparse.Namespace) -> tuple[Task, dict[str, object]]:
     stride = options.stride or (2 if split.shape[1] > _LARGE else 1)
     sizes = Sizes(split.shape[0], options.channels, options.nodes, options.cells, options.stages, stride)
     batches = Batches(options.batch_size, options.evaluate)
-    return Task(options.data, sizes, batches, options.device), {"name": split.name, **split.sizes}
+    task = Task(options.data, sizes, batches, options.device, options.cover)
+    return task, {"name": split.name, **split.sizes}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

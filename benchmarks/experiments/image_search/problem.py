@@ -12,7 +12,7 @@ import wplfast
 
 from ...plumbing.data import DataError
 from ...plumbing.images import ImageSplit, Part
-from ..search.problem import Choices, FisherPass, Problem
+from ..search.problem import Choices, Cover, FisherPass, Problem
 from .cells import Child, SharedCells, Sizes, decisions
 
 _CHUNK = 512  # images at once where no gradient is needed
@@ -65,12 +65,15 @@ class ImageProblem(Problem):
         batches: how many images are used at once.
         seed: decides the initial weights and all orders.
         device: where the models are.
+        cover: whether the penalty covers the first convolution and the classifier beside the cells' operations.
 
     Raises:
         DataError: if the images are too small to be halved as often as sizes say.
     """
 
-    def __init__(self, split: ImageSplit, sizes: Sizes, batches: Batches, seed: int, device: str = "cpu") -> None:
+    def __init__(
+        self, split: ImageSplit, sizes: Sizes, batches: Batches, seed: int, device: str = "cpu", cover: Cover = "used"
+    ) -> None:
         """Make the shared weights."""
         least = sizes.stride * 2 ** (sizes.stages - 1)
         if min(split.shape[1:]) < 2 * least:
@@ -80,8 +83,9 @@ class ImageProblem(Problem):
             self.model: SharedCells = SharedCells(sizes)
         self.model.to(device)
         self.decisions = decisions(sizes.nodes)
-        self.weights = dict(self.model.operations.named_parameters())
-        self._names = {key: [name for name in self.weights if name.startswith(f"{key}.")] for key in self._keys()}
+        cells = dict(self.model.operations.named_parameters())
+        self.cover(cells, cover)
+        self._names = {key: [name for name in cells if name.startswith(f"{key}.")] for key in self._keys()}
         train, validation, test = ((x.to(device), y.to(device)) for x, y in (split.train, split.validation, split.test))
         self._train = Shuffled(train, batches.size, seed)
         self._fisher = Shuffled(validation, batches.size, seed + 1)
@@ -89,7 +93,7 @@ class ImageProblem(Problem):
         self._measured = tuple(part[: batches.evaluate] for part in validation)
         self._test = test
 
-    def active(self, choices: Choices) -> list[str]:
+    def of_cell(self, choices: Choices) -> list[str]:
         """Return the names of the weights of a cell's convolutions and their normalisations, in all cells."""
         return [name for key in self.model.used(choices) for name in self._names[key]]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ...plumbing.images import load_images
 from ..search.command import Job
 from ..search.loop import Run, search
+from ..search.problem import Cover
 from .cells import Sizes
 from .problem import Batches, ImageProblem
 
@@ -19,6 +20,7 @@ class Task:
     sizes: Sizes
     batches: Batches
     device: str
+    cover: Cover = "used"
 
 
 def make(task: Task, seed: int) -> ImageProblem:
@@ -29,7 +31,7 @@ def make(task: Task, seed: int) -> ImageProblem:
     Raises:
         DataError: if the images cannot be read, or are too small.
     """
-    return ImageProblem(load_images(task.folder, 0), task.sizes, task.batches, seed, task.device)
+    return ImageProblem(load_images(task.folder, 0), task.sizes, task.batches, seed, task.device, task.cover)
 
 
 def run(job: Job) -> Run:

@@ -18,7 +18,7 @@ from . import report, summary
 from .kept import Kept
 from .loop import Run, Setup
 from .plasticity import Schedule
-from .problem import Choices
+from .problem import COVERS, Choices
 from .reinforce import Policy
 
 #: runs with these seeds choose settings, and are not reported
@@ -59,6 +59,8 @@ def add_options(
     add("--controller-lr", type=strength, default=policy.lr, help="of Adam; default: %(default)s")
     add = parser.add_argument_group("penalty").add_argument
     add("--alpha", type=strength, nargs="+", default=grid, help="strengths to choose from; default: %(default)s")
+    what = "all weights that an architecture uses, or its cell's alone, as published; default: %(default)s"
+    add("--cover", choices=COVERS, default="used", help=what)
     add("--start", type=count, default=schedule.start, help="first epoch with the penalty; default: %(default)s")
     add("--rate", type=share, default=schedule.rate, help="of the running Fisher; default: %(default)s")
     add("--reset-every", type=count, default=schedule.reset_every, help="epochs; 0: never; default: %(default)s")
@@ -68,9 +70,9 @@ def add_options(
     add("--alpha-decay", type=share, default=schedule.decay, help="factor per epoch; default: %(default)s")
     add("--alpha-decay-after", type=count, default=0, help="first epoch of it; default: %(default)s")
     add("--baseline", choices=("python",), help="also time a loop over parameters and squares of a batch's gradient")
-    add("--tuning-seeds", type=positive, default=1, metavar="N", help="for each setting; default: %(default)s")
+    add("--tuning-seeds", type=positive, default=2, metavar="N", help="for each setting; default: %(default)s")
     add("--resume", action="store_true", help="keep finished runs in OUT/runs, and take over those that are there")
-    add_common(parser, seeds=3)
+    add_common(parser, seeds=5)
 
 
 def setup_of(options: argparse.Namespace, defaults: Setup) -> Setup:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
 
 #: one architecture: what was chosen at every decision
 Choices = tuple[int, ...]
+
+#: What the penalty covers: all weights that an architecture uses, or those of its cell alone, as in the published code.
+Cover: TypeAlias = Literal["used", "cells"]
+COVERS: tuple[Cover, ...] = get_args(Cover)
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,28 @@ class Problem(ABC):
     model: nn.Module
     decisions: tuple[Decision, ...]
     weights: dict[str, Tensor]
+    _common: tuple[str, ...]
 
-    @abstractmethod
+    def cover(self, cells: Mapping[str, Tensor], cover: Cover) -> None:
+        """Say which weights the penalty covers.
+
+        Args:
+            cells: weights that cells are made of, by name: an architecture uses some of them.
+            cover: whether the rest of the model, which all architectures use, is covered too.
+        """
+        own = {id(weight) for weight in cells.values()}
+        named = self.model.named_parameters()
+        common = {name: p for name, p in named if id(p) not in own} if cover == "used" else {}
+        self.weights = {**cells, **common}
+        self._common = tuple(common)
+
     def active(self, choices: Choices) -> list[str]:
         """Return the names of the covered weights that an architecture uses."""
+        return [*self.of_cell(choices), *self._common]
+
+    @abstractmethod
+    def of_cell(self, choices: Choices) -> list[str]:
+        """Return the names of the weights that an architecture's cell is made of."""
 
     @abstractmethod
     def train_loss(self, choices: Choices) -> Tensor:

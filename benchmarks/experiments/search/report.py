@@ -26,7 +26,10 @@ def table(record: dict[str, Any]) -> str:
 
 
 def figure(record: dict[str, Any]) -> bytes:
-    """Draw forgetting by epoch (its mean, that of the best five, the worst) and the rewards, with bands over seeds."""
+    """Draw forgetting by epoch (its mean, that of the best five, the worst) and the rewards, with bands over seeds.
+
+    Forgetting is drawn from the epoch on in which the penalty begins: before it the arms are the same run.
+    """
     plt = plots.pyplot()
     drawing, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
     summary, words = record["summary"], record["words"]
@@ -34,35 +37,24 @@ def figure(record: dict[str, Any]) -> bytes:
     for letter, axis, (key, title) in zip("abcd", axes.flat, panels.items(), strict=True):
         for arm, label in ARMS.items():
             curve = summary["arms"][arm]["curves"].get(key, {"mean": [], "std": []})
-            mean, std = np.array(curve["mean"]), np.array(curve["std"])
-            epochs = np.arange(1, len(mean) + 1)
+            first = 0 if key == "reward" else summary["start"]
+            mean, std = (np.array(curve[part][first:]) for part in ("mean", "std"))
+            epochs = np.arange(first + 1, first + len(mean) + 1)
             axis.plot(epochs, mean, color=_COLOURS[arm], linestyle=_LINES[arm], label=label)
             axis.fill_between(epochs, mean - std, mean + std, color=_COLOURS[arm], alpha=0.15, linewidth=0)
-            if key != "reward":
-                _after_start(axis, summary, key)
-        axis.axvline(summary["start"] + 1, color=plots.GREY, linestyle=":", linewidth=1.2, label="WPL begins")
-        if key != "reward":
+        if key == "reward":
+            axis.axvline(summary["start"] + 1, color=plots.GREY, linestyle=":", linewidth=1.2, label="WPL begins")
+        else:
             axis.axhline(0, color=plots.BLACK, linewidth=0.8)
         axis.set_title(f"({letter}) {title}", loc="left", fontweight="bold")
         axis.set(xlabel="epoch", ylabel=words["reward"] if key == "reward" else f"change of {words['error']}")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles, labels = axes[1, 1].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     seeds = f"{summary['seeds']} seed{'s' * (summary['seeds'] != 1)}"
     title = f"{words['title']}: {record['data']['name']}"
     drawing.suptitle(f"{title}\n{seeds}, mean ± standard deviation", fontsize=11)
     return plots.png(drawing)
-
-
-def _after_start(axis: Any, summary: dict[str, Any], key: str) -> None:
-    """Scale a panel to the epochs in which the arms can differ: changes in the first ones would flatten them."""
-    start, low, high = summary["start"], 0.0, 0.0
-    for arm in ARMS:
-        curve = summary["arms"][arm]["curves"].get(key, {"mean": [], "std": []})
-        mean, std = (np.array(curve[part][start:]) for part in ("mean", "std"))
-        low, high = min(low, *(mean - std)) if len(mean) else low, max(high, *(mean + std)) if len(mean) else high
-    margin = 0.08 * (high - low) or 1.0
-    axis.set_ylim(low - margin, high + margin)
 
 
 def markdown(record: dict[str, Any], image: str | None = None) -> str:
@@ -173,10 +165,13 @@ def _time_lines(record: dict[str, Any]) -> list[str]:
 def _setting(record: dict[str, Any]) -> str:
     """Say how large the experiment was."""
     settings = record["settings"]
+    all_used = settings["task"]["cover"] == "used"
+    covered = "all weights that an architecture uses" if all_used else "the cells' weights alone, as published"
     sizes = ", ".join(f"{key} {value:,}" for key, value in record["data"].items() if isinstance(value, int))
     return (
         f"{settings['epochs']} epochs of {settings['architectures']} architectures with {settings['minibatches']} "
-        f"minibatches each; errors, rewards and the Fisher are of the validation part; {sizes}; "
+        f"minibatches each; the penalty covers {covered}; errors, rewards and the Fisher are of the validation part; "
+        f"{sizes}; "
         f"{_wall(record)} on {record['hardware']['cpu']}."
     )
 

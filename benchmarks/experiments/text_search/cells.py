@@ -37,6 +37,7 @@ class Sizes:
         dropout_in: share of an embedded word's entries that are dropped, the same ones at all times.
         dropout_out: likewise of the cell's output.
         dropout_weight: share of the weights from the last hidden state that are dropped.
+        layer_norm: whether a cell's output is normalised before the decoder.
     """
 
     vocabulary: int
@@ -45,6 +46,7 @@ class Sizes:
     dropout_in: float = 0.0
     dropout_out: float = 0.0
     dropout_weight: float = 0.0
+    layer_norm: bool = False
 
 
 def decisions(blocks: int) -> tuple[Decision, ...]:
@@ -115,7 +117,10 @@ class SharedCells(nn.Module):
             state = nodes[loose[0]] if len(loose) == 1 else torch.stack([nodes[i] for i in loose]).mean(0)
             state = state * (_MOST / state.norm(dim=1, keepdim=True).clamp_min(_MOST))
             outputs.append(state)
-        output = self._locked(torch.stack(outputs, 1), self.sizes.dropout_out)
+        output = torch.stack(outputs, 1)
+        if self.sizes.layer_norm:
+            output = F.layer_norm(output, output.shape[2:])
+        output = self._locked(output, self.sizes.dropout_out)
         return F.linear(output, self.embedding.weight, self.bias), state
 
     def _locked(self, x: Tensor, share: float) -> Tensor:

@@ -14,7 +14,7 @@ import wplfast
 
 from ...plumbing.data import DataError
 from ...plumbing.text import Text, columns
-from ..search.problem import Choices, FisherPass, Problem
+from ..search.problem import Choices, Cover, FisherPass, Problem
 from .cells import Child, SharedCells, Sizes, decisions, edges
 
 
@@ -77,16 +77,19 @@ class TextProblem(Problem):
         batches: how the text is cut.
         seed: decides the initial weights and which validation minibatches give rewards.
         device: where the models are.
+        cover: whether the penalty covers embedding, recurrent matrix and biases beside the cells' edges.
     """
 
-    def __init__(self, text: Text, sizes: Sizes, batches: Batches, seed: int, device: str = "cpu") -> None:
+    def __init__(
+        self, text: Text, sizes: Sizes, batches: Batches, seed: int, device: str = "cpu", cover: Cover = "used"
+    ) -> None:
         """Make the shared weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model: SharedCells = SharedCells(sizes)
         self.model.to(device)
         self.decisions = decisions(sizes.blocks)
-        self.weights = {name: self.model.edges.get_parameter(f"{name}.weight") for name in self.model.edges}
+        self.cover({name: self.model.edges.get_parameter(f"{name}.weight") for name in self.model.edges}, cover)
         parts = {"train": text.train, "validation": text.validation, "test": text.test}
         streams = {name: Stream(part.to(device), batches, name) for name, part in parts.items()}
         self._train, self._validation, self._test = streams.values()
@@ -96,7 +99,7 @@ class TextProblem(Problem):
         self._state = self._zero
         self._generator = torch.Generator().manual_seed(seed)
 
-    def active(self, choices: Choices) -> list[str]:
+    def of_cell(self, choices: Choices) -> list[str]:
         """Return the names of a cell's edges."""
         return [f"{j}-{block}" for j, block in edges(choices)]
 

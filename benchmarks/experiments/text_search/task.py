@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ...plumbing.text import Files, load_text
 from ..search.command import Job
 from ..search.loop import Run, search
+from ..search.problem import Cover
 from .cells import Sizes
 from .problem import Batches, TextProblem
 
@@ -20,6 +21,7 @@ class Task:
     sizes: Sizes
     batches: Batches
     device: str
+    cover: Cover = "used"
 
 
 def make(task: Task, seed: int) -> TextProblem:
@@ -29,7 +31,7 @@ def make(task: Task, seed: int) -> TextProblem:
         DataError: if the text cannot be read, or is too short.
     """
     text = load_text(task.files, task.vocabulary)
-    return TextProblem(text, task.sizes, task.batches, seed, task.device)
+    return TextProblem(text, task.sizes, task.batches, seed, task.device, task.cover)
 
 
 def run(job: Job) -> Run:
