@@ -34,7 +34,23 @@ from benchmarks.plumbing.text import Files, Text, columns, load_text
 
 CELL = (0, 0, 1, 0, 3, 1, 2)  # tanh; relu and sigmoid read block 0, identity reads block 1: 2 and 3 are loose
 SHORT = ("--epochs", "3", "--start", "1", "--architectures", "2", "--minibatches", "2", "--controller-steps", "2")
-TINY = (*SHORT, "--seeds", "1", "--lr", "1", "2", "--alpha", "0.1", "1", "--hidden", "8", "--batch-size", "4")
+TINY = (
+    *SHORT,
+    "--seeds",
+    "1",
+    "--tuning-seeds",
+    "1",
+    "--lr",
+    "1",
+    "2",
+    "--alpha",
+    "0.1",
+    "1",
+    "--hidden",
+    "8",
+    "--batch-size",
+    "4",
+)
 TINY += ("--length", "5", "--vocabulary", "40", "--workers", "0")
 
 
