@@ -54,7 +54,7 @@ def test_the_axis_is_found_and_no_other(shape, axis, dtype):
     found = [
         c
         for c in candidates(gradient.shape, N)
-        if matches(c.fit(gradient.shape, N), gradient.shape, after, plain, codes.weights(0))
+        if matches(c.fit(gradient.shape, N), gradient.shape, after, plain, codes, 0)
     ]
     assert found == [axis]
     layout = axis.fit(gradient.shape, N)

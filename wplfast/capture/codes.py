@@ -36,12 +36,23 @@ class Codes:
             self.rounds += 1
         signs = torch.randint(0, 2, (n_samples,), generator=generator, dtype=torch.int64, device="cpu")
         self.signs = signs * 2 - 1
+        self._weights: dict[int, Tensor] = {}
+        self._by_rows: dict[tuple[int, Layout, torch.Size, torch.dtype, torch.device], Tensor] = {}
 
     def weights(self, digit: int) -> Tensor:
         """Return the loss weights of one probing pass, float64 [N] on the CPU; those of digit 0 carry random signs."""
-        exponents = (self.order // RADIX**digit) % RADIX - RADIX // 2
-        magnitude = torch.exp2(exponents.double())
-        return magnitude * self.signs if digit == 0 else magnitude
+        if digit not in self._weights:
+            exponents = (self.order // RADIX**digit) % RADIX - RADIX // 2
+            magnitude = torch.exp2(exponents.double())
+            self._weights[digit] = magnitude * self.signs if digit == 0 else magnitude
+        return self._weights[digit]
+
+    def by_rows(self, digit: int, layout: Layout, shape: torch.Size, like: Tensor) -> Tensor:
+        """Return the weight of the owner of every row, once for all outputs of one shape: recurrent cells have many."""
+        key = digit, layout, shape, like.dtype, like.device
+        if key not in self._by_rows:
+            self._by_rows[key] = self.weights(digit).to(like)[layout.owners(shape, like.device)]
+        return self._by_rows[key]
 
 
 @lru_cache(maxsize=64)
@@ -100,14 +111,13 @@ def smallest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny * RADIX**2 / TOLERANCE[dtype]
 
 
-def matches(layout: Layout, shape: torch.Size, coded: Signature, plain: Signature, codes: Tensor) -> bool:
+def matches(layout: Layout, shape: torch.Size, coded: Signature, plain: Signature, codes: Codes, digit: int) -> bool:
     """Tell whether every row of a coded pass is its owner's code times the row of the plain pass."""
     by_rows = layout.has_rows(len(shape)) or len(shape) == 1
     after, before = (coded.rows, plain.rows) if by_rows else (coded.columns, plain.columns)
     if after is None or before is None:
         return False
-    code = codes.to(before)[layout.owners(shape, before.device)]
-    return bool(_agree(after, before, code).all())
+    return bool(_agree(after, before, codes.by_rows(digit, layout, shape, before)).all())
 
 
 def shows_samples(layout: Layout, shape: torch.Size, plain: Signature) -> bool:
@@ -115,7 +125,10 @@ def shows_samples(layout: Layout, shape: torch.Size, plain: Signature) -> bool:
     before = plain.rows if layout.has_rows(len(shape)) or len(shape) == 1 else plain.columns
     if before is None:
         return False
-    owners = layout.owners(shape, before.device)[before.abs() > smallest(before.dtype)]
+    nonzero = before.abs() > smallest(before.dtype)
+    if bool(nonzero.all()):
+        return layout.n_samples > 1
+    owners = layout.owners(shape, before.device)[nonzero]
     return 2 * len(owners.unique()) >= max(4, layout.n_samples)
 
 

@@ -25,14 +25,17 @@ _REORDERING = (
 
 def reorders_rows(losses: Tensor) -> bool:
     """Tell whether an operation between the parameters and the losses may order rows by data."""
-    return any(node.name().startswith(_REORDERING) or _joins(node, len(losses)) for node in _nodes(losses))
+    n_samples = len(losses)
+    return any(
+        (name := node.name()).startswith(_REORDERING) or _joins(node, name, n_samples) for node in _nodes(losses)
+    )
 
 
-def _joins(node: Node, n_samples: int) -> bool:
+def _joins(node: Node, name: str, n_samples: int) -> bool:
     """Tell whether a node joins one tensor per sample, or moves rows in a circle, along dimension 0."""
-    if node.name().startswith(("CatBackward", "StackBackward")):
+    if name.startswith(("CatBackward", "StackBackward")):
         return len(node.next_functions) == n_samples > 1 and getattr(node, "_saved_dim", 0) == 0
-    if node.name().startswith("RollBackward"):
+    if name.startswith("RollBackward"):
         dims = getattr(node, "_saved_dims", ())
         return not dims or 0 in dims
     return False

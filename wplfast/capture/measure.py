@@ -213,8 +213,7 @@ class Measurement:
 
     def _matches(self, layout: Layout, shape: torch.Size, coded: list[Signature], plain: Signature) -> bool:
         """Compare a layout with all probing passes."""
-        weights = self.codes.weights
-        return all(matches(layout, shape, one, plain, weights(digit)) for digit, one in enumerate(coded))
+        return all(matches(layout, shape, one, plain, self.codes, digit) for digit, one in enumerate(coded))
 
     def _structures(self, shape: torch.Size, coded: list[Signature], plain: Signature) -> list[Axis]:
         """Return the first two templates that the measurement admits, or one that leaves no room for another."""
