@@ -197,6 +197,7 @@ def test_active_set(anchored):
     assert wpl(active=names).item() == pytest.approx(exact.item(), rel=1e-6)
     handle = wpl.subset(names)
     assert handle().item() == pytest.approx(exact.item(), rel=1e-6)
+    assert [(name, id(p)) for name, p in handle] == [(name, id(module.get_parameter(name))) for name in names]
     handle.add_grad_()
     assert {n for n, p in module.named_parameters() if p.grad is not None} == set(names)
     before = {n: f.clone() for n, f in wpl.fisher.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,7 +124,7 @@ class WeightPlasticityLoss(AnchoredParameters):
             names: of the parameters; each once.
 
         Returns:
-            A callable with ``add_grad_``, like the penalty itself.
+            A callable with ``add_grad_``, like the penalty itself; ``fisher_diagonal(..., params=handle)`` takes it.
 
         Raises:
             NameMismatchError: if a name is unknown.
@@ -229,11 +229,20 @@ class WeightPlasticityLoss(AnchoredParameters):
 
 
 class Subset:
-    """The penalty over a fixed set of names; see :meth:`WeightPlasticityLoss.subset`."""
+    """The penalty over a fixed set of names; see :meth:`WeightPlasticityLoss.subset`.
+
+    Iterating over it yields the names with their parameters, as ``params`` takes them.
+    """
 
     def __init__(self, penalty: WeightPlasticityLoss, names: tuple[str, ...]) -> None:
         """Refer to a penalty."""
         self.penalty, self.names = penalty, names
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield pairs of name and parameter."""
+        references = self.penalty._references
+        tensors = references.tensors()
+        return ((name, tensors[references.index[name]]) for name in self.names)
 
     def __call__(self) -> Tensor:
         """Return the penalty over the names."""

@@ -187,8 +187,8 @@ class _Search:
 
         The first estimate is verified; the cells that follow are made of the same operations.
         """
-        active = self.problem.active(choices)
-        if not active:
+        active, penalty = self.problem.active(choices), self.plasticity.penalty
+        if penalty is None or not active:
             return True
         given = self.problem.fisher_pass(choices)
         if self.published is not None:
@@ -200,7 +200,7 @@ class _Search:
                     given.model,
                     [given.batch],
                     given.loss_fn,
-                    params={name: self.problem.weights[name] for name in active},
+                    params=penalty.subset(active),
                     verify=not self.verified,
                 )
             self.verified = True
