@@ -99,7 +99,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--stride", type=positive, help=f"of the first convolution; default: 2 above {_LARGE} pixels, else 1")
     add("--batch-size", type=positive, default=64, help="default: %(default)s")
     add("--evaluate", type=positive, default=500, help="images that errors are measured on; default: %(default)s")
-    command.add_options(parser, SMALL, RATES, ALPHAS)
+    command.add_options(parser, SMALL, RATES, ALPHAS, "used")
     if parser.parse_known_args(arguments)[0].paper:
         parser.set_defaults(**PAPER)
     options = parser.parse_args(arguments)

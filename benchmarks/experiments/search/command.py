@@ -18,7 +18,7 @@ from . import report, summary
 from .kept import Kept
 from .loop import Run, Setup
 from .plasticity import Schedule
-from .problem import COVERS, Choices
+from .problem import COVERS, Choices, Cover
 from .reinforce import Policy
 
 #: runs with these seeds choose settings, and are not reported
@@ -45,9 +45,17 @@ class Job:
 
 
 def add_options(
-    parser: argparse.ArgumentParser, defaults: Setup, rates: Sequence[float], grid: Sequence[float]
+    parser: argparse.ArgumentParser, defaults: Setup, rates: Sequence[float], grid: Sequence[float], cover: Cover
 ) -> None:
-    """Add the options that all searches have."""
+    """Add the options that all searches have.
+
+    Args:
+        parser: takes them.
+        defaults: settings of the search and of the penalty.
+        rates: learning rates to choose from by default.
+        grid: alphas to choose from by default.
+        cover: what the penalty covers by default.
+    """
     schedule, policy = defaults.schedule, defaults.policy
     add = parser.add_argument_group("search").add_argument
     add("--epochs", type=positive, default=defaults.epochs, help="default: %(default)s")
@@ -60,7 +68,7 @@ def add_options(
     add = parser.add_argument_group("penalty").add_argument
     add("--alpha", type=strength, nargs="+", default=grid, help="strengths to choose from; default: %(default)s")
     what = "all weights that an architecture uses, or its cell's alone, as published; default: %(default)s"
-    add("--cover", choices=COVERS, default="used", help=what)
+    add("--cover", choices=COVERS, default=cover, help=what)
     add("--start", type=count, default=schedule.start, help="first epoch with the penalty; default: %(default)s")
     add("--rate", type=share, default=schedule.rate, help="of the running Fisher; default: %(default)s")
     add("--reset-every", type=count, default=schedule.reset_every, help="epochs; 0: never; default: %(default)s")
