@@ -10,20 +10,37 @@ from typing import Any
 from ..plumbing.markdown import RESULTS
 
 PAGE = RESULTS.parent / "RESULTS.md"
-#: An experiment's package, its title, and the records of it, where they exist.
+#: An experiment's package, its title, and the records of it, where they exist, with what sets one apart from the others
+#: on the same data.
 SECTIONS = (
-    ("two_models", "Two models that share layers", ("two_models_mnist", "two_models_digits")),
-    ("ewc", "EWC beside WPL", ("ewc_mnist", "ewc_digits")),
-    ("text_search", "Architecture search on text", ("text_search_ptb", "text_search_help")),
-    ("image_search", "Architecture search on images", ("image_search_mnist", "image_search_digits")),
-    ("fine_tuning", "Incremental fine-tuning", ("fine_tuning_mnist", "fine_tuning_digits")),
+    ("two_models", "Two models that share layers", {"two_models_mnist": "", "two_models_digits": ""}),
+    ("ewc", "EWC beside WPL", {"ewc_mnist": "", "ewc_digits": ""}),
+    (
+        "text_search",
+        "Architecture search on text",
+        {
+            "text_search_ptb": "",
+            "text_search_help": "",
+            "text_search_help_used": "the penalty on all weights in use",
+            "text_search_help_norm": "the cells' outputs normalised",
+        },
+    ),
+    (
+        "image_search",
+        "Architecture search on images",
+        {
+            "image_search_mnist": "",
+            "image_search_digits": "",
+            "image_search_digits_cells": "the penalty on the cells' weights alone",
+        },
+    ),
+    ("fine_tuning", "Incremental fine-tuning", {"fine_tuning_mnist": "", "fine_tuning_digits": ""}),
 )
 HEAD = """# What the experiments gave
 
 Made from the records in [results](results) by `python -m benchmarks.experiments.page`. Every experiment is one command,
 `python -m benchmarks.experiments.NAME`; `--help` lists its options, among them the papers' sizes. All figures are
-reported as they came out, at one seed list, and every grid and choice is in the record. The machine had other work at
-the time of all but the two-model runs: their wall times are too long, ratios within a run hold.
+reported as they came out, at one seed list, and every grid and choice is in the record.
 """
 
 
@@ -31,23 +48,25 @@ def render() -> str:
     """Return the page."""
     parts = [HEAD]
     for package, title, names in SECTIONS:
-        records = [(name, record) for name in names if (record := _read(name)) is not None]
+        records = [(name, part, record) for name, part in names.items() if (record := _read(name)) is not None]
         if records:
             report = importlib.import_module(f".{package}.report", __package__)
             parts.append(f"## {title}\n")
-            parts += [_section(name, record, report.markdown(record)) for name, record in records]
+            parts += [_section(name, part, record, report.markdown(record)) for name, part, record in records]
     return "\n".join(parts)
 
 
-def _section(name: str, record: dict[str, Any], text: str) -> str:
+def _section(name: str, part: str, record: dict[str, Any], text: str) -> str:
     """Return one record's section, with its figure and where it ran."""
+    title = f"{record['data']['name']}: {part}" if part else record["data"]["name"]
     hardware, versions = record["hardware"], record["versions"]
     place = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['cores']} cores"
     commit = (record["commit"] or "unknown")[:7]
     text = text.partition("\n\n")[2] if text.startswith("### ") else text  # the title is here
-    lines = [f"### {record['data']['name']}", ""]
+    text = text.replace(f"](benchmarks/{RESULTS.name}/", f"]({RESULTS.name}/")  # from the page's folder
+    lines = [f"### {title}", ""]
     if (RESULTS / f"{name}.png").exists() and f"({RESULTS.name}/{name}.png)" not in text:
-        lines += [f"![{record['experiment']} on {record['data']['name']}](results/{name}.png)", ""]
+        lines += [f"![{record['experiment']} on {title}](results/{name}.png)", ""]
     lines += [text, "", f"{record['wall_seconds']:.0f} s on {place}; torch {versions['torch']}; commit {commit}; "]
     lines[-1] += f"[record](results/{name}.json).\n"
     return "\n".join(lines)

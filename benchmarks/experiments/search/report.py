@@ -53,7 +53,8 @@ def figure(record: dict[str, Any]) -> bytes:
     drawing.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     seeds = f"{summary['seeds']} seed{'s' * (summary['seeds'] != 1)}"
     title = f"{words['title']}: {record['data']['name']}"
-    drawing.suptitle(f"{title}\n{seeds}, mean ± standard deviation", fontsize=11)
+    notes = "; ".join([f"penalty on {_covered(record)}", *_changes(record), f"{seeds}, mean ± standard deviation"])
+    drawing.suptitle(f"{title}\n{notes}", fontsize=11)
     return plots.png(drawing)
 
 
@@ -71,10 +72,12 @@ def markdown(record: dict[str, Any], image: str | None = None) -> str:
     lines += [md.row(cells) for cells in _rows(record)]
     lines += ["", *_notes(record)]
     for setting, what in (("lr", "learning rate (for cross-entropy alone)"), ("alpha", "alpha")):
-        tried = ", ".join(_tried(row, setting) for row in tuning[setting]["values"])
-        edge = ", at the edge of its grid" * tuning[setting]["at_edge"]
-        tried = f"; tried, with rewards and mean differences: {tried}" if tried else ", given"
-        lines += ["", f"The {what} is {tuning[setting]['chosen']:g}{edge}{tried}."]
+        found = tuning[setting]
+        tried = ", ".join(_tried(row, setting) for row in found["values"])
+        rule = ", the largest within one standard error of the best reward" * (setting == "alpha")
+        edge = ", at the edge of its grid" * found["at_edge"]
+        why = f"{rule}{edge}; tried, with rewards and mean differences: {tried}" if tried else ", given"
+        lines += ["", f"The {what} is {found['chosen']:g}{why}."]
     lines += ["", *_time_lines(record), "", _setting(record)]
     return "\n".join(lines) + "\n"
 
@@ -165,26 +168,35 @@ def _time_lines(record: dict[str, Any]) -> list[str]:
 def _setting(record: dict[str, Any]) -> str:
     """Say how large the experiment was."""
     settings = record["settings"]
-    all_used = settings["task"]["cover"] == "used"
-    covered = "all weights that an architecture uses" if all_used else "the cells' weights alone, as published"
-    sizes = ", ".join(f"{key} {value:,}" for key, value in record["data"].items() if isinstance(value, int))
-    return (
+    parts = [
         f"{settings['epochs']} epochs of {settings['architectures']} architectures with {settings['minibatches']} "
-        f"minibatches each; the penalty covers {covered}; errors, rewards and the Fisher are of the validation part; "
-        f"{sizes}; "
-        f"{_wall(record)} on {record['hardware']['cpu']}."
-    )
+        "minibatches each",
+        f"the penalty covers {_covered(record)}",
+        *_changes(record),
+        "errors, rewards and the Fisher are of the validation part",
+        ", ".join(f"{key} {value:,}" for key, value in record["data"].items() if isinstance(value, int)),
+    ]
+    if record.get("resumed"):
+        parts.append("resumed after an interruption: the wall time is that of the last call")
+    return f"{'; '.join(parts)}."
+
+
+def _covered(record: dict[str, Any]) -> str:
+    """Say what the penalty covers."""
+    used = record["settings"]["task"]["cover"] == "used"
+    return "all weights that an architecture uses" if used else "the cells' weights alone"
+
+
+def _changes(record: dict[str, Any]) -> list[str]:
+    """Say in what the models are not the usual ones."""
+    normal = record["settings"]["task"].get("sizes", {}).get("layer_norm", False)
+    return ["the cells' outputs are normalised"] if normal else []
 
 
 def _tried(row: dict[str, Any], setting: str) -> str:
     """Render a setting that was tried."""
     lost = row.get("forgetting")
     return f"{row[setting]:g} ({row['reward']:.3g}" + (f", {lost:.3g})" if lost is not None else ")")
-
-
-def _wall(record: dict[str, Any]) -> str:
-    """Say how long it took."""
-    return f"{record['wall_seconds']:.0f} s in {'the last of several calls' if record.get('resumed') else 'all'}"
 
 
 def _points(mean: float, std: float) -> str:

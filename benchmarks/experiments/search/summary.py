@@ -21,20 +21,33 @@ def score(run: Run) -> float:
     return 0.0 if run.diverged else float(np.mean([epoch["reward"] for epoch in run.epochs[-_END:]]))
 
 
-def best(runs: Sequence[Run], setting: str) -> float:
-    """Return the setting ("lr" or "alpha") whose runs score best on the mean; the smaller one of equals."""
+def best(runs: Sequence[Run], setting: str, strongest: bool = False) -> float:
+    """Return the setting ("lr" or "alpha") whose runs score best on the mean; the smaller one of equals.
+
+    Args:
+        runs: of all settings.
+        setting: its name.
+        strongest: return the largest one whose mean is within one standard error of the best mean (Breiman et al.,
+            Classification and Regression Trees, 1984: the one-standard-error rule for the strength of a penalty). What
+            the seeds scatter by says nothing for the weaker one.
+    """
     values = sorted({getattr(run, setting) for run in runs})
-    means = [np.mean([score(run) for run in runs if getattr(run, setting) == value]) for value in values]
-    return float(values[int(np.argmax(means))])
+    scores = [np.array([score(run) for run in runs if getattr(run, setting) == value]) for value in values]
+    means = [one.mean() for one in scores]
+    top = int(np.argmax(means))
+    if not strongest:
+        return float(values[top])
+    error = scores[top].std(ddof=1) / np.sqrt(len(scores[top])) if len(scores[top]) > 1 else 0.0
+    return float(max(value for value, mean in zip(values, means, strict=True) if mean >= means[top] - error))
 
 
 def grid(runs: Sequence[Run], setting: str, start: int = 0) -> dict[str, Any]:
-    """Return the scores of a grid, the choice, and whether it lies at the grid's edge.
+    """Return the scores of a grid, the choice by :func:`best`, and whether it lies at the grid's edge.
 
     What was forgotten on the mean, from epoch ``start`` on, stands beside each score; it has no say in the choice.
     """
     values = sorted({getattr(run, setting) for run in runs})
-    chosen = best(runs, setting)
+    chosen = best(runs, setting, strongest=setting == "alpha")
     rows = []
     for value in values:
         same = [run for run in runs if getattr(run, setting) == value]
