@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from ..plumbing.markdown import RESULTS
+from .overview import overview
 
 PAGE = RESULTS.parent / "RESULTS.md"
 #: An experiment's package, its title, and the records of it, where they exist, with what sets one apart from the others
@@ -46,13 +47,17 @@ reported as they came out, at one seed list, and every grid and choice is in the
 
 def render() -> str:
     """Return the page."""
-    parts = [HEAD]
-    for package, title, names in SECTIONS:
-        records = [(name, part, record) for name, part in names.items() if (record := _read(name)) is not None]
-        if records:
-            report = importlib.import_module(f".{package}.report", __package__)
-            parts.append(f"## {title}\n")
-            parts += [_section(name, part, record, report.markdown(record)) for name, part, record in records]
+    names = [name for _, _, named in SECTIONS for name in named]
+    records = {name: record for name in names if (record := _read(name)) is not None}
+    parts = [HEAD, *overview(records)]
+    for package, title, named in SECTIONS:
+        if not named.keys() & records.keys():
+            continue
+        report = importlib.import_module(f".{package}.report", __package__)
+        parts.append(f"## {title}\n")
+        for name, part in named.items():
+            if name in records:
+                parts.append(_section(name, part, records[name], report.markdown(records[name])))
     return "\n".join(parts)
 
 
