@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,14 +12,15 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ...plumbing.options import add_common, count, positive, share, strength
+from ...plumbing.data import DataError
+from ...plumbing.options import DeviceError, add_common, count, positive, resolve, share, strength
 from ...plumbing.record import environment, write_bytes, write_json
 from ...plumbing.workers import Workers
 from . import report, summary
 from .kept import Kept
 from .loop import Run, Setup
 from .plasticity import Schedule
-from .problem import COVERS, Choices, Cover
+from .problem import COVERS, Choices, Cover, Problem
 from .reinforce import Policy
 
 #: runs with these seeds choose settings, and are not reported
@@ -83,6 +85,43 @@ def add_options(
     add_common(parser, seeds=5)
 
 
+@dataclass(frozen=True)
+class Search:
+    """One kind of search, as its command describes it.
+
+    Args:
+        name: of the experiment.
+        defaults: settings that the command line does not have.
+        task: makes from the command line what goes into every job, and what the record says of the data.
+        make: makes a job's problem from its task and its seed.
+        run: runs a job; at module level, so that workers can import it.
+        words: what the report calls things: "title", "error", "reward".
+        describe: renders an architecture.
+    """
+
+    name: str
+    defaults: Setup
+    task: Callable[[argparse.Namespace], tuple[Any, dict[str, Any]]]
+    make: Callable[[Any, int], Problem]
+    run: Callable[[Job], Run]
+    words: dict[str, str]
+    describe: Callable[[Choices], str]
+
+
+def main(search: Search, options: argparse.Namespace) -> int:
+    """Run a search's command and write its results; return the exit code."""
+    try:
+        setup = setup_of(options, search.defaults)
+        resolve(options)
+        task, data = search.task(options)
+        search.make(task, 0)
+    except (DataError, DeviceError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finish(compare(search, task, setup, options, data), options)
+    return 0
+
+
 def setup_of(options: argparse.Namespace, defaults: Setup) -> Setup:
     """Return the settings that the command line stands for.
 
@@ -117,14 +156,7 @@ def setup_of(options: argparse.Namespace, defaults: Setup) -> Setup:
 
 
 def compare(
-    name: str,
-    function: Callable[[Job], Run],
-    task: Any,
-    setup: Setup,
-    options: argparse.Namespace,
-    data: dict[str, Any],
-    words: dict[str, str],
-    describe: Callable[[Choices], str],
+    search: Search, task: Any, setup: Setup, options: argparse.Namespace, data: dict[str, Any]
 ) -> dict[str, Any]:
     """Tune, run both arms, and return the record.
 
@@ -133,19 +165,17 @@ def compare(
     the alphas, the strongest one within a standard error of it.
 
     Args:
-        name: of the experiment.
-        function: runs a job; at module level, so that workers can import it.
+        search: its kind.
         task: goes into every job.
         setup: settings of the search.
         options: the command line, with ``lr``, ``alpha``, ``seeds``, ``workers`` and ``device``.
         data: what the record says of the data.
-        words: what the report calls things: "title", "error", "reward".
-        describe: renders an architecture.
     """
+    function = search.run
     place, started = environment(options.device), time.perf_counter()
     if options.resume:
         (options.out / "runs").mkdir(exist_ok=True)
-        function = Kept(function, options.out / "runs", f"{name} {place['versions']} {place['commit']}")
+        function = Kept(function, options.out / "runs", f"{search.name} {place['versions']} {place['commit']}")
     rates, alphas = (sorted(set(values)) for values in (options.lr, options.alpha))
     seeds = [_TUNING_SEED + i for i in range(options.tuning_seeds)]
     tried = sum(len(values) for values in (rates, alphas) if len(values) > 1)
@@ -169,11 +199,11 @@ def compare(
         runs = workers.map(function, jobs)
     for one in runs:
         if one.final:
-            one.final["architecture"] = describe(one.final["choices"])
+            one.final["architecture"] = search.describe(one.final["choices"])
     arms = {"ce": runs[: options.seeds], "wpl": runs[options.seeds :]}
     return {
-        "experiment": name,
-        "words": words,
+        "experiment": search.name,
+        "words": search.words,
         "data": data,
         **place,
         "settings": {"task": _portable(asdict(task)), **asdict(setup), "seeds": options.seeds, "tuning_seeds": seeds},

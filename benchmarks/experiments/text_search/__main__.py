@@ -19,8 +19,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ...plumbing.data import DataError
-from ...plumbing.options import DeviceError, positive, resolve, share
+from ...plumbing.options import positive, share
 from ...plumbing.text import Files, load_text
 from ..search import command
 from ..search.loop import Setup
@@ -57,18 +56,8 @@ WORDS = {"error": "perplexity", "reward": "reward (80 / perplexity)", "title": "
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit code."""
-    options = _parse(arguments)
-    try:
-        setup = command.setup_of(options, SMALL)
-        resolve(options)
-        task, data = _task(options)
-        make(task, 0)
-    except (DataError, DeviceError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    record = command.compare("text_search", run, task, setup, options, data, WORDS, describe)
-    command.finish(record, options)
-    return 0
+    search = command.Search("text_search", SMALL, _task, make, run, WORDS, describe)
+    return command.main(search, _parse(arguments))
 
 
 def _task(options: argparse.Namespace) -> tuple[Task, dict[str, object]]:
