@@ -26,6 +26,7 @@ ABOUT_THE_CPU = {
     "test_cpp.py": "the C++ backend",
     "test_fused_step.py": "a prototype in C++",
     "test_benchmarks.py": "the benchmarks' own code",
+    "test_gpu_bench.py": "the benchmarks' own code",
     "test_triton_aot.py": "compilation without a device",
     "test_docs.py": "examples as they stand",
     "test_two_models.py": "the demo takes its device as an argument",
@@ -34,7 +35,7 @@ ABOUT_THE_CPU = {
     "test_wheel.py": "what a wheel contains",
 }
 #: Files whose tests choose their device themselves.
-OWN_DEVICE = {"test_triton.py"}
+OWN_DEVICE = {"test_triton_penalty.py", "test_triton_fisher.py"}
 
 RECORD = os.environ.get("WPLFAST_TEST_RECORD")  # a file that every test's start and outcome is appended to
 LISTING = os.environ.get("WPLFAST_TEST_LISTING")  # a file for the names of all tests, and when each is run
@@ -88,6 +89,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fill every new uninitialised tensor with NaN, and draw fresh inputs (the seed is printed on failure)."""
+    seed = int(os.environ.get("WPLFAST_TEST_SEED", "0")) or torch.seed() % 2**31
+    print(f"WPLFAST_TEST_SEED={seed}")
+    torch.manual_seed(seed)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture

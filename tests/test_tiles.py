@@ -1,6 +1,6 @@
 """How the Fisher kernels' work is cut up, candidates that do it otherwise, and the page about what the compiler makes.
 
-Kernels run on a GPU, or in the interpreter in a process of their own, as in ``test_triton.py``.
+Kernels run on a GPU, or in the interpreter in a process of their own, as in ``triton_cases.py``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,178 @@
+"""What fisher_diagonal and FisherAccumulator say of bad input, and leave alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fisher_cases import Lstm, assert_same_state, batches, ce, mlp, state_of, tokens
+from torch import nn
+
+import wplfast
+from wplfast.errors import CoupledSamplesError, NonFiniteError, UnsupportedParameterError, WplfastError
+
+# ---- bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (F.cross_entropy, r"shape \[N\], got float32\[\], a scalar: .*reduction='none'"),
+        (lambda o, y: o.log_softmax(1), r"got float32\[5, 4\], one value per token"),
+        (lambda o, y: ce(o, y).detach(), "graph"),
+        (lambda o, y: ce(o, y).tolist(), "must be a tensor"),
+        (lambda o, y: torch.cat([ce(o, y)] * 3), r"one loss per sample, shape \[N\], got \[15\]"),
+    ],
+)
+def test_losses_that_are_not_per_sample(loss, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        wplfast.fisher_diagonal(mlp(), batches((5,)), loss)
+
+
+def test_losses_per_token_are_named():
+    def per_token(outputs, targets):
+        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+
+    with pytest.raises(ValueError, match=r"losses per token, use losses.view\(N, T\).sum\(1\)"):
+        wplfast.fisher_diagonal(Lstm(), [tokens(4, 6)], per_token)
+
+
+def test_empty_and_odd_data():
+    with pytest.raises(ValueError, match="data is empty"):
+        wplfast.fisher_diagonal(mlp(), [], ce)
+    with pytest.raises(TypeError, match=r"got a tensor \[5, 6\]; pass unpack="):
+        wplfast.fisher_diagonal(mlp(), [torch.zeros(5, 6)], ce)
+    with pytest.raises(TypeError, match="unpack must return"):
+        wplfast.fisher_diagonal(mlp(), batches(), ce, unpack=lambda b: b[0])
+    for options in ({"fisher_type": "true"}, {"mc_samples": 0}, {"max_samples": 0}, {"on_nonfinite": "ignore"}):
+        with pytest.raises(ValueError, match="got"):
+            wplfast.fisher_diagonal(mlp(), batches(), ce, **options)
+    with pytest.raises(ValueError, match="use fisher_type='mc'"):
+        wplfast.fisher_diagonal(Lstm(), [tokens(4, 6)], ce, fisher_type="exact")
+    with pytest.raises(ValueError, match="likelihood must be"):
+        wplfast.fisher_diagonal(mlp(), batches(), ce, fisher_type="mc", likelihood="poisson")
+    with pytest.raises(ValueError, match="weights must have shape"):
+        wplfast.fisher_diagonal(mlp(), [(*batches((5,))[0], torch.ones(4))], ce)
+    with pytest.raises(ValueError, match="not negative"):
+        wplfast.fisher_diagonal(mlp(), [(*batches((5,))[0], -torch.ones(5))], ce)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_on_batch_statistics_is_an_error(train):
+    model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9, track_running_stats=train), nn.ReLU(), nn.Linear(9, 4))
+    with pytest.raises(CoupledSamplesError, match=r"1 \(BatchNorm1d\) (is in training mode|has no running statistics)"):
+        wplfast.fisher_diagonal(model, batches(), ce, train=train)
+
+
+def test_in_batch_negatives_are_an_error_that_names_the_operation():
+    def contrastive(outputs, targets):
+        z = F.normalize(outputs, dim=1)
+        return F.cross_entropy(z @ z.t(), torch.arange(len(z)), reduction="none")
+
+    model = mlp()
+    before = state_of(model)
+    with pytest.raises(CoupledSamplesError, match=r"coupled at linear in 2 \(parameter '2.weight'\)"):
+        wplfast.fisher_diagonal(model, batches(), contrastive)
+    assert_same_state(model, before)
+
+
+def test_hidden_coupling_between_samples_is_an_error():
+    class Centre(nn.Module):
+        def forward(self, h):
+            return h - 0.1 * h.mean(0)
+
+    model = nn.Sequential(nn.Linear(6, 9), Centre(), nn.Linear(9, 4))
+    with pytest.raises(CoupledSamplesError, match="coupled at linear in 0"):
+        wplfast.fisher_diagonal(model, batches(), ce)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"),
+    [
+        (lambda: mlp(), lambda o, y: ce(o, y) / len(y)),  # a mean in disguise
+        (lambda: nn.Sequential(Standardise(), mlp()), ce),  # statistics of raw inputs: no gradient passes through them
+    ],
+)
+def test_coupling_that_gradients_cannot_show_is_an_error(model, loss):
+    with pytest.raises(CoupledSamplesError, match="another one in a batch of its own"):
+        wplfast.fisher_diagonal(model(), batches(), loss)
+
+
+class Standardise(nn.Module):
+    def forward(self, x):
+        return (x - x.mean(0)) / (1e-3 + (x - x.mean(0)).square().mean(0).sqrt())
+
+
+def test_nonfinite_losses():
+    model, data = mlp(), batches()
+    data[1][0][2, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match="the loss of sample 2 is nan"):
+        wplfast.fisher_diagonal(model, data, ce)
+    fisher = wplfast.fisher_diagonal(model, data, ce, on_nonfinite="skip")
+    torch.testing.assert_close(fisher.flat, wplfast.fisher_diagonal(model, [data[0], data[2]], ce).flat)
+    assert fisher.n_samples == 7
+    assert fisher.report.skipped_samples == 5
+    with pytest.raises(ValueError, match=r"no usable samples \(5 skipped\)"):
+        wplfast.fisher_diagonal(model, data[1:2], ce, on_nonfinite="skip")
+
+
+class Overflow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, active):
+        ctx.active = active
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return (g * float("inf") if ctx.active else g), None
+
+
+@pytest.mark.parametrize("options", [{"fisher_type": "exact"}, {"fisher_type": "mc", "mc_samples": 3}])
+def test_nonfinite_outputs_when_targets_are_drawn(options):
+    """NaN in the outputs is reported as that of the losses is, whoever makes the targets; a batch is left out once."""
+    model, data = mlp(), batches((4, 4, 4))
+    data[1][0][2, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="the loss of sample 2 is nan"):
+        wplfast.fisher_diagonal(model, data, ce, **options)
+    found = wplfast.fisher_diagonal(
+        model, data, ce, on_nonfinite="skip", generator=torch.Generator().manual_seed(0), **options
+    )
+    assert (found.n_samples, found.report.skipped_samples) == (8, 4)
+    if options["fisher_type"] == "exact":
+        expected = wplfast.fisher_diagonal(model, [data[0], data[2]], ce, **options)
+        torch.testing.assert_close(found.flat, expected.flat)
+
+
+def test_nonfinite_gradients_name_the_parameter():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 9), nn.Linear(9, 4)
+
+        def forward(self, x):
+            return self.b(Overflow.apply(self.a(x), bool(x[0, 0] > 100)))
+
+    model, data = Model(), batches((4, 4, 4))
+    data[1][0][0, 0] = 200.0
+    before = state_of(model)
+    with wplfast.FisherAccumulator(model) as acc:
+        acc.backward(ce(model(data[0][0]), data[0][1]))
+        with pytest.raises(NonFiniteError, match=r"'a\.weight'"):
+            acc.backward(ce(model(data[1][0]), data[1][1]))
+        with pytest.raises(WplfastError, match="cannot be used any more"):
+            acc.result()
+    assert_same_state(model, before)
+    skipped = wplfast.fisher_diagonal(model, data, ce, on_nonfinite="skip", with_grad=True)
+    clean = wplfast.fisher_diagonal(model, [data[0], data[2]], ce, with_grad=True)
+    torch.testing.assert_close(skipped.flat, clean.flat)
+    torch.testing.assert_close(skipped.mean_grad["a.weight"], clean.mean_grad["a.weight"])
+
+
+def test_tensor_subclasses_are_refused():
+    class Special(torch.Tensor):
+        pass
+
+    model = mlp()
+    strange = torch.zeros(3).as_subclass(Special).requires_grad_()
+    with pytest.raises(UnsupportedParameterError, match="'x' is a Special"):
+        wplfast.fisher_diagonal(model, batches(), ce, params={"x": strange})
