@@ -9,6 +9,10 @@ from zoo import CASES
 
 import wplfast
 
+#: What the rehearsal device cannot do: PyTorch itself ends there with a segmentation fault.
+LACKING = {"complex weights": pytest.mark.not_rehearsed("gradients of Fourier transforms")}
+NAMES = [pytest.param(name, marks=[LACKING[name]] if name in LACKING else []) for name in CASES]
+
 
 def batches(case, sizes):
     """Batches of the given (N, T), at least one of which is short."""
@@ -16,7 +20,7 @@ def batches(case, sizes):
 
 
 @pytest.mark.parametrize("sizes", [[(5, 4), (5, 4), (3, 4)], [(4, 4), (2, 4)], [(1, 4), (3, 4), (6, 6)]], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_fisher_is_that_of_the_loop(name, sizes):
     torch.manual_seed(hash_of(name))
     case = CASES[name]
@@ -35,7 +39,7 @@ UNDECIDED = {"positions [1, T], normalised", "in place on a fresh tensor"}
 
 
 @pytest.mark.parametrize("sizes", [[(5, 4), (3, 4)], [(4, 4), (2, 4)]], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_accumulated_in_a_loop_of_ones_own(name, sizes):
     torch.manual_seed(hash_of(name))
     case = CASES[name]
