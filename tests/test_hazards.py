@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import assert_close, fisher_loop
+from rehearsal import rehearsable
 from zoo import CASES
 
 import wplfast
 
-#: What the rehearsal device cannot do: PyTorch itself ends there with a segmentation fault.
-LACKING = {"complex weights": pytest.mark.not_rehearsed("gradients of Fourier transforms")}
-NAMES = [pytest.param(name, marks=[LACKING[name]] if name in LACKING else []) for name in CASES]
+NAMES = rehearsable(CASES, {"complex weights": "Fourier transforms", "sparse embedding": "sparse tensors"})
 
 
 def batches(case, sizes):

@@ -12,12 +12,24 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 SOURCE = Path(__file__).with_name("device.cpp")
+
+
+def rehearsable(names: Iterable[str], lacking: Mapping[str, str]) -> list[Any]:
+    """Return names as a test's parameters, marked where the device lacks what they need.
+
+    Sparse tensors have no kernels there, and gradients of Fourier transforms end in PyTorch with a segmentation fault.
+    """
+    marks = {name: pytest.mark.not_rehearsed(what) for name, what in lacking.items()}
+    return [pytest.param(name, marks=[marks[name]] if name in marks else []) for name in names]
 
 
 class Module:

@@ -162,7 +162,7 @@ def compare(
 
     The learning rate is chosen for cross-entropy alone; the penalty takes it over, and gets a grid of its own for
     alpha. Both choices are by the validation reward in the end, on seeds that are not reported: the best mean; among
-    the alphas, the strongest one within a standard error of it.
+    the alphas, the strongest one that is worse by at most a standard error, paired by seed.
 
     Args:
         search: its kind.
@@ -211,7 +211,7 @@ def compare(
         "resumed": options.resume,
         "wall_seconds": round(time.perf_counter() - started, 1),
         "chosen_by": "mean validation reward of the last epochs, of alphas the largest within one standard error of "
-        f"the best; {len(rates)} learning rates, {len(alphas)} alphas are tried",
+        f"the best, paired by seed; {len(rates)} learning rates, {len(alphas)} alphas are tried",
         "tuning": {"lr": lr, "alpha": alpha},
         "summary": summary.summarise(arms, setup.schedule.start),
         "runs": {arm: [asdict(run) for run in of] for arm, of in arms.items()},

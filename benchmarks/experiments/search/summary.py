@@ -27,18 +27,22 @@ def best(runs: Sequence[Run], setting: str, strongest: bool = False) -> float:
     Args:
         runs: of all settings.
         setting: its name.
-        strongest: return the largest one whose mean is within one standard error of the best mean (Breiman et al.,
-            Classification and Regression Trees, 1984: the one-standard-error rule for the strength of a penalty). What
-            the seeds scatter by says nothing for the weaker one.
+        strongest: return the largest one that is worse than the best by at most one standard error (Breiman et al.,
+            Classification and Regression Trees, 1984: the one-standard-error rule for the strength of a penalty). The
+            error is that of the difference, paired by seed: what seeds have in common says nothing. A setting with
+            which a run diverged is none of these.
     """
     values = sorted({getattr(run, setting) for run in runs})
-    scores = [np.array([score(run) for run in runs if getattr(run, setting) == value]) for value in values]
-    means = [one.mean() for one in scores]
-    top = int(np.argmax(means))
+    by_seed = [{run.seed: score(run) for run in runs if getattr(run, setting) == value} for value in values]
+    scores = np.array([[one[seed] for seed in sorted(one)] for one in by_seed])  # settings x seeds
+    top = int(np.argmax(scores.mean(1)))
     if not strongest:
         return float(values[top])
-    error = scores[top].std(ddof=1) / np.sqrt(len(scores[top])) if len(scores[top]) > 1 else 0.0
-    return float(max(value for value, mean in zip(values, means, strict=True) if mean >= means[top] - error))
+    lost = scores[top] - scores
+    error = lost.std(1, ddof=1) / np.sqrt(lost.shape[1]) if lost.shape[1] > 1 else np.zeros(len(values))
+    near = {value for value, is_near in zip(values, lost.mean(1) <= error, strict=True) if is_near}
+    unsafe = {getattr(run, setting) for run in runs if run.diverged}
+    return float(max((near - unsafe) | {values[top]}))
 
 
 def grid(runs: Sequence[Run], setting: str, start: int = 0) -> dict[str, Any]:
