@@ -311,7 +311,7 @@ def test_diverged_runs_count_as_nothing_right(arm):
 
 
 def test_every_method_has_as_many_trials():
-    assert {len(plan.grid(method)) for method in METHODS} == {6}
+    assert {len(plan.grid(method)) for method in METHODS} == {10}
     assert sorted({round(arm.lr * arm.strength, 6) for arm in plan.grid("wpl")}) == [0.1, 1.0]
 
 
@@ -341,7 +341,7 @@ def test_choice_is_on_validation_and_jobs_run_once():
     for (condition, method), outcome in outcomes.items():
         assert outcome.arm.lr == {"none": 0.03, "wpl": 0.01, "l2": 0.0001}[method]
         assert [run.seed for run in outcome.runs] == [0, 1, 2]
-        assert len(outcome.grid) == (6 if condition.noise == 0 else 0)
+        assert len(outcome.grid) == (10 if condition.noise == 0 else 0)
     shares = [condition.share_old for condition in studies["share"]]
     assert shares == [0.0, 0.1, 0.25, 0.5, 0.75, 1.0]
     assert studies["memory"][0] == studies["share"][0]

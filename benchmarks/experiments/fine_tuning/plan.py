@@ -18,8 +18,8 @@ MEMORIES = (10, 50)  # old samples of a class; none at all is the same as lambda
 EPOCHS = (1.0, 0.1)  # beside the longest training
 CONSTANTS = (10, 3)  # iterations, beside the usual number
 
-LEARNING_RATES = (0.0001, 0.001, 0.01, 0.03, 0.1, 0.2)
-PENALTY_RATES = (0.0001, 0.01, 0.1)
+LEARNING_RATES = (0.0001, 0.001, 0.003, 0.01, 0.02, 0.03, 0.06, 0.1, 0.2, 0.4)
+PENALTY_RATES = (0.0001, 0.01, 0.03, 0.1, 0.3)
 #: lr * alpha * max(F): by what share of its way the most important parameter is pulled back in a step. Steps overshoot
 #: above 2 (1 + momentum) = 3.8, and F grows as updates go on, so there is little room above 1. The mean of WPL's F is
 #: some 50 to 500 times smaller than its maximum, so the L2 anchor, whose F are all the same, begins lower.
