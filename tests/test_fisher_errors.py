@@ -127,15 +127,22 @@ class Overflow(torch.autograd.Function):
         return (g * float("inf") if ctx.active else g), None
 
 
+def test_generator_of_another_device(device):
+    if device.type == "cpu":
+        pytest.skip("needs a second device")
+    with pytest.raises(ValueError, match=f"generator must be of the model's device, {device.type}.*, got one of cpu"):
+        wplfast.fisher_diagonal(mlp(), batches(), ce, fisher_type="mc", generator=torch.Generator("cpu"))
+
+
 @pytest.mark.parametrize("options", [{"fisher_type": "exact"}, {"fisher_type": "mc", "mc_samples": 3}])
-def test_nonfinite_outputs_when_targets_are_drawn(options):
+def test_nonfinite_outputs_when_targets_are_drawn(options, device):
     """NaN in the outputs is reported as that of the losses is, whoever makes the targets; a batch is left out once."""
     model, data = mlp(), batches((4, 4, 4))
     data[1][0][2, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="the loss of sample 2 is nan"):
         wplfast.fisher_diagonal(model, data, ce, **options)
     found = wplfast.fisher_diagonal(
-        model, data, ce, on_nonfinite="skip", generator=torch.Generator().manual_seed(0), **options
+        model, data, ce, on_nonfinite="skip", generator=torch.Generator(device).manual_seed(0), **options
     )
     assert (found.n_samples, found.report.skipped_samples) == (8, 4)
     if options["fisher_type"] == "exact":

@@ -27,6 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 import wplfast
+from wplfast import backends
 
 PROFILE = {
     "derandomize": True,  # the same cases on every run
@@ -488,8 +489,9 @@ class Machine(RuleBasedStateMachine):
         self.assert_untouched(copies)
 
     @precondition(lambda self: not self.before_anchors)
+    @precondition(lambda self: backends.serving(torch.get_default_device().type) != "reference")
     @rule()
-    def same_bits_for_one_thread_and_two(self):
+    def same_bits_for_one_thread_and_two(self):  # PyTorch's own sums differ
         threads, results = torch.get_num_threads(), []
         trained = [p for p in self.params.values() if p.requires_grad]
         grads = {n: self.grad_of(n) for n in self.params}
