@@ -21,6 +21,7 @@ SECTIONS = (
         "Architecture search on text",
         {
             "text_search_ptb": "",
+            "text_search_ptb_strong": "a stronger penalty",
             "text_search_help": "",
             "text_search_help_used": "the penalty on all weights in use",
             "text_search_help_norm": "the cells' outputs normalised",

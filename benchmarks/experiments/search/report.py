@@ -74,11 +74,10 @@ def markdown(record: dict[str, Any], image: str | None = None) -> str:
     for setting, what in (("lr", "learning rate (for cross-entropy alone)"), ("alpha", "alpha")):
         found = tuning[setting]
         tried = ", ".join(_tried(row, setting) for row in found["values"])
-        rule = ", the largest within one standard error (paired by seed) of the best reward" * (setting == "alpha")
         edge = ", at the edge of its grid" * found["at_edge"]
-        why = f"{rule}{edge}; tried, with rewards and mean differences: {tried}" if tried else ", given"
+        why = f"{edge}; tried, with rewards and mean differences: {tried}" if tried else ", given"
         lines += ["", f"The {what} is {found['chosen']:g}{why}."]
-    lines += ["", *_time_lines(record), "", _setting(record)]
+    lines += ["", f"Chosen by: {record['chosen_by']}.", "", *_time_lines(record), "", _setting(record)]
     return "\n".join(lines) + "\n"
 
 

@@ -21,28 +21,11 @@ def score(run: Run) -> float:
     return 0.0 if run.diverged else float(np.mean([epoch["reward"] for epoch in run.epochs[-_END:]]))
 
 
-def best(runs: Sequence[Run], setting: str, strongest: bool = False) -> float:
-    """Return the setting ("lr" or "alpha") whose runs score best on the mean; the smaller one of equals.
-
-    Args:
-        runs: of all settings.
-        setting: its name.
-        strongest: return the largest one that is worse than the best by at most one standard error (Breiman et al.,
-            Classification and Regression Trees, 1984: the one-standard-error rule for the strength of a penalty). The
-            error is that of the difference, paired by seed: what seeds have in common says nothing. A setting with
-            which a run diverged is none of these.
-    """
+def best(runs: Sequence[Run], setting: str) -> float:
+    """Return the setting ("lr" or "alpha") whose runs score best on the mean; the smaller one of equals."""
     values = sorted({getattr(run, setting) for run in runs})
-    by_seed = [{run.seed: score(run) for run in runs if getattr(run, setting) == value} for value in values]
-    scores = np.array([[one[seed] for seed in sorted(one)] for one in by_seed])  # settings x seeds
-    top = int(np.argmax(scores.mean(1)))
-    if not strongest:
-        return float(values[top])
-    lost = scores[top] - scores
-    error = lost.std(1, ddof=1) / np.sqrt(lost.shape[1]) if lost.shape[1] > 1 else np.zeros(len(values))
-    near = {value for value, is_near in zip(values, lost.mean(1) <= error, strict=True) if is_near}
-    unsafe = {getattr(run, setting) for run in runs if run.diverged}
-    return float(max((near - unsafe) | {values[top]}))
+    means = [np.mean([score(run) for run in runs if getattr(run, setting) == value]) for value in values]
+    return float(values[int(np.argmax(means))])
 
 
 def grid(runs: Sequence[Run], setting: str, start: int = 0) -> dict[str, Any]:
@@ -51,7 +34,7 @@ def grid(runs: Sequence[Run], setting: str, start: int = 0) -> dict[str, Any]:
     What was forgotten on the mean, from epoch ``start`` on, stands beside each score; it has no say in the choice.
     """
     values = sorted({getattr(run, setting) for run in runs})
-    chosen = best(runs, setting, strongest=setting == "alpha")
+    chosen = best(runs, setting)
     rows = []
     for value in values:
         same = [run for run in runs if getattr(run, setting) == value]
