@@ -10,6 +10,7 @@ from torch import nn
 
 import wplfast
 from wplfast.errors import CoupledSamplesError, NonFiniteError, UnsupportedParameterError, WplfastError
+from wplfast.sampling import draw
 
 # ---- bad input ---------------------------------------------------------------------------------------------
 
@@ -127,11 +128,11 @@ class Overflow(torch.autograd.Function):
         return (g * float("inf") if ctx.active else g), None
 
 
-def test_generator_of_another_device(device):
-    if device.type == "cpu":
-        pytest.skip("needs a second device")
-    with pytest.raises(ValueError, match=f"generator must be of the model's device, {device.type}.*, got one of cpu"):
-        wplfast.fisher_diagonal(mlp(), batches(), ce, fisher_type="mc", generator=torch.Generator("cpu"))
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+def test_generator_of_another_device(likelihood):
+    logits = torch.zeros(3, 4, device="meta")
+    with pytest.raises(ValueError, match="generator must be of the outputs' device, meta, got one of cpu"):
+        draw(logits, None, likelihood, torch.Generator("cpu"))
 
 
 @pytest.mark.parametrize("options", [{"fisher_type": "exact"}, {"fisher_type": "mc", "mc_samples": 3}])

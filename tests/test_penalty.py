@@ -564,10 +564,13 @@ def test_rebind_can_drop_what_vanished(anchored):
     names = ["0.weight", "0.bias", "3.weight"]
     rest = {n: p for n, p in module.named_parameters() if n in names}
     exact = expected(module, [anchor], {n: 9.0 if n == "3.weight" else 3.0 for n in names}, 0.1, names)
-    wpl.subset(["2.weight"])
+    gone = wpl.subset(["2.weight"])
     with pytest.raises(NameMismatchError, match="lacks 2 of 5 names"):
         wpl.rebind(rest)
     wpl.rebind(rest, missing="drop")
+    for use in (gone, gone.add_grad_, lambda: dict(gone)):
+        with pytest.raises(NameMismatchError, match=r"2\.weight"):
+            use()
     assert wpl().item() == pytest.approx(exact.item(), rel=1e-6)
     assert list(wpl.fisher) == names
     with pytest.raises(NameMismatchError, match="lacks 3 of 3"):

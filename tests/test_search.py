@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
 import wplfast
+from benchmarks.experiments import overview
 from benchmarks.experiments.search import summary
 from benchmarks.experiments.search.controller import Controller
 from benchmarks.experiments.search.forgetting import forgetting
@@ -265,3 +266,33 @@ def test_report_names_verdicts_times_and_divergence():
     assert "all runs diverged" in report.table(record)
     assert "Diverged, and left out in both arms: 1 with WPL" in report.markdown(record)
     assert report.figure(record).startswith(b"\x89PNG")
+
+
+def test_overview_by_hand():
+    def record(name, wpl, cover, layer_norm=False):
+        ce = [curves(seed, None, [9, 4 + seed, 2], 1.0 + seed) for seed in range(2)]
+        return {
+            "experiment": "image_search",
+            "summary": summary.summarise({"ce": ce, "wpl": wpl}, 1),
+            "data": {"name": name},
+            "settings": {"task": {"cover": cover, "sizes": {"layer_norm": layer_norm}}},
+            "tuning": {"lr": {"chosen": 0.1}, "alpha": {"chosen": wpl[0].alpha}},
+        }
+
+    good = [curves(seed, 2.0, [9, 1, 1], 1.5 + seed) for seed in range(2)]
+    bad = [curves(seed, 1.0, [9, 9, 4], 0.5 + seed) for seed in range(2)]
+    lost = [curves(seed, 1.0, [9], 1.0, diverged=True) for seed in range(2)]
+    records = {
+        "image_search_digits": record("USED", good, "used"),
+        "image_search_digits_cells": record("CELLS", bad, "cells"),
+        "image_search_mnist": record("LOST", lost, "used"),
+    }
+    text = "\n".join(overview.overview(records))
+    assert "60, 40, 40 % less" in text
+    used = "| convolution cells, USED | all in use, alpha 2 | **4.5 to 1 (78 % less)** | **9 to 2 (78 % less)** |"
+    assert f"{used} **13.5 to 3 (78 % less)** | **1.5 to 2** |" in text
+    cells = "| convolution cells, CELLS | cells, alpha 1 | 4.5 to 9 (100 % more) | 9 to 18 (100 % more) |"
+    assert f"{cells} 13.5 to 27 (100 % more) | 1.5 to 1 |" in text
+    assert "| 0.1 | 1 to 2 | 6.5 to 1.0 (-5.5 ± 0.0) | 1.00 to 2.00 (+1.00 ± 0.00) |" in text
+    assert "LOST" not in text
+    assert "EWC" not in text

@@ -239,10 +239,14 @@ class Subset:
         self.penalty, self.names = penalty, names
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield pairs of name and parameter."""
+        """Yield pairs of name and parameter.
+
+        Raises:
+            NameMismatchError: if the penalty dropped a name since.
+        """
         references = self.penalty._references
-        tensors = references.tensors()
-        return ((name, tensors[references.index[name]]) for name in self.names)
+        names, tensors = references.chosen(self.names), references.tensors()
+        return ((name, tensors[references.index[name]]) for name in names)
 
     def __call__(self) -> Tensor:
         """Return the penalty over the names."""

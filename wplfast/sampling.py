@@ -24,11 +24,13 @@ def draw(outputs: Any, given: Any, likelihood: Likelihood, generator: torch.Gene
         generator: source of randomness, on the outputs' device.
 
     Raises:
-        ValueError: if the likelihood is unknown.
+        ValueError: if the likelihood is unknown, or the generator is of another device.
     """
     if callable(likelihood):
         return likelihood(outputs, generator)
     logits = logits_of(outputs).detach()
+    if generator.device.type != logits.device.type:
+        raise ValueError(f"generator must be of the outputs' device, {logits.device}, got one of {generator.device}")
     if likelihood == "categorical":
         # A row of NaN is drawn from all the same: its loss is NaN then, and reported as any other.
         probabilities = logits.float().softmax(-1).nan_to_num(nan=1.0).reshape(-1, logits.shape[-1])

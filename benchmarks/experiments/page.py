@@ -23,6 +23,7 @@ SECTIONS = (
             "text_search_ptb": "",
             "text_search_ptb_strong": "a stronger penalty",
             "text_search_help": "",
+            "text_search_help_strong": "a stronger penalty",
             "text_search_help_used": "the penalty on all weights in use",
             "text_search_help_norm": "the cells' outputs normalised",
         },
@@ -42,7 +43,8 @@ HEAD = """# What the experiments gave
 
 Made from the records in [results](results) by `python -m benchmarks.experiments.page`. Every experiment is one command,
 `python -m benchmarks.experiments.NAME`; `--help` lists its options, among them the papers' sizes. All figures are
-reported as they came out, at one seed list, and every grid and choice is in the record.
+reported as they came out, at one seed list, and every grid and choice is in the record. Some runs shared their machine
+with other work: wall times and milliseconds may be too long, ratios within a run hold.
 """
 
 

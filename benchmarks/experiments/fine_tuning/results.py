@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from ...plumbing import spread as over_seeds
 from ...plumbing.spread import spread
 from .plan import Key, Outcome
 from .settings import Condition, Run
@@ -99,10 +99,4 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any], key: str = "mean") ->
         b: of another, with the same seeds.
         key: "mean" over updates, or "final".
     """
-    from scipy.stats import t
-
-    values = np.subtract(a[key]["seeds"], b[key]["seeds"])
-    if len(values) < 2:
-        return float(values.mean()), math.inf
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(half)
+    return over_seeds.difference(a[key], b[key])

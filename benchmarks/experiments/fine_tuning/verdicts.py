@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from ...plumbing.markdown import several
+from ...plumbing.spread import signed
 from .results import Scenario, difference
 
 AS_GOOD = 1.0  # points of accuracy that may be lost where something is said to do as well
@@ -18,11 +18,12 @@ NOISE_LOSS = 3.0  # points; the paper lost about 2
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim, whether the figures bear it out (None: no claim of the paper), and the figures."""
+    """A claim, whether the figures bear it out (None: no claim of the paper), the figures, and the one that decides."""
 
     claim: str
     holds: bool | None
     figures: str
+    figure: str = ""
 
     def __str__(self) -> str:
         """Return a line."""
@@ -45,13 +46,15 @@ def _steps(scenario: Scenario) -> list[Verdict]:
     longest, *rest = scenario.study("steps")
     usual = scenario.share(0.5)
     mean, half = _between(usual, longest)
-    few = f"{_steps_of(usual)} instead of {_steps_of(longest)}: {signed(mean, half)} points"
-    found = [Verdict("a small constant number of steps does as well as many epochs", mean >= -AS_GOOD, few)]
+    change = signed(mean, half)
+    few = f"{_steps_of(usual)} instead of {_steps_of(longest)}: {change} points"
+    found = [Verdict("a small constant number of steps does as well as many epochs", mean >= -AS_GOOD, few, change)]
     tenth = [row for row in rest if row["condition"]["unit"] == "epochs" and row["condition"]["steps"] < 1]
     for row in tenth:
         mean, half = _between(row, longest)
-        words = f"{_steps_of(row)}: {signed(mean, half)} points"
-        found.append(Verdict("a tenth of an epoch is too few", mean < -AS_GOOD and mean + half < 0, words))
+        change = signed(mean, half)
+        words = f"{_steps_of(row)}: {change} points"
+        found.append(Verdict("a tenth of an epoch is too few", mean < -AS_GOOD and mean + half < 0, words, change))
     return found
 
 
@@ -74,9 +77,9 @@ def _share(scenario: Scenario) -> list[Verdict]:
     end, end_half = _between(scenario.share(1.0), scenario.share(0.75), "final")
     one = f"Mean over updates {signed(late, late_half)} points, after the last one {signed(end, end_half)}"
     return [
-        Verdict("a lambda in between is best", 0 < best < 1, f"Best: {best:g} ({words})"),
-        Verdict("lambda = 0 overfits the update set", lost + half < -AS_GOOD, zero),
-        Verdict("lambda = 1 does about as well as 0.75", late >= -ABOUT_AS_GOOD, one),
+        Verdict("a lambda in between is best", 0 < best < 1, f"Best: {best:g} ({words})", f"{best:g}"),
+        Verdict("lambda = 0 overfits the update set", lost + half < -AS_GOOD, zero, signed(lost, half)),
+        Verdict("lambda = 1 does about as well as 0.75", late >= -ABOUT_AS_GOOD, one, signed(late, late_half)),
     ]
 
 
@@ -86,7 +89,8 @@ def _noise(scenario: Scenario) -> list[Verdict]:
     lost = {row["condition"]["noise"]: _between(row, clean) for row in noisy}
     words = ", ".join(f"{100 * share:.0f} %: {signed(*change)}" for share, change in lost.items())
     words = f"With {_steps_of(clean)} an update, points by share of wrong labels: {words}"
-    return [Verdict("10 % wrong labels cost little (paper: about 2 points)", lost[0.1][0] >= -NOISE_LOSS, words)]
+    claim = "10 % wrong labels cost little (paper: about 2 points)"
+    return [Verdict(claim, lost[0.1][0] >= -NOISE_LOSS, words, signed(*lost[0.1]))]
 
 
 def _replacement(scenario: Scenario) -> list[Verdict]:
@@ -159,8 +163,3 @@ def _steps_of(row: Mapping[str, Any]) -> str:
     condition = row["condition"]
     name = f"{condition['steps']:g} {condition['unit']}"
     return name if condition["unit"] == "iterations" else f"{name} ({row['iterations_per_update']:g} iterations)"
-
-
-def signed(mean: float, half: float) -> str:
-    """Format a difference with its 95 % interval, where there is one."""
-    return f"{round(mean, 1) + 0.0:+.1f}" + (f" ± {half:.1f}" if math.isfinite(half) else "")

@@ -2,7 +2,7 @@
 
 A controller samples convolution cells from one set of weights; each is trained for a few minibatches and measured, and
 again at the end of the epoch, after the others were trained: what did it forget? Then the controller is trained with
-accuracies. Once with cross-entropy alone, once with WPL over the weights of the cells' operations.
+accuracies. Once with cross-entropy alone, once with WPL over all weights that an architecture uses.
 
     python -m benchmarks.experiments.image_search                              # the digits that scikit-learn ships
     python -m benchmarks.experiments.image_search --data DIR                   # MNIST's IDX files

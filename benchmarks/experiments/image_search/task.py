@@ -20,7 +20,7 @@ class Task:
     sizes: Sizes
     batches: Batches
     device: str
-    cover: Cover = "used"
+    cover: Cover
 
 
 def make(task: Task, seed: int) -> ImageProblem:

@@ -126,9 +126,9 @@ def _notes(record: dict[str, Any]) -> list[str]:
     lines = [
         f"Differences: validation {words['error']} at the end of an epoch minus right after an architecture's own "
         "training; mean ± standard deviation over "
-        f"{summary['seeds']} seed{'s' * (summary['seeds'] != 1)}. Goals are the paper's reductions in the epoch in "
-        "which cross-entropy alone forgets most; since that epoch is picked by what one arm did, chance favours the "
-        "other one in it, and not in the rows over all epochs.",
+        f"{summary['seeds']} seed{'s' * (summary['seeds'] != 1)}. The goals, somewhat below the paper's reductions, "
+        "are about the epoch in which cross-entropy alone forgets most; since that epoch is picked by what one arm "
+        "did, chance favours the other one in it, and not in the rows over all epochs.",
     ]
     lost = {ARMS[arm]: values["diverged"] for arm, values in summary["arms"].items() if values["diverged"]}
     if lost:
@@ -176,7 +176,7 @@ def _setting(record: dict[str, Any]) -> str:
         ", ".join(f"{key} {value:,}" for key, value in record["data"].items() if isinstance(value, int)),
     ]
     if record.get("resumed"):
-        parts.append("resumed after an interruption: the wall time is that of the last call")
+        parts.append("run with --resume: the wall time is that of the last call")
     return f"{'; '.join(parts)}."
 
 

@@ -21,7 +21,7 @@ class Task:
     sizes: Sizes
     batches: Batches
     device: str
-    cover: Cover = "used"
+    cover: Cover
 
 
 def make(task: Task, seed: int) -> TextProblem:
