@@ -53,7 +53,8 @@ def figure(record: dict[str, Any]) -> bytes:
     drawing.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     seeds = f"{summary['seeds']} seed{'s' * (summary['seeds'] != 1)}"
     title = f"{words['title']}: {record['data']['name']}"
-    notes = "; ".join([f"penalty on {_covered(record)}", *_changes(record), f"{seeds}, mean ± standard deviation"])
+    penalty = f"penalty on {_covered(record)}, alpha {record['tuning']['alpha']['chosen']:g}"
+    notes = "; ".join([penalty, *_changes(record), f"{seeds}, mean ± standard deviation"])
     drawing.suptitle(f"{title}\n{notes}", fontsize=11)
     return plots.png(drawing)
 
