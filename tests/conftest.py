@@ -92,6 +92,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def usual_malloc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the allocator of the process that runs the tests as it is, where benchmarks would set it."""
+    from benchmarks.plumbing import malloc
+
+    monkeypatch.setattr(malloc, "keep", lambda: True)
+
+
+@pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fill every new uninitialised tensor with NaN, and draw fresh inputs (the seed is printed on failure)."""
     seed = int(os.environ.get("WPLFAST_TEST_SEED", "0")) or torch.seed() % 2**31

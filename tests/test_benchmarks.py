@@ -27,15 +27,11 @@ from benchmarks import (
     timing,
 )
 from benchmarks.__main__ import main
-from benchmarks.plumbing import exact, malloc, peer_libraries, penalty_report
+from benchmarks.plumbing import exact, peer_libraries, penalty_report
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def _usual_malloc(monkeypatch):
-    """Leave the allocator of the process that runs the tests as it is."""
-    monkeypatch.setattr(malloc, "keep", lambda: True)
+pytestmark = pytest.mark.usefixtures("usual_malloc")
 
 
 def test_all_quick(tmp_path, capfd):

@@ -25,16 +25,12 @@ from benchmarks import (
     roofs,
     timing,
 )
-from benchmarks.plumbing import gpu_report, malloc, parts
+from benchmarks.plumbing import gpu_report, parts
 from benchmarks.plumbing import record as record_of
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def _usual_malloc(monkeypatch):
-    """Leave the allocator of the process that runs the tests as it is."""
-    monkeypatch.setattr(malloc, "keep", lambda: True)
+pytestmark = pytest.mark.usefixtures("usual_malloc")
 
 
 def failing():

@@ -71,9 +71,8 @@ def _section(name: str, part: str, record: dict[str, Any], text: str) -> str:
     place = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['cores']} cores"
     commit = (record["commit"] or "unknown")[:7]
     text = text.partition("\n\n")[2] if text.startswith("### ") else text  # the title is here
-    text = text.replace(f"](benchmarks/{RESULTS.name}/", f"]({RESULTS.name}/")  # from the page's folder
     lines = [f"### {title}", ""]
-    if (RESULTS / f"{name}.png").exists() and f"({RESULTS.name}/{name}.png)" not in text:
+    if (RESULTS / f"{name}.png").exists():
         lines += [f"![{record['experiment']} on {title}](results/{name}.png)", ""]
     lines += [text, "", f"{record['wall_seconds']:.0f} s on {place}; torch {versions['torch']}; commit {commit}; "]
     lines[-1] += f"[record](results/{name}.json).\n"

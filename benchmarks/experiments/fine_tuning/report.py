@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...plumbing.markdown import heading, image, row
+from ...plumbing.markdown import heading, row
 from ...plumbing.spread import points
 from . import figure as _figure
 from .results import Scenario, name
@@ -45,13 +45,11 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """Return a section for the page of results: figure, tables, verdicts."""
+    """Return a section for the page of results: tables, verdicts."""
     data, settings = record["data"], record["settings"]
-    picture = f"fine_tuning_{'mnist' if data['name'] == 'MNIST' else 'digits'}.png"
     lines = [
         f"### Incremental fine-tuning: {data['name']}",
         "",
-        *image(picture, "Accuracy by update, for steps, share of old data, wrong labels; and with WPL"),
         "After Kaeding, Rodner, Freytag and Denzler (2016). Update sets of "
         f"{settings['sizes']['update']} samples of one class arrive one after the other. SGD with momentum "
         f"{settings['momentum']:g}, weight decay {settings['weight_decay']:g} and minibatches of "

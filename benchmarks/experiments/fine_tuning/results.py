@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...plumbing import spread as over_seeds
+from ...plumbing.spread import difference as paired
 from ...plumbing.spread import spread
 from .plan import Key, Outcome
 from .settings import Condition, Run
@@ -99,4 +99,4 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any], key: str = "mean") ->
         b: of another, with the same seeds.
         key: "mean" over updates, or "final".
     """
-    return over_seeds.difference(a[key], b[key])
+    return paired(a[key], b[key])

@@ -59,16 +59,10 @@ def figure(record: dict[str, Any]) -> bytes:
     return plots.png(drawing)
 
 
-def markdown(record: dict[str, Any], image: str | None = None) -> str:
-    """Return a section of the results page: the figure, the table, the verdicts, the settings.
-
-    Args:
-        record: as written.
-        image: the name of its figure in ``benchmarks/results``, if it shall be shown.
-    """
+def markdown(record: dict[str, Any]) -> str:
+    """Return a section of the results page: the table, the verdicts, the settings."""
     words, tuning = record["words"], record["tuning"]
     lines = [f"### {words['title']}: {record['data']['name']}", ""]
-    lines += md.image(image, words["title"]) if image else []
     lines += md.heading(["", *ARMS.values(), ""])
     lines += [md.row(cells) for cells in _rows(record)]
     lines += ["", *_notes(record)]
