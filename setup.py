@@ -73,7 +73,7 @@ class BuildExtension(build_ext):
 
     def _precompile(self, archs: list[int], root: Path, folder: Path) -> None:
         """Make packs for targets, by the package under ``root`` and into ``folder``."""
-        builder = [sys.executable, "-m", "wplfast.backends.triton.precompile", "--out", str(folder)]
+        builder = [sys.executable, "-m", "wplfast.backends.triton.packs.precompile", "--out", str(folder)]
         paths = [str(root), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         environment["WPLFAST_KERNELS"] = "jit"

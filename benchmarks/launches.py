@@ -37,7 +37,7 @@ WAYS = ("jit", "pack")
 
 def calls() -> dict[str, Callable[[], object]]:
     """Return calls as training makes them, by name."""
-    from wplfast.backends.triton import precompile_cases as cases
+    from wplfast.backends.triton.packs import cases
 
     bf16, fp32 = torch.bfloat16, torch.float32
     return {
@@ -130,7 +130,8 @@ def measure(way: str, device: str) -> dict[str, Any]:
 
 def make_pack(folder: Path, device: str) -> int:
     """Make a pack of what is measured here; return the number of its kernels."""
-    from wplfast.backends.triton import precompile, scale_unless_one_
+    from wplfast.backends.triton import scale_unless_one_
+    from wplfast.backends.triton.packs import precompile
 
     def cases() -> list[Callable[[], object]]:
         return [*calls().values(), lambda: scale_unless_one_(torch.zeros(64), torch.zeros(()))]

@@ -14,7 +14,8 @@ import torch
 import triton
 
 from benchmarks.plumbing import fake_cuda
-from wplfast.backends.triton import kernel, launch, precompile_cases, prepared, scale_unless_one, squares
+from wplfast.backends.triton import kernel, launch, prepared, scale_unless_one, squares
+from wplfast.backends.triton.packs import cases as precompile_cases
 
 fake = fake_cuda.FakeCuda()
 triton.knobs.compilation.disable_line_info = True  # as packs are made, so that the code is the same in bytes

@@ -11,10 +11,10 @@ from torch import nn
 
 import wplfast
 from wplfast.capture.call import Source
-from wplfast.capture.codes import Codes, Signature, candidates, decode, matches
-from wplfast.capture.ownership import Axis, Layout, Routed, Single, sum_to
+from wplfast.capture.probe.weights import Codes, Signature, candidates, decode, matches
 from wplfast.capture.rules.base import summed
-from wplfast.capture.uses import FactoredUse
+from wplfast.capture.rules.grad_sample import FactoredUse
+from wplfast.capture.sample_layout import Axis, Layout, Routed, Single, sum_to
 from wplfast.capture.watched import WatchedParameter
 from wplfast.errors import VerificationError
 
@@ -153,7 +153,7 @@ def test_verification_sees_wrong_owners_that_keep_the_sum(monkeypatch):
 
 
 def test_verification_sees_a_missed_use(monkeypatch):
-    from wplfast.capture.session import Session
+    from wplfast.capture.collect.session import Session
 
     taken = []
     right = Session._take

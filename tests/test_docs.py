@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = ["accumulate", "estimate", "fisher", "functional", "losses", "penalty"]
+MODULES = ["fisher.accumulator", "fisher.diagonal", "fisher.result", "functional", "losses", "penalty.loss"]
 
 
 @pytest.mark.parametrize("name", MODULES)

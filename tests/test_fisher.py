@@ -96,7 +96,7 @@ def test_verify_fisher(name):
 
 def test_batches_of_one_sample_are_verified_once(monkeypatch):
     """One sample shows no mixing: the first batch of several is verified too, batches of one in between are not."""
-    from wplfast.capture.session import Session
+    from wplfast.capture.collect.session import Session
 
     sizes, verify = [], Session._verify
     monkeypatch.setattr(Session, "_verify", lambda self, batch: (sizes.append(len(batch.losses)), verify(self, batch)))

@@ -10,7 +10,7 @@ from torch import nn
 
 import wplfast
 from wplfast.errors import CoupledSamplesError, NonFiniteError, UnsupportedParameterError, WplfastError
-from wplfast.sampling import draw
+from wplfast.fisher.sampling import draw
 
 # ---- bad input ---------------------------------------------------------------------------------------------
 

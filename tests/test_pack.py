@@ -19,8 +19,10 @@ torch = pytest.importorskip("torch")
 
 import wplfast  # noqa: E402
 from benchmarks.plumbing import fake_cuda  # noqa: E402
-from wplfast.backends.triton import kernel, launch, packs, penalty_kernel, precompile, scale, squares  # noqa: E402
-from wplfast.backends.triton.precompile_cases import CASES  # noqa: E402
+from wplfast.backends.triton import kernel, launch, penalty_kernel, scale, squares  # noqa: E402
+from wplfast.backends.triton.packs import archives as packs  # noqa: E402
+from wplfast.backends.triton.packs import precompile  # noqa: E402
+from wplfast.backends.triton.packs.cases import CASES  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing"),
@@ -35,7 +37,8 @@ BUILD = """
 import sys
 from pathlib import Path
 import torch
-from wplfast.backends.triton import precompile, precompile_cases as cases, scale_unless_one_, squares
+from wplfast.backends.triton.packs import precompile, cases
+from wplfast.backends.triton import scale_unless_one_, squares
 from wplfast.backends.triton.launch import OPTIONS
 
 out, grads = torch.empty(64), torch.empty(8, 64)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from zoo import Lambda
 
 import wplfast
-from wplfast.capture import recurrent
+from wplfast.capture.trace import recurrent
 
 D, H, C = 5, 6, 3
 

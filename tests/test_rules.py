@@ -352,7 +352,7 @@ def test_every_rule_has_cases():
 
 
 def test_attention_out_of_its_steps():
-    from wplfast.capture.attention import scaled_dot_product_attention
+    from wplfast.capture.trace.attention import scaled_dot_product_attention
 
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
     hidden = torch.rand(5, 7) < 0.5

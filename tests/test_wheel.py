@@ -146,7 +146,7 @@ def test_source_distribution_holds_what_is_built_from(built):
     assert held >= sources(
         "Makefile", "MANIFEST.in", "setup.py", "pyproject.toml", "LICENSE", ".ci/*", "benchmarks/*.py"
     )
-    assert not [name for name in held if re.search(r"\.(so|o|pyc|whl)$|__pycache__|/packs/", name)]
+    assert not [name for name in held if re.search(r"\.(so|o|pyc|whl)$|__pycache__|/packs/sm_", name)]
 
 
 def test_wheel_holds_the_package_alone(names, about):
@@ -162,7 +162,9 @@ def test_wheel_holds_the_package_alone(names, about):
 
 def test_version_names_the_precompiled_kernels(wheel, names):
     local = parse_wheel_filename(wheel.name)[1].local
-    packs = {PurePosixPath(name).stem.replace("_", "") for name in names if name.startswith(PACKS)}
+    packs = {
+        PurePosixPath(name).stem.replace("_", "") for name in names if name.startswith(PACKS) and name.endswith(".zip")
+    }
     assert packs == set(local.split(".") if local else ())
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from . import backends, errors, functional, losses, ops
-from .accumulate import FisherAccumulator
-from .estimate import fisher_diagonal
-from .fisher import Fisher
-from .penalty import WeightPlasticityLoss
-from .verify import verify_fisher
+from .fisher.accumulator import FisherAccumulator
+from .fisher.diagonal import fisher_diagonal
+from .fisher.result import Fisher
+from .fisher.verify import verify_fisher
+from .penalty.loss import WeightPlasticityLoss
 from .version import __version__
 
 __all__ = [

@@ -38,7 +38,8 @@ def kernels() -> list[tuple[str, str]]:
     """Return which packs of precompiled Triton kernels there are, and which GPU they serve."""
     if "triton" not in backends.available():
         return []
-    from .backends.triton import kernel, packs
+    from .backends.triton import kernel
+    from .backends.triton.packs import archives as packs
 
     rows = []
     for arch, path in sorted(packs.present().items()):

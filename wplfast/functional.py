@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .autograd import differentiable
-from .coefficients import scalar
 from .ops import check_penalty
 from .ops.layout import in_order_of, is_dense
 from .ops.prepared import PreparedPenalty
+from .penalty.autograd import differentiable
+from .penalty.coefficients import scalar
 
 
 def wpl_penalty(

@@ -10,6 +10,7 @@ Environment:
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,10 +20,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ...log import logger
 from ..exchange import EXCHANGE
-from . import packs
-from .packs import LOADED, Pack, PackError
+from .packs import archives as packs
+from .packs.archives import LOADED, Pack, PackError
+
+logger = logging.getLogger(__name__)
 
 #: What a launch may say to the compiler.
 OPTION_NAMES = ("enable_fp_fusion", "num_stages", "num_warps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -12,8 +13,9 @@ import triton
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ...log import logger
-from .packs import LOADED
+from .packs.archives import LOADED
+
+logger = logging.getLogger(__name__)
 
 #: Products and sums may fuse (one rounding instead of two); Triton 3.10 changes its default, so it is said here.
 OPTIONS = {"enable_fp_fusion": True}

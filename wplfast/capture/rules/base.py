@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...ops.layout import flat_dtype
 from ..call import Call, Source
-from ..local import LocalBackward
-from ..ownership import Layout, Ownership, Single, is_summable, sum_to
-from ..uses import OwnedUse, SummedUse, Use
+from ..sample_layout import Layout, Ownership, Single, is_summable, sum_to
+from .grad_sample import OwnedUse, SummedUse, Use
+from .local import LocalBackward
 
 
 class Rule(ABC):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Slot
-from ..ownership import Layout, Ownership, Single
-from ..uses import OwnedUse, Use
+from ..sample_layout import Layout, Ownership, Single
 from .base import OneOutputRule, summed
+from .grad_sample import OwnedUse, Use
 
 
 class CatRule(OneOutputRule):

@@ -13,9 +13,9 @@ from torch import Tensor
 from ... import ops
 from ...ops.layout import flat_dtype
 from ..call import Call, Source
-from ..ownership import Layout, Ownership, Single
-from ..uses import SummedUse, Use, widened
+from ..sample_layout import Layout, Ownership, Single
 from .base import OneOutputRule, by_batch, channel_rows, channels_of, row_sums
+from .grad_sample import SummedUse, Use, widened
 
 #: function -> (spatial dimensions, transposed)
 _FORMS: dict[Callable[..., Any], tuple[int, bool]] = {

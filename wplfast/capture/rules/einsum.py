@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Slot
-from ..ownership import Layout, Ownership, Single
-from ..uses import FactoredUse, Use
+from ..sample_layout import Layout, Ownership, Single
 from .base import OneOutputRule
+from .grad_sample import FactoredUse, Use
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import Tensor
 from ... import ops
 from ...ops.layout import flat_dtype
 from ..call import Call, Slot, Source
-from ..ownership import Ownership
-from ..uses import Use, widened
+from ..sample_layout import Ownership
 from .base import OneOutputRule
+from .grad_sample import Use, widened
 
 
 class LookupUse(Use):

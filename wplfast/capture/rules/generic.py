@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ...ops.layout import flat_dtype
 from ..call import Call, Source
-from ..local import LocalBackward, SlicedCall
-from ..ownership import Ownership
-from ..uses import Use
+from ..sample_layout import Ownership
 from .base import Rule
+from .grad_sample import Use
+from .local import LocalBackward, SlicedCall
 
 
 class LocalUse(Use):

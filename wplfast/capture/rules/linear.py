@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import Call
-from ..ownership import Ownership
-from ..uses import FactoredUse, SummedUse, Use
+from ..sample_layout import Ownership
 from .base import OneOutputRule, row_sums, summed
+from .grad_sample import FactoredUse, SummedUse, Use
 
 
 class LinearRule(OneOutputRule):

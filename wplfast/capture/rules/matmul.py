@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..ownership import Layout, Ownership, Single
-from ..uses import FactoredUse, Use
+from ..sample_layout import Layout, Ownership, Single
 from .base import OneOutputRule, summed
+from .grad_sample import FactoredUse, Use
 
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "mm"})
 

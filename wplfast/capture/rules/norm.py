@@ -1,7 +1,7 @@
 """Normalisation with an affine part: ``y = normalised(x) * weight + bias``, whatever normalises x.
 
 The normalised input is not kept: the backward pass computes it again, with the affine part left out. Batch statistics
-never reach this rule, since :mod:`wplfast.checks` refuses them.
+never reach this rule, since :mod:`wplfast.fisher.checks` refuses them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ... import ops
 from ..call import Call
-from ..ownership import Ownership
-from ..uses import SummedUse, Use
+from ..sample_layout import Ownership
 from .base import OneOutputRule, by_batch, channel_rows, channels_of, row_sums, summed
+from .grad_sample import SummedUse, Use
 from .scale import scaled
 
 

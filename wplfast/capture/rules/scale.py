@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ... import ops
 from ..call import Call, Source
-from ..ownership import Ownership
-from ..uses import SummedUse, Use
+from ..sample_layout import Ownership
 from .base import OneOutputRule, summed
+from .grad_sample import SummedUse, Use
 
 _PRODUCTS = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
 _QUOTIENTS = frozenset({"div", "div_", "divide", "divide_", "true_divide", "__truediv__", "__itruediv__"})

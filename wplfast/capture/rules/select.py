@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..ownership import Ownership
-from ..uses import Use
+from ..sample_layout import Ownership
 from .base import OneOutputRule, summed
+from .grad_sample import Use
 
 
 class SelectRule(OneOutputRule):

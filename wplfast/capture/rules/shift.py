@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..call import Call
-from ..ownership import Ownership
-from ..uses import Use
+from ..sample_layout import Ownership
 from .base import OneOutputRule, summed
+from .grad_sample import Use
 
 #: function name -> signs of its first and second operand
 _SIGNS = {

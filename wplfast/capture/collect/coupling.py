@@ -1,0 +1,25 @@
+"""Sites whose output's gradient mixes samples: coupled samples, or an operation without a sample axis?"""
+
+from __future__ import annotations
+
+from ..trace.tap import Site
+
+UNKNOWN = (
+    ". If the data of this call do not depend on the samples at all, that is no coupling, but one batch cannot tell: "
+    "use fisher_diagonal, which runs a sample alone, or pass independent=True to FisherAccumulator"
+)
+
+
+def is_about_positions(site: Site, n_samples: int) -> bool:
+    """Tell whether the data of a call are not samples: a range of indices, or of sizes that no batch axis fits in."""
+    return all(is_range or all(size % n_samples for size in shape) for shape, _, is_range in site.call.data_kinds)
+
+
+def describe(site: Site, names: list[str]) -> str:
+    """Name the module, the operation and the parameter where samples are coupled."""
+    name = names[min(site.parameters)]
+    module = name.rpartition(".")[0] or "the model"
+    return (
+        f"samples are coupled at {site.call.name} in {module} (parameter {name!r}): its output's gradient mixes "
+        "samples, so that of one sample's loss alone cannot be had (batch statistics? in-batch negatives?)"
+    )

@@ -1,0 +1,107 @@
+"""The verification of a batch: captured rows against plain autograd, on the same graph and on a sample alone.
+
+``sum_n c_n g_n``, summed from the captured rows with their owners, must equal the ordinary gradient of
+``sum_n c_n loss_n`` on the same graph. The c_n are random signs and powers of two, so that any exchange of samples
+shows,
+and so does a use that was missed. It is exact up to rounding, holds under dropout, slices no inputs, and costs one more
+backward pass. What it does not check is the squaring, which unit tests do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import VerificationError
+
+#: Largest difference, relative to sqrt(sum_n |g_n|^2).
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+
+def check_identity(
+    names: Sequence[str],
+    captured: Mapping[int, Tensor],
+    ordinary: Sequence[Tensor | None],
+    fisher: Sequence[Tensor],
+    codes: Tensor,
+    dtypes: Sequence[torch.dtype],
+    skipped: set[int],
+) -> None:
+    """Compare both sides, parameter by parameter.
+
+    Args:
+        names: the parameters' names.
+        captured: index -> ``sum_n c_n g_n`` from captured rows; absent where no use was collected.
+        ordinary: the ordinary gradients; None where none arrived.
+        fisher: the sums of squares so far, for the scale that rounding is relative to.
+        codes: the weights c_n.
+        dtypes: the parameters' dtypes.
+        skipped: indices not to compare (they were not captured but computed by autograd itself).
+
+    Raises:
+        VerificationError: naming the first parameter that differs.
+    """
+    largest = float(codes.abs().max())
+    scales = [float(f.sum(dtype=torch.float64)) ** 0.5 for f in fisher]
+    floor = 1e-3 * max(1e-300, sum(scale**2 for scale in scales)) ** 0.5  # some gradients are zero but for rounding
+    for index, expected in enumerate(ordinary):
+        got = captured.get(index)
+        if index in skipped or (expected is None and got is None):
+            continue
+        difference = torch.zeros_like(fisher[index]) if got is None else got.clone()
+        size = max(scales[index], floor)
+        if expected is not None:
+            difference -= expected.to(difference.dtype)
+            size = max(size, float(expected.norm()) / largest)
+        error = float(difference.norm()) / largest
+        if not error <= TOLERANCE[dtypes[index]] * size:
+            raise VerificationError(
+                f"captured per-sample gradients of {names[index]!r} disagree with autograd (|difference| {error:.3g}, "
+                f"|g| {size:.3g}); this is a bug in wplfast: please report the model. "
+                "wplfast.verify_fisher compares with a one-sample loop"
+            )
+
+
+#: Largest difference between a gradient in a batch and alone, relative to its size: another order of summation.
+ALONE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
+
+
+def check_alone(
+    names: Sequence[str],
+    captured: Mapping[int, Tensor],
+    alone: Sequence[Tensor | None],
+    dtypes: Sequence[torch.dtype],
+) -> None:
+    """Compare one sample's captured gradient with the one that plain autograd gives it in a batch of its own.
+
+    Both sides of the identity go through the taps; this one does not. It sees an operation that the capture misread,
+    and gradients that a batch scales by its own statistics.
+
+    Args:
+        names: the parameters' names.
+        captured: index -> the sample's gradient; absent where no use was collected.
+        alone: the gradients alone; None where none arrived.
+        dtypes: the parameters' dtypes.
+
+    Raises:
+        VerificationError: naming the first parameter that differs.
+    """
+    norms = {i: float(g.double().norm()) for i, g in enumerate(alone) if g is not None}
+    floor = 1e-3 * max(norms.values(), default=0.0)
+    for index, expected in enumerate(alone):
+        got = captured.get(index)
+        if expected is None and got is None:
+            continue
+        size = max(norms.get(index, 0.0), floor)
+        difference = 0.0 if got is None else got.double()
+        if expected is not None:
+            difference = difference - expected.to_dense().double()
+        error = float(torch.as_tensor(difference).norm())
+        if not error <= ALONE_TOLERANCE[dtypes[index]] * size:
+            raise VerificationError(
+                f"the gradient of {names[index]!r} for one sample is not that of a batch of its own "
+                f"(|difference| {error:.3g}, |g| {size:.3g}): either the batch enters it (a detached batch "
+                "statistic?), or wplfast misread an operation of the model; please report it then"
+            )

@@ -1,0 +1,177 @@
+"""Uses of a source in one batch: each gives the per-sample gradients that one call contributed, in its cheapest form.
+
+The gradient of sample n is the sum over all uses of a parameter, and it must be summed before it is squared; the
+forms here say how (:mod:`.reduce` does it).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...ops.layout import flat_dtype
+from ..call import Source
+from ..sample_layout import Ownership
+
+#: Per-sample gradients are materialised for at most this many elements at a time.
+MAX_ELEMENTS = 1 << 24
+
+
+class Use(ABC):
+    """What one call contributed to the per-sample gradients of one source."""
+
+    def __init__(self, source: Source, n_samples: int, rule: str) -> None:
+        """Describe a use; ``rule`` names the rule for the report."""
+        self.source, self.n_samples, self.rule = source, n_samples, rule
+
+    @abstractmethod
+    def per_sample(self, samples: range) -> Tensor:
+        """Return the gradients of some samples, [len(samples), *source.shape], float32 or wider."""
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Return ``sum_n weights[n] g_n`` (weights float64 [N]), in the shape of the source."""
+        total = torch.zeros_like(self.source.value, dtype=flat_dtype(self.source.value.dtype))
+        for samples in chunks(self.n_samples, self.source.value.numel()):
+            grads = self.per_sample(samples)
+            total += torch.tensordot(weights[samples.start : samples.stop].to(grads), grads, 1)
+        return total
+
+    def joined(self, others: Sequence[Use]) -> Use | None:
+        """Return one use that stands for the sum of this and others of its class; None if there is no such form."""
+        return None if others else self
+
+    def accumulate(self, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
+        """Add squares to ``fisher`` (of the source's shape) without the per-sample gradients; False if that cannot be.
+
+        Args:
+            fisher: accumulator, which may be a strided view.
+            gradient: optional accumulator of plain gradients, likewise.
+            weights: optional weights [N], float64.
+        """
+        return False
+
+
+class FactoredUse(Use):
+    """Gradients that are products of small factors: ``g_n = G_n^T A_n``."""
+
+    def __init__(self, source: Source, rule: str, activations: Tensor, grad_outputs: Tensor) -> None:
+        """Take A [N, T, D_in] and G [N, T, D_out] for a source that is a matrix [D_out, D_in] in some shape."""
+        super().__init__(source, activations.shape[0], rule)
+        self.activations, self.grad_outputs = activations, grad_outputs
+
+    def per_sample(self, samples: range) -> Tensor:
+        """Multiply the factors of some samples."""
+        chosen = slice(samples.start, samples.stop)
+        wide = flat_dtype(self.activations.dtype)
+        product = self.grad_outputs[chosen].to(wide).transpose(1, 2) @ self.activations[chosen].to(wide)
+        return product.view(-1, *self.source.value.shape)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Sum with one product."""
+        wide = flat_dtype(self.activations.dtype)
+        scaled = self.grad_outputs.to(wide) * weights.to(self.grad_outputs.device, wide).view(-1, 1, 1)
+        total = scaled.flatten(0, 1).t() @ self.activations.to(wide).flatten(0, 1)
+        return total.view(self.source.value.shape)
+
+    def joined(self, others: Sequence[Use]) -> Use:
+        """Join the rows along T: their products then sum before the square."""
+        if not others:
+            return self
+        uses = [self, *(use for use in others if isinstance(use, FactoredUse))]
+        a = torch.cat([use.activations for use in uses], 1)
+        g = torch.cat([use.grad_outputs for use in uses], 1)
+        return FactoredUse(self.source, self.rule, a, g)
+
+    def accumulate(self, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
+        """Call the fused operator, on the transposed product where the accumulator is transposed."""
+        a, g = self.activations, self.grad_outputs
+        if fisher.is_contiguous():
+            shape = (g.shape[2], a.shape[2])
+            fisher, gradient = fisher.view(shape), None if gradient is None else gradient.view(shape)
+        elif fisher.dim() == 2 and fisher.t().is_contiguous():
+            a, g, fisher, gradient = g, a, fisher.t(), None if gradient is None else gradient.t()
+        else:
+            return False
+        a, g = widened(a, fisher), widened(g, fisher)
+        a, g = (t if t.stride(2) == 1 or t.shape[2] <= 1 else t.contiguous() for t in (a, g))
+        ops.fisher_linear_(fisher, a, g, weights, gradient)
+        return True
+
+
+class SummedUse(Use):
+    """Gradients that are small enough to be at hand."""
+
+    def __init__(self, source: Source, rule: str, grads: Tensor) -> None:
+        """Take the gradients [N, *source.shape], float32 or wider."""
+        super().__init__(source, grads.shape[0], rule)
+        self.grads = grads
+
+    def per_sample(self, samples: range) -> Tensor:
+        """Slice them."""
+        return self.grads[samples.start : samples.stop]
+
+    def joined(self, others: Sequence[Use]) -> Use:
+        """Add them up."""
+        if not others:
+            return self
+        parts = [self.grads, *(use.grads for use in others if isinstance(use, SummedUse))]
+        return SummedUse(self.source, self.rule, torch.stack(parts).sum(0))
+
+    def accumulate(self, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
+        """Square and add."""
+        if not fisher.is_contiguous():
+            return False
+        add_squares(self.grads, fisher, gradient, weights)
+        return True
+
+
+class OwnedUse(Use):
+    """The gradient of a source that has a sample axis itself, such as an expanded token: masked to each sample."""
+
+    def __init__(
+        self,
+        source: Source,
+        rule: str,
+        owner: Ownership,
+        gradient: Tensor,
+        part: Callable[[Tensor], Tensor] = lambda whole: whole,
+    ) -> None:
+        """Take the gradient of an output, who owns its elements, and the part that the source was broadcast to."""
+        super().__init__(source, owner.n_samples, rule)
+        self.owner, self.gradient, self.part = owner, gradient, part
+
+    def per_sample(self, samples: range) -> Tensor:
+        """Mask and sum over what was broadcast."""
+        wide, shape = flat_dtype(self.gradient.dtype), self.source.value.shape
+        masked = (self.part(self.owner.only(self.gradient, n)) for n in samples)
+        return torch.stack([gradient.to(wide).sum_to_size(shape) for gradient in masked])
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Weigh all elements at once."""
+        wide = flat_dtype(self.gradient.dtype)
+        scaled = self.owner.scale(self.gradient.to(wide), weights.to(self.gradient.device))
+        return self.part(scaled).sum_to_size(self.source.value.shape)
+
+
+def widened(tensor: Tensor, accumulator: Tensor) -> Tensor:
+    """Bring a factor to the accumulator's type, if the operation ran in a narrower or wider one than its parameter."""
+    return tensor if flat_dtype(tensor.dtype) == accumulator.dtype else tensor.to(accumulator.dtype)
+
+
+def add_squares(grads: Tensor, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> None:
+    """Square and accumulate per-sample gradients [N, *S]; ``fisher`` is contiguous."""
+    grads = grads.to(fisher.dtype).contiguous()
+    ops.accumulate_squares_(fisher, grads, weights)
+    if gradient is not None:
+        ones = torch.ones(len(grads), dtype=grads.dtype, device=grads.device)
+        gradient += torch.tensordot(ones if weights is None else weights.to(grads.dtype), grads, 1)
+
+
+def chunks(n_samples: int, numel: int) -> list[range]:
+    """Split the samples so that [chunk, numel] stays within MAX_ELEMENTS."""
+    step = max(1, MAX_ELEMENTS // max(1, numel))
+    return [range(first, min(first + step, n_samples)) for first in range(0, n_samples, step)]

@@ -1,0 +1,321 @@
+"""``FisherAccumulator``: the context manager in which a model's losses are squared sample by sample."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..capture.collect.batch import Alone
+from ..capture.collect.session import Session
+from ..capture.probe.graph import leaves
+from ..capture.watched import Derived, check_supported, is_watched, watch
+from ..errors import CoupledSamplesError, NonFiniteError, WplfastError
+from ..params import Params, named
+from .buffers import Buffers
+from .checks import batch_norms, check_batch_statistics, check_losses, check_weights
+from .result import SLOW_RULES, Fisher, Report
+
+logger = logging.getLogger(__name__)
+
+
+class FisherAccumulator:
+    """Accumulate ``F = sum_n w_n g_n^2 / sum_n w_n`` over any number of batches.
+
+    Inside the context, run the model as usual and hand its per-sample losses to :meth:`backward`. Ordinary weight
+    gradients are not computed; ``.grad``, ``requires_grad`` and the parameters are afterwards what they were before.
+    The caller chooses the module's mode (``model.eval()``) and device.
+
+    Args:
+        model: the module; its parameters outside ``params`` are frozen for the pass.
+        params: what to accumulate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
+            all of the model's parameters that require grad.
+        with_grad: also accumulate the mean gradient, ``Fisher.mean_grad``.
+        verify: check the first batch against ordinary autograd, at the price of about one more backward pass, and now
+            and then that rows still belong to the samples they belonged to; "always": measure and check every batch.
+        on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf (costs one more Fisher of memory).
+        independent: True if you know that no sample's loss depends on another sample. Only needed where one batch
+            cannot tell whether an operation's data are samples, such as float tables without a batch axis.
+
+    Attributes:
+        n_samples: number of samples accumulated so far.
+        n_skipped: number of samples left out as not finite.
+        parameters: the watched parameters by name.
+
+    Raises:
+        UnsupportedParameterError: if a parameter is a tensor subclass such as DTensor.
+
+    Example:
+        >>> import torch, wplfast
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with wplfast.FisherAccumulator(model) as acc:
+        ...     for _ in range(2):
+        ...         acc.backward(model(torch.randn(5, 3)).square().sum(1))
+        >>> acc.result()
+        Fisher(2 parameters, 8 elements, 10 samples)
+
+    Source: the mean of squared per-sample gradients, arXiv:1612.00796 (EWC) and arXiv:1902.08232 (WPL).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params | None = None,
+        *,
+        with_grad: bool = False,
+        verify: bool | Literal["always"] = True,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        independent: bool | None = None,
+    ) -> None:
+        """See the class."""
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
+        self.model = model
+        self.parameters = named(model if params is None else params)
+        check_supported(self.parameters)
+        self._verify, self._independent = verify, independent
+        self._skip = on_nonfinite == "skip"
+        self._fisher = Buffers(self.parameters)
+        self._gradient = Buffers(self.parameters) if with_grad else None
+        self._staged = Buffers(self.parameters) if self._skip else None
+        self._staged_gradient = Buffers(self.parameters) if self._skip and with_grad else None
+        self._session: Session | None = None
+        self._stack = ExitStack()
+        self.n_samples = 0
+        self._total_weight = 0.0
+        self.n_skipped = 0
+        self._seconds = 0.0
+        self._invalid: str | None = None
+
+    # ---- the context -----------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> FisherAccumulator:
+        """Start to watch the parameters.
+
+        Raises:
+            WplfastError: if another pass watches one of them.
+        """
+        if self._session is not None:
+            raise WplfastError("this FisherAccumulator is open already, or was closed; make a new one")
+        watched = {id(p) for p in self.parameters.values()}
+        others = [p for p in self.model.parameters() if id(p) not in watched]
+        if any(is_watched(p) for p in others):
+            raise WplfastError("another Fisher pass watches parameters of this model; run one pass at a time")
+        target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
+        self._session = Session(
+            list(self.parameters),
+            list(self.parameters.values()),
+            [*others, *self.model.buffers()],
+            target.views,
+            None if gradient is None else gradient.views,
+        )
+        with ExitStack() as stack:
+            for parameter in (*self.parameters.values(), *others):
+                stack.callback(_restore, parameter, parameter.grad, parameter.requires_grad)
+            stack.enter_context(watch(self.parameters, self._session.interception))
+            for parameter in self.parameters.values():
+                parameter.grad = None
+                parameter.requires_grad_(True)
+            for parameter in others:
+                parameter.requires_grad_(False)
+            # Frozen parameters would let PyTorch take a fast path whose padded outputs are others (nested tensors).
+            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)
+            if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self._stack = stack.pop_all()
+        self._batch_norms = batch_norms(self.model)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give everything back as it was."""
+        self._stack.close()
+        if self._session is not None:
+            self._session.release()
+
+    # ---- accumulation ----------------------------------------------------------------------------------------------
+
+    def backward(self, losses: Tensor, weights: Tensor | None = None, *, retain_graph: bool = False) -> None:
+        """Accumulate one batch; do not reduce the losses and do not call ``losses.backward`` yourself.
+
+        Args:
+            losses: one loss per sample, [N], floating point, with a graph.
+            weights: optional non-negative weights [N]; they enter outside the square.
+            retain_graph: keep the graph for further losses of the same forward pass.
+
+        Raises:
+            ValueError: if losses is not [N], or weights do not fit.
+            NonFiniteError: if a loss or a Fisher entry is NaN or infinite (unless ``on_nonfinite="skip"``).
+            CoupledSamplesError: if a sample's loss depends on other samples.
+            VerificationError: if captured gradients disagree with autograd on the first batch.
+        """
+        self.accumulate(losses, weights, retain_graph=retain_graph)
+
+    def accumulate(
+        self,
+        losses: Tensor,
+        weights: Tensor | None = None,
+        *,
+        retain_graph: bool = False,
+        may_replay: bool = False,
+        count: int | None = None,
+        independent: bool | None = None,
+        alone: Alone | None = None,
+    ) -> bool:
+        """Accumulate one batch, for callers that can run its forward pass again.
+
+        Args:
+            losses: as in :meth:`backward`.
+            weights: as in :meth:`backward`.
+            retain_graph: as in :meth:`backward`.
+            may_replay: the caller can run the same forward pass again.
+            count: how many samples these losses stand for (0 for further terms of the same samples).
+            independent: whether the caller found that a sample's loss is the same in a batch of its own.
+            alone: the gradients of that sample, to compare with.
+
+        Returns:
+            False if nothing was accumulated and the forward pass must be run again.
+        """
+        session = self._usable()
+        check_losses(losses)
+        weights = check_weights(weights, losses)
+        check_batch_statistics(self._batch_norms)
+        if not len(losses):
+            return True
+        if not bool(torch.isfinite(losses.detach()).all()):
+            bad = int((~torch.isfinite(losses.detach())).nonzero()[0])
+            session.abandon()
+            return self._nonfinite(f"the loss of sample {bad} is {losses[bad].item()}", len(losses))
+        if session.batches == 0:
+            self._spare_leaves(losses)
+        started = time.perf_counter()
+        try:
+            done = session.backward(
+                losses,
+                weights,
+                verify=self._verify,
+                retain_graph=retain_graph,
+                may_replay=may_replay,
+                independent=self._independent if independent is None else independent,
+                alone=alone,
+            )
+            if done and independent is False:
+                raise CoupledSamplesError(
+                    "a sample's loss is another one in a batch of its own: samples are coupled, though not through a "
+                    "parameter's output (statistics of the inputs over the batch?)"
+                )
+        except NonFiniteError as error:
+            session.abandon()
+            return self._nonfinite(str(error), len(losses))
+        except BaseException as error:
+            self._invalid = f"an earlier batch failed: {error}"
+            raise
+        self._seconds += time.perf_counter() - started
+        if not done:
+            return False
+        if session.batches == 1:
+            self._log_slow(session)
+        name = (self._staged or self._fisher).first_nonfinite()
+        if name is not None:
+            return self._nonfinite(f"a squared gradient of {name!r} is NaN or infinite", len(losses))
+        for main, staged in ((self._fisher, self._staged), (self._gradient, self._staged_gradient)):
+            if main is not None and staged is not None:
+                main.add_and_clear(staged)
+        self.n_samples += len(losses) if count is None else count
+        self._total_weight += len(losses) if weights is None else float(weights.sum())
+        return True
+
+    @property
+    def is_learning(self) -> bool:
+        """Tell whether the next batch may ask for its forward pass again: nothing was measured yet."""
+        return self._session is None or self._session.is_learning
+
+    @property
+    def n_learnt(self) -> int:
+        """Number of calls that were found to have no sample axis."""
+        return 0 if self._session is None else len(self._session.interception.derive)
+
+    def result(self) -> Fisher:
+        """Return the Fisher of all samples so far; accumulation may go on.
+
+        Raises:
+            WplfastError: if nothing was accumulated or a batch failed.
+        """
+        return self._result(final=False)
+
+    def finish(self) -> Fisher:
+        """Return the Fisher without a copy; the accumulator cannot be used afterwards."""
+        return self._result(final=True)
+
+    def _result(self, final: bool) -> Fisher:
+        """Normalise, in place if ``final``."""
+        session = self._usable()
+        if not self.n_samples:
+            raise WplfastError("nothing was accumulated: call backward(losses) at least once")
+        if not self._total_weight > 0:
+            raise WplfastError("the weights of all samples are zero")
+        if final:
+            self._invalid = "its result was taken"
+        gradient = None if self._gradient is None else self._gradient.divided(self._total_weight, final)
+        rules = {name: tuple(sorted(session.rules[i])) for i, name in enumerate(self.parameters)}
+        numels = {name: p.numel() for name, p in self.parameters.items()}
+        report = Report(rules, dict(session.seconds), self._seconds, self.n_skipped, numels)
+        return Fisher(
+            self._fisher.divided(self._total_weight, final),
+            self.n_samples,
+            total_weight=self._total_weight,
+            mean_grad=gradient,
+            report=report,
+            parameters=self.parameters,
+        )
+
+    # ---- checks ----------------------------------------------------------------------------------------------------
+
+    def _usable(self) -> Session:
+        """Return the session, or tell why there is none."""
+        if self._session is None:
+            raise WplfastError("use FisherAccumulator as a context manager: `with FisherAccumulator(model) as acc:`")
+        if self._invalid is not None:
+            raise WplfastError(f"this FisherAccumulator cannot be used any more: {self._invalid}")
+        return self._session
+
+    def _nonfinite(self, what: str, n_samples: int) -> bool:
+        """Skip the batch or raise."""
+        if not self._skip:
+            self._invalid = what
+            raise NonFiniteError(f"{what}; look for overflow in the model, or pass on_nonfinite='skip'")
+        for staged in (self._staged, self._staged_gradient):
+            if staged is not None:
+                staged.clear()
+        self.n_skipped += n_samples
+        logger.warning("left out a batch of %d samples: %s", n_samples, what)
+        return True
+
+    def _spare_leaves(self, losses: Tensor) -> None:
+        """Give leaves outside of the model (parameters of the loss, inputs) their gradients back in the end."""
+        own = {id(p) for p in (*self.parameters.values(), *self._usable().interception.leaves)}
+        for leaf in leaves(losses):
+            if id(leaf) not in own and not isinstance(leaf, Derived):
+                self._stack.callback(_restore, leaf, leaf.grad, leaf.requires_grad)
+                leaf.grad = None
+
+    def _log_slow(self, session: Session) -> None:
+        """Name the parameters that no fast rule serves, once."""
+        slow = [n for i, n in enumerate(self.parameters) if session.rules[i] & SLOW_RULES]
+        if slow:
+            shown = ", ".join(slow[:6]) + (f" and {len(slow) - 6} more" if len(slow) > 6 else "")
+            logger.info("served by the exact per-sample path (slower): %s", shown)
+
+
+def _restore(parameter: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
+    """Give a parameter its gradient and flag back."""
+    parameter.requires_grad_(requires_grad)
+    parameter.grad = grad

@@ -1,0 +1,273 @@
+"""``fisher_diagonal``: the Fisher of a model over a data set, in one call."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..capture.call import random_state, set_random_state
+from ..capture.collect.batch import Alone
+from ..capture.collect.session import MAX_ROUNDS
+from ..errors import WplfastError
+from ..losses import logits_of
+from ..params import Params, device_of
+from ..version import __version__
+from .accumulator import FisherAccumulator
+from .batches import Batch, Unpack
+from .checks import check_losses
+from .preserve import Snapshot
+from .result import Fisher
+from .sampling import Likelihood, draw
+from .single_sample import run_alone
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss_fn: LossFn,
+    *,
+    params: Params | None = None,
+    unpack: Unpack | None = None,
+    fisher_type: Literal["empirical", "mc", "exact"] = "empirical",
+    likelihood: Likelihood = "categorical",
+    mc_samples: int = 1,
+    max_samples: int | None = None,
+    generator: torch.Generator | None = None,
+    train: bool = False,
+    with_grad: bool = False,
+    verify: bool | Literal["always"] = True,
+    on_nonfinite: Literal["raise", "skip"] = "raise",
+    progress: bool = False,
+) -> Fisher:
+    """Estimate the diagonal Fisher information, a mean over samples of squared per-sample gradients.
+
+    ``F_i = 1/N sum_n (d loss_n / d theta_i)^2``, exact for every model whose samples do not depend on each other, on
+    one scale whatever the batch size. The pass costs about one ordinary backward pass per batch.
+
+    Args:
+        model: the module. Its parameters, flags, gradients and the RNG state are afterwards what they were.
+        data: yields ``(inputs, targets)``, ``(inputs, targets, weights)`` or a dict with ``labels``; inputs are a
+            tensor, a tuple (positional) or a dict (keywords). Batches are moved to the model's device. Sample weights
+            [N] enter outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``.
+        loss_fn: ``loss_fn(outputs, targets)`` returns one loss per sample, [N]; see :mod:`wplfast.losses`. For "mc" and
+            "exact" it must be the negative log-likelihood of ``likelihood``.
+        params: what to estimate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
+            all of the model's parameters that require grad. The cost falls with the subset.
+        unpack: turns what ``data`` yields into such a tuple.
+        fisher_type: ``"empirical"`` (given targets), ``"mc"`` (targets drawn from the model) or ``"exact"``
+            (expectation
+            over all classes of outputs [N, C]: one forward pass, C backward passes).
+        likelihood: what "mc" draws from: categorical, bernoulli, gaussian (unit variance) or a sampler
+            ``(outputs, generator) -> targets``.
+        mc_samples: draws per sample.
+        max_samples: stop after so many samples.
+        generator: for the draws, of the outputs' device; default: a fresh one with a fixed seed.
+        train: leave the modules' modes as they are (dropout on) instead of eval mode.
+        with_grad: also compute ``Fisher.mean_grad``, the mean gradient.
+        verify: check the first batch against ordinary autograd and a sample alone, and now and then that rows still
+            belong to the samples they belonged to; "always": measure and check every batch (about twice the cost).
+        on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf.
+        progress: show a progress bar with samples per second.
+
+    Returns:
+        A mapping from names to float32 (float64 for float64 parameters) tensors of the parameters' shapes.
+
+    Raises:
+        ValueError: if data is empty, losses are not [N], or an option does not fit.
+        CoupledSamplesError: if a sample's loss depends on other samples.
+        NonFiniteError: if a loss or gradient is NaN or infinite.
+        VerificationError: if captured gradients disagree with autograd.
+
+    Example:
+        >>> import torch, wplfast
+        >>> model = torch.nn.Linear(4, 3)
+        >>> data = [(torch.randn(8, 4), torch.randint(0, 3, (8,)))]
+        >>> wplfast.fisher_diagonal(model, data, wplfast.losses.cross_entropy)
+        Fisher(2 parameters, 15 elements, 8 samples)
+
+    Source: arXiv:1612.00796, arXiv:1902.08232; the three types as in arXiv:2502.11756.
+    """
+    _check_options(fisher_type, mc_samples, max_samples)
+    accumulator = FisherAccumulator(model, params, with_grad=with_grad, verify=verify, on_nonfinite=on_nonfinite)
+    device = device_of(itertools.chain(model.parameters(), accumulator.parameters.values()))
+    if generator is None:
+        generator = torch.Generator(device).manual_seed(0)
+    started = time.time()
+    deterministic = not (train and any(module.training for module in model.modules()))
+    run = _Pass(
+        accumulator,
+        model,
+        loss_fn,
+        fisher_type,
+        likelihood,
+        mc_samples,
+        generator,
+        max_samples,
+        device,
+        check=bool(verify) and deterministic,
+    )
+    with undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
+        for item in data:
+            run.run(Batch.of(item, unpack, device))
+            done = accumulator.n_samples
+            bar.set_postfix_str(f"{done / max(time.time() - started, 1e-9):,.0f} samples/s", refresh=False)
+            bar.update(1)
+            if max_samples is not None and done >= max_samples:
+                break
+        if not accumulator.n_samples:
+            skipped = accumulator.n_skipped
+            raise ValueError(f"data yielded no usable samples ({skipped} skipped)" if skipped else "data is empty")
+        fisher = accumulator.finish()
+    source = f"wplfast {__version__}, {type(model).__name__}"
+    fisher.metadata |= {
+        "source": source,
+        "fisher_type": fisher_type,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    return fisher
+
+
+@dataclass
+class _Pass:
+    """One call of ``fisher_diagonal``: what every batch needs."""
+
+    accumulator: FisherAccumulator
+    model: nn.Module
+    loss_fn: LossFn
+    fisher_type: str
+    likelihood: Likelihood
+    mc_samples: int
+    generator: torch.Generator
+    max_samples: int | None
+    device: torch.device
+    check: bool  # run a sample of the first batch alone
+    independent: bool | None = None
+
+    def run(self, batch: Batch) -> None:
+        """Run one batch; once more if its first pass only told how to capture it, with the same random numbers."""
+        drawn, state = self.generator.get_state(), random_state(self.device)
+        before = Snapshot(self.model) if self.accumulator.is_learning else None
+        fruitless, learnt = 0, 0  # chains of functions of constants are followed one step at a time
+        while fruitless < MAX_ROUNDS:
+            if self._attempt(batch, batch.forward(self.model)):
+                return
+            if before is not None:
+                before.restore()
+            self.generator.set_state(drawn)
+            set_random_state(self.device, state)
+            fruitless = fruitless + 1 if self.accumulator.n_learnt == learnt else 0
+            learnt = self.accumulator.n_learnt
+        raise WplfastError("could not measure which samples the uses of the parameters belong to")
+
+    def _attempt(self, batch: Batch, outputs: Any) -> bool:
+        """Accumulate all terms of a batch from one forward pass; False if the first asks for another forward pass."""
+        terms = list(self._terms(batch, outputs))
+        alone: Alone | None = None
+        skipped = self.accumulator.n_skipped
+        for index, (targets, share) in enumerate(terms):
+            losses = self.loss_fn(outputs, targets)
+            check_losses(losses)
+            batch.check_losses(losses)
+            if index == 0 and self.check and (self.independent is None or not self.accumulator.n_samples):
+                parameters = list(self.accumulator.parameters.values())
+                self.independent, alone = run_alone(self.model, batch, targets, losses, self.loss_fn, parameters)
+            if index == 0:
+                count, weights = self._limit(batch.weights, losses)
+            done = self.accumulator.accumulate(
+                losses,
+                _product(weights, share, losses),
+                retain_graph=index + 1 < len(terms),
+                may_replay=index == 0,
+                count=0 if index else count,
+                independent=self.independent,
+                alone=alone if index == 0 else None,
+            )
+            if not done:
+                return False
+            if self.accumulator.n_skipped > skipped:  # the batch is left out, with all terms
+                return True
+        return True
+
+    def _terms(self, batch: Batch, outputs: Any) -> Iterator[tuple[Any, Tensor | float]]:
+        """Yield targets, and what their losses' squared gradients count: a number, or one for each sample."""
+        if self.fisher_type == "empirical":
+            yield batch.targets, 1.0
+        elif self.fisher_type == "mc":
+            for _ in range(self.mc_samples):
+                yield draw(outputs, batch.targets, self.likelihood, self.generator), 1 / self.mc_samples
+        else:
+            logits = logits_of(outputs)
+            if logits.dim() != 2:
+                raise ValueError(
+                    f"fisher_type='exact' needs outputs [N, C], got {list(logits.shape)}; use fisher_type='mc'"
+                )
+            probabilities = logits.detach().double().softmax(1).nan_to_num(nan=0.0)  # the losses are NaN there too
+            for c, share in enumerate(probabilities.unbind(1)):
+                yield torch.full((len(logits),), c, device=logits.device), share
+
+    def _limit(self, weights: Tensor | None, losses: Tensor) -> tuple[int, Tensor | None]:
+        """Give samples beyond max_samples the weight zero; return how many samples count, and the weights."""
+        if weights is not None:
+            if weights.shape != losses.shape:
+                raise ValueError(f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}")
+            weights = weights.to(losses.device, torch.float64)
+        room = len(losses) if self.max_samples is None else self.max_samples - self.accumulator.n_samples
+        if room >= len(losses):
+            return len(losses), weights
+        kept = torch.arange(len(losses), device=losses.device) < room
+        return room, kept.double() if weights is None else weights * kept
+
+
+def _product(weights: Tensor | None, share: Tensor | float, losses: Tensor) -> Tensor | None:
+    """Multiply sample weights (None: 1) with the share of a term."""
+    if weights is None and not isinstance(share, Tensor):
+        return None if share == 1 else torch.full(losses.shape, share, dtype=torch.float64, device=losses.device)
+    return share if weights is None else weights * share  # type: ignore[return-value]
+
+
+def _check_options(fisher_type: str, mc_samples: int, max_samples: int | None) -> None:
+    """Check the options that need no data."""
+    if fisher_type not in ("empirical", "mc", "exact"):
+        raise ValueError(f"fisher_type must be 'empirical', 'mc' or 'exact', got {fisher_type!r}")
+    if mc_samples < 1:
+        raise ValueError(f"mc_samples must be at least 1, got {mc_samples}")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples must be at least 1, got {max_samples}")
+
+
+def _bar(data: Iterable[Any], progress: bool) -> Any:
+    """Make the progress bar."""
+    total = len(data) if isinstance(data, Sized) else None
+    return tqdm(total=total, unit="batch", desc="Fisher", disable=not progress, leave=False)
+
+
+def _cuda_devices(device: torch.device) -> list[torch.device]:
+    """List the devices whose RNG the pass may use."""
+    return [device] if device.type == "cuda" else []
+
+
+@contextmanager
+def undisturbed(model: nn.Module, train: bool, device: torch.device) -> Iterator[None]:
+    """Run in eval mode (unless train), with gradients on; restore modes and RNG."""
+    modes = [(module, module.training) for module in model.modules()]
+    rnn = not train and device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module, _ in modes)
+    # In eval mode cuDNN has no backward pass through an RNN; PyTorch's own kernels have.
+    kernels = torch.backends.cudnn.flags(enabled=False) if rnn else nullcontext()
+    with torch.random.fork_rng(devices=_cuda_devices(device)), torch.enable_grad(), kernels:
+        try:
+            if not train:
+                model.eval()
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode

@@ -1,0 +1,271 @@
+"""The result of a Fisher pass: a mapping from names to diagonals, with what is needed to merge and keep it."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import storage
+from ..params import check_names
+
+#: The rules that compute one sample at a time.
+SLOW_RULES = frozenset({"generic", "one by one"})
+
+
+@dataclass
+class Report:
+    """How a Fisher pass was served.
+
+    Attributes:
+        rules: parameter name -> the rules that served its uses; empty where no loss reached the parameter.
+        seconds: rule -> wall time spent in it (host time; kernels on a GPU run on).
+        total_seconds: wall time of all backward passes.
+        skipped_samples: samples left out by ``on_nonfinite="skip"``.
+        numels: parameter name -> number of elements.
+    """
+
+    rules: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    total_seconds: float = 0.0
+    skipped_samples: int = 0
+    numels: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """Parameters that no loss depended on; their Fisher is zero."""
+        return tuple(name for name, rules in self.rules.items() if not rules)
+
+    @property
+    def slow(self) -> tuple[str, ...]:
+        """Parameters that the exact per-sample path served, wholly or in part."""
+        return tuple(name for name, rules in self.rules.items() if SLOW_RULES & set(rules))
+
+    @property
+    def fast_share(self) -> float:
+        """Share of the reached parameters' elements that fast rules served alone."""
+        reached = sum(self.numels[name] for name, rules in self.rules.items() if rules)
+        slow = sum(self.numels[name] for name in self.slow)
+        return 1.0 - slow / reached if reached else 1.0
+
+    @property
+    def fast_time_share(self) -> float:
+        """Share of the backward passes' time that was not spent in the exact per-sample path."""
+        slow = sum(self.seconds.get(rule, 0.0) for rule in SLOW_RULES)
+        return 1.0 - slow / self.total_seconds if self.total_seconds else 1.0
+
+
+class Fisher(Mapping[str, Tensor]):
+    """A Fisher diagonal by parameter name: ``F = sum_n w_n g_n^2 / sum_n w_n``.
+
+    Attributes:
+        n_samples: number of samples behind it.
+        total_weight: sum of their weights (n_samples if they carried none).
+        mean_grad: parameter name -> ``sum_n w_n g_n / sum_n w_n``; None unless asked for.
+        report: how the pass was served.
+
+    Example:
+        >>> import torch, wplfast
+        >>> one = wplfast.Fisher({"w": torch.tensor([1.0, 3.0])}, n_samples=1)
+        >>> other = wplfast.Fisher({"w": torch.tensor([5.0, 3.0])}, n_samples=3)
+        >>> (one + other)["w"]
+        tensor([4., 3.])
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        n_samples: int,
+        *,
+        total_weight: float | None = None,
+        mean_grad: Mapping[str, Tensor] | None = None,
+        report: Report | None = None,
+        metadata: Mapping[str, str] | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Wrap diagonals; see the class. ``parameters`` are remembered weakly, for matching by identity."""
+        self._tensors = dict(tensors)
+        self._parameters = {name: weakref.ref(p) for name, p in (parameters or {}).items()}
+        self.n_samples = n_samples
+        self.total_weight = float(n_samples) if total_weight is None else total_weight
+        self.mean_grad = None if mean_grad is None else dict(mean_grad)
+        self.report = Report() if report is None else report
+        self.metadata = dict(metadata or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return one parameter's diagonal, in the parameter's shape."""
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Return the number of parameters."""
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        """Summarise."""
+        numel = sum(t.numel() for t in self.values())
+        return f"Fisher({len(self)} parameters, {numel:,} elements, {self.n_samples:,} samples)"
+
+    def names_of(self, parameters: Sequence[Tensor]) -> dict[int, str]:
+        """Return, by position, the names of those of the given tensors that this Fisher was computed for."""
+        names = {id(p): name for name, reference in self._parameters.items() if (p := reference()) is not None}
+        return {index: names[id(p)] for index, p in enumerate(parameters) if id(p) in names}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Pickle and copy without the references to parameters."""
+        return {**self.__dict__, "_parameters": {}}
+
+    @property
+    def flat(self) -> Tensor:
+        """All diagonals in one 1-D tensor, in the mapping's order."""
+        return torch.cat([tensor.reshape(-1) for tensor in self.values()])
+
+    def __add__(self, other: Fisher) -> Fisher:
+        """Merge with the Fisher of other samples of the same parameters: the mean over both sets.
+
+        Raises:
+            TypeError: if other is no Fisher.
+            NameMismatchError: if the names differ.
+            ValueError: if shapes differ.
+        """
+        if not isinstance(other, Fisher):
+            return NotImplemented
+        check_names(other, self, "the second Fisher")
+        check_names(self, other, "the first Fisher")
+        total = self.total_weight + other.total_weight
+        share = self.total_weight / total if total else 0.0
+
+        def mean(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            merged = {}
+            for name, tensor in first.items():
+                if tensor.shape != second[name].shape:
+                    expected, got = list(tensor.shape), list(second[name].shape)
+                    raise ValueError(f"fisher[{name!r}] must have shape {expected} as in the first, got {got}")
+                merged[name] = tensor * share + second[name].to(tensor) * (1 - share)
+            return merged
+
+        both = self.mean_grad is not None and other.mean_grad is not None
+        return Fisher(
+            mean(self, other),
+            self.n_samples + other.n_samples,
+            total_weight=total,
+            mean_grad=mean(self.mean_grad or {}, other.mean_grad or {}) if both else None,
+            metadata=self.metadata,
+        )
+
+    def to(self, *args: object, **kwargs: object) -> Fisher:
+        """Return a copy whose tensors went through ``Tensor.to`` (a device, a dtype)."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))  # type: ignore[call-overload]
+
+    def select(self, names: Sequence[str]) -> Fisher:
+        """Return the part with these names.
+
+        Raises:
+            NameMismatchError: if one is missing.
+        """
+        check_names(self, names, "the Fisher")
+        return self._rename({name: name for name in names})
+
+    def rename(self, rename: Callable[[str], str]) -> Fisher:
+        """Return the same tensors under other names.
+
+        Raises:
+            ValueError: if two names become one.
+        """
+        names = {name: rename(name) for name in self}
+        if len(set(names.values())) != len(names):
+            raise ValueError("rename must keep names distinct")
+        return self._rename(names)
+
+    def all_reduce_(self, group: object | None = None) -> Fisher:
+        """Merge in place with the Fishers of all ranks of a ``torch.distributed`` group, by their weights.
+
+        Raises:
+            RuntimeError: if the process group is not initialised.
+        """
+        import torch.distributed as dist
+
+        device = next(iter(self.values())).device
+        counts = torch.tensor([self.total_weight, float(self.n_samples)], dtype=torch.float64, device=device)
+        own = self.total_weight
+        dist.all_reduce(counts, group=group)
+        total, samples = counts.tolist()
+        for tensor in (*self.values(), *(self.mean_grad or {}).values()):
+            tensor.mul_(own / total if total else 0.0)
+            dist.all_reduce(tensor, group=group)
+        self.total_weight, self.n_samples = total, round(samples)
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file atomically: diagonals, mean gradients, counts, provenance.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        tensors = {f"fisher.{name}": tensor for name, tensor in self.items()}
+        tensors |= {f"mean_grad.{name}": tensor for name, tensor in (self.mean_grad or {}).items()}
+        counts = {"n_samples": str(self.n_samples), "total_weight": repr(self.total_weight)}
+        storage.save(path, tensors, "fisher", {**self.metadata, **counts, "names": json.dumps(list(self))})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Fisher:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is truncated, foreign or of another version.
+        """
+        tensors, metadata = storage.load(path, "fisher")
+        parts: dict[str, dict[str, Tensor]] = {"fisher": {}, "mean_grad": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor.to(device)
+        names = json.loads(metadata.pop("names"))
+        return cls(
+            {name: parts["fisher"][name] for name in names},
+            int(metadata.pop("n_samples")),
+            total_weight=float(metadata.pop("total_weight")),
+            mean_grad=parts["mean_grad"] or None,
+            metadata={key: value for key, value in metadata.items() if not key.startswith("wplfast.")},
+        )
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Fisher:
+        """Apply a function to every tensor."""
+        grad = None if self.mean_grad is None else {name: function(t) for name, t in self.mean_grad.items()}
+        return self._with({name: function(t) for name, t in self.items()}, grad, self.report, {n: n for n in self})
+
+    def _rename(self, names: Mapping[str, str]) -> Fisher:
+        """Take some names under new ones."""
+        grad = None if self.mean_grad is None else {new: self.mean_grad[old] for old, new in names.items()}
+        rules = {new: self.report.rules[old] for old, new in names.items() if old in self.report.rules}
+        numels = {new: self.report.numels[old] for old, new in names.items() if old in self.report.numels}
+        old = self.report
+        report = Report(rules, dict(old.seconds), old.total_seconds, old.skipped_samples, numels)
+        return self._with({new: self[old] for old, new in names.items()}, grad, report, names)
+
+    def _with(
+        self, tensors: dict[str, Tensor], grad: dict[str, Tensor] | None, report: Report, names: Mapping[str, str]
+    ) -> Fisher:
+        """Copy with other tensors; ``names`` maps old names to new ones."""
+        references = {
+            new: p
+            for old, new in names.items()
+            if old in self._parameters and (p := self._parameters[old]()) is not None
+        }
+        return Fisher(
+            tensors,
+            self.n_samples,
+            total_weight=self.total_weight,
+            mean_grad=grad,
+            report=report,
+            metadata=self.metadata,
+            parameters=references,
+        )

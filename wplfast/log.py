@@ -1,7 +1,0 @@
-"""The package's logger."""
-
-from __future__ import annotations
-
-import logging
-
-logger = logging.getLogger("wplfast")
