@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import wplfast
-from wplfast.capture.call import Source
-from wplfast.capture.probe.weights import Codes, Signature, candidates, decode, matches
+from wplfast.capture.call import Operand
+from wplfast.capture.probe.weights import ProbeWeights, Projection, candidates, decode, matches
 from wplfast.capture.rules.base import summed
-from wplfast.capture.rules.grad_sample import FactoredUse
-from wplfast.capture.sample_layout import Axis, Layout, Routed, Single, sum_to
+from wplfast.capture.rules.grad_sample import FactoredGradSample
+from wplfast.capture.sample_layout import AxisLayout, AxisTemplate, OneSample, SegmentIds, sum_to
 from wplfast.capture.watched import WatchedParameter
 from wplfast.errors import VerificationError
 
@@ -22,13 +22,13 @@ ce = wplfast.losses.cross_entropy
 N, T, D = 6, 4, 5
 
 LAYOUTS = {
-    "[N, T, D]": ((N, T, D), Axis(0)),
-    "[T, N, D]": ((T, N, D), Axis(1)),
-    "[N*T, D]": ((N * T, D), Axis(0, 1, T)),
-    "[T*N, D]": ((T * N, D), Axis(0, T, 1)),
-    "[2*N*T, D]": ((2 * N * T, D), Axis(0, 2, T)),
-    "[D, N]": ((D, N), Axis(1)),
-    "[N]": ((N,), Axis(0)),
+    "[N, T, D]": ((N, T, D), AxisTemplate(0)),
+    "[T, N, D]": ((T, N, D), AxisTemplate(1)),
+    "[N*T, D]": ((N * T, D), AxisTemplate(0, 1, T)),
+    "[T*N, D]": ((T * N, D), AxisTemplate(0, T, 1)),
+    "[2*N*T, D]": ((2 * N * T, D), AxisTemplate(0, 2, T)),
+    "[D, N]": ((D, N), AxisTemplate(1)),
+    "[N]": ((N,), AxisTemplate(0)),
 }
 
 
@@ -48,9 +48,9 @@ def coded(gradient, owner, codes, digit=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS.values(), ids=LAYOUTS)
 def test_the_axis_is_found_and_no_other(shape, axis, dtype):
-    codes = Codes(N, torch.Generator().manual_seed(1))
+    codes = ProbeWeights(N, torch.Generator().manual_seed(1))
     gradient, owner = torch.randn(shape).to(dtype), owner_of(shape, axis)
-    plain, after = Signature.of(gradient, N), Signature.of(coded(gradient, owner, codes), N)
+    plain, after = Projection.of(gradient, N), Projection.of(coded(gradient, owner, codes), N)
     found = [
         c
         for c in candidates(gradient.shape, N)
@@ -70,54 +70,54 @@ def test_the_axis_is_found_and_no_other(shape, axis, dtype):
 
 
 def test_a_template_fits_batches_of_other_sizes_but_not_of_another_kind():
-    assert Axis(0, 1, 7).fit(torch.Size([3 * 7, D]), 3) == Layout(0, 1, 3, 7)
-    assert Axis(0, 7, 1).fit(torch.Size([3 * 7, D]), 3) == Layout(0, 7, 3, 1)
-    assert Axis(0).fit(torch.Size([3, D]), 3) == Layout(0, 1, 3, 1)
-    assert Axis(0).fit(torch.Size([21, D]), 3) is None  # T grew: is it N * T or T * N?
-    assert Axis(0, 1, 7).fit(torch.Size([3 * 14, D]), 3) is None  # N * 14, or 2 * N * 7?
-    assert Axis(0, 1, 7).fit(torch.Size([20, D]), 3) is None
-    assert Axis(2).fit(torch.Size([3, D]), 3) is None
+    assert AxisTemplate(0, 1, 7).fit(torch.Size([3 * 7, D]), 3) == AxisLayout(0, 1, 3, 7)
+    assert AxisTemplate(0, 7, 1).fit(torch.Size([3 * 7, D]), 3) == AxisLayout(0, 7, 3, 1)
+    assert AxisTemplate(0).fit(torch.Size([3, D]), 3) == AxisLayout(0, 1, 3, 1)
+    assert AxisTemplate(0).fit(torch.Size([21, D]), 3) is None  # T grew: is it N * T or T * N?
+    assert AxisTemplate(0, 1, 7).fit(torch.Size([3 * 14, D]), 3) is None  # N * 14, or 2 * N * 7?
+    assert AxisTemplate(0, 1, 7).fit(torch.Size([20, D]), 3) is None
+    assert AxisTemplate(2).fit(torch.Size([3, D]), 3) is None
 
 
 @pytest.mark.parametrize("n_samples", [3, 16, 17, 300])
 def test_routed_rows_are_decoded(n_samples):
-    codes = Codes(n_samples, torch.Generator().manual_seed(1))
+    codes = ProbeWeights(n_samples, torch.Generator().manual_seed(1))
     assert codes.rounds == {3: 1, 16: 1, 17: 2, 300: 3}[n_samples]
     owner = torch.randint(0, n_samples, (501,))
     gradient = torch.randn(501, D)
     gradient[::7] = 0
     digits = [
-        Signature.of(coded(gradient, owner[:, None].expand(-1, D), codes, d), n_samples) for d in range(codes.rounds)
+        Projection.of(coded(gradient, owner[:, None].expand(-1, D), codes, d), n_samples) for d in range(codes.rounds)
     ]
-    found = decode(digits, Signature.of(gradient, n_samples), codes)
+    found = decode(digits, Projection.of(gradient, n_samples), codes)
     zero = torch.arange(501) % 7 == 0
     assert torch.equal(found[~zero], owner[~zero])
     assert (found[zero] == -1).all()
-    routed = Routed(found, n_samples)
+    routed = SegmentIds(found, n_samples)
     rows = routed.rows(gradient)
     for n in range(n_samples):
         torch.testing.assert_close(rows[n].sum(0), gradient[owner == n].sum(0))
 
 
 def test_rows_that_mix_samples_belong_to_nobody():
-    codes = Codes(N, torch.Generator().manual_seed(1))
+    codes = ProbeWeights(N, torch.Generator().manual_seed(1))
     parts, owner = torch.randn(2, 10, D), torch.stack([torch.arange(10) % N, torch.arange(1, 11) % N])
     mixed = coded(parts, owner[..., None].expand(-1, -1, D), codes).sum(0)
-    assert decode([Signature.of(mixed, N)], Signature.of(parts.sum(0), N), codes) is None
+    assert decode([Projection.of(mixed, N)], Projection.of(parts.sum(0), N), codes) is None
 
 
 @pytest.mark.parametrize("shape", [(D,), (1, D), (T, D), (1, T, 1), (), (N, 1, 1)], ids=str)
 def test_broadcasting_is_undone_per_sample(shape):
     gradient = torch.randn(N, T, D)
-    layouts = [Layout(0, 1, N, 1), Routed(torch.arange(N).repeat_interleave(T), N)]
+    layouts = [AxisLayout(0, 1, N, 1), SegmentIds(torch.arange(N).repeat_interleave(T), N)]
     expected = torch.stack([(gradient * (torch.arange(N) == n).view(N, 1, 1)).sum_to_size(shape) for n in range(N)])
-    source = Source(torch.zeros(shape), torch.zeros(shape), (0,))
+    source = Operand(torch.zeros(shape), torch.zeros(shape), (0,))
     for owner in layouts:
         use = summed(source, "test", owner, gradient)
         torch.testing.assert_close(use.per_sample(range(N)), expected)
         weights = torch.rand(N, dtype=torch.float64)
         torch.testing.assert_close(use.weighted_sum(weights), torch.tensordot(weights.float(), expected, 1))
-    torch.testing.assert_close(sum_to(Single(), gradient, torch.Size(shape))[0], gradient.sum_to_size(shape))
+    torch.testing.assert_close(sum_to(OneSample(), gradient, torch.Size(shape))[0], gradient.sum_to_size(shape))
 
 
 # ---- verification ----------------------------------------------------------------------------------------------------
@@ -132,12 +132,12 @@ def model():
 
 
 def test_verification_sees_exchanged_samples(monkeypatch):
-    right = FactoredUse.__init__
+    right = FactoredGradSample.__init__
 
     def wrong(self, source, rule, activations, grad_outputs):
         right(self, source, rule, activations.roll(1, 0), grad_outputs)
 
-    monkeypatch.setattr(FactoredUse, "__init__", wrong)
+    monkeypatch.setattr(FactoredGradSample, "__init__", wrong)
     with pytest.raises(VerificationError, match=r"'[02]\.weight' disagree with autograd"):
         wplfast.fisher_diagonal(model(), batch(), ce)
     wplfast.fisher_diagonal(model(), batch(), ce, verify=False)
@@ -145,8 +145,8 @@ def test_verification_sees_exchanged_samples(monkeypatch):
 
 def test_verification_sees_wrong_owners_that_keep_the_sum(monkeypatch):
     """Time taken for samples: the sum over rows is right, and F is not."""
-    right = Layout.rows
-    monkeypatch.setattr(Layout, "rows", lambda self, t: right(self, t).transpose(0, 1))
+    right = AxisLayout.rows
+    monkeypatch.setattr(AxisLayout, "rows", lambda self, t: right(self, t).transpose(0, 1))
     data = [(torch.randn(N, N, 8), torch.randint(0, 3, (N, N)))]
     with pytest.raises(VerificationError):
         wplfast.fisher_diagonal(model(), data, ce)

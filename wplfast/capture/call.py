@@ -15,7 +15,7 @@ from .watched import map_tensors
 
 
 @dataclass(eq=False)
-class Source:
+class Operand:
     """Where a per-sample gradient goes: a watched parameter, or a tensor derived from some."""
 
     leaf: Tensor  # requires grad; ordinary gradients accumulate in its .grad
@@ -24,7 +24,7 @@ class Source:
     graph: Tensor | None = None  # for derived tensors: the value with its parameter-only graph
     leaves: tuple[Tensor, ...] = ()  # for derived tensors: the parameters' leaves in that graph
     region: tuple[int, torch.Size, tuple[int, ...], int] | None = None  # a pure view: parameter, size, stride, offset
-    base: Source | None = None  # what it was expanded from
+    base: Operand | None = None  # what it was expanded from
     copy: Tensor | None = None  # of a cast or a copy: the value with its parameter-only graph
 
     @property
@@ -35,13 +35,13 @@ class Source:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """Identify the source across batches."""
+        """Identify the operand across batches."""
         return (self.parameters, self.graph is not None, tuple(self.value.shape))
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Stands in a call's arguments for the index-th tensor of a kind: 'source', 'data' or 'constant'."""
+    """Stands in a call's arguments for the index-th tensor of a kind: 'operand', 'data' or 'constant'."""
 
     kind: str
     index: int
@@ -49,73 +49,73 @@ class Slot:
 
 @dataclass(eq=False)
 class Call:
-    """A call with its tensors taken out: sources, data (saved by autograd) and constants (the model's own tensors)."""
+    """A call with its tensors taken out: operands, data (saved by autograd) and constants (the model's own tensors)."""
 
     func: Callable[..., Any]
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    sources: list[Source]
+    operands: list[Operand]
     constants: list[Tensor]
-    data_shapes: list[torch.Size]
-    differentiable_data: bool
-    data_kinds: list[tuple[torch.Size, torch.dtype, bool]]  # shape, dtype, whether it counts up by ones
+    input_shapes: list[torch.Size]
+    differentiable_inputs: bool
+    input_kinds: list[tuple[torch.Size, torch.dtype, bool]]  # shape, dtype, whether it counts up by ones
     in_place: bool
     random_state: Tensor | None  # of the device's generator before the call, if the call drew from it
     autocast: tuple[str, torch.dtype] | None
 
     @cached_property
     def leaves(self) -> list[Tensor]:
-        """The sources' leaves."""
-        return [source.leaf for source in self.sources]
+        """The operands' leaves."""
+        return [operand.leaf for operand in self.operands]
 
     @cached_property
     def parameters(self) -> frozenset[int]:
         """The indices of the watched parameters that the call uses."""
-        return frozenset(index for source in self.sources for index in source.parameters)
+        return frozenset(index for operand in self.operands for index in operand.parameters)
 
     @cached_property
-    def operands(self) -> tuple[Source, int, int] | None:
-        """The source of a call on one source and one data tensor, its position (0 or 1) and the data's index."""
+    def pair(self) -> tuple[Operand, int, int] | None:
+        """The operand of a call on one operand and one data tensor, its position (0 or 1) and the data's index."""
         if len(self.args) != 2 or not all(isinstance(slot, Slot) for slot in self.args):
             return None
         kinds = [slot.kind for slot in self.args]
-        if sorted(kinds) != ["data", "source"]:
+        if sorted(kinds) != ["input", "operand"]:
             return None
-        position = kinds.index("source")
-        return self.sources[self.args[position].index], position, self.args[1 - position].index
+        position = kinds.index("operand")
+        return self.operands[self.args[position].index], position, self.args[1 - position].index
 
     def argument(self, position: int, name: str) -> Any:
         """Return an argument by position or keyword; tensors are Slots."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name)
 
-    def source_at(self, position: int, name: str) -> Source | None:
-        """Return the source that stands at an argument, if one does."""
+    def operand_at(self, position: int, name: str) -> Operand | None:
+        """Return the operand that stands at an argument, if one does."""
         slot = self.argument(position, name)
-        return self.sources[slot.index] if isinstance(slot, Slot) and slot.kind == "source" else None
+        return self.operands[slot.index] if isinstance(slot, Slot) and slot.kind == "operand" else None
 
-    def tensor_at(self, position: int, name: str, data: Sequence[Tensor]) -> Tensor | None:
+    def tensor_at(self, position: int, name: str, inputs: Sequence[Tensor]) -> Tensor | None:
         """Return the tensor that stands at an argument, whatever its kind; None if none does."""
         slot = self.argument(position, name)
         if not isinstance(slot, Slot):
             return None
-        if slot.kind == "source":
-            return self.sources[slot.index].value
-        return (data if slot.kind == "data" else self.constants)[slot.index]
+        if slot.kind == "operand":
+            return self.operands[slot.index].value
+        return (inputs if slot.kind == "input" else self.constants)[slot.index]
 
-    def is_data(self, position: int, name: str) -> bool:
+    def is_input(self, position: int, name: str) -> bool:
         """Tell whether data stand at an argument."""
         slot = self.argument(position, name)
-        return isinstance(slot, Slot) and slot.kind == "data"
+        return isinstance(slot, Slot) and slot.kind == "input"
 
-    def result(self, sources: Sequence[Tensor], data: Sequence[Tensor]) -> Any:
+    def result(self, operands: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
         """Run the call on these tensors and return its result as it is."""
-        tensors = {"source": sources, "data": data, "constant": self.constants}
+        tensors = {"operand": operands, "input": inputs, "constant": self.constants}
         return self.func(*_fill(self.args, tensors), **_fill(self.kwargs, tensors))
 
-    def run(self, sources: Sequence[Tensor], data: Sequence[Tensor]) -> list[Tensor]:
+    def run(self, operands: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run the call again, out of place and as autocast ran it; return its floating point outputs."""
-        tensors = {"source": sources, "data": data, "constant": self.constants}
+        tensors = {"operand": operands, "input": inputs, "constant": self.constants}
         args = _fill(self.args, tensors)
         if self.in_place:
             args = (args[0].clone(), *args[1:])
@@ -136,7 +136,7 @@ class Call:
         if self.random_state is None:
             yield
             return
-        device = self.sources[0].value.device
+        device = self.operands[0].value.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             set_random_state(device, self.random_state)
             yield

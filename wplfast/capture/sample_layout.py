@@ -16,7 +16,7 @@ from ..ops.layout import flat_dtype
 
 
 @dataclass(frozen=True)
-class Axis:
+class AxisTemplate:
     """A measured template: the samples lie along one dimension, whose size is ``outer * N * inner``.
 
     It fits batches of any N, and of any size elsewhere. Another ``outer * inner`` is measured anew: with T = 1, say,
@@ -32,7 +32,7 @@ class Axis:
         """Tell whether the sample axis has others on both sides, whose sizes may change while their product stays."""
         return self.outer > 1 and self.inner > 1
 
-    def fit(self, shape: torch.Size, n_samples: int) -> Layout | None:
+    def fit(self, shape: torch.Size, n_samples: int) -> AxisLayout | None:
         """Return the layout of a tensor of this shape; None if the template does not apply to it."""
         if self.dim >= len(shape) or shape[self.dim] != self.outer * n_samples * self.inner:
             return None
@@ -40,7 +40,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Layout:
+class AxisLayout:
     """Ownership by position: dimension ``dim`` splits into [outer, N, inner]."""
 
     dim: int
@@ -81,7 +81,7 @@ class Layout:
         parts.mul_(factors.to(tensor.dtype).view(-1, *[1] * (parts.dim() - 1)))
         return scaled
 
-    def owners(self, shape: torch.Size, device: torch.device) -> Tensor:
+    def segment_ids(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Return the owner of every row (of every element where the axis is the last dimension), flattened."""
         leading = shape[:-1] if self.dim < len(shape) - 1 else shape[-1:]
         position = torch.arange(shape[self.dim], device=device) // self.inner % self.n_samples
@@ -91,16 +91,16 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def _layout(dim: int, outer: int, n_samples: int, inner: int) -> Layout:
+def _layout(dim: int, outer: int, n_samples: int, inner: int) -> AxisLayout:
     """Return a layout, made once."""
-    return Layout(dim, outer, n_samples, inner)
+    return AxisLayout(dim, outer, n_samples, inner)
 
 
 @dataclass(frozen=True)
-class Routed:
+class SegmentIds:
     """Ownership by a measured table: rows of the output in any order, such as tokens routed to an expert."""
 
-    owner: Tensor  # int64 [rows]; -1 where the row's gradient is zero
+    ids: Tensor  # int64 [rows]; -1 where the row's gradient is zero
     n_samples: int
 
     def has_rows(self, ndim: int) -> bool:
@@ -110,8 +110,8 @@ class Routed:
     def rows(self, tensor: Tensor) -> Tensor:
         """Arrange rows as [N, T, D], T the most rows that one sample owns, padded with zeros (exact: they add 0)."""
         flat = tensor.reshape(-1, tensor.shape[-1])
-        owned = (self.owner >= 0).nonzero().squeeze(1)
-        owner, order = self.owner[owned].sort(stable=True)
+        owned = (self.ids >= 0).nonzero().squeeze(1)
+        owner, order = self.ids[owned].sort(stable=True)
         counts = torch.bincount(owner, minlength=self.n_samples)
         place = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
         arranged = flat.new_zeros(self.n_samples, max(1, int(counts.max())), flat.shape[1])
@@ -120,11 +120,11 @@ class Routed:
 
     def only(self, tensor: Tensor, sample: int) -> Tensor:
         """Return a copy in which all rows of other samples are zero."""
-        return tensor * (self.owner == sample).view(self._row_shape(tensor))
+        return tensor * (self.ids == sample).view(self._row_shape(tensor))
 
     def scale(self, tensor: Tensor, factors: Tensor) -> Tensor:
         """Multiply each row by its owner's factor."""
-        return tensor * factors.to(tensor.dtype)[self.owner.clamp_min(0)].view(self._row_shape(tensor))
+        return tensor * factors.to(tensor.dtype)[self.ids.clamp_min(0)].view(self._row_shape(tensor))
 
     @staticmethod
     def _row_shape(tensor: Tensor) -> tuple[int, ...]:
@@ -133,7 +133,7 @@ class Routed:
 
 
 @dataclass(frozen=True)
-class Single:
+class OneSample:
     """A batch of one sample: it owns everything."""
 
     n_samples: int = 1
@@ -160,24 +160,24 @@ class Single:
 
 
 #: What a rule may be given.
-Ownership: TypeAlias = Layout | Routed | Single
+SampleLayout: TypeAlias = AxisLayout | SegmentIds | OneSample
 
 
-def is_summable(owner: Ownership, gradient: Tensor, shape: torch.Size) -> bool:
+def is_summable(layout: SampleLayout, gradient: Tensor, shape: torch.Size) -> bool:
     """Tell whether :func:`sum_to` serves these: the sample axis is among what broadcasting spread."""
-    if isinstance(owner, Single):
+    if isinstance(layout, OneSample):
         return True
-    if isinstance(owner, Routed):
+    if isinstance(layout, SegmentIds):
         return shape.numel() == 1 if gradient.dim() == 1 else shape.numel() == shape[-1:].numel()
     before = gradient.dim() - len(shape)
-    return owner.dim < before or shape[owner.dim - before] == 1
+    return layout.dim < before or shape[layout.dim - before] == 1
 
 
-def sum_to(owner: Ownership, gradient: Tensor, shape: torch.Size) -> Tensor:
+def sum_to(layout: SampleLayout, gradient: Tensor, shape: torch.Size) -> Tensor:
     """Sum a gradient over all that broadcasting spread, for each sample apart.
 
     Args:
-        owner: who owns the elements of the gradient.
+        layout: who owns the elements of the gradient.
         gradient: gradient of an output that a tensor of ``shape`` was broadcast to.
         shape: the shape to sum to, for which :func:`is_summable` holds.
 
@@ -185,14 +185,14 @@ def sum_to(owner: Ownership, gradient: Tensor, shape: torch.Size) -> Tensor:
         [N, *shape], accumulated in float32 or wider.
     """
     wide = flat_dtype(gradient.dtype)
-    if isinstance(owner, Single):
+    if isinstance(layout, OneSample):
         return gradient.to(wide).sum_to_size(shape).unsqueeze(0)
-    if isinstance(owner, Routed):
-        rows = owner.rows(gradient if gradient.dim() > 1 else gradient.unsqueeze(1)).sum(1, dtype=wide)
-        return rows.sum_to_size((owner.n_samples, shape[-1] if shape else 1)).reshape(-1, *shape)
-    if owner.dim == 0 and owner.outer == owner.inner == 1 and gradient.shape[1:] == shape:
+    if isinstance(layout, SegmentIds):
+        rows = layout.rows(gradient if gradient.dim() > 1 else gradient.unsqueeze(1)).sum(1, dtype=wide)
+        return rows.sum_to_size((layout.n_samples, shape[-1] if shape else 1)).reshape(-1, *shape)
+    if layout.dim == 0 and layout.outer == layout.inner == 1 and gradient.shape[1:] == shape:
         return gradient.to(wide)
     padded = (1,) * (gradient.dim() - len(shape)) + tuple(shape)
-    parts = owner.split(gradient)  # [N, ..., outer, inner, ...]
-    parts = parts.sum((owner.dim + 1, owner.dim + 2), dtype=wide).unsqueeze(owner.dim + 1)
-    return parts.sum_to_size((owner.n_samples, *padded)).reshape(-1, *shape)
+    parts = layout.split(gradient)  # [N, ..., outer, inner, ...]
+    parts = parts.sum((layout.dim + 1, layout.dim + 2), dtype=wide).unsqueeze(layout.dim + 1)
+    return parts.sum_to_size((layout.n_samples, *padded)).reshape(-1, *shape)

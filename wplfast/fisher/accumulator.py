@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..capture.collect.batch import Alone
+from ..capture.collect.batch import SingleSample
 from ..capture.collect.session import Session
 from ..capture.probe.graph import leaves
 from ..capture.watched import Derived, check_supported, is_watched, watch
@@ -168,7 +168,7 @@ class FisherAccumulator:
         may_replay: bool = False,
         count: int | None = None,
         independent: bool | None = None,
-        alone: Alone | None = None,
+        single_sample: SingleSample | None = None,
     ) -> bool:
         """Accumulate one batch, for callers that can run its forward pass again.
 
@@ -179,7 +179,7 @@ class FisherAccumulator:
             may_replay: the caller can run the same forward pass again.
             count: how many samples these losses stand for (0 for further terms of the same samples).
             independent: whether the caller found that a sample's loss is the same in a batch of its own.
-            alone: the gradients of that sample, to compare with.
+            single_sample: the gradients of that sample, to compare with.
 
         Returns:
             False if nothing was accumulated and the forward pass must be run again.
@@ -205,7 +205,7 @@ class FisherAccumulator:
                 retain_graph=retain_graph,
                 may_replay=may_replay,
                 independent=self._independent if independent is None else independent,
-                alone=alone,
+                single_sample=single_sample,
             )
             if done and independent is False:
                 raise CoupledSamplesError(
@@ -241,7 +241,7 @@ class FisherAccumulator:
     @property
     def n_learnt(self) -> int:
         """Number of calls that were found to have no sample axis."""
-        return 0 if self._session is None else len(self._session.interception.derive)
+        return 0 if self._session is None else len(self._session.interception.parameter_only)
 
     def result(self) -> Fisher:
         """Return the Fisher of all samples so far; accumulation may go on.

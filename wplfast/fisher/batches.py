@@ -57,7 +57,7 @@ class Batch:
             return model(*self.inputs)
         return model(self.inputs)
 
-    def check_losses(self, losses: Any) -> None:
+    def check_n_losses(self, losses: Any) -> None:
         """Refuse losses per token: their number must be a size that the batch knows.
 
         Raises:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..capture.call import random_state, set_random_state
-from ..capture.collect.batch import Alone
+from ..capture.collect.batch import SingleSample
 from ..capture.collect.session import MAX_ROUNDS
 from ..errors import WplfastError
 from ..losses import logits_of
@@ -26,7 +26,7 @@ from .checks import check_losses
 from .preserve import Snapshot
 from .result import Fisher
 from .sampling import Likelihood, draw
-from .single_sample import run_alone
+from .single_sample import run_single_sample
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -172,15 +172,17 @@ class _Pass:
     def _attempt(self, batch: Batch, outputs: Any) -> bool:
         """Accumulate all terms of a batch from one forward pass; False if the first asks for another forward pass."""
         terms = list(self._terms(batch, outputs))
-        alone: Alone | None = None
+        single_sample: SingleSample | None = None
         skipped = self.accumulator.n_skipped
         for index, (targets, share) in enumerate(terms):
             losses = self.loss_fn(outputs, targets)
             check_losses(losses)
-            batch.check_losses(losses)
+            batch.check_n_losses(losses)
             if index == 0 and self.check and (self.independent is None or not self.accumulator.n_samples):
                 parameters = list(self.accumulator.parameters.values())
-                self.independent, alone = run_alone(self.model, batch, targets, losses, self.loss_fn, parameters)
+                self.independent, single_sample = run_single_sample(
+                    self.model, batch, targets, losses, self.loss_fn, parameters
+                )
             if index == 0:
                 count, weights = self._limit(batch.weights, losses)
             done = self.accumulator.accumulate(
@@ -190,7 +192,7 @@ class _Pass:
                 may_replay=index == 0,
                 count=0 if index else count,
                 independent=self.independent,
-                alone=alone if index == 0 else None,
+                single_sample=single_sample if index == 0 else None,
             )
             if not done:
                 return False

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture.collect.batch import Alone
+from ..capture.collect.batch import SingleSample
 from ..capture.watched import map_tensors, tensors_in
 from .batches import Batch
 from .preserve import preserved
@@ -26,14 +26,14 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 SMALLEST = 1e-6
 
 
-def run_alone(
+def run_single_sample(
     model: nn.Module,
     batch: Batch,
     targets: Any,
     losses: Tensor,
     loss_fn: Callable[[Any, Any], Tensor],
     parameters: Sequence[Tensor],
-) -> tuple[bool | None, Alone | None]:
+) -> tuple[bool | None, SingleSample | None]:
     """Run the last sample in a batch of its own (twice), natively, and compare its loss.
 
     It costs a forward and a backward pass of two samples, and sees what gradients in a batch cannot show, such as
@@ -75,7 +75,7 @@ def run_alone(
                     gradients = torch.autograd.grad(loss.sum(), list(parameters), allow_unused=True)
                 except RuntimeError:  # reentrant checkpoints want .backward(), which would run the users' hooks
                     return True, None
-                return True, Alone(n_samples - 1, [None if g is None else g / 2 for g in gradients])
+                return True, SingleSample(n_samples - 1, [None if g is None else g / 2 for g in gradients])
     return verdict, None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .layout import Packing, is_dense
 
 #: Address, dtype, device, shape and stride: what must not have changed.
-Signature: TypeAlias = tuple[int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+Location: TypeAlias = tuple[int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
 
 #: A dictionary, a key and the value that must be there: how a module holds its parameters and submodules.
 Link: TypeAlias = tuple[dict[str, Any], str, object]
@@ -52,7 +52,7 @@ class PreparedPenalty:
         self.theta, self.theta_hat, self.offset, self.fisher = theta, theta_hat, offset, fisher
         self.alpha, self.l2, self.constant = alpha, l2, constant
         self._packing: Packing | None = None
-        self._signatures: list[Signature] = []
+        self._locations: list[Location] = []
         self._prepare()
 
     def _prepare(self) -> None:
@@ -60,7 +60,7 @@ class PreparedPenalty:
 
     def remember(self) -> None:
         """Remember what the parameters are now, for :meth:`unchanged`."""
-        self._signatures = [_signature(p) for p in self.theta]
+        self._locations = [_location(p) for p in self.theta]
 
     def unchanged(self, links: Sequence[Link]) -> bool:
         """Tell whether every parameter has the address, dtype, device, shape and strides that it had.
@@ -69,7 +69,7 @@ class PreparedPenalty:
             links: must hold too.
         """
         return all(holder.get(key) is value for holder, key, value in links) and all(
-            _signature(p) == known for p, known in zip(self.theta, self._signatures, strict=True)
+            _location(p) == known for p, known in zip(self.theta, self._locations, strict=True)
         )
 
     def versions(self) -> list[int]:
@@ -135,12 +135,12 @@ def dispatched() -> bool:
     )
 
 
-def _signature(parameter: Tensor) -> Signature:
+def _location(parameter: Tensor) -> Location:
     """Return what must not change."""
     return (parameter.data_ptr(), parameter.dtype, parameter.device, parameter.shape, parameter.stride())
 
 
-def check_grads(theta: Sequence[Tensor]) -> None:
+def check_parameter_grads(theta: Sequence[Tensor]) -> None:
     """Check every ``.grad`` before anything is written to one.
 
     Raises:
@@ -166,7 +166,7 @@ def check_grads(theta: Sequence[Tensor]) -> None:
 
 def _gradients(theta: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
     """Return tensors to add the gradients to, and those that stand in for a ``.grad`` in another memory order."""
-    check_grads(theta)
+    check_parameter_grads(theta)
     grads, apart = [], []
     for p in theta:
         grad = p.grad

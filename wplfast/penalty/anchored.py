@@ -14,7 +14,7 @@ from .. import storage
 from ..errors import NameMismatchError, StaleParameterError
 from ..params import Params
 from .anchors import Anchors
-from .consolidate import Normalization, Options, Rule, consolidate_
+from .consolidate import AnchorRule, Normalization, Options, consolidate_
 from .references import References
 from .state import Faults, faults, from_state, has_anchors, to_state
 
@@ -54,7 +54,7 @@ class AnchoredParameters(nn.Module):
         theta_hat: Mapping[str, Tensor] | None = None,
         weight: float = 1.0,
         decay: float = 1.0,
-        anchor: Rule = "merge",
+        anchor: AnchorRule = "merge",
         active: Sequence[str] | None = None,
         prefix: str = "",
         normalize: Normalization | None = None,

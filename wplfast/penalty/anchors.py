@@ -109,7 +109,7 @@ class Anchors:
             decay: factor on what was there.
 
         Returns:
-            Whether buffers were exchanged, so that tables of them are out of date.
+            Whether buffers were exchanged, so that groups of them are out of date.
         """
         exchanged, offsets = self.offset is None, self.with_offset()
         chosen, added = list(indices), []

@@ -12,7 +12,7 @@ from torch import Tensor
 from .anchors import Anchors
 from .lookup import Found, check_finite, look_up
 
-Rule: TypeAlias = Literal["merge", "replace"]
+AnchorRule: TypeAlias = Literal["merge", "replace"]
 Normalization: TypeAlias = Literal["trace", "max"]
 
 
@@ -26,13 +26,13 @@ class Options:
 
     weight: float = 1.0
     decay: float = 1.0
-    anchor: Rule = "merge"
+    anchor: AnchorRule = "merge"
     normalize: Normalization | None = None
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
         """Check."""
-        if self.anchor not in get_args(Rule):
+        if self.anchor not in get_args(AnchorRule):
             raise ValueError(f"anchor must be 'merge' or 'replace', got {self.anchor!r}")
         if self.normalize is not None and self.normalize not in get_args(Normalization):
             raise ValueError(f"normalize must be 'trace', 'max' or None, got {self.normalize!r}")
@@ -68,7 +68,7 @@ def consolidate_(
         first: whether the anchors hold nothing yet.
 
     Returns:
-        Whether tables of the anchors are out of date.
+        Whether groups of the anchors are out of date.
     """
     found = look_up(fisher, names, theta, "fisher", prefix)
     hats = None if theta_hat is None else look_up(theta_hat, names, theta, "theta_hat", prefix)
@@ -96,7 +96,7 @@ def consolidate_(
     anchors.bound[list(indices)] = bound
     if options.clip_norm is not None:
         anchors.clip_(indices, options.clip_norm)
-    return outdated or merging or had_constants  # the constants, which tables hold, may have changed
+    return outdated or merging or had_constants  # the constants, which groups hold, may have changed
 
 
 def _factor(found: Found, normalization: Normalization | None) -> float:

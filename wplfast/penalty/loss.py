@@ -14,7 +14,7 @@ from ..params import Params, device_of
 from .anchored import AnchoredParameters
 from .anchors import Anchors
 from .coefficients import Alpha, alpha_tensor
-from .param_groups import Table, Tables
+from .param_groups import ParamGroup, ParamGroups
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -66,7 +66,7 @@ class WeightPlasticityLoss(AnchoredParameters):
         self._l2_value = float(l2)
         self._alpha_values: Tensor = alpha_tensor(alpha, self._references.names, device_of(self._references.tensors()))
         self._alpha_version = self._alpha_values._version
-        self._tables = Tables()
+        self._groups = ParamGroups()
         self._anchors = self._blank_anchors()
         self._anchors_changed()
 
@@ -88,7 +88,7 @@ class WeightPlasticityLoss(AnchoredParameters):
         """
         if self._anchors is None or (active is not None and len(active) == 0):
             return self._nothing(active)
-        return functional.total([table.value() for table in self._active_tables(active)])
+        return functional.total([group.value() for group in self._active_groups(active)])
 
     def add_grad_(self, scale: float | Tensor = 1.0, active: Sequence[str] | None = None) -> Tensor:
         """Add ``scale`` times the penalty's gradient to the parameters' ``.grad`` in one pass, without a graph.
@@ -111,11 +111,11 @@ class WeightPlasticityLoss(AnchoredParameters):
         with torch.no_grad():
             if self._anchors is None or (active is not None and len(active) == 0):
                 return self._nothing(active)
-            tables = self._active_tables(active)
-            if len(tables) > 1:  # or an error in a later one would leave the earlier ones added
-                for table in tables:
-                    table.check_grads()
-            return functional.total([table.add_grad_(scale) for table in tables])
+            groups = self._active_groups(active)
+            if len(groups) > 1:  # or an error in a later one would leave the earlier ones added
+                for group in groups:
+                    group.check_parameter_grads()
+            return functional.total([group.add_grad_(scale) for group in groups])
 
     def subset(self, names: Sequence[str]) -> Subset:
         """Return a handle to the penalty over some parameters, for hot loops.
@@ -131,7 +131,7 @@ class WeightPlasticityLoss(AnchoredParameters):
         """
         handle = Subset(self, tuple(self._references.chosen(names)))
         if self._anchors is not None:
-            self._active_tables(handle.names)
+            self._active_groups(handle.names)
         return handle
 
     @property
@@ -156,13 +156,13 @@ class WeightPlasticityLoss(AnchoredParameters):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle names and anchors, not the parameters: a copy elsewhere must be bound to parameters there."""
-        return {**self.__dict__, "_tables": Tables()}
+        return {**self.__dict__, "_groups": ParamGroups()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy anchors and alpha."""
         copy = super().__deepcopy__(memo)
         with torch.inference_mode(False):
-            copy._alpha_values, copy._tables = self._alpha_values.clone(), Tables()
+            copy._alpha_values, copy._groups = self._alpha_values.clone(), ParamGroups()
         copy._alpha_version = copy._alpha_values._version
         return copy
 
@@ -173,24 +173,24 @@ class WeightPlasticityLoss(AnchoredParameters):
         shown = f"{alpha.item():g}" if alpha.dim() == 0 else "by prefix"
         return f"{len(self._references)} parameters, {numel:,} elements, alpha={shown}, n_anchors={self._n_anchors}"
 
-    # ---- tables ----------------------------------------------------------------------------------------------------
+    # ---- groups ----------------------------------------------------------------------------------------------------
 
-    def _active_tables(self, active: Sequence[str] | None) -> list[Table]:
-        """Return the tables of an active set, after checking that the parameters are where they were."""
+    def _active_groups(self, active: Sequence[str] | None) -> list[ParamGroup]:
+        """Return the groups of an active set, after checking that the parameters are where they were."""
         key = None if active is None else tuple(active)
         if not torch.compiler.is_compiling() and self._alpha_values._version != self._alpha_version:
             self._alpha_changed()  # somebody wrote to wpl.alpha
-        return self._tables.find(key) or self._make_tables(key, self._references.chosen(active))
+        return self._groups.find(key) or self._make_groups(key, self._references.chosen(active))
 
-    def _make_tables(self, key: tuple[str, ...] | None, names: Sequence[str]) -> list[Table]:
-        """Make the tables of an active set, from anchors beside the parameters."""
+    def _make_groups(self, key: tuple[str, ...] | None, names: Sequence[str]) -> list[ParamGroup]:
+        """Make the groups of an active set, from anchors beside the parameters."""
         if torch.compiler.is_compiling():
             raise RuntimeError("evaluate this active set once before it is compiled: addresses cannot be traced")
         indices = [self._references.index[name] for name in names]
         with torch.inference_mode(False):
             anchors = self._current_anchors()
             parts = self._references, anchors, self._alpha_values, self._l2_value
-            return self._tables.make(key, indices, *parts)
+            return self._groups.make(key, indices, *parts)
 
     def _kept(self, sources: Sequence[int]) -> None:
         """Keep the strengths of the parameters that are kept."""
@@ -200,19 +200,19 @@ class WeightPlasticityLoss(AnchoredParameters):
             self._alpha_version = self._alpha_values._version
 
     def _anchors_changed(self) -> None:
-        """Make the tables of all known active sets anew, so that compiled code need not."""
-        keys = self._tables.clear()
+        """Make the groups of all known active sets anew, so that compiled code need not."""
+        keys = self._groups.clear()
         if self._anchors is not None:
             for key in (*keys, *(() if None in keys else (None,))):
                 names = self._references.names if key is None else key
                 if all(name in self._references for name in names):
-                    self._make_tables(key, names)
+                    self._make_groups(key, names)
 
     def _alpha_changed(self) -> None:
-        """Bring alpha to the tables."""
+        """Bring alpha to the groups."""
         self._alpha_version = self._alpha_values._version
-        for table in self._tables:
-            table.set_alpha(self._alpha_values)
+        for group in self._groups:
+            group.set_alpha(self._alpha_values)
 
     # ---- before the first anchor -----------------------------------------------------------------------------------
 

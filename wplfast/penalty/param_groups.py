@@ -1,8 +1,8 @@
-"""Tables: what the penalty is evaluated on, made once and checked at every call.
+"""ParamGroups: what the penalty is evaluated on, made once and checked at every call.
 
-Parameters stay where the user's optimizer has them; a table refers to them and to the anchors' flat buffers. PyTorch
+Parameters stay where the user's optimizer has them; a group refers to them and to the anchors' flat buffers. PyTorch
 lets a parameter's memory be exchanged silently (``.to``, ``.double``, ``p.data = ...``), so every call compares
-address, dtype, device, shape and stride with what the table was made from.
+address, dtype, device, shape and stride with what the group was made from.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 from .. import backends
 from ..errors import StaleParameterError
 from ..ops.layout import is_dense
-from ..ops.prepared import PreparedPenalty, check_grads
+from ..ops.prepared import PreparedPenalty, check_parameter_grads
 from .anchors import Anchors, by_kind
 from .autograd import differentiable
 from .coefficients import scalar
 from .references import References
 
-_MAX_TABLES = 32  # active sets whose tables are kept
+_MAX_ACTIVE_SETS = 32  # active sets whose groups are kept
 
 
-class Table:
+class ParamGroup:
     """Parameters of one device and dtype, with their anchors.
 
     Args:
@@ -77,7 +77,7 @@ class Table:
         factor = self._one if isinstance(scale, float) and scale == 1 else scalar(scale, self._one.device)
         if not self._gaps:
             return self._prepared.add_grad_(factor)
-        self.check_grads()
+        self.check_parameter_grads()
         prepared = self._dense()
         value, packed = prepared.with_grad()
         for p, gradient in zip(self._theta, prepared.views(packed), strict=True):
@@ -86,9 +86,9 @@ class Table:
                 p.grad = step if p.grad is None else p.grad.add_(step)
         return value
 
-    def check_grads(self) -> None:
+    def check_parameter_grads(self) -> None:
         """Check every ``.grad`` before anything is written to one."""
-        check_grads(self._theta)
+        check_parameter_grads(self._theta)
 
     def _dense(self) -> PreparedPenalty:
         """Return the penalty over copies of the parameters that have gaps in memory."""
@@ -96,27 +96,27 @@ class Table:
         return PreparedPenalty(theta, *self._columns, *self._coefficients)
 
 
-class Tables:
-    """The most recently used active sets' tables, one for each device and dtype."""
+class ParamGroups:
+    """The most recently used active sets' groups, one for each device and dtype."""
 
     def __init__(self) -> None:
-        self._tables: OrderedDict[tuple[str, ...] | None, list[Table]] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, ...] | None, list[ParamGroup]] = OrderedDict()
 
-    def __iter__(self) -> Iterator[Table]:
-        """Yield all tables."""
-        return (table for tables in self._tables.values() for table in tables)
+    def __iter__(self) -> Iterator[ParamGroup]:
+        """Yield all groups."""
+        return (group for groups in self._groups.values() for group in groups)
 
-    def find(self, key: tuple[str, ...] | None) -> list[Table] | None:
-        """Return an active set's tables, or None if there are none or a parameter is not what and where it was."""
-        tables = self._tables.get(key)
-        if tables is None or torch.compiler.is_compiling():
-            return tables  # addresses cannot be looked at while tracing; shapes and dtypes are guarded
-        for table in tables:
-            if not table.unchanged():
+    def find(self, key: tuple[str, ...] | None) -> list[ParamGroup] | None:
+        """Return an active set's groups, or None if there are none or a parameter is not what and where it was."""
+        groups = self._groups.get(key)
+        if groups is None or torch.compiler.is_compiling():
+            return groups  # addresses cannot be looked at while tracing; shapes and dtypes are guarded
+        for group in groups:
+            if not group.unchanged():
                 return None
-        with suppress(KeyError):  # another thread may have made all tables anew
-            self._tables.move_to_end(key)
-        return tables
+        with suppress(KeyError):  # another thread may have made all groups anew
+            self._groups.move_to_end(key)
+        return groups
 
     def make(
         self,
@@ -126,19 +126,19 @@ class Tables:
         anchors: Anchors,
         alpha: Tensor,
         l2: float,
-    ) -> list[Table]:
-        """Make and keep an active set's tables; see :class:`Table` for the arguments."""
+    ) -> list[ParamGroup]:
+        """Make and keep an active set's groups; see :class:`ParamGroup` for the arguments."""
         theta = references.tensors()
         kinds = by_kind(theta[i] for i in indices).values()
-        tables = [Table([indices[k] for k in positions], references, anchors, alpha, l2) for positions in kinds]
-        self._tables[key] = tables
-        if len(self._tables) > _MAX_TABLES:
+        groups = [ParamGroup([indices[k] for k in positions], references, anchors, alpha, l2) for positions in kinds]
+        self._groups[key] = groups
+        if len(self._groups) > _MAX_ACTIVE_SETS:
             with suppress(KeyError):  # another thread dropped the same one at this moment
-                self._tables.popitem(last=False)
-        return tables
+                self._groups.popitem(last=False)
+        return groups
 
     def clear(self) -> list[tuple[str, ...] | None]:
         """Forget all; return the active sets that there were."""
-        keys = list(self._tables)
-        self._tables.clear()
+        keys = list(self._groups)
+        self._groups.clear()
         return keys

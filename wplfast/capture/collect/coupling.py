@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..trace.tap import Site
+from ..trace.tap import CallSite
 
 UNKNOWN = (
     ". If the data of this call do not depend on the samples at all, that is no coupling, but one batch cannot tell: "
@@ -10,12 +10,12 @@ UNKNOWN = (
 )
 
 
-def is_about_positions(site: Site, n_samples: int) -> bool:
+def is_about_positions(site: CallSite, n_samples: int) -> bool:
     """Tell whether the data of a call are not samples: a range of indices, or of sizes that no batch axis fits in."""
-    return all(is_range or all(size % n_samples for size in shape) for shape, _, is_range in site.call.data_kinds)
+    return all(is_range or all(size % n_samples for size in shape) for shape, _, is_range in site.call.input_kinds)
 
 
-def describe(site: Site, names: list[str]) -> str:
+def describe(site: CallSite, names: list[str]) -> str:
     """Name the module, the operation and the parameter where samples are coupled."""
     name = names[min(site.parameters)]
     module = name.rpartition(".")[0] or "the model"

@@ -25,7 +25,7 @@ def check_identity(
     captured: Mapping[int, Tensor],
     ordinary: Sequence[Tensor | None],
     fisher: Sequence[Tensor],
-    codes: Tensor,
+    probe_weights: Tensor,
     dtypes: Sequence[torch.dtype],
     skipped: set[int],
 ) -> None:
@@ -36,14 +36,14 @@ def check_identity(
         captured: index -> ``sum_n c_n g_n`` from captured rows; absent where no use was collected.
         ordinary: the ordinary gradients; None where none arrived.
         fisher: the sums of squares so far, for the scale that rounding is relative to.
-        codes: the weights c_n.
+        probe_weights: the weights c_n.
         dtypes: the parameters' dtypes.
         skipped: indices not to compare (they were not captured but computed by autograd itself).
 
     Raises:
         VerificationError: naming the first parameter that differs.
     """
-    largest = float(codes.abs().max())
+    largest = float(probe_weights.abs().max())
     scales = [float(f.sum(dtype=torch.float64)) ** 0.5 for f in fisher]
     floor = 1e-3 * max(1e-300, sum(scale**2 for scale in scales)) ** 0.5  # some gradients are zero but for rounding
     for index, expected in enumerate(ordinary):
@@ -65,10 +65,10 @@ def check_identity(
 
 
 #: Largest difference between a gradient in a batch and alone, relative to its size: another order of summation.
-ALONE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
+SINGLE_SAMPLE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
-def check_alone(
+def check_single_sample(
     names: Sequence[str],
     captured: Mapping[int, Tensor],
     alone: Sequence[Tensor | None],
@@ -99,7 +99,7 @@ def check_alone(
         if expected is not None:
             difference = difference - expected.to_dense().double()
         error = float(torch.as_tensor(difference).norm())
-        if not error <= ALONE_TOLERANCE[dtypes[index]] * size:
+        if not error <= SINGLE_SAMPLE_TOLERANCE[dtypes[index]] * size:
             raise VerificationError(
                 f"the gradient of {names[index]!r} for one sample is not that of a batch of its own "
                 f"(|difference| {error:.3g}, |g| {size:.3g}): either the batch enters it (a detached batch "

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..trace.intercept import Interception
 
 
-class Arrivals:
+class LeafGrads:
     """Where ordinary gradients land during a pass, and nothing else should."""
 
     def __init__(self, parameters: list[Tensor], interception: Interception) -> None:

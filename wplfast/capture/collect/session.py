@@ -3,10 +3,10 @@
 Each batch runs, on one graph,
 
 1. *probing* backward passes, only while some use has not been measured (the first batch) or is routed anew in every
-   batch: the losses weighted with power-of-two codes (:mod:`.ownership`). In a verified batch the first one also
+   batch: the losses weighted with power-of-two codes (:mod:`.probe`). In a verified batch the first one also
    computes the parameters' ordinary gradients;
 2. one *collecting* backward pass with weights 1. Every tap's gradients become uses (:mod:`.rules`); once all uses of a
-   parameter are in, they are summed per sample, squared and accumulated (:mod:`.reduce`) and their memory is freed;
+   parameter are in, they are summed per sample, squared and accumulated (:mod:`.squares`) and their memory is freed;
 3. *one backward pass per sample*, for parameters alone whose use cannot be seen (a custom ``autograd.Function``,
    TorchScript) or was found to need another forward pass.
 """
@@ -26,13 +26,13 @@ from ...errors import CoupledSamplesError, NonFiniteError, WplfastError
 from ..probe.graph import reorders_rows
 from ..probe.infer import Check, Measurement, at_least_1d
 from ..rules import GENERIC
-from ..rules.grad_sample import Use
+from ..rules.grad_sample import GradSample
 from ..trace.intercept import Interception
-from ..trace.tap import Site
-from .batch import Alone, Batch, Moment
+from ..trace.tap import CallSite
+from .batch import BatchState, OutputGrads, SingleSample
 from .coupling import UNKNOWN, describe, is_about_positions
-from .identity import check_alone, check_identity
-from .leaf_grads import Arrivals
+from .identity import check_identity, check_single_sample
+from .leaf_grads import LeafGrads
 from .squares import accumulate, gradient_of, weighted_sum
 
 _Mode: TypeAlias = Literal["idle", "probe", "ordinary", "collect"]
@@ -44,9 +44,9 @@ _CHECKED = frozenset(8**k for k in range(12))
 MAX_ROUNDS = 4
 
 
-def _no_batch() -> Batch:
+def _no_batch() -> BatchState:
     """Return what stands between batches: the last one's losses would keep its graph alive."""
-    return Batch(torch.empty(0, device="cpu"), None, None, None, False, False)
+    return BatchState(torch.empty(0, device="cpu"), None, None, None, False, False)
 
 
 class Session:
@@ -63,7 +63,7 @@ class Session:
         """Collect into ``fisher`` (and ``gradient``), one contiguous accumulator per parameter."""
         self.names, self.parameters, self.fisher, self.gradient = names, parameters, fisher, gradient
         self.interception = Interception(parameters, constants, self)
-        self.arrivals = Arrivals(parameters, self.interception)
+        self.leaf_grads = LeafGrads(parameters, self.interception)
         self.rules: dict[int, set[str]] = defaultdict(set)
         self.seconds: dict[str, float] = defaultdict(float)
         self.unseen: set[int] = set()
@@ -92,7 +92,7 @@ class Session:
         retain_graph: bool = False,
         may_replay: bool = False,
         independent: bool | None = None,
-        alone: Alone | None = None,
+        single_sample: SingleSample | None = None,
     ) -> bool:
         """Collect one batch.
 
@@ -103,7 +103,7 @@ class Session:
             retain_graph: keep the graph for another call on the same forward pass.
             may_replay: the caller can run the same forward pass again.
             independent: whether the caller found a sample's loss to be the same in a batch of its own; None: unknown.
-            alone: gradients of that sample, to compare with.
+            single_sample: gradients of that sample, to compare with.
 
         Returns:
             False if nothing was accumulated and the forward pass must be run again.
@@ -121,7 +121,9 @@ class Session:
         measurement.start_batch(len(losses), check, self._reorders, unusual)
         passes = max(measurement.passes_needed(sites), int(checked))
         keep = retain_graph or passes > 0 or first or measurement.has_dormant or bool(self._late or self.unseen)
-        batch = self._batch = Batch(losses, weights, independent, alone if checked else None, checked, keep)
+        batch = self._batch = BatchState(
+            losses, weights, independent, single_sample if checked else None, checked, keep
+        )
         for attempt in range(MAX_ROUNDS):
             for digit in range(passes):
                 self._probe(digit, with_ordinary=checked and attempt == digit == 0)
@@ -145,7 +147,7 @@ class Session:
                 )
             batch.only = set(batch.retry)
             measurement.start_probing()
-            passes = measurement.codes.rounds
+            passes = measurement.probe_weights.rounds
         else:
             raise WplfastError(f"could not measure which samples the uses of {self._some(batch.retry)} belong to")
         self._one_by_one(batch.blocked | self.unseen)
@@ -173,7 +175,7 @@ class Session:
 
     def abandon(self) -> None:
         """Forget a batch that will not be accumulated."""
-        self.arrivals.drop()
+        self.leaf_grads.drop()
         self.release()
 
     def release(self) -> None:
@@ -193,24 +195,26 @@ class Session:
             self._mode, self.interception.in_backward = "idle", False
 
     @torch.no_grad()
-    def _verify(self, batch: Batch) -> None:
+    def _verify(self, batch: BatchState) -> None:
         """Compare captured rows with plain autograd, unless something overflowed, which the accumulator reports."""
         if not all(bool(torch.isfinite(f.sum())) for f in self.fisher):
             return
         skipped = batch.blocked | self.unseen
         seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
         dtypes = [max(seen | {p.dtype}, key=lambda dtype: torch.finfo(dtype).eps) for p in self.parameters]
-        codes = self._measurement.codes.weights(0)
-        check_identity(self.names, batch.coded, batch.ordinary, self.fisher, codes, dtypes, skipped)
-        if batch.alone is not None:
-            check_alone(self.names, batch.single, batch.alone.gradients, dtypes)
+        probe_weights = self._measurement.probe_weights.weights(0)
+        check_identity(self.names, batch.probed, batch.ordinary, self.fisher, probe_weights, dtypes, skipped)
+        if batch.single_sample is not None:
+            check_single_sample(self.names, batch.of_single_sample, batch.single_sample.gradients, dtypes)
 
     # ---- what the taps report --------------------------------------------------------------------------------------
 
-    def event(self, site: Site, data: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    def event(
+        self, site: CallSite, inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
+    ) -> list[Tensor | None]:
         """Take the gradients of a site's outputs."""
-        nothing: list[Tensor | None] = [None] * len(site.call.sources)
-        if site.late and self._mode != "idle":
+        nothing: list[Tensor | None] = [None] * len(site.call.operands)
+        if site.in_backward and self._mode != "idle":
             self._late |= site.parameters
         if self._mode == "idle":
             if torch.is_grad_enabled():
@@ -222,7 +226,7 @@ class Session:
         if self._batch.verify:
             self._dtypes |= {g.dtype for g in grads if g is not None}
         if self._mode == "collect":
-            self._collect_site(site, data, grads)
+            self._collect_site(site, inputs, grads)
             return nothing
         if self._mode == "probe":
             self._measurement.probe(site, grads)
@@ -230,16 +234,16 @@ class Session:
                 return nothing
         elif self._batch.only is not None and not self._batch.only & site.parameters:
             return nothing
-        return site.rule.ordinary(site.call, data, grads)
+        return site.rule.ordinary(site.call, inputs, grads)
 
     # ---- probing ---------------------------------------------------------------------------------------------------
 
     def _probe(self, digit: int, with_ordinary: bool) -> None:
         """Run one probing pass; with ``with_ordinary``, keep the parameters' ordinary gradients to verify with."""
         self._batch.with_ordinary = with_ordinary
-        self._run(self._measurement.codes.weights(digit), "probe", keep=True)
+        self._run(self._measurement.probe_weights.weights(digit), "probe", keep=True)
         if with_ordinary:
-            self._batch.ordinary = self.arrivals.take()
+            self._batch.ordinary = self.leaf_grads.take()
 
     # ---- collecting ------------------------------------------------------------------------------------------------
 
@@ -251,24 +255,24 @@ class Session:
         for index in {*batch.uses, *batch.grouped}:
             self._flush(index)
 
-    def _collect_site(self, site: Site, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    def _collect_site(self, site: CallSite, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Turn one site's gradients into uses, and flush the parameters whose last use this was."""
         batch, parameters = self._batch, site.parameters
         if batch.only is None or parameters & batch.only:
-            owners = self._measurement.owners(site, grads)
-            if isinstance(owners, str):
-                if owners == "nonfinite":
+            layouts = self._measurement.layouts(site, grads)
+            if isinstance(layouts, str):
+                if layouts == "nonfinite":
                     raise NonFiniteError(f"a gradient of {self.names[min(parameters)]!r} is NaN or infinite")
                 batch.retry |= parameters
-                if owners == "mixed":
+                if layouts == "mixed":
                     batch.mixed.append(site)
             elif not batch.dry:
-                moment = Moment(site, data, grads, owners)
+                moment = OutputGrads(site, inputs, grads, layouts)
                 if site.key.keys.used > 1 and site.rule.stackable(site.call):
                     batch.defer(moment)
                 else:
                     self._use(moment)
-        if not site.late and not site.fired:
+        if not site.in_backward and not site.fired:
             site.fired = True
             pending = batch.pending
             for index in parameters:
@@ -276,22 +280,22 @@ class Session:
                 if not pending[index] and index not in self._late:
                     self._flush(index)
 
-    def _use(self, moment: Moment) -> None:
+    def _use(self, moment: OutputGrads) -> None:
         """Turn a site's gradients into uses."""
-        site, owners = moment.site, moment.owners
-        grads = [None if g is None or o is None else at_least_1d(g) for g, o in zip(moment.grads, owners, strict=True)]
+        site, layouts = moment.site, moment.layouts
+        grads = [None if g is None or o is None else at_least_1d(g) for g, o in zip(moment.grads, layouts, strict=True)]
         if all(gradient is None for gradient in grads):
             return
         started = time.perf_counter()
-        uses = site.rule.uses(site.call, moment.data, grads, owners)
+        uses = site.rule.grad_samples(site.call, moment.inputs, grads, layouts)
         if uses is None:
-            uses = GENERIC.uses(site.call, moment.data, grads, owners)
+            uses = GENERIC.grad_samples(site.call, moment.inputs, grads, layouts)
         for use in uses:
-            for index in use.source.parameters:
+            for index in use.operand.parameters:
                 self._take(index, use, site)
         self.seconds[uses[0].rule if uses else site.rule.name] += time.perf_counter() - started
 
-    def _take(self, index: int, use: Use, site: Site) -> None:
+    def _take(self, index: int, use: GradSample, site: CallSite) -> None:
         """Keep a use until all uses of its parameter are in."""
         batch = self._batch
         if batch.only is not None and index not in batch.only:
@@ -317,9 +321,11 @@ class Session:
         batch.flushed.add(index)
         fisher, gradient = self.fisher[index], None if self.gradient is None else self.gradient[index]
         if batch.verify:
-            batch.coded[index] = weighted_sum(index, uses, self._measurement.codes.weights(0).to(fisher.device), fisher)
-        if batch.alone is not None:
-            batch.single[index] = gradient_of(index, uses, batch.alone.sample, fisher)
+            batch.probed[index] = weighted_sum(
+                index, uses, self._measurement.probe_weights.weights(0).to(fisher.device), fisher
+            )
+        if batch.single_sample is not None:
+            batch.of_single_sample[index] = gradient_of(index, uses, batch.single_sample.sample, fisher)
         accumulate(index, uses, fisher, gradient, batch.weights)
         self.rules[index] |= {use.rule for use in uses}
         slow = any(use.rule == GENERIC.name for use in uses)
@@ -335,15 +341,15 @@ class Session:
         came from such a site.
         """
         batch = self._batch
-        bare = [site for site in batch.mixed if not site.call.differentiable_data]
-        coupled = [site for site in batch.mixed if site.call.differentiable_data]
+        bare = [site for site in batch.mixed if not site.call.differentiable_inputs]
+        coupled = [site for site in batch.mixed if site.call.differentiable_inputs]
         known = batch.independent
         if known is None:
             known = all(is_about_positions(site, len(batch.losses)) for site in bare)
         if not bare or not known:
             hint = "" if coupled or batch.independent is not None else UNKNOWN
             raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint)
-        self.interception.derive |= {site.key for site in bare}
+        self.interception.parameter_only |= {site.key for site in bare}
         if may_replay and (batch.dry or self.batches == 0):
             if self.batches == 0:
                 for accumulator in (*self.fisher, *(self.gradient or ())):
@@ -356,8 +362,8 @@ class Session:
 
     def _find_unseen(self) -> set[int]:
         """Return the parameters that gradients arrived at past the taps, and remember them."""
-        found = self.arrivals.past_the_taps()
-        self.arrivals.drop()
+        found = self.leaf_grads.past_the_taps()
+        self.leaf_grads.drop()
         fresh = found - self.unseen
         if fresh and self.batches:
             raise WplfastError(
@@ -381,18 +387,18 @@ class Session:
             one = torch.zeros(len(batch.losses), device="cpu")
             one[sample] = 1
             self._run(one, "ordinary", keep=True)
-            gradients = self.arrivals.take()
+            gradients = self.leaf_grads.take()
             weight = None if batch.weights is None else batch.weights[sample : sample + 1]
             for index in wanted:
                 gradient = gradients[index]
                 if gradient is not None:
                     wide = gradient.to(self.fisher[index].dtype).unsqueeze(0).contiguous()
                     ops.accumulate_squares_(self.fisher[index], wide, weight)
-                    if batch.alone is not None and sample == batch.alone.sample:
-                        batch.single[index] = wide[0]
+                    if batch.single_sample is not None and sample == batch.single_sample.sample:
+                        batch.of_single_sample[index] = wide[0]
                     if self.gradient is not None:
                         self.gradient[index] += wide[0] if weight is None else wide[0] * weight.to(wide.dtype)
-            self.arrivals.drop()
+            self.leaf_grads.drop()
         for index in wanted:
             self.rules[index].add("one by one")
         self.seconds["one by one"] += time.perf_counter() - started

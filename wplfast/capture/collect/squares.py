@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from ...ops.layout import is_run
-from ..call import Source
-from ..rules.grad_sample import Use, add_squares, chunks
+from ..call import Operand
+from ..rules.grad_sample import GradSample, add_squares, chunks
 from . import tied
 
 
 def accumulate(
-    parameter: int, uses: Sequence[Use], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None
+    parameter: int, uses: Sequence[GradSample], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None
 ) -> None:
     """Add ``sum_n w_n (sum_uses g_n)^2`` to ``fisher`` and, if wanted, ``sum_n w_n sum_uses g_n`` to ``gradient``.
 
     Args:
-        parameter: index of the parameter; sources derived from several parameters hold uses of each.
+        parameter: index of the parameter; operands derived from several parameters hold uses of each.
         uses: all uses that one batch made of it.
         fisher: contiguous accumulator of the parameter's shape.
         gradient: optional accumulator likewise.
@@ -29,35 +29,35 @@ def accumulate(
     for region, group in _regions(uses, fisher).items():
         target = _view(fisher, region)
         plain = None if gradient is None else _view(gradient, region)
-        whole = region is not None or all(use.source.graph is None for use in group)
+        whole = region is not None or all(use.operand.graph is None for use in group)
         fused = whole and _fused(group, target, plain, weights)
         if not fused and not tied.accumulate(group, target, plain, weights):
             _materialised(parameter, group, target, plain, weights, direct=region is not None)
 
 
-def weighted_sum(parameter: int, uses: Sequence[Use], weights: Tensor, like: Tensor) -> Tensor:
+def weighted_sum(parameter: int, uses: Sequence[GradSample], weights: Tensor, like: Tensor) -> Tensor:
     """Return ``sum_n weights[n] sum_uses g_n`` in the shape of ``like``."""
     total = torch.zeros_like(like)
     for same in _by_source(uses):
         found = sum(use.weighted_sum(weights) for use in same)
         assert isinstance(found, Tensor)
-        total += _push(same[0].source, parameter, found.unsqueeze(0))[0]
+        total += _push(same[0].operand, parameter, found.unsqueeze(0))[0]
     return total
 
 
-def gradient_of(parameter: int, uses: Sequence[Use], sample: int, like: Tensor) -> Tensor:
+def gradient_of(parameter: int, uses: Sequence[GradSample], sample: int, like: Tensor) -> Tensor:
     """Return one sample's gradient, in the shape of ``like``."""
     total = torch.zeros_like(like)
     for use in uses:
-        total += _push(use.source, parameter, use.per_sample(range(sample, sample + 1)))[0]
+        total += _push(use.operand, parameter, use.per_sample(range(sample, sample + 1)))[0]
     return total
 
 
-def _by_source(uses: Sequence[Use]) -> list[list[Use]]:
+def _by_source(uses: Sequence[GradSample]) -> list[list[GradSample]]:
     """Group the uses of one derived tensor, whose gradients can be summed before they are pushed down its graph."""
-    groups: dict[int, list[Use]] = {}
+    groups: dict[int, list[GradSample]] = {}
     for use in uses:
-        groups.setdefault(id(use.source.leaf if use.source.graph is None else use.source.graph), []).append(use)
+        groups.setdefault(id(use.operand.leaf if use.operand.graph is None else use.operand.graph), []).append(use)
     return list(groups.values())
 
 
@@ -72,11 +72,11 @@ def _view(accumulator: Tensor, region: _Region | None) -> Tensor:
     return accumulator.as_strided(size, stride, accumulator.storage_offset() + offset)
 
 
-def _regions(uses: Sequence[Use], fisher: Tensor) -> dict[_Region | None, list[Use]]:
+def _regions(uses: Sequence[GradSample], fisher: Tensor) -> dict[_Region | None, list[GradSample]]:
     """Group uses of disjoint views of a parameter (chunks of a packed projection); else one group, under None."""
-    regions: dict[_Region | None, list[Use]] = {}
+    regions: dict[_Region | None, list[GradSample]] = {}
     for use in uses:
-        view = use.source.region
+        view = use.operand.region
         regions.setdefault(None if view is None else view[1:], []).append(use)
     if None in regions:
         return {None: list(uses)}
@@ -90,9 +90,9 @@ def _regions(uses: Sequence[Use], fisher: Tensor) -> dict[_Region | None, list[U
     return regions if disjoint else {None: list(uses)}
 
 
-def _fused(group: Sequence[Use], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
+def _fused(group: Sequence[GradSample], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
     """Serve uses of one form without materialising their per-sample gradients; tell whether that was so."""
-    if any(use.source.value.shape != fisher.shape or type(use) is not type(group[0]) for use in group):
+    if any(use.operand.value.shape != fisher.shape or type(use) is not type(group[0]) for use in group):
         return False
     use = group[0].joined(group[1:])
     return use is not None and use.accumulate(fisher, gradient, weights)
@@ -100,7 +100,7 @@ def _fused(group: Sequence[Use], fisher: Tensor, gradient: Tensor | None, weight
 
 def _materialised(
     parameter: int,
-    group: Sequence[Use],
+    group: Sequence[GradSample],
     fisher: Tensor,
     gradient: Tensor | None,
     weights: Tensor | None,
@@ -114,22 +114,22 @@ def _materialised(
             grads = same[0].per_sample(samples)
             for use in same[1:]:
                 grads = grads + use.per_sample(samples)
-            total += grads if direct else _push(same[0].source, parameter, grads)
+            total += grads if direct else _push(same[0].operand, parameter, grads)
         chosen = None if weights is None else weights[samples.start : samples.stop].contiguous()
         add_squares(total, total_fisher, gradient, chosen)
     if total_fisher is not fisher:
         fisher += total_fisher
 
 
-def _push(source: Source, parameter: int, grads: Tensor) -> Tensor:
-    """Send gradients [n, *source.shape] down the parameter-only graph to one parameter."""
-    if source.graph is None:
+def _push(operand: Operand, parameter: int, grads: Tensor) -> Tensor:
+    """Send gradients [n, *operand.shape] down the parameter-only graph to one parameter."""
+    if operand.graph is None:
         return grads
-    leaf = source.leaves[source.parameters.index(parameter)]
+    leaf = operand.leaves[operand.parameters.index(parameter)]
     found = grads.new_zeros((len(grads), *leaf.shape))
     for row, gradient in zip(found, grads, strict=True):
         (down,) = torch.autograd.grad(
-            source.graph, leaf, gradient.to(source.graph.dtype), retain_graph=True, allow_unused=True
+            operand.graph, leaf, gradient.to(operand.graph.dtype), retain_graph=True, allow_unused=True
         )
         if down is not None:
             row.copy_(down)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.layout import flat_dtype
-from ..rules.embedding import LookupUse
-from ..rules.grad_sample import FactoredUse, Use, chunks, widened
+from ..rules.embedding import LookupGradSample
+from ..rules.grad_sample import FactoredGradSample, GradSample, chunks, widened
 
 
-def accumulate(group: Sequence[Use], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
+def accumulate(group: Sequence[GradSample], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
     """Add squares of uses of both kinds to ``fisher`` [V, D]; False where there are others or nothing is to be gained.
 
     Args:
@@ -30,19 +30,19 @@ def accumulate(group: Sequence[Use], fisher: Tensor, gradient: Tensor | None, we
     """
     if fisher.dim() != 2 or not fisher.is_contiguous():
         return False
-    lookups = [use for use in group if isinstance(use, LookupUse) and _is_whole(use, fisher)]
+    lookups = [use for use in group if isinstance(use, LookupGradSample) and _is_whole(use, fisher)]
     products = [found for use in group if (found := _product(use, fisher)) is not None]
     if not lookups or not products or len(lookups) + len(products) < len(group):
         return False
     looked_up, product = lookups[0].joined(lookups[1:]), products[0].joined(products[1:])
-    assert isinstance(looked_up, LookupUse)
-    assert isinstance(product, FactoredUse)
+    assert isinstance(looked_up, LookupGradSample)
+    assert isinstance(product, FactoredGradSample)
     tokens = looked_up.indices
     if 2 * tokens.shape[1] > len(fisher):
         return False
     own, first = _own_rows(tokens, len(fisher))
     others = torch.where(own.unsqueeze(1), 0, product.grad_outputs)
-    FactoredUse(product.source, product.rule, product.activations, others).accumulate(fisher, gradient, weights)
+    FactoredGradSample(product.operand, product.rule, product.activations, others).accumulate(fisher, gradient, weights)
     steps = product.activations.shape[1]
     for samples in chunks(len(tokens), max(steps, fisher.shape[1]) * tokens.shape[1]):
         part = slice(samples.start, samples.stop)
@@ -55,21 +55,21 @@ def accumulate(group: Sequence[Use], fisher: Tensor, gradient: Tensor | None, we
     return True
 
 
-def _is_whole(use: Use, fisher: Tensor) -> bool:
+def _is_whole(use: GradSample, fisher: Tensor) -> bool:
     """Tell whether a use is of the parameter itself."""
-    return use.source.graph is None and use.source.value.shape == fisher.shape
+    return use.operand.graph is None and use.operand.value.shape == fisher.shape
 
 
-def _product(use: Use, fisher: Tensor) -> FactoredUse | None:
+def _product(use: GradSample, fisher: Tensor) -> FactoredGradSample | None:
     """Return a use that is a product, of the parameter or of its transpose, as a product of the parameter."""
-    if not isinstance(use, FactoredUse):
+    if not isinstance(use, FactoredGradSample):
         return None
     if _is_whole(use, fisher):
         return use
     transposed = fisher.t()
-    region = use.source.region
+    region = use.operand.region
     if region is not None and region[1:] == (transposed.shape, transposed.stride(), 0):
-        return FactoredUse(use.source, use.rule, use.grad_outputs, use.activations)
+        return FactoredGradSample(use.operand, use.rule, use.grad_outputs, use.activations)
     return None
 
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..sample_layout import Axis, Layout
+from ..sample_layout import AxisLayout, AxisTemplate
 
 #: Codes are 2^-8 .. 2^7; one probing pass tells 16 samples apart, two tell 256 apart, and so on.
 RADIX = 16
@@ -24,7 +24,7 @@ RADIX = 16
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
-class Codes:
+class ProbeWeights:
     """The power-of-two weights of one batch's probing passes, and how ratios are read back."""
 
     def __init__(self, n_samples: int, generator: torch.Generator) -> None:
@@ -37,7 +37,7 @@ class Codes:
         signs = torch.randint(0, 2, (n_samples,), generator=generator, dtype=torch.int64, device="cpu")
         self.signs = signs * 2 - 1
         self._weights: dict[int, Tensor] = {}
-        self._by_rows: dict[tuple[int, Layout, torch.Size, torch.dtype, torch.device], Tensor] = {}
+        self._by_rows: dict[tuple[int, AxisLayout, torch.Size, torch.dtype, torch.device], Tensor] = {}
 
     def weights(self, digit: int) -> Tensor:
         """Return the loss weights of one probing pass, float64 [N] on the CPU; those of digit 0 carry random signs."""
@@ -47,11 +47,11 @@ class Codes:
             self._weights[digit] = magnitude * self.signs if digit == 0 else magnitude
         return self._weights[digit]
 
-    def by_rows(self, digit: int, layout: Layout, shape: torch.Size, like: Tensor) -> Tensor:
+    def by_rows(self, digit: int, layout: AxisLayout, shape: torch.Size, like: Tensor) -> Tensor:
         """Return the weight of the owner of every row, once for all outputs of one shape: recurrent cells have many."""
         key = digit, layout, shape, like.dtype, like.device
         if key not in self._by_rows:
-            self._by_rows[key] = self.weights(digit).to(like)[layout.owners(shape, like.device)]
+            self._by_rows[key] = self.weights(digit).to(like)[layout.segment_ids(shape, like.device)]
         return self._by_rows[key]
 
 
@@ -63,21 +63,21 @@ def _direction(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @dataclass
-class Signature:
+class Projection:
     """Projections of one gradient, of N + T numbers instead of N * T * D: per row and per position in a row."""
 
     rows: Tensor
     columns: Tensor | None
 
     @staticmethod
-    def of(gradient: Tensor, n_samples: int) -> Signature:
+    def of(gradient: Tensor, n_samples: int) -> Projection:
         """Project a gradient of an output (at least 1-D)."""
         flat = gradient.reshape(-1, 1) if gradient.dim() == 1 else gradient.reshape(-1, gradient.shape[-1])
         rows = flat @ _direction(flat.shape[1], flat.dtype, flat.device)
         columns = None
         if gradient.dim() > 1 and gradient.shape[-1] % n_samples == 0:
             columns = _direction(flat.shape[0], flat.dtype, flat.device) @ flat
-        return Signature(rows, columns)
+        return Projection(rows, columns)
 
     @property
     def is_zero(self) -> bool:
@@ -90,19 +90,19 @@ class Signature:
         return bool(torch.isfinite(self.rows).all())
 
 
-def candidates(shape: torch.Size, n_samples: int) -> list[Axis]:
+def candidates(shape: torch.Size, n_samples: int) -> list[AxisTemplate]:
     """List the templates that a tensor of this shape admits, the most common ones first."""
-    found: list[Axis] = []
-    between: list[Axis] = []
+    found: list[AxisTemplate] = []
+    between: list[AxisTemplate] = []
     for dim, size in enumerate(shape):
         if size % n_samples:
             continue
         rest = size // n_samples
         if rest == 1:
-            found.append(Axis(dim))
+            found.append(AxisTemplate(dim))
         elif rest > 1:
-            found += [Axis(dim, 1, rest), Axis(dim, rest, 1)]
-            between += [Axis(dim, outer, rest // outer) for outer in range(2, rest) if rest % outer == 0]
+            found += [AxisTemplate(dim, 1, rest), AxisTemplate(dim, rest, 1)]
+            between += [AxisTemplate(dim, outer, rest // outer) for outer in range(2, rest) if rest % outer == 0]
     return found + between
 
 
@@ -111,16 +111,23 @@ def smallest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny * RADIX**2 / TOLERANCE[dtype]
 
 
-def matches(layout: Layout, shape: torch.Size, coded: Signature, plain: Signature, codes: Codes, digit: int) -> bool:
+def matches(
+    layout: AxisLayout,
+    shape: torch.Size,
+    probed: Projection,
+    plain: Projection,
+    probe_weights: ProbeWeights,
+    digit: int,
+) -> bool:
     """Tell whether every row of a coded pass is its owner's code times the row of the plain pass."""
     by_rows = layout.has_rows(len(shape)) or len(shape) == 1
-    after, before = (coded.rows, plain.rows) if by_rows else (coded.columns, plain.columns)
+    after, before = (probed.rows, plain.rows) if by_rows else (probed.columns, plain.columns)
     if after is None or before is None:
         return False
-    return bool(_agree(after, before, codes.by_rows(digit, layout, shape, before)).all())
+    return bool(_agree(after, before, probe_weights.by_rows(digit, layout, shape, before)).all())
 
 
-def shows_samples(layout: Layout, shape: torch.Size, plain: Signature) -> bool:
+def shows_samples(layout: AxisLayout, shape: torch.Size, plain: Projection) -> bool:
     """Tell whether at least half of the samples, and two of them, own something that is not zero."""
     before = plain.rows if layout.has_rows(len(shape)) or len(shape) == 1 else plain.columns
     if before is None:
@@ -128,7 +135,7 @@ def shows_samples(layout: Layout, shape: torch.Size, plain: Signature) -> bool:
     nonzero = before.abs() > smallest(before.dtype)
     if bool(nonzero.all()):
         return layout.n_samples > 1
-    owners = layout.owners(shape, before.device)[nonzero]
+    owners = layout.segment_ids(shape, before.device)[nonzero]
     return 2 * len(owners.unique()) >= max(4, layout.n_samples)
 
 
@@ -141,34 +148,34 @@ def _agree(after: Tensor, before: Tensor, code: Tensor) -> Tensor:
     return (after - code * before).abs() <= tolerance * code.abs() * level
 
 
-def is_mixed(coded: Signature, plain: Signature) -> bool:
+def is_mixed(probed: Projection, plain: Projection) -> bool:
     """Tell whether one probing pass is enough to see that some row is scaled by no single code."""
     nonzero = plain.rows.abs() > smallest(plain.rows.dtype)
-    ratio = torch.where(nonzero, coded.rows.double() / plain.rows.double(), 1.0)
+    ratio = torch.where(nonzero, probed.rows.double() / plain.rows.double(), 1.0)
     code = ratio.abs().log2().round().clamp(-RADIX // 2, RADIX // 2 - 1).exp2().copysign(ratio)
-    return not bool((_agree(coded.rows, plain.rows, code.to(plain.rows.dtype)) | ~nonzero).all())
+    return not bool((_agree(probed.rows, plain.rows, code.to(plain.rows.dtype)) | ~nonzero).all())
 
 
-def decode(digits: list[Signature], plain: Signature, codes: Codes) -> Tensor | None:
+def decode(digits: list[Projection], plain: Projection, probe_weights: ProbeWeights) -> Tensor | None:
     """Read the owner of every row from the probing passes; None if some row belongs to no single sample."""
     before = plain.rows
     wide = before.double()
     number = torch.zeros(len(before), dtype=torch.int64, device=before.device)
     nonzero = before.abs() > smallest(before.dtype)
     sane = torch.ones_like(nonzero)
-    for digit, coded in enumerate(digits):
-        ratio = (coded.rows.double() / wide).abs()
+    for digit, probed in enumerate(digits):
+        ratio = (probed.rows.double() / wide).abs()
         exponent = torch.where(nonzero, ratio.log2().round(), 0.0)
         value = exponent.long() + RADIX // 2
         sane &= (value >= 0) & (value < RADIX)
         number += value.clamp(0, RADIX - 1) * RADIX**digit
     sample_of = torch.full((RADIX ** len(digits),), -1, dtype=torch.int64, device="cpu")
-    sample_of[codes.order] = torch.arange(codes.n_samples, device="cpu")
+    sample_of[probe_weights.order] = torch.arange(probe_weights.n_samples, device="cpu")
     owner = sample_of.to(before.device)[number]
     sane &= owner >= 0
-    for digit, coded in enumerate(digits):
-        code = codes.weights(digit).to(before.device)[owner.clamp_min(0)]
-        sane &= _agree(coded.rows, before, code.to(before.dtype))
+    for digit, probed in enumerate(digits):
+        code = probe_weights.weights(digit).to(before.device)[owner.clamp_min(0)]
+        sane &= _agree(probed.rows, before, code.to(before.dtype))
     if not bool((sane | ~nonzero).all()):
         return None
     return torch.where(nonzero, owner, -1)

@@ -9,14 +9,14 @@ from typing import TypeGuard
 from torch import Tensor
 
 from ...ops.layout import flat_dtype
-from ..call import Call, Source
-from ..sample_layout import Layout, Ownership, Single, is_summable, sum_to
-from .grad_sample import OwnedUse, SummedUse, Use
+from ..call import Call, Operand
+from ..sample_layout import AxisLayout, OneSample, SampleLayout, is_summable, sum_to
+from .grad_sample import GradSample, MaskedGradSample, SummedGradSample
 from .local import LocalBackward
 
 
 class Rule(ABC):
-    """How the per-sample gradients of a call's sources follow from its data and its outputs' gradients.
+    """How the per-sample gradients of a call's operands follow from its data and its outputs' gradients.
 
     Attributes:
         name: what the report calls it.
@@ -30,92 +30,94 @@ class Rule(ABC):
     def matches(self, call: Call) -> bool:
         """Tell whether the rule may serve a call; asked in the forward pass."""
 
-    def needs_data(self, call: Call) -> bool:
+    def needs_inputs(self, call: Call) -> bool:
         """Tell whether the rule needs the call's data; if not, none is kept and the rule must serve every owner."""
         return True
 
     @abstractmethod
-    def uses(
+    def grad_samples(
         self,
         call: Call,
-        data: Sequence[Tensor],
+        inputs: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
-    ) -> list[Use] | None:
-        """Return one use per source.
+        layouts: Sequence[SampleLayout | None],
+    ) -> list[GradSample] | None:
+        """Return one :class:`GradSample` per operand.
 
         Args:
             call: the call.
-            data: its data tensors, in the order of their slots (empty unless ``needs_data``).
+            inputs: its data tensors, in the order of their slots (empty unless ``needs_inputs``).
             grads: the gradient of each floating point output; None where it took no part in the loss.
-            owners: for each output, who owns its elements (None where the gradient is None or zero).
+            layouts: for each output, who owns its elements (None where the gradient is None or zero).
 
         Returns:
             The uses; None to leave the call to the generic rule.
         """
 
     def stackable(self, call: Call) -> bool:
-        """Tell whether calls on [N, D] with the same sources are steps of the call on [N, T, D], steps along T."""
+        """Tell whether calls on [N, D] with the same operands are steps of the call on [N, T, D], steps along T."""
         return False
 
     def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """Return W [D_out, D_in] and b [D_out] where the call is ``x W^T + b`` of its only data; None otherwise."""
         return None
 
-    def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return the ordinary gradients of the sources, as autograd computes them: what ``verify`` compares with."""
-        return LocalBackward(call, data)(grads)
+    def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return the ordinary gradients of the operands, as autograd computes them: what ``verify`` compares with."""
+        return LocalBackward(call, inputs)(grads)
 
 
 class OneOutputRule(Rule):
     """A rule for calls with one floating point output."""
 
     @abstractmethod
-    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
-        """Return one use per source; None to leave the call to the generic rule.
+    def serve(
+        self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout
+    ) -> list[GradSample] | None:
+        """Return one :class:`GradSample` per operand; None to leave the call to the generic rule.
 
         Args:
             call: the call.
-            data: its data tensors, in the order of their slots (empty unless ``needs_data``).
+            inputs: its data tensors, in the order of their slots (empty unless ``needs_inputs``).
             gradient: the gradient of the output.
-            owner: who owns its elements.
+            layout: who owns its elements.
         """
 
-    def uses(
+    def grad_samples(
         self,
         call: Call,
-        data: Sequence[Tensor],
+        inputs: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
-    ) -> list[Use] | None:
+        layouts: Sequence[SampleLayout | None],
+    ) -> list[GradSample] | None:
         """Serve the output, if it took part in the loss."""
-        gradient, owner = grads[0], owners[0]
-        return [] if gradient is None or owner is None else self.serve(call, data, gradient, owner)
+        gradient, layout = grads[0], layouts[0]
+        return [] if gradient is None or layout is None else self.serve(call, inputs, gradient, layout)
 
 
-def summed(source: Source, rule: str, owner: Ownership, gradient: Tensor) -> Use:
-    """Return the use of a source that was broadcast to the shape of ``gradient``: the sum over what was broadcast."""
-    if source.base is not None and is_summable(owner, gradient, source.base.value.shape):
-        source = source.base
-    shape = source.value.shape
-    if is_summable(owner, gradient, shape):
-        return SummedUse(source, rule, sum_to(owner, gradient, shape))
-    return OwnedUse(source, rule, owner, gradient)
+def summed(operand: Operand, rule: str, layout: SampleLayout, gradient: Tensor) -> GradSample:
+    """Return the use of a operand that was broadcast to the shape of ``gradient``: the sum over what was broadcast."""
+    if operand.base is not None and is_summable(layout, gradient, operand.base.value.shape):
+        operand = operand.base
+    shape = operand.value.shape
+    if is_summable(layout, gradient, shape):
+        return SummedGradSample(operand, rule, sum_to(layout, gradient, shape))
+    return MaskedGradSample(operand, rule, layout, gradient)
 
 
-def by_batch(owner: Ownership) -> TypeGuard[Layout | Single]:
+def by_batch(layout: SampleLayout) -> TypeGuard[AxisLayout | OneSample]:
     """Tell whether samples own whole slices along dimension 0, as images do."""
-    return isinstance(owner, Single) or (isinstance(owner, Layout) and owner.dim == 0)
+    return isinstance(layout, OneSample) or (isinstance(layout, AxisLayout) and layout.dim == 0)
 
 
-def channel_rows(owner: Ownership, tensor: Tensor) -> Tensor:
+def channel_rows(layout: SampleLayout, tensor: Tensor) -> Tensor:
     """Arrange [B, C, *L] as rows of channels [N, T, C]; a view where a sample owns one slice."""
-    return owner.rows(tensor.movedim(1, -1))
+    return layout.rows(tensor.movedim(1, -1))
 
 
-def channels_of(source: Source, rule: str, owner: Ownership, gradient: Tensor) -> Use:
+def channels_of(operand: Operand, rule: str, layout: SampleLayout, gradient: Tensor) -> GradSample:
     """Return the use of a bias per channel of [B, C, *L], whoever owns what."""
-    return OwnedUse(source, rule, owner, gradient, lambda whole: whole.movedim(1, -1))
+    return MaskedGradSample(operand, rule, layout, gradient, lambda whole: whole.movedim(1, -1))
 
 
 def row_sums(rows: Tensor) -> Tensor:

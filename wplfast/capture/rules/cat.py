@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Slot
-from ..sample_layout import Layout, Ownership, Single
+from ..sample_layout import AxisLayout, OneSample, SampleLayout
 from .base import OneOutputRule, summed
-from .grad_sample import OwnedUse, Use
+from .grad_sample import GradSample, MaskedGradSample
 
 
 class CatRule(OneOutputRule):
@@ -28,26 +28,26 @@ class CatRule(OneOutputRule):
             and "out" not in call.kwargs
         )
 
-    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use]:
+    def serve(self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout) -> list[GradSample]:
         """Slice the gradient."""
         dim = self._dimension(call) % gradient.dim()
-        apart = isinstance(owner, Single) or (isinstance(owner, Layout) and owner.dim != dim)
-        found: list[Use] = []
+        apart = isinstance(layout, OneSample) or (isinstance(layout, AxisLayout) and layout.dim != dim)
+        found: list[GradSample] = []
         for index, part in self._parts(call, dim):
             if apart:
-                found.append(summed(call.sources[index], self.name, owner, part(gradient)))
+                found.append(summed(call.operands[index], self.name, layout, part(gradient)))
             else:  # samples lie along the dimension itself, or in any order
-                found.append(OwnedUse(call.sources[index], self.name, owner, gradient, part))
+                found.append(MaskedGradSample(call.operands[index], self.name, layout, gradient, part))
         return found
 
-    def needs_data(self, call: Call) -> bool:
+    def needs_inputs(self, call: Call) -> bool:
         """Their shapes are enough."""
         return False
 
-    def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Slice the gradient; a source that stands twice gets both slices."""
+    def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Slice the gradient; a operand that stands twice gets both slices."""
         gradient = grads[0]
-        found: list[Tensor | None] = [None] * len(call.sources)
+        found: list[Tensor | None] = [None] * len(call.operands)
         if gradient is None:
             return found
         for index, part in self._parts(call, self._dimension(call) % gradient.dim()):
@@ -56,11 +56,11 @@ class CatRule(OneOutputRule):
         return found
 
     def _parts(self, call: Call, dim: int) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
-        """Yield each source's index, and what takes its slice of a tensor of the output's shape."""
+        """Yield each operand's index, and what takes its slice of a tensor of the output's shape."""
         start = 0
         for slot in call.argument(0, "tensors"):
             length = self._length(call, slot, dim)
-            if slot.kind == "source":
+            if slot.kind == "operand":
                 yield slot.index, partial(torch.narrow, dim=dim, start=start, length=length)
             start += length
 
@@ -73,10 +73,10 @@ class CatRule(OneOutputRule):
     @staticmethod
     def _length(call: Call, slot: Slot, dim: int) -> int:
         """Return how long a part is."""
-        if slot.kind == "source":
-            shape = call.sources[slot.index].value.shape
+        if slot.kind == "operand":
+            shape = call.operands[slot.index].value.shape
         else:
-            shape = call.data_shapes[slot.index] if slot.kind == "data" else call.constants[slot.index].shape
+            shape = call.input_shapes[slot.index] if slot.kind == "input" else call.constants[slot.index].shape
         return shape[dim] if shape != (0,) else 0
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.layout import flat_dtype
-from ..call import Call, Source
-from ..sample_layout import Layout, Ownership, Single
+from ..call import Call, Operand
+from ..sample_layout import AxisLayout, OneSample, SampleLayout
 from .base import OneOutputRule, by_batch, channel_rows, channels_of, row_sums
-from .grad_sample import SummedUse, Use, widened
+from .grad_sample import GradSample, SummedGradSample, widened
 
 #: function -> (spatial dimensions, transposed)
 _FORMS: dict[Callable[..., Any], tuple[int, bool]] = {
@@ -29,7 +29,7 @@ _FORMS: dict[Callable[..., Any], tuple[int, bool]] = {
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ConvGeometry:
     """How a convolution runs over its input."""
 
     stride: list[int]
@@ -50,21 +50,27 @@ class Geometry:
         return found
 
 
-class ConvUse(Use):
+class ConvUse(GradSample):
     """Gradients of a convolution's weight, from its input and its output's gradient."""
 
     def __init__(
-        self, source: Source, rule: str, owner: Layout | Single, x: Tensor, grad_outputs: Tensor, geometry: Geometry
+        self,
+        operand: Operand,
+        rule: str,
+        layout: AxisLayout | OneSample,
+        x: Tensor,
+        grad_outputs: Tensor,
+        geometry: ConvGeometry,
     ) -> None:
         """Take x [B, C_in, *S] and G [B, C_out, *L]; samples own slices along B."""
-        super().__init__(source, owner.n_samples, rule)
-        self.owner, self.x, self.grad_outputs, self.geometry = owner, x, grad_outputs, geometry
+        super().__init__(operand, layout.n_samples, rule)
+        self.layout, self.x, self.grad_outputs, self.geometry = layout, x, grad_outputs, geometry
 
     def per_sample(self, samples: range) -> Tensor:
         """Run the ordinary weight gradient of one sample at a time."""
         wide = flat_dtype(self.x.dtype)
-        weight = self.source.value.to(wide)
-        parts = [self.owner.split(t) for t in (self.x, self.grad_outputs)]
+        weight = self.operand.value.to(wide)
+        parts = [self.layout.split(t) for t in (self.x, self.grad_outputs)]
         found = []
         for n in samples:
             x, gradient = (part[n].flatten(0, 1).to(wide) for part in parts)
@@ -74,8 +80,8 @@ class ConvUse(Use):
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Weigh the outputs' gradients; then one ordinary weight gradient serves all."""
         wide = flat_dtype(self.x.dtype)
-        scaled = self.owner.scale(self.grad_outputs.to(wide), weights.to(self.x.device))
-        return self.geometry.weight_gradient(self.x.to(wide), scaled, self.source.value.to(wide))
+        scaled = self.layout.scale(self.grad_outputs.to(wide), weights.to(self.x.device))
+        return self.geometry.weight_gradient(self.x.to(wide), scaled, self.operand.value.to(wide))
 
     def accumulate(self, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
         """Call the fused operator; a transposed convolution is an ordinary one from outputs to inputs."""
@@ -93,7 +99,7 @@ class ConvUse(Use):
 
     def _images(self, tensor: Tensor) -> Tensor:
         """Arrange [B, C, *S] as [N, M, *S, C], channels last."""
-        return self.owner.split(tensor.movedim(1, -1)).flatten(1, 2).contiguous()
+        return self.layout.split(tensor.movedim(1, -1)).flatten(1, 2).contiguous()
 
 
 class ConvRule(OneOutputRule):
@@ -104,46 +110,48 @@ class ConvRule(OneOutputRule):
     def matches(self, call: Call) -> bool:
         """Match convolutions of batched data."""
         form = _FORMS.get(call.func)
-        if form is None or not call.is_data(0, "input"):
+        if form is None or not call.is_input(0, "input"):
             return False
         slot = call.argument(0, "input")
-        return len(call.data_shapes[slot.index]) == form[0] + 2
+        return len(call.input_shapes[slot.index]) == form[0] + 2
 
-    def needs_data(self, call: Call) -> bool:
+    def needs_inputs(self, call: Call) -> bool:
         """The bias alone does not need the input."""
-        return call.source_at(1, "weight") is not None
+        return call.operand_at(1, "weight") is not None
 
-    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
+    def serve(
+        self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout
+    ) -> list[GradSample] | None:
         """Return one use for the weight, and the summed gradient of the bias."""
-        weight, bias = call.source_at(1, "weight"), call.source_at(2, "bias")
-        if not by_batch(owner):
-            return None if bias is None or weight is not None else [channels_of(bias, self.name, owner, gradient)]
-        found: list[Use] = []
+        weight, bias = call.operand_at(1, "weight"), call.operand_at(2, "bias")
+        if not by_batch(layout):
+            return None if bias is None or weight is not None else [channels_of(bias, self.name, layout, gradient)]
+        found: list[GradSample] = []
         if weight is not None:
-            x = data[call.argument(0, "input").index].to(gradient.dtype)
+            x = inputs[call.argument(0, "input").index].to(gradient.dtype)
             geometry, x = _geometry(call, x, weight.value)
-            found.append(ConvUse(weight, self.name, owner, x, gradient, geometry))
+            found.append(ConvUse(weight, self.name, layout, x, gradient, geometry))
         if bias is not None:
-            found.append(SummedUse(bias, self.name, row_sums(channel_rows(owner, gradient))))
+            found.append(SummedGradSample(bias, self.name, row_sums(channel_rows(layout, gradient))))
         return found
 
-    def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the weight gradient without running the call again."""
-        gradient, weight = grads[0], call.source_at(1, "weight")
+        gradient, weight = grads[0], call.operand_at(1, "weight")
         if gradient is None:
-            return [None] * len(call.sources)
+            return [None] * len(call.operands)
         found: list[Tensor | None] = []
-        for source in call.sources:
-            if source is weight:
-                x = data[call.argument(0, "input").index].to(gradient.dtype)
-                geometry, x = _geometry(call, x, source.value)
-                found.append(geometry.weight_gradient(x, gradient, source.value.to(gradient.dtype)))
+        for operand in call.operands:
+            if operand is weight:
+                x = inputs[call.argument(0, "input").index].to(gradient.dtype)
+                geometry, x = _geometry(call, x, operand.value)
+                found.append(geometry.weight_gradient(x, gradient, operand.value.to(gradient.dtype)))
             else:
                 found.append(gradient.movedim(1, -1).flatten(0, -2).sum(0))
         return found
 
 
-def _geometry(call: Call, x: Tensor, weight: Tensor) -> tuple[Geometry, Tensor]:
+def _geometry(call: Call, x: Tensor, weight: Tensor) -> tuple[ConvGeometry, Tensor]:
     """Read a convolution's options; an input whose padding differs from side to side is returned padded."""
     n_spatial, transposed = _FORMS[call.func]
 
@@ -159,9 +167,9 @@ def _geometry(call: Call, x: Tensor, weight: Tensor) -> tuple[Geometry, Tensor]:
     stride = option(3, "stride", 1)
     if transposed:
         padding, dilation = option(4, "padding", 0), option(7, "dilation", 1)
-        return Geometry(stride, padding, dilation, groups(6), True, option(5, "output_padding", 0)), x
+        return ConvGeometry(stride, padding, dilation, groups(6), True, option(5, "output_padding", 0)), x
     zeros = [0] * n_spatial
-    geometry = Geometry(stride, zeros, option(5, "dilation", 1), groups(6), False, zeros)
+    geometry = ConvGeometry(stride, zeros, option(5, "dilation", 1), groups(6), False, zeros)
     mode = call.argument(4, "padding")
     if mode == "valid":
         return geometry, x

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.layout import flat_dtype
-from ..call import Call, Slot, Source
-from ..sample_layout import Ownership
+from ..call import Call, Operand, Slot
+from ..sample_layout import SampleLayout
 from .base import OneOutputRule
-from .grad_sample import Use, widened
+from .grad_sample import GradSample, widened
 
 
-class LookupUse(Use):
+class LookupGradSample(GradSample):
     """Gradients that are zero but for the rows that a sample looked up."""
 
-    def __init__(self, source: Source, rule: str, indices: Tensor, grad_outputs: Tensor) -> None:
-        """Take indices [N, T], negative where nothing was looked up, and G [N, T, D] for a source [V, D]."""
-        super().__init__(source, len(indices), rule)
+    def __init__(self, operand: Operand, rule: str, indices: Tensor, grad_outputs: Tensor) -> None:
+        """Take indices [N, T], negative where nothing was looked up, and G [N, T, D] for a operand [V, D]."""
+        super().__init__(operand, len(indices), rule)
         self.indices, self.grad_outputs = indices, grad_outputs
 
     def per_sample(self, samples: range) -> Tensor:
@@ -37,7 +37,7 @@ class LookupUse(Use):
 
     def _tables(self, indices: Tensor, rows: Tensor) -> Tensor:
         """Sum rows [n, T, D] into tables [n, V, D]."""
-        size, features = self.source.value.shape
+        size, features = self.operand.value.shape
         wide = flat_dtype(rows.dtype)
         found = rows.new_zeros(len(indices) * size, features, dtype=wide)
         kept = rows.to(wide) * (indices >= 0).unsqueeze(-1)
@@ -45,13 +45,13 @@ class LookupUse(Use):
         found.index_add_(0, (indices.clamp_min(0) + first).reshape(-1), kept.reshape(-1, features))
         return found.view(-1, size, features)
 
-    def joined(self, others: Sequence[Use]) -> Use:
+    def joined(self, others: Sequence[GradSample]) -> GradSample:
         """Join what was looked up along T."""
         if not others:
             return self
-        uses = [self, *(use for use in others if isinstance(use, LookupUse))]
+        uses = [self, *(use for use in others if isinstance(use, LookupGradSample))]
         indices = torch.cat([use.indices for use in uses], 1)
-        return LookupUse(self.source, self.rule, indices, torch.cat([use.grad_outputs for use in uses], 1))
+        return LookupGradSample(self.operand, self.rule, indices, torch.cat([use.grad_outputs for use in uses], 1))
 
     def accumulate(self, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
         """Call the fused operator."""
@@ -70,27 +70,29 @@ class EmbeddingRule(OneOutputRule):
     def matches(self, call: Call) -> bool:
         """Match look-ups in a table [V, D] by integer data."""
         if call.func in (F.embedding, torch.embedding):
-            return call.func is F.embedding and call.is_data(0, "input") and call.source_at(1, "weight") is not None
-        if call.name != "__getitem__" or len(call.args) != 2 or call.source_at(0, "self") is None:
+            return call.func is F.embedding and call.is_input(0, "input") and call.operand_at(1, "weight") is not None
+        if call.name != "__getitem__" or len(call.args) != 2 or call.operand_at(0, "self") is None:
             return False
         index = call.args[1]
-        if not isinstance(index, Slot) or index.kind != "data" or call.sources[0].value.dim() != 2:
+        if not isinstance(index, Slot) or index.kind != "input" or call.operands[0].value.dim() != 2:
             return False
-        return len(call.data_kinds) == 1 and call.data_kinds[0][1] in (torch.int64, torch.int32)
+        return len(call.input_kinds) == 1 and call.input_kinds[0][1] in (torch.int64, torch.int32)
 
-    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
+    def serve(
+        self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout
+    ) -> list[GradSample] | None:
         """Return what was looked up, and its gradients."""
-        source = call.sources[0]
-        if not owner.has_rows(gradient.dim()) or gradient.dim() < 2:
+        operand = call.operands[0]
+        if not layout.has_rows(gradient.dim()) or gradient.dim() < 2:
             return None
-        size = len(source.value)
-        indices = data[0].long()
+        size = len(operand.value)
+        indices = inputs[0].long()
         indices = torch.where(indices < 0, indices + size, indices)
         padding = call.argument(2, "padding_idx") if call.func is F.embedding else None
         if padding is not None:
             indices = indices.masked_fill(indices == padding % size, -1)
         indices = indices.view(gradient.shape[:-1]).unsqueeze(-1)
-        return [LookupUse(source, self.name, owner.rows(indices).squeeze(-1), owner.rows(gradient))]
+        return [LookupGradSample(operand, self.name, layout.rows(indices).squeeze(-1), layout.rows(gradient))]
 
 
 EMBEDDING = EmbeddingRule()

@@ -13,40 +13,40 @@ import torch
 from torch import Tensor
 
 from ...ops.layout import flat_dtype
-from ..call import Call, Source
-from ..sample_layout import Ownership
+from ..call import Call, Operand
+from ..sample_layout import SampleLayout
 from .base import Rule
-from .grad_sample import Use
+from .grad_sample import GradSample
 from .local import LocalBackward, SlicedCall
 
 
-class LocalUse(Use):
+class LocalGradSample(GradSample):
     """Gradients that a local backward pass computes when they are asked for."""
 
     def __init__(
         self,
-        source: Source,
+        operand: Operand,
         index: int,
         local: LocalBackward,
         sliced: SlicedCall,
         grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
+        layouts: Sequence[SampleLayout | None],
         n_samples: int,
     ) -> None:
-        """Keep what is needed for the source that stands at ``index``."""
-        super().__init__(source, n_samples, GENERIC.name)
-        self.index, self.local, self.sliced, self.grads, self.owners = index, local, sliced, grads, owners
+        """Keep what is needed for the operand that stands at ``index``."""
+        super().__init__(operand, n_samples, GENERIC.name)
+        self.index, self.local, self.sliced, self.grads, self.layouts = index, local, sliced, grads, layouts
 
     def per_sample(self, samples: range) -> Tensor:
         """Send each sample's own gradient through the call."""
-        wide = flat_dtype(self.source.value.dtype)
-        found = self.source.value.new_zeros((len(samples), *self.source.value.shape), dtype=wide)
+        wide = flat_dtype(self.operand.value.dtype)
+        found = self.operand.value.new_zeros((len(samples), *self.operand.value.shape), dtype=wide)
         for row, sample in zip(found, samples, strict=True):
-            of_sources = self.sliced(sample, self.grads) if self.sliced.works else None
-            if of_sources is None:
+            of_operands = self.sliced(sample, self.grads) if self.sliced.works else None
+            if of_operands is None:
                 gradient = self._backward([o.only(g, sample) for g, o in self._owned()])
             else:
-                gradient = of_sources[self.index]
+                gradient = of_operands[self.index]
             if gradient is not None:
                 row.copy_(gradient.to_dense())
         return found
@@ -54,17 +54,17 @@ class LocalUse(Use):
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Weigh the outputs' gradients: one backward pass."""
         gradient = self._backward([o.scale(g, weights.to(g.device)) for g, o in self._owned()])
-        return torch.zeros_like(self.source.value) if gradient is None else gradient.to_dense()
+        return torch.zeros_like(self.operand.value) if gradient is None else gradient.to_dense()
 
-    def _owned(self) -> list[tuple[Tensor, Ownership]]:
+    def _owned(self) -> list[tuple[Tensor, SampleLayout]]:
         """List the gradients that are not zero, with their owners."""
-        pairs = zip(self.grads, self.owners, strict=True)
-        return [(gradient, owner) for gradient, owner in pairs if gradient is not None and owner is not None]
+        pairs = zip(self.grads, self.layouts, strict=True)
+        return [(gradient, layout) for gradient, layout in pairs if gradient is not None and layout is not None]
 
     def _backward(self, owned: list[Tensor]) -> Tensor | None:
         """Run the local backward pass with gradients for the owned outputs."""
         given = iter(owned)
-        pairs = zip(self.grads, self.owners, strict=True)
+        pairs = zip(self.grads, self.layouts, strict=True)
         return self.local([None if g is None or o is None else next(given) for g, o in pairs])[self.index]
 
 
@@ -78,20 +78,23 @@ class GenericRule(Rule):
         """Match everything."""
         return True
 
-    def uses(
+    def grad_samples(
         self,
         call: Call,
-        data: Sequence[Tensor],
+        inputs: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        owners: Sequence[Ownership | None],
-    ) -> list[Use]:
+        layouts: Sequence[SampleLayout | None],
+    ) -> list[GradSample]:
         """Return lazy uses that share one local graph."""
-        local = LocalBackward(call, data)
+        local = LocalBackward(call, inputs)
         if not any(output.requires_grad for output in local.outputs):
             return []  # x.to(weight) and the like: the result does not depend on the value
-        sliced = SlicedCall(call, data, local, owners)
-        n_samples = next(owner.n_samples for owner in owners if owner is not None)
-        return [LocalUse(source, i, local, sliced, grads, owners, n_samples) for i, source in enumerate(call.sources)]
+        sliced = SlicedCall(call, inputs, local, layouts)
+        n_samples = next(layout.n_samples for layout in layouts if layout is not None)
+        return [
+            LocalGradSample(operand, i, local, sliced, grads, layouts, n_samples)
+            for i, operand in enumerate(call.operands)
+        ]
 
 
 GENERIC = GenericRule()

@@ -1,4 +1,4 @@
-"""Uses of a source in one batch: each gives the per-sample gradients that one call contributed, in its cheapest form.
+"""Uses of a operand in one batch: each gives the per-sample gradients that one call contributed, in its cheapest form.
 
 The gradient of sample n is the sum over all uses of a parameter, and it must be summed before it is squared; the
 forms here say how (:mod:`.reduce` does it).
@@ -14,38 +14,38 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.layout import flat_dtype
-from ..call import Source
-from ..sample_layout import Ownership
+from ..call import Operand
+from ..sample_layout import SampleLayout
 
 #: Per-sample gradients are materialised for at most this many elements at a time.
 MAX_ELEMENTS = 1 << 24
 
 
-class Use(ABC):
-    """What one call contributed to the per-sample gradients of one source."""
+class GradSample(ABC):
+    """What one call contributed to the per-sample gradients of one operand."""
 
-    def __init__(self, source: Source, n_samples: int, rule: str) -> None:
+    def __init__(self, operand: Operand, n_samples: int, rule: str) -> None:
         """Describe a use; ``rule`` names the rule for the report."""
-        self.source, self.n_samples, self.rule = source, n_samples, rule
+        self.operand, self.n_samples, self.rule = operand, n_samples, rule
 
     @abstractmethod
     def per_sample(self, samples: range) -> Tensor:
-        """Return the gradients of some samples, [len(samples), *source.shape], float32 or wider."""
+        """Return the gradients of some samples, [len(samples), *operand.shape], float32 or wider."""
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Return ``sum_n weights[n] g_n`` (weights float64 [N]), in the shape of the source."""
-        total = torch.zeros_like(self.source.value, dtype=flat_dtype(self.source.value.dtype))
-        for samples in chunks(self.n_samples, self.source.value.numel()):
+        """Return ``sum_n weights[n] g_n`` (weights float64 [N]), in the shape of the operand."""
+        total = torch.zeros_like(self.operand.value, dtype=flat_dtype(self.operand.value.dtype))
+        for samples in chunks(self.n_samples, self.operand.value.numel()):
             grads = self.per_sample(samples)
             total += torch.tensordot(weights[samples.start : samples.stop].to(grads), grads, 1)
         return total
 
-    def joined(self, others: Sequence[Use]) -> Use | None:
+    def joined(self, others: Sequence[GradSample]) -> GradSample | None:
         """Return one use that stands for the sum of this and others of its class; None if there is no such form."""
         return None if others else self
 
     def accumulate(self, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
-        """Add squares to ``fisher`` (of the source's shape) without the per-sample gradients; False if that cannot be.
+        """Add squares to ``fisher`` (of the operand's shape) without the per-sample gradients; False if that cannot be.
 
         Args:
             fisher: accumulator, which may be a strided view.
@@ -55,12 +55,12 @@ class Use(ABC):
         return False
 
 
-class FactoredUse(Use):
+class FactoredGradSample(GradSample):
     """Gradients that are products of small factors: ``g_n = G_n^T A_n``."""
 
-    def __init__(self, source: Source, rule: str, activations: Tensor, grad_outputs: Tensor) -> None:
-        """Take A [N, T, D_in] and G [N, T, D_out] for a source that is a matrix [D_out, D_in] in some shape."""
-        super().__init__(source, activations.shape[0], rule)
+    def __init__(self, operand: Operand, rule: str, activations: Tensor, grad_outputs: Tensor) -> None:
+        """Take A [N, T, D_in] and G [N, T, D_out] for a operand that is a matrix [D_out, D_in] in some shape."""
+        super().__init__(operand, activations.shape[0], rule)
         self.activations, self.grad_outputs = activations, grad_outputs
 
     def per_sample(self, samples: range) -> Tensor:
@@ -68,23 +68,23 @@ class FactoredUse(Use):
         chosen = slice(samples.start, samples.stop)
         wide = flat_dtype(self.activations.dtype)
         product = self.grad_outputs[chosen].to(wide).transpose(1, 2) @ self.activations[chosen].to(wide)
-        return product.view(-1, *self.source.value.shape)
+        return product.view(-1, *self.operand.value.shape)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Sum with one product."""
         wide = flat_dtype(self.activations.dtype)
         scaled = self.grad_outputs.to(wide) * weights.to(self.grad_outputs.device, wide).view(-1, 1, 1)
         total = scaled.flatten(0, 1).t() @ self.activations.to(wide).flatten(0, 1)
-        return total.view(self.source.value.shape)
+        return total.view(self.operand.value.shape)
 
-    def joined(self, others: Sequence[Use]) -> Use:
+    def joined(self, others: Sequence[GradSample]) -> GradSample:
         """Join the rows along T: their products then sum before the square."""
         if not others:
             return self
-        uses = [self, *(use for use in others if isinstance(use, FactoredUse))]
+        uses = [self, *(use for use in others if isinstance(use, FactoredGradSample))]
         a = torch.cat([use.activations for use in uses], 1)
         g = torch.cat([use.grad_outputs for use in uses], 1)
-        return FactoredUse(self.source, self.rule, a, g)
+        return FactoredGradSample(self.operand, self.rule, a, g)
 
     def accumulate(self, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
         """Call the fused operator, on the transposed product where the accumulator is transposed."""
@@ -102,24 +102,24 @@ class FactoredUse(Use):
         return True
 
 
-class SummedUse(Use):
+class SummedGradSample(GradSample):
     """Gradients that are small enough to be at hand."""
 
-    def __init__(self, source: Source, rule: str, grads: Tensor) -> None:
-        """Take the gradients [N, *source.shape], float32 or wider."""
-        super().__init__(source, grads.shape[0], rule)
+    def __init__(self, operand: Operand, rule: str, grads: Tensor) -> None:
+        """Take the gradients [N, *operand.shape], float32 or wider."""
+        super().__init__(operand, grads.shape[0], rule)
         self.grads = grads
 
     def per_sample(self, samples: range) -> Tensor:
         """Slice them."""
         return self.grads[samples.start : samples.stop]
 
-    def joined(self, others: Sequence[Use]) -> Use:
+    def joined(self, others: Sequence[GradSample]) -> GradSample:
         """Add them up."""
         if not others:
             return self
-        parts = [self.grads, *(use.grads for use in others if isinstance(use, SummedUse))]
-        return SummedUse(self.source, self.rule, torch.stack(parts).sum(0))
+        parts = [self.grads, *(use.grads for use in others if isinstance(use, SummedGradSample))]
+        return SummedGradSample(self.operand, self.rule, torch.stack(parts).sum(0))
 
     def accumulate(self, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
         """Square and add."""
@@ -129,32 +129,32 @@ class SummedUse(Use):
         return True
 
 
-class OwnedUse(Use):
-    """The gradient of a source that has a sample axis itself, such as an expanded token: masked to each sample."""
+class MaskedGradSample(GradSample):
+    """The gradient of a operand that has a sample axis itself, such as an expanded token: masked to each sample."""
 
     def __init__(
         self,
-        source: Source,
+        operand: Operand,
         rule: str,
-        owner: Ownership,
+        layout: SampleLayout,
         gradient: Tensor,
         part: Callable[[Tensor], Tensor] = lambda whole: whole,
     ) -> None:
-        """Take the gradient of an output, who owns its elements, and the part that the source was broadcast to."""
-        super().__init__(source, owner.n_samples, rule)
-        self.owner, self.gradient, self.part = owner, gradient, part
+        """Take the gradient of an output, who owns its elements, and the part that the operand was broadcast to."""
+        super().__init__(operand, layout.n_samples, rule)
+        self.layout, self.gradient, self.part = layout, gradient, part
 
     def per_sample(self, samples: range) -> Tensor:
         """Mask and sum over what was broadcast."""
-        wide, shape = flat_dtype(self.gradient.dtype), self.source.value.shape
-        masked = (self.part(self.owner.only(self.gradient, n)) for n in samples)
+        wide, shape = flat_dtype(self.gradient.dtype), self.operand.value.shape
+        masked = (self.part(self.layout.only(self.gradient, n)) for n in samples)
         return torch.stack([gradient.to(wide).sum_to_size(shape) for gradient in masked])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Weigh all elements at once."""
         wide = flat_dtype(self.gradient.dtype)
-        scaled = self.owner.scale(self.gradient.to(wide), weights.to(self.gradient.device))
-        return self.part(scaled).sum_to_size(self.source.value.shape)
+        scaled = self.layout.scale(self.gradient.to(wide), weights.to(self.gradient.device))
+        return self.part(scaled).sum_to_size(self.operand.value.shape)
 
 
 def widened(tensor: Tensor, accumulator: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import Call
-from ..sample_layout import Ownership
+from ..sample_layout import SampleLayout
 from .base import OneOutputRule, row_sums, summed
-from .grad_sample import FactoredUse, SummedUse, Use
+from .grad_sample import FactoredGradSample, GradSample, SummedGradSample
 
 
 class LinearRule(OneOutputRule):
@@ -21,53 +21,55 @@ class LinearRule(OneOutputRule):
 
     def matches(self, call: Call) -> bool:
         """Match F.linear with data as its input."""
-        weight = call.tensor_at(1, "weight", call.constants) if not call.is_data(1, "weight") else None
-        return call.func is F.linear and call.is_data(0, "input") and weight is not None and weight.dim() == 2
+        weight = call.tensor_at(1, "weight", call.constants) if not call.is_input(1, "weight") else None
+        return call.func is F.linear and call.is_input(0, "input") and weight is not None and weight.dim() == 2
 
     def stackable(self, call: Call) -> bool:
         """A layer treats rows alike."""
-        return call.source_at(1, "weight") is not None and len(call.data_shapes) == 1
+        return call.operand_at(1, "weight") is not None and len(call.input_shapes) == 1
 
-    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
+    def serve(
+        self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout
+    ) -> list[GradSample] | None:
         """Return (A, G) for the weight and G summed over T for the bias."""
-        weight, bias = call.source_at(1, "weight"), call.source_at(2, "bias")
-        found: list[Use] = []
+        weight, bias = call.operand_at(1, "weight"), call.operand_at(2, "bias")
+        found: list[GradSample] = []
         if weight is not None:
-            if not owner.has_rows(gradient.dim()):
+            if not layout.has_rows(gradient.dim()):
                 return None
-            x = data[call.argument(0, "input").index]
+            x = inputs[call.argument(0, "input").index]
             if x.layout != torch.strided:
                 return None
-            rows = owner.rows(gradient)
-            found.append(FactoredUse(weight, self.name, owner.rows(x.to(gradient.dtype)), rows))
+            rows = layout.rows(gradient)
+            found.append(FactoredGradSample(weight, self.name, layout.rows(x.to(gradient.dtype)), rows))
             if bias is not None:
-                found.append(SummedUse(bias, self.name, row_sums(rows)))
+                found.append(SummedGradSample(bias, self.name, row_sums(rows)))
         elif bias is not None:
-            found.append(summed(bias, self.name, owner, gradient))
+            found.append(summed(bias, self.name, layout, gradient))
         return found
 
-    def needs_data(self, call: Call) -> bool:
+    def needs_inputs(self, call: Call) -> bool:
         """The bias alone does not need the input."""
-        return call.source_at(1, "weight") is not None
+        return call.operand_at(1, "weight") is not None
 
     def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """Return weight and bias."""
-        if len(call.data_shapes) != 1:
+        if len(call.input_shapes) != 1:
             return None
         weight = call.tensor_at(1, "weight", ())
         return None if weight is None else (weight, call.tensor_at(2, "bias", ()))
 
-    def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return G^T A and the sum of G over all rows: the call need not be run again."""
         gradient = grads[0]
         if gradient is None:
-            return [None] * len(call.sources)
+            return [None] * len(call.operands)
         rows = gradient.reshape(-1, gradient.shape[-1])
-        weight = call.source_at(1, "weight")
+        weight = call.operand_at(1, "weight")
         found: list[Tensor | None] = []
-        for source in call.sources:
-            if source is weight:
-                x = data[call.argument(0, "input").index].to(gradient.dtype)
+        for operand in call.operands:
+            if operand is weight:
+                x = inputs[call.argument(0, "input").index].to(gradient.dtype)
                 found.append(rows.t() @ x.reshape(-1, x.shape[-1]))
             else:
                 found.append(rows.sum(0))

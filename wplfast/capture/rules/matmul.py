@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..sample_layout import Layout, Ownership, Single
+from ..sample_layout import AxisLayout, OneSample, SampleLayout
 from .base import OneOutputRule, summed
-from .grad_sample import FactoredUse, Use
+from .grad_sample import FactoredGradSample, GradSample
 
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "mm"})
 
@@ -22,67 +22,73 @@ class MatmulRule(OneOutputRule):
     name = "matmul"
 
     def matches(self, call: Call) -> bool:
-        """Match products of a matrix among the sources with data of two or more dimensions."""
+        """Match products of a matrix among the operands with data of two or more dimensions."""
         if call.name in _PRODUCTS:
-            found = call.operands
+            found = call.pair
             if found is None or call.kwargs:
                 return False
-            source, _, index = found
-            return source.value.dim() == 2 and len(call.data_shapes[index]) > 1
+            operand, _, index = found
+            return operand.value.dim() == 2 and len(call.input_shapes[index]) > 1
         if call.name != "addmm" or call.argument(3, "beta") not in (None, 1) or "out" in call.kwargs:
             return False
-        return call.argument(4, "alpha") in (None, 1) and call.is_data(1, "mat1") and not call.is_data(2, "mat2")
+        return call.argument(4, "alpha") in (None, 1) and call.is_input(1, "mat1") and not call.is_input(2, "mat2")
 
     def stackable(self, call: Call) -> bool:
         """So does a product from the right."""
-        return call.operands is not None and self.product(call) is not None
+        return call.pair is not None and self.product(call) is not None
 
-    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
+    def serve(
+        self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout
+    ) -> list[GradSample] | None:
         """Return (G, A) for the matrix, and G summed for what addmm adds."""
         if call.name != "addmm":
-            return self._product(call, data, gradient, owner)
-        if not owner.has_rows(gradient.dim()):
+            return self._product(call, inputs, gradient, layout)
+        if not layout.has_rows(gradient.dim()):
             return None
-        found: list[Use] = []
-        bias, matrix = call.source_at(0, "input"), call.source_at(2, "mat2")
-        x = call.tensor_at(1, "mat1", data)
+        found: list[GradSample] = []
+        bias, matrix = call.operand_at(0, "input"), call.operand_at(2, "mat2")
+        x = call.tensor_at(1, "mat1", inputs)
         if x is not None and x.layout != torch.strided:
             return None
         if matrix is not None and x is not None:
-            found.append(FactoredUse(matrix, self.name, owner.rows(gradient), owner.rows(x.to(gradient.dtype))))
+            found.append(
+                FactoredGradSample(matrix, self.name, layout.rows(gradient), layout.rows(x.to(gradient.dtype)))
+            )
         if bias is not None:
-            found.append(summed(bias, self.name, owner, gradient))
+            found.append(summed(bias, self.name, layout, gradient))
         return found
 
     def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """Return the matrix transposed, and what addmm adds if it is a vector."""
-        if len(call.data_shapes) != 1:
+        if len(call.input_shapes) != 1:
             return None
         if call.name == "addmm":
             matrix, bias = call.tensor_at(2, "mat2", ()), call.tensor_at(0, "input", ())
             if matrix is None or bias is None or bias.shape != matrix.shape[1:]:
                 return None
             return matrix.t(), bias
-        found = call.operands
+        found = call.pair
         return None if found is None or _is_left(call, found[1]) else (found[0].value.t(), None)
 
-    def _product(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
+    def _product(
+        self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout
+    ) -> list[GradSample] | None:
         """Serve x @ w, and w @ x as its transpose."""
-        found = call.operands
+        found = call.pair
         assert found is not None
-        source, position, index = found
-        if data[index].layout != torch.strided:
+        operand, position, index = found
+        if inputs[index].layout != torch.strided:
             return None
-        x = data[index].to(gradient.dtype)
+        x = inputs[index].to(gradient.dtype)
         if not _is_left(call, position):
-            if not owner.has_rows(gradient.dim()):
+            if not layout.has_rows(gradient.dim()):
                 return None
-            return [FactoredUse(source, self.name, owner.rows(gradient), owner.rows(x))]
-        turned = _transposed(owner, gradient.dim())
+            return [FactoredGradSample(operand, self.name, layout.rows(gradient), layout.rows(x))]
+        turned = _transposed(layout, gradient.dim())
         if turned is None:
             return None
         rows, x_rows = turned.rows(gradient.transpose(-1, -2)), turned.rows(x.transpose(-1, -2))
-        return [FactoredUse(source, self.name, x_rows, rows)]
+        return [FactoredGradSample(operand, self.name, x_rows, rows)]
 
 
 def _is_left(call: Call, position: int) -> bool:
@@ -90,14 +96,14 @@ def _is_left(call: Call, position: int) -> bool:
     return (position == 0) != (call.name == "__rmatmul__")
 
 
-def _transposed(owner: Ownership, ndim: int) -> Layout | Single | None:
+def _transposed(layout: SampleLayout, ndim: int) -> AxisLayout | OneSample | None:
     """Return who owns a tensor's elements after its last two dimensions were exchanged, if by rows."""
-    if isinstance(owner, Layout):
-        dim = {ndim - 1: ndim - 2, ndim - 2: ndim - 1}.get(owner.dim, owner.dim)
-        owner = replace(owner, dim=dim)
-    if not isinstance(owner, (Layout, Single)) or not owner.has_rows(ndim):
+    if isinstance(layout, AxisLayout):
+        dim = {ndim - 1: ndim - 2, ndim - 2: ndim - 1}.get(layout.dim, layout.dim)
+        layout = replace(layout, dim=dim)
+    if not isinstance(layout, (AxisLayout, OneSample)) or not layout.has_rows(ndim):
         return None
-    return owner
+    return layout
 
 
 MATMUL = MatmulRule()

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ... import ops
 from ..call import Call
-from ..sample_layout import Ownership
+from ..sample_layout import SampleLayout
 from .base import OneOutputRule, by_batch, channel_rows, channels_of, row_sums, summed
-from .grad_sample import SummedUse, Use
+from .grad_sample import GradSample, SummedGradSample
 from .scale import scaled
 
 
@@ -50,51 +50,53 @@ class NormRule(OneOutputRule):
 
     def matches(self, call: Call) -> bool:
         """Match the functional forms of all normalisation layers, with data as their input."""
-        return call.func in _FORMS and call.is_data(0, "input")
+        return call.func in _FORMS and call.is_input(0, "input")
 
-    def needs_data(self, call: Call) -> bool:
+    def needs_inputs(self, call: Call) -> bool:
         """The bias alone does not need the input."""
-        return call.source_at(_FORMS[call.func].weight, "weight") is not None
+        return call.operand_at(_FORMS[call.func].weight, "weight") is not None
 
-    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
+    def serve(
+        self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout
+    ) -> list[GradSample] | None:
         """Return the summed gradients of the affine part."""
         form = _FORMS[call.func]
-        found: list[Use] = []
-        weight = call.source_at(form.weight, "weight")
-        bias = None if form.bias is None else call.source_at(form.bias, "bias")
+        found: list[GradSample] = []
+        weight = call.operand_at(form.weight, "weight")
+        bias = None if form.bias is None else call.operand_at(form.bias, "bias")
         if form.by_channel:
-            if not by_batch(owner):
-                return None if bias is None or weight is not None else [channels_of(bias, self.name, owner, gradient)]
+            if not by_batch(layout):
+                return None if bias is None or weight is not None else [channels_of(bias, self.name, layout, gradient)]
             if weight is not None:
-                x = self._normalised(call, form, data).to(gradient.dtype)
-                grads_of = ops.scale_grads(channel_rows(owner, x), channel_rows(owner, gradient))
-                found.append(SummedUse(weight, self.name, grads_of))
+                x = self._normalised(call, form, inputs).to(gradient.dtype)
+                grads_of = ops.scale_grads(channel_rows(layout, x), channel_rows(layout, gradient))
+                found.append(SummedGradSample(weight, self.name, grads_of))
             if bias is not None:
-                found.append(SummedUse(bias, self.name, row_sums(channel_rows(owner, gradient))))
+                found.append(SummedGradSample(bias, self.name, row_sums(channel_rows(layout, gradient))))
             return found
         if weight is not None:
-            x = self._normalised(call, form, data).to(gradient.dtype)
-            found.append(scaled(weight, self.name, owner, x, gradient))
+            x = self._normalised(call, form, inputs).to(gradient.dtype)
+            found.append(scaled(weight, self.name, layout, x, gradient))
         if bias is not None:
-            found.append(summed(bias, self.name, owner, gradient))
+            found.append(summed(bias, self.name, layout, gradient))
         return found
 
-    def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Sum the gradient where the bias is all that is asked for, and the data were not kept."""
         gradient, form = grads[0], _FORMS[call.func]
-        if self.needs_data(call) or gradient is None:
-            return super().ordinary(call, data, grads)
+        if self.needs_inputs(call) or gradient is None:
+            return super().ordinary(call, inputs, grads)
         last = gradient.movedim(1, -1) if form.by_channel else gradient
-        return [last.sum_to_size(source.value.shape) for source in call.sources]
+        return [last.sum_to_size(operand.value.shape) for operand in call.operands]
 
-    def _normalised(self, call: Call, form: _Form, data: Sequence[Tensor]) -> Tensor:
+    def _normalised(self, call: Call, form: _Form, inputs: Sequence[Tensor]) -> Tensor:
         """Run the call without its affine part."""
         left_out = {form.weight: "weight"}
         if form.bias is not None:
             left_out[form.bias] = "bias"
         if form.own_statistics is not None and call.argument(form.own_statistics, "use_input_stats") is not False:
             left_out |= dict(zip(form.statistics, ("running_mean", "running_var"), strict=True))
-        (x,) = call.without(left_out).run([source.value for source in call.sources], data)
+        (x,) = call.without(left_out).run([operand.value for operand in call.operands], inputs)
         return x
 
 

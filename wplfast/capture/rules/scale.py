@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ... import ops
-from ..call import Call, Source
-from ..sample_layout import Ownership
+from ..call import Call, Operand
+from ..sample_layout import SampleLayout
 from .base import OneOutputRule, summed
-from .grad_sample import SummedUse, Use
+from .grad_sample import GradSample, SummedGradSample
 
 _PRODUCTS = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
 _QUOTIENTS = frozenset({"div", "div_", "divide", "divide_", "true_divide", "__truediv__", "__itruediv__"})
@@ -22,28 +22,28 @@ class ScaleRule(OneOutputRule):
     name = "scale"
 
     def matches(self, call: Call) -> bool:
-        """Match products of one source and one data tensor, and data divided by a source."""
-        found = call.operands
+        """Match products of one operand and one data tensor, and data divided by a operand."""
+        found = call.pair
         if found is None or call.kwargs:
             return False
         return call.name in _PRODUCTS or (call.name in _QUOTIENTS and found[1] == 1)
 
-    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use]:
+    def serve(self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout) -> list[GradSample]:
         """Return the summed products."""
-        found = call.operands
+        found = call.pair
         assert found is not None
-        source, _, index = found
+        operand, _, index = found
         if call.name in _QUOTIENTS:
-            return [summed(source, self.name, owner, gradient * data[index] / -source.value.square())]
-        return [scaled(source, self.name, owner, data[index].to(gradient.dtype), gradient)]
+            return [summed(operand, self.name, layout, gradient * inputs[index] / -operand.value.square())]
+        return [scaled(operand, self.name, layout, inputs[index].to(gradient.dtype), gradient)]
 
 
-def scaled(source: Source, rule: str, owner: Ownership, x: Tensor, gradient: Tensor) -> Use:
-    """Return the use of a source that x was multiplied with: ``gradient * x`` summed over what was broadcast."""
-    shape = source.value.shape
-    if owner.has_rows(gradient.dim()) and shape == gradient.shape[-1:] == x.shape[-1:] and x.shape == gradient.shape:
-        return SummedUse(source, rule, ops.scale_grads(owner.rows(x), owner.rows(gradient)))
-    return summed(source, rule, owner, gradient * x)
+def scaled(operand: Operand, rule: str, layout: SampleLayout, x: Tensor, gradient: Tensor) -> GradSample:
+    """Return the use of a operand that x was multiplied with: ``gradient * x`` summed over what was broadcast."""
+    shape = operand.value.shape
+    if layout.has_rows(gradient.dim()) and shape == gradient.shape[-1:] == x.shape[-1:] and x.shape == gradient.shape:
+        return SummedGradSample(operand, rule, ops.scale_grads(layout.rows(x), layout.rows(gradient)))
+    return summed(operand, rule, layout, gradient * x)
 
 
 SCALE = ScaleRule()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..sample_layout import Ownership
+from ..sample_layout import SampleLayout
 from .base import OneOutputRule, summed
-from .grad_sample import Use
+from .grad_sample import GradSample
 
 
 class SelectRule(OneOutputRule):
@@ -23,25 +23,27 @@ class SelectRule(OneOutputRule):
         if call.kwargs:
             return False
         if call.name == "where":
-            return len(call.args) == 3 and call.source_at(0, "condition") is None
-        return call.name == "masked_fill" and len(call.args) == 3 and call.source_at(0, "self") is not None
+            return len(call.args) == 3 and call.operand_at(0, "condition") is None
+        return call.name == "masked_fill" and len(call.args) == 3 and call.operand_at(0, "self") is not None
 
-    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use] | None:
+    def serve(
+        self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout
+    ) -> list[GradSample] | None:
         """Mask the gradient."""
         if call.name == "masked_fill":
-            mask = call.tensor_at(1, "mask", data)
-            if mask is None or call.source_at(2, "value") is not None:
+            mask = call.tensor_at(1, "mask", inputs)
+            if mask is None or call.operand_at(2, "value") is not None:
                 return None
-            return [summed(call.sources[0], self.name, owner, gradient.masked_fill(mask, 0))]
-        condition = call.tensor_at(0, "condition", data)
+            return [summed(call.operands[0], self.name, layout, gradient.masked_fill(mask, 0))]
+        condition = call.tensor_at(0, "condition", inputs)
         if condition is None:
             return None
-        found: list[Use] = []
+        found: list[GradSample] = []
         for position, chosen in ((1, condition), (2, ~condition)):
-            source = call.source_at(position, "")
-            if source is not None:
+            operand = call.operand_at(position, "")
+            if operand is not None:
                 part = torch.where(chosen, gradient, gradient.new_zeros(()))
-                found.append(summed(source, self.name, owner, part))
+                found.append(summed(operand, self.name, layout, part))
         return found
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..call import Call
-from ..sample_layout import Ownership
+from ..sample_layout import SampleLayout
 from .base import OneOutputRule, summed
-from .grad_sample import Use
+from .grad_sample import GradSample
 
 #: function name -> signs of its first and second operand
 _SIGNS = {
@@ -25,31 +25,31 @@ class ShiftRule(OneOutputRule):
     name = "shift"
 
     def matches(self, call: Call) -> bool:
-        """Match additions and subtractions of one source and one data tensor."""
-        return call.name in _SIGNS and call.operands is not None and "out" not in call.kwargs
+        """Match additions and subtractions of one operand and one data tensor."""
+        return call.name in _SIGNS and call.pair is not None and "out" not in call.kwargs
 
-    def needs_data(self, call: Call) -> bool:
+    def needs_inputs(self, call: Call) -> bool:
         """The gradient of a sum does not depend on its terms."""
         return False
 
     def stackable(self, call: Call) -> bool:
         """So does the sum with a vector."""
-        return call.sources[0].value.dim() < 2 and call.sources[0].base is None
+        return call.operands[0].value.dim() < 2 and call.operands[0].base is None
 
-    def serve(self, call: Call, data: Sequence[Tensor], gradient: Tensor, owner: Ownership) -> list[Use]:
+    def serve(self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout) -> list[GradSample]:
         """Return the summed gradients."""
         factor = self._factor(call)
-        return [summed(call.sources[0], self.name, owner, gradient if factor == 1 else gradient * factor)]
+        return [summed(call.operands[0], self.name, layout, gradient if factor == 1 else gradient * factor)]
 
-    def ordinary(self, call: Call, data: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Sum over what was broadcast."""
-        gradient, source = grads[0], call.sources[0]
-        return [None if gradient is None else gradient.sum_to_size(source.value.shape) * self._factor(call)]
+        gradient, operand = grads[0], call.operands[0]
+        return [None if gradient is None else gradient.sum_to_size(operand.value.shape) * self._factor(call)]
 
     @staticmethod
     def _factor(call: Call) -> float:
         """Return the operand's sign, times the factor ``alpha`` of the second operand."""
-        found = call.operands
+        found = call.pair
         assert found is not None
         _, position, _ = found
         scaled = 0 if call.name == "rsub" else 1  # the operand that alpha multiplies

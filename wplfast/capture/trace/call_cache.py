@@ -14,19 +14,19 @@ from torch import Tensor
 
 from ..call import Call, Slot, autocast_state
 from ..rules import Rule
-from .operands import Sources
-from .tap import Key
+from .operands import Operands
+from .tap import CallSiteKey
 
 
 @dataclass(eq=False)
-class Planned:
+class CachedCall:
     """A tapped call whose only tensors are plain arguments: watched parameters, and data with gradients."""
 
     call: Call
     rule: Rule
-    key: Key
+    key: CallSiteKey
     tensors: tuple[Tensor | None, ...]  # the watched parameter that stands at each argument
-    data: list[int]  # positions of data, in the order of their slots
+    inputs: list[int]  # positions of data, in the order of their slots
     values: list[tuple[int, Tensor]]  # positions of parameters, and their values without grad
     product: tuple[Tensor, Tensor | None] | None  # what to multiply with, if the call is run as a tapped product
 
@@ -35,35 +35,35 @@ class Planned:
         cls,
         call: Call,
         rule: Rule,
-        key: Key,
+        key: CallSiteKey,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         product: tuple[Tensor, Tensor | None] | None,
-    ) -> Planned | None:
+    ) -> CachedCall | None:
         """Remember a call; None if it is of another kind."""
         simple = rule.fast and not call.in_place and not kwargs and not key.keys.in_backward and not call.constants
         if (
             not simple
-            or any(source.graph is not None or source.copy is not None for source in call.sources)
-            or call.data_kinds
+            or any(operand.graph is not None or operand.copy is not None for operand in call.operands)
+            or call.input_kinds
         ):
             return None
         tensors: list[Tensor | None] = []
-        data: dict[int, int] = {}
+        inputs: dict[int, int] = {}
         values = []
         for position, (slot, value) in enumerate(zip(call.args, args, strict=True)):
             tensors.append(None)
             if isinstance(value, Tensor):
-                if slot.kind == "source":
+                if slot.kind == "operand":
                     tensors[-1] = value
-                    values.append((position, call.sources[slot.index].value))
-                elif not value.requires_grad or value.is_leaf or data.setdefault(slot.index, position) != position:
+                    values.append((position, call.operands[slot.index].value))
+                elif not value.requires_grad or value.is_leaf or inputs.setdefault(slot.index, position) != position:
                     return None
             elif value is not None and type(value) not in (bool, int, float, str):
                 return None
-        return cls(call, rule, key, tuple(tensors), [data[i] for i in range(len(data))], values, product)
+        return cls(call, rule, key, tuple(tensors), [inputs[i] for i in range(len(inputs))], values, product)
 
-    def fits(self, func: Callable[..., Any], args: tuple[Any, ...], sources: Sources) -> bool:
+    def fits(self, func: Callable[..., Any], args: tuple[Any, ...], operands: Operands) -> bool:
         """Tell whether a call is this one again, at the same addresses and shapes."""
         call = self.call
         if func is not call.func or len(args) != len(self.tensors) or not self.key.is_next:
@@ -73,41 +73,41 @@ class Planned:
                 if value is not tensor:
                     return False
             elif type(value) is Tensor:
-                if type(before) is not Slot or before.kind != "data":
+                if type(before) is not Slot or before.kind != "input":
                     return False
-                if not value.requires_grad or value.is_leaf or value.shape != call.data_shapes[before.index]:
+                if not value.requires_grad or value.is_leaf or value.shape != call.input_shapes[before.index]:
                     return False
             elif value is not before and (type(value) is not type(before) or value != before):
                 return False
-        if any(sources.watched(source.parameters[0]) is not source for source in call.sources):
+        if any(operands.watched(operand.parameters[0]) is not operand for operand in call.operands):
             return False
-        return autocast_state(call.sources[0].value.device.type) == call.autocast
+        return autocast_state(call.operands[0].value.device.type) == call.autocast
 
     def run(self, args: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
         """Run the call with its parameters as constants; return its result and its data."""
         filled = list(args)
         for position, value in self.values:
             filled[position] = value
-        return self.call.func(*filled), [args[position] for position in self.data]
+        return self.call.func(*filled), [args[position] for position in self.inputs]
 
 
-class Plan:
+class CallCache:
     """The taps of the last forward pass and the place that this one has reached."""
 
     def __init__(self) -> None:
         """Expect nothing."""
-        self._taps: list[Planned | None] = []
+        self._taps: list[CachedCall | None] = []
         self._next = 0
 
     def start(self) -> None:
         """Begin a forward pass."""
         self._next = 0
 
-    def expected(self) -> Planned | None:
+    def expected(self) -> CachedCall | None:
         """Return what stood at this place last time."""
         return self._taps[self._next] if self._next < len(self._taps) else None
 
-    def advance(self, planned: Planned | None) -> None:
+    def advance(self, planned: CachedCall | None) -> None:
         """Put a tap at this place and go on."""
         if self._next == len(self._taps):
             self._taps.append(planned)

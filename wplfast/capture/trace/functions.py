@@ -31,7 +31,7 @@ LOOKUPS = frozenset({"embedding"})
 VIEW_PROPERTIES = frozenset({"T", "H", "mT", "mH", "real", "imag"})
 
 
-def see_through(func: Callable[..., Any]) -> Callable[..., Any]:
+def with_inner_calls(func: Callable[..., Any]) -> Callable[..., Any]:
     """Copy a composite Python function so that it runs instead of dispatching itself; its inner calls still dispatch.
 
     ``F.multi_head_attention_forward`` reaches ``__torch_function__`` as one call, which would hide its projections.
@@ -45,7 +45,7 @@ def see_through(func: Callable[..., Any]) -> Callable[..., Any]:
 
 #: Functions of several steps, as functions whose steps are intercepted one by one.
 SEEN_THROUGH = {
-    F.multi_head_attention_forward: see_through(F.multi_head_attention_forward),
+    F.multi_head_attention_forward: with_inner_calls(F.multi_head_attention_forward),
     F.scaled_dot_product_attention: scaled_dot_product_attention,
 }
 

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import CoupledSamplesError, WplfastError
-from ..call import Call, Slot, Source, autocast_state, floating, is_in_place, kind_of, random_state
+from ..call import Call, Operand, Slot, autocast_state, floating, is_in_place, kind_of, random_state
 from ..rules import rule_for
 from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
-from .call_cache import Plan, Planned
+from .call_cache import CachedCall, CallCache
 from .functions import COPIES, EXPANSIONS, LIKE, LOOKUPS, SEEN_THROUGH, is_about_itself
-from .operands import Sources
+from .operands import Operands
 from .product import folded, product_of
-from .tap import Key, Keys, Listener, Site
+from .tap import CallSite, CallSiteKey, CallSiteKeys, Listener
 
 
 class Interception:
@@ -26,12 +26,12 @@ class Interception:
 
     def __init__(self, parameters: list[Tensor], constants: list[Tensor], listener: Listener) -> None:
         """Watch ``parameters``; ``constants`` are the model's other parameters and its buffers."""
-        self._sources = Sources(parameters, constants, self)
+        self._operands = Operands(parameters, constants, self)
         self._listener = listener
-        self._keys: dict[tuple[Any, ...], Keys] = {}
-        self._plan = Plan()
-        self.derive: set[Key] = set()  # calls that were measured to have no sample axis
-        self.sites: list[Site] = []
+        self._keys: dict[tuple[Any, ...], CallSiteKeys] = {}
+        self._plan = CallCache()
+        self.parameter_only: set[CallSiteKey] = set()  # calls that were measured to have no sample axis
+        self.sites: list[CallSite] = []
         self.derived: list[Derived] = []
         self.in_backward = False
         self.reorders = False  # a call was seen whose rows lie in an order, or number, that depends on the data
@@ -39,7 +39,7 @@ class Interception:
     @property
     def leaves(self) -> list[Tensor]:
         """The plain leaves that stand for the parameters in parameter-only graphs and take ordinary gradients."""
-        return self._sources.leaves
+        return self._operands.leaves
 
     def start_batch(self) -> None:
         """Forget the sites of the last forward pass."""
@@ -53,7 +53,7 @@ class Interception:
         for keys in self._keys.values():
             if keys.in_backward:
                 keys.used = 0
-        self.sites = [site for site in self.sites if not site.late]
+        self.sites = [site for site in self.sites if not site.in_backward]
         for site in self.sites:
             site.fired = False
 
@@ -65,14 +65,18 @@ class Interception:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)  # a transform inside the model: the gradient arrives at the parameter
         if func in recurrent.SEEN:
-            result = recurrent.see_through(self, func, args, kwargs)
+            result = recurrent.run_as_linear_calls(self, func, args, kwargs)
             if result is not NotImplemented:
                 return result
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.linear:
                 args = folded(args)
             planned = None if kwargs or self.in_backward else self._plan.expected()
-            if planned is not None and planned.fits(func, args, self._sources) and planned.key not in self.derive:
+            if (
+                planned is not None
+                and planned.fits(func, args, self._operands)
+                and planned.key not in self.parameter_only
+            ):
                 return self._tap_again(planned, args)
             name = getattr(func, "__name__", str(func))
             if is_about_itself(func, name, len(args) + len(kwargs)):
@@ -85,40 +89,40 @@ class Interception:
 
     def _call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sort the tensors of a call, then derive or tap."""
-        call, data, key = self._take_apart(func, name, args, kwargs)
-        if call.in_place and call.source_at(0, "self") is not None:
-            return self._update_derived(call, data, args)
+        call, inputs, key = self._take_apart(func, name, args, kwargs)
+        if call.in_place and call.operand_at(0, "self") is not None:
+            return self._update_derived(call, inputs, args)
         if call.name in LIKE:
-            if call.source_at(0, "self") is None:  # data cast or shaped like a parameter
-                return call.result([source.value for source in call.sources], data)
-            return self._derive(call, data, args)
-        if not data or (key in self.derive and not call.differentiable_data):
-            return self._derive(call, data, args)
-        return self._tap(call, data, key, args, kwargs)
+            if call.operand_at(0, "self") is None:  # data cast or shaped like a parameter
+                return call.result([operand.value for operand in call.operands], inputs)
+            return self._derive(call, inputs, args)
+        if not inputs or (key in self.parameter_only and not call.differentiable_inputs):
+            return self._derive(call, inputs, args)
+        return self._tap(call, inputs, key, args, kwargs)
 
     def _take_apart(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Call, list[Tensor], Key]:
+    ) -> tuple[Call, list[Tensor], CallSiteKey]:
         """Replace tensors by slots."""
-        sources: list[Source] = []
-        data: list[Tensor] = []
+        operands: list[Operand] = []
+        inputs: list[Tensor] = []
         constants: list[Tensor] = []
         slots: dict[int, Slot] = {}
 
         def slot(tensor: Tensor) -> Slot:
             if id(tensor) not in slots:
-                source = self._sources.of(tensor)
-                if source is not None:
-                    slots[id(tensor)] = Slot("source", len(sources))
-                    sources.append(source)
-                elif self._sources.is_constant(tensor) and not (
+                operand = self._operands.of(tensor)
+                if operand is not None:
+                    slots[id(tensor)] = Slot("operand", len(operands))
+                    operands.append(operand)
+                elif self._operands.is_constant(tensor) and not (
                     name in LOOKUPS and tensor.dim() > 1 and len(tensor) > 1
                 ):
                     slots[id(tensor)] = Slot("constant", len(constants))
                     constants.append(tensor)
                 else:
-                    slots[id(tensor)] = Slot("data", len(data))
-                    data.append(tensor)
+                    slots[id(tensor)] = Slot("input", len(inputs))
+                    inputs.append(tensor)
             return slots[id(tensor)]
 
         call = Call(
@@ -126,28 +130,28 @@ class Interception:
             name,
             map_tensors(slot, args),
             map_tensors(slot, kwargs),
-            sources,
+            operands,
             constants,
-            data_shapes=[t.shape for t in data],
-            differentiable_data=any(t.requires_grad for t in data),
-            data_kinds=[] if any(t.requires_grad for t in data) else [kind_of(t) for t in data],
+            input_shapes=[t.shape for t in inputs],
+            differentiable_inputs=any(t.requires_grad for t in inputs),
+            input_kinds=[] if any(t.requires_grad for t in inputs) else [kind_of(t) for t in inputs],
             in_place=is_in_place(name, args),
             random_state=None,
-            autocast=autocast_state(sources[0].value.device.type) if sources else None,
+            autocast=autocast_state(operands[0].value.device.type) if operands else None,
         )
-        place = (self.in_backward, tuple(source.key for source in sources), name)
+        place = (self.in_backward, tuple(operand.key for operand in operands), name)
         keys = self._keys.get(place)
         if keys is None:
-            keys = self._keys[place] = Keys(self.in_backward, name)
-        return call, data, keys.next()
+            keys = self._keys[place] = CallSiteKeys(self.in_backward, name)
+        return call, inputs, keys.next()
 
-    def _derive(self, call: Call, data: list[Tensor], args: tuple[Any, ...]) -> Any:
+    def _derive(self, call: Call, inputs: list[Tensor], args: tuple[Any, ...]) -> Any:
         """Compute on parameters alone, in a graph that leads to their leaves."""
         graphs, indices = self._below(call)
         plain = call.name in EXPANSIONS or call.name in COPIES
-        origin = call.sources[0] if plain and len(call.sources) == 1 and not call.constants else None
+        origin = call.operands[0] if plain and len(call.operands) == 1 and not call.constants else None
         if call.in_place:  # parameters written into a plain tensor, which is derived from now on
-            (graph,) = call.run(graphs, data)
+            (graph,) = call.run(graphs, inputs)
             with torch.no_grad():
                 args[0].copy_(graph)
             self.derived.append(Derived.become(args[0], graph, indices, self))
@@ -159,9 +163,9 @@ class Interception:
             self.derived.append(Derived.wrap(tensor, indices, self, origin))
             return self.derived[-1]
 
-        return map_tensors(wrap, call.result(graphs, data))
+        return map_tensors(wrap, call.result(graphs, inputs))
 
-    def _update_derived(self, call: Call, data: list[Tensor], args: tuple[Any, ...]) -> Any:
+    def _update_derived(self, call: Call, inputs: list[Tensor], args: tuple[Any, ...]) -> Any:
         """Run an in-place operation on a derived tensor out of place, then store the result in it."""
         target = args[0]
         if not isinstance(target, Derived):
@@ -172,12 +176,12 @@ class Interception:
                 f"{call.name} changes a view of a tensor that was computed from parameters, or one that has views; use "
                 "an out-of-place form"
             )
-        if call.differentiable_data:
+        if call.differentiable_inputs:
             raise WplfastError(
                 f"{call.name} writes data into a tensor that was computed from parameters; use the out-of-place form"
             )
         graphs, indices = self._below(call)
-        (graph,) = call.run(graphs, data)
+        (graph,) = call.run(graphs, inputs)
         with torch.no_grad():
             target.copy_(graph)
         target._graph, target._parameters, target._origin = graph, indices, None
@@ -185,37 +189,39 @@ class Interception:
 
     @staticmethod
     def _below(call: Call) -> tuple[list[Tensor], tuple[int, ...]]:
-        """Return the sources in their parameter-only graphs, and the parameters below them."""
-        graphs = [source.through for source in call.sources]
-        return graphs, tuple(sorted({index for source in call.sources for index in source.parameters}))
+        """Return the operands in their parameter-only graphs, and the parameters below them."""
+        graphs = [operand.through for operand in call.operands]
+        return graphs, tuple(sorted({index for operand in call.operands for index in operand.parameters}))
 
-    def _tap(self, call: Call, data: list[Tensor], key: Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a call natively with its sources as constants and tap its floating point outputs."""
-        values = [source.value for source in call.sources]
+    def _tap(
+        self, call: Call, inputs: list[Tensor], key: CallSiteKey, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a call natively with its operands as constants and tap its floating point outputs."""
+        values = [operand.value for operand in call.operands]
         rule, device = rule_for(call), values[0].device
-        site = Site(call, rule, key, self.in_backward, self._listener)
+        site = CallSite(call, rule, key, self.in_backward, self._listener)
         before = None if rule.fast else random_state(device)
         planned = None
-        product = product_of(call, rule, data)
+        product = product_of(call, rule, inputs)
         if call.in_place:  # out of place, tapped, and written back
             target = args[0]
-            data = [tensor.clone() if tensor is target else tensor for tensor in data]
-            (tapped,) = site.tap(call.run(values, data), data)
+            inputs = [tensor.clone() if tensor is target else tensor for tensor in inputs]
+            (tapped,) = site.tap(call.run(values, inputs), inputs)
             target.copy_(tapped)
             result = None if call.name == "__setitem__" else target
         elif product is not None:
-            planned = Planned.of(call, rule, key, args, kwargs, product)
-            result = site.multiply(data[0], *product)
+            planned = CachedCall.of(call, rule, key, args, kwargs, product)
+            result = site.multiply(inputs[0], *product)
         else:
-            result = call.result(values, data)
+            result = call.result(values, inputs)
             if any(tensor.is_complex() for tensor in tensors_in(result)):
                 return call.func(*args, **kwargs)  # not captured: the gradient arrives at the parameter
             outputs = floating(result)
             if not outputs:
                 return result
             if outputs[0] is result:
-                planned = Planned.of(call, rule, key, args, kwargs, None)
-            queue = iter(site.tap(outputs, data))
+                planned = CachedCall.of(call, rule, key, args, kwargs, None)
+            queue = iter(site.tap(outputs, inputs))
             result = map_tensors(lambda t: next(queue) if t.is_floating_point() else t, result)
         if before is not None and not torch.equal(before, random_state(device)):
             call.random_state = before  # dropout inside an RNN kernel, say: running it again must draw the same
@@ -224,15 +230,15 @@ class Interception:
         self.sites.append(site)
         return result
 
-    def _tap_again(self, planned: Planned, args: tuple[Any, ...]) -> Any:
+    def _tap_again(self, planned: CachedCall, args: tuple[Any, ...]) -> Any:
         """Tap a call that stood at the same place in the last forward pass."""
         planned.key.keys.next()
-        site = Site(planned.call, planned.rule, planned.key, False, self._listener)
+        site = CallSite(planned.call, planned.rule, planned.key, False, self._listener)
         if planned.product is not None:
-            result = site.multiply(args[planned.data[0]], *planned.product)
+            result = site.multiply(args[planned.inputs[0]], *planned.product)
         else:
-            output, data = planned.run(args)
-            (result,) = site.tap([output], data)
+            output, inputs = planned.run(args)
+            (result,) = site.tap([output], inputs)
         self.sites.append(site)
         self._plan.advance(planned)
         return result
@@ -251,13 +257,13 @@ class Interception:
             that of the call's result. None if the call was measured to have no sample axis.
         """
         with torch._C.DisableTorchFunctionSubclass():
-            call, data, key = self._take_apart(func, func.__name__, args, {})
-            if not call.sources:
+            call, inputs, key = self._take_apart(func, func.__name__, args, {})
+            if not call.operands:
                 return like
-            if not data or (key in self.derive and not moves):
+            if not inputs or (key in self.parameter_only and not moves):
                 return None
-            call.differentiable_data = moves
-            site = Site(call, rule_for(call), key, self.in_backward, self._listener)
+            call.differentiable_inputs = moves
+            site = CallSite(call, rule_for(call), key, self.in_backward, self._listener)
             self.sites.append(site)
-            (tapped,) = site.tap([like], data)
+            (tapped,) = site.tap([like], inputs)
             return tapped

@@ -5,24 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..call import Source
+from ..call import Operand
 from ..watched import Derived, Interceptor
 
 
-class Sources:
-    """The watched parameters as sources, and the model's other tensors as constants."""
+class Operands:
+    """The watched parameters as operands, and the model's other tensors as constants."""
 
     def __init__(self, parameters: list[Tensor], constants: list[Tensor], interceptor: Interceptor) -> None:
         """Take the watched parameters, and the model's other parameters and its buffers."""
         self._parameters = parameters
         self._index = {id(p): i for i, p in enumerate(parameters)}
         self.leaves = [p.detach().requires_grad_() for p in parameters]
-        self._sources = [Source(leaf, leaf.detach(), (i,)) for i, leaf in enumerate(self.leaves)]
+        self._sources = [Operand(leaf, leaf.detach(), (i,)) for i, leaf in enumerate(self.leaves)]
         self._constants = {t.untyped_storage().data_ptr() for t in (*constants, *self.leaves) if t.numel()}
         self._interceptor = interceptor
 
-    def of(self, tensor: Tensor) -> Source | None:
-        """Return the source that a tensor is, if it is one."""
+    def of(self, tensor: Tensor) -> Operand | None:
+        """Return the operand that a tensor is, if it is one."""
         if type(tensor) is Tensor:
             return None
         if isinstance(tensor, Derived):
@@ -30,21 +30,21 @@ class Sources:
         index = self._index.get(id(tensor))
         return None if index is None else self.watched(index)
 
-    def watched(self, index: int) -> Source:
-        """Return a watched parameter's source, where the parameter is now."""
+    def watched(self, index: int) -> Operand:
+        """Return a watched parameter's operand, where the parameter is now."""
         leaf, tensor = self.leaves[index], self._parameters[index]
         if leaf.data_ptr() != tensor.data_ptr() or leaf.stride() != tensor.stride():  # `p.data = ...` during the pass
             leaf.data = tensor.detach()
-            self._sources[index] = Source(leaf, leaf.detach(), (index,))
+            self._sources[index] = Operand(leaf, leaf.detach(), (index,))
         return self._sources[index]
 
-    def _derived(self, tensor: Derived) -> Source:
+    def _derived(self, tensor: Derived) -> Operand:
         """Describe a derived tensor: the parameters below it, and the region if it is a pure view of one."""
         graph, origin = tensor._graph, tensor._origin
         value = graph.detach()
         if origin is not None and graph.shape == origin.value.shape:  # cast or copied: the gradient is its origin's
             below = (origin.parameters, origin.graph, origin.leaves, origin.region, origin.base)
-            return Source(tensor, value, *below, copy=graph)
+            return Operand(tensor, value, *below, copy=graph)
         indices = tensor._parameters
         leaves = tuple(self.leaves[i] for i in indices)
         region = None
@@ -52,7 +52,7 @@ class Sources:
         if len(leaves) == 1 and graph._base is leaf and leaf.is_contiguous() and graph.dtype == leaf.dtype:
             offset = int(graph.storage_offset()) - int(leaf.storage_offset())
             region = (indices[0], graph.size(), graph.stride(), offset)
-        return Source(tensor, value, indices, graph, leaves, region, origin)
+        return Operand(tensor, value, indices, graph, leaves, region, origin)
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Tell whether a tensor cannot carry samples: a scalar, a parameter that is not watched, a buffer."""

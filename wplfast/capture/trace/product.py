@@ -67,12 +67,12 @@ class Product:
             total.addmm_(x, self._weight.t())
 
 
-def product_of(call: Call, rule: Rule, data: list[Tensor]) -> tuple[Tensor, Tensor | None] | None:
+def product_of(call: Call, rule: Rule, inputs: list[Tensor]) -> tuple[Tensor, Tensor | None] | None:
     """Return what a call multiplies its data with, where a product of our own is faster than PyTorch's."""
-    if call.in_place or call.autocast is not None or len(data) != 1 or data[0].dim() < 2 or not data[0].numel():
+    if call.in_place or call.autocast is not None or len(inputs) != 1 or inputs[0].dim() < 2 or not inputs[0].numel():
         return None
-    product = rule.product(call) if data[0].layout == torch.strided else None
-    if product is None or not is_faster(product[0]) or data[0].dtype != product[0].dtype:
+    product = rule.product(call) if inputs[0].layout == torch.strided else None
+    if product is None or not is_faster(product[0]) or inputs[0].dtype != product[0].dtype:
         return None
     return product
 

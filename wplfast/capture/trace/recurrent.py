@@ -1,9 +1,9 @@
 """RNNs seen through: ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells as linear calls, which are intercepted.
 
 The fused functions behind these modules take all weights in one call. Here each layer and direction is an
-``F.linear`` of all inputs, another of all hidden states, and the recurrence between them (:mod:`.recurrent_scan`), which holds no
-parameters. The hidden states are not known before the recurrence has run, so that it computes their product with W_hh
-itself, step by step, and the call that this amounts to is tapped afterwards.
+``F.linear`` of all inputs, another of all hidden states, and the recurrence between them (:mod:`.recurrent_scan`),
+which holds no parameters. The hidden states are not known before the recurrence has run, so that it computes their
+product with W_hh itself, step by step, and the call that this amounts to is tapped afterwards.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ _CELLS: dict[Any, Cell] = {
 }
 
 
-def see_through(tapping: Tapping, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_as_linear_calls(
+    tapping: Tapping, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Run one of the fused functions, or a cell, by way of linear calls.
 
     Returns:
@@ -129,9 +131,9 @@ class _Layers:
             begin = [state.detach() for state in states]
             run = self.cell.forward(x.detach().reshape(-1, x.shape[-1]), begin, plain, steps)
 
-        def tap(data: Tensor, weight: Tensor | None, bias: Tensor | None, like: Tensor, moves: bool) -> Tensor | None:
+        def tap(inputs: Tensor, weight: Tensor | None, bias: Tensor | None, like: Tensor, moves: bool) -> Tensor | None:
             lead = x.shape[:-1]
-            args = (data if data is x else data.view(*lead, -1), weight, bias)
+            args = (inputs if inputs is x else inputs.view(*lead, -1), weight, bias)
             return self.tapping.tap_result(F.linear, args, like.detach().view(*lead, -1), moves)
 
         given = tap(x, weights.ih, weights.b_ih, run.projections[0], x.requires_grad)
