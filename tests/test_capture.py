@@ -153,13 +153,11 @@ def test_verification_sees_wrong_owners_that_keep_the_sum(monkeypatch):
 
 
 def test_verification_sees_a_missed_use(monkeypatch):
-    from wplfast.capture.collect.session import Session
+    from wplfast.capture.collect.round import Round
 
     taken = []
-    right = Session._take
-    monkeypatch.setattr(
-        Session, "_take", lambda self, *args: taken.append(1) or (len(taken) > 1 and right(self, *args))
-    )
+    right = Round.take
+    monkeypatch.setattr(Round, "take", lambda self, *args: taken.append(1) or (len(taken) > 1 and right(self, *args)))
     with pytest.raises(VerificationError):
         wplfast.fisher_diagonal(model(), batch(), ce)
 

@@ -15,7 +15,7 @@ import importlib
 import os
 from types import ModuleType
 
-from ..ops.contract import SCHEMAS, library
+from ..ops.contract import SCHEMAS, add_kernel
 from ..ops.prepared import PreparedPenalty
 
 #: name -> (module, dispatch keys it serves, in order of preference over earlier rows)
@@ -77,7 +77,7 @@ def _register(name: str, keys: tuple[str, ...]) -> None:
     """Register one backend's functions for its dispatch keys."""
     for key in keys:
         for op in SCHEMAS:
-            library.impl(op, getattr(_available[name], op), key)
+            add_kernel(op, key, getattr(_available[name], op))
         _serving[key] = name
 
 

@@ -28,6 +28,11 @@ class Operand:
     copy: Tensor | None = None  # of a cast or a copy: the value with its parameter-only graph
 
     @property
+    def is_parameter(self) -> bool:
+        """Whether this is a watched parameter itself, in its own memory."""
+        return self.graph is None and self.copy is None
+
+    @property
     def through(self) -> Tensor:
         """The value in a graph that leads to the parameters' leaves."""
         found = self.graph if self.copy is None else self.copy
@@ -35,8 +40,8 @@ class Operand:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """Identify the operand across batches."""
-        return (self.parameters, self.graph is not None, tuple(self.value.shape))
+        """Identify the operand across batches, whatever part of a parameter it is."""
+        return (self.parameters, self.graph is not None, self.value.dim())
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Call:
     differentiable_inputs: bool
     input_kinds: list[tuple[torch.Size, torch.dtype, bool]]  # shape, dtype, whether it counts up by ones
     in_place: bool
+    has_plain_inputs: bool  # none is sparse
     random_state: Tensor | None  # of the device's generator before the call, if the call drew from it
     autocast: tuple[str, torch.dtype] | None
 
@@ -68,6 +74,11 @@ class Call:
     def leaves(self) -> list[Tensor]:
         """The operands' leaves."""
         return [operand.leaf for operand in self.operands]
+
+    @cached_property
+    def no_gradients(self) -> tuple[None, ...]:
+        """One None for each operand."""
+        return (None,) * len(self.operands)
 
     @cached_property
     def parameters(self) -> frozenset[int]:

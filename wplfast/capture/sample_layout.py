@@ -1,6 +1,8 @@
-"""Which sample owns which element of an operation's output, as a rule is told: by position, by a table, or all of it.
+"""Which sample owns which element of a call's output, as a rule is told: by position, by a table, or all of it.
 
-:mod:`.codes` measures it.
+Every layout answers in the same words: ``rows`` arranges rows as [N, T, D], ``only`` masks all but one sample,
+``scale`` multiplies each sample's elements by its own factor, and ``segment_ids`` names the sample of every row. They
+are inferred in :mod:`wplfast.capture.probe`.
 """
 
 from __future__ import annotations
@@ -75,14 +77,14 @@ class AxisLayout:
         return masked
 
     def scale(self, tensor: Tensor, factors: Tensor) -> Tensor:
-        """Multiply each element by its owner's factor."""
+        """Multiply each element by its sample's factor."""
         scaled = tensor.clone()
         parts = self.split(scaled)
         parts.mul_(factors.to(tensor.dtype).view(-1, *[1] * (parts.dim() - 1)))
         return scaled
 
     def segment_ids(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """Return the owner of every row (of every element where the axis is the last dimension), flattened."""
+        """Return the sample of every row (of every element where the axis is the last dimension), flattened."""
         leading = shape[:-1] if self.dim < len(shape) - 1 else shape[-1:]
         position = torch.arange(shape[self.dim], device=device) // self.inner % self.n_samples
         view = [1] * len(leading)
@@ -107,15 +109,19 @@ class SegmentIds:
         """Rows are what the table is about."""
         return ndim > 1
 
+    def segment_ids(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Return the sample of every row, flattened; -1 where the row's gradient is zero."""
+        return self.ids.to(device)
+
     def rows(self, tensor: Tensor) -> Tensor:
         """Arrange rows as [N, T, D], T the most rows that one sample owns, padded with zeros (exact: they add 0)."""
         flat = tensor.reshape(-1, tensor.shape[-1])
         owned = (self.ids >= 0).nonzero().squeeze(1)
-        owner, order = self.ids[owned].sort(stable=True)
-        counts = torch.bincount(owner, minlength=self.n_samples)
-        place = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
+        sample, order = self.ids[owned].sort(stable=True)
+        counts = torch.bincount(sample, minlength=self.n_samples)
+        place = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts)[sample]
         arranged = flat.new_zeros(self.n_samples, max(1, int(counts.max())), flat.shape[1])
-        arranged[owner, place] = flat[owned[order]]
+        arranged[sample, place] = flat[owned[order]]
         return arranged
 
     def only(self, tensor: Tensor, sample: int) -> Tensor:
@@ -123,7 +129,7 @@ class SegmentIds:
         return tensor * (self.ids == sample).view(self._row_shape(tensor))
 
     def scale(self, tensor: Tensor, factors: Tensor) -> Tensor:
-        """Multiply each row by its owner's factor."""
+        """Multiply each row by its sample's factor."""
         return tensor * factors.to(tensor.dtype)[self.ids.clamp_min(0)].view(self._row_shape(tensor))
 
     @staticmethod
@@ -145,6 +151,10 @@ class OneSample:
     def has_rows(self, ndim: int) -> bool:
         """Tell whether the output has rows at all."""
         return ndim > 0
+
+    def segment_ids(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Return sample 0 for every row, flattened."""
+        return torch.zeros(shape[:-1].numel() if len(shape) > 1 else shape.numel(), dtype=torch.int64, device=device)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Arrange rows as [1, T, D]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Literal
@@ -12,15 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..capture.collect.batch import SingleSample
-from ..capture.collect.session import Session
+from ..capture.accumulators import SLOW_RULES, Accumulators
+from ..capture.collect.session import Session, SingleSample
 from ..capture.probe.graph import leaves
 from ..capture.watched import Derived, check_supported, is_watched, watch
 from ..errors import CoupledSamplesError, NonFiniteError, WplfastError
 from ..params import Params, named
 from .buffers import Buffers
 from .checks import batch_norms, check_batch_statistics, check_losses, check_weights
-from .result import SLOW_RULES, Fisher, Report
+from .result import Fisher, Report
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class FisherAccumulator:
         self._gradient = Buffers(self.parameters) if with_grad else None
         self._staged = Buffers(self.parameters) if self._skip else None
         self._staged_gradient = Buffers(self.parameters) if self._skip and with_grad else None
+        target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
+        self._accumulators = Accumulators(target.views, None if gradient is None else gradient.views)
         self._session: Session | None = None
         self._stack = ExitStack()
         self.n_samples = 0
@@ -107,14 +110,8 @@ class FisherAccumulator:
         others = [p for p in self.model.parameters() if id(p) not in watched]
         if any(is_watched(p) for p in others):
             raise WplfastError("another Fisher pass watches parameters of this model; run one pass at a time")
-        target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
-        self._session = Session(
-            list(self.parameters),
-            list(self.parameters.values()),
-            [*others, *self.model.buffers()],
-            target.views,
-            None if gradient is None else gradient.views,
-        )
+        parameters, constants = list(self.parameters.values()), [*others, *self.model.buffers()]
+        self._session = Session(list(self.parameters), parameters, constants, self._accumulators)
         with ExitStack() as stack:
             for parameter in (*self.parameters.values(), *others):
                 stack.callback(_restore, parameter, parameter.grad, parameter.requires_grad)
@@ -165,83 +162,71 @@ class FisherAccumulator:
         weights: Tensor | None = None,
         *,
         retain_graph: bool = False,
-        may_replay: bool = False,
+        replay: Callable[[], Tensor] | None = None,
         count: int | None = None,
         independent: bool | None = None,
         single_sample: SingleSample | None = None,
-    ) -> bool:
+    ) -> None:
         """Accumulate one batch, for callers that can run its forward pass again.
 
         Args:
             losses: as in :meth:`backward`.
             weights: as in :meth:`backward`.
             retain_graph: as in :meth:`backward`.
-            may_replay: the caller can run the same forward pass again.
+            replay: runs the same forward pass again, on the same random numbers, and returns its losses.
             count: how many samples these losses stand for (0 for further terms of the same samples).
             independent: whether the caller found that a sample's loss is the same in a batch of its own.
             single_sample: the gradients of that sample, to compare with.
-
-        Returns:
-            False if nothing was accumulated and the forward pass must be run again.
         """
         session = self._usable()
         check_losses(losses)
         weights = check_weights(weights, losses)
         check_batch_statistics(self._batch_norms)
         if not len(losses):
-            return True
+            return
         if not bool(torch.isfinite(losses.detach()).all()):
             bad = int((~torch.isfinite(losses.detach())).nonzero()[0])
             session.abandon()
-            return self._nonfinite(f"the loss of sample {bad} is {losses[bad].item()}", len(losses))
-        if session.batches == 0:
+            self._nonfinite(f"the loss of sample {bad} is {losses[bad].item()}", len(losses))
+            return
+        if session.n_batches == 0:
             self._spare_leaves(losses)
         started = time.perf_counter()
         try:
-            done = session.backward(
+            session.collect(
                 losses,
                 weights,
                 verify=self._verify,
                 retain_graph=retain_graph,
-                may_replay=may_replay,
+                replay=replay,
                 independent=self._independent if independent is None else independent,
                 single_sample=single_sample,
             )
-            if done and independent is False:
+            if independent is False:
                 raise CoupledSamplesError(
                     "a sample's loss is another one in a batch of its own: samples are coupled, though not through a "
                     "parameter's output (statistics of the inputs over the batch?)"
                 )
         except NonFiniteError as error:
             session.abandon()
-            return self._nonfinite(str(error), len(losses))
+            self._nonfinite(str(error), len(losses))
+            return
         except BaseException as error:
             self._invalid = f"an earlier batch failed: {error}"
             raise
         self._seconds += time.perf_counter() - started
-        if not done:
-            return False
-        if session.batches == 1:
-            self._log_slow(session)
-        name = (self._staged or self._fisher).first_nonfinite()
-        if name is not None:
-            return self._nonfinite(f"a squared gradient of {name!r} is NaN or infinite", len(losses))
+        if session.n_batches == 1:
+            self._log_slow()
+        target = self._staged or self._fisher
+        if not all(bool(torch.isfinite(flat.amax())) for flat in target.flats if flat.numel()):
+            name = target.first_nonfinite()
+            self._nonfinite(f"a squared gradient of {name!r} is NaN or infinite", len(losses))
+            return
         for main, staged in ((self._fisher, self._staged), (self._gradient, self._staged_gradient)):
             if main is not None and staged is not None:
                 main.add_and_clear(staged)
         self.n_samples += len(losses) if count is None else count
         self._total_weight += len(losses) if weights is None else float(weights.sum())
-        return True
-
-    @property
-    def is_learning(self) -> bool:
-        """Tell whether the next batch may ask for its forward pass again: nothing was measured yet."""
-        return self._session is None or self._session.is_learning
-
-    @property
-    def n_learnt(self) -> int:
-        """Number of calls that were found to have no sample axis."""
-        return 0 if self._session is None else len(self._session.interception.parameter_only)
 
     def result(self) -> Fisher:
         """Return the Fisher of all samples so far; accumulation may go on.
@@ -265,9 +250,11 @@ class FisherAccumulator:
         if final:
             self._invalid = "its result was taken"
         gradient = None if self._gradient is None else self._gradient.divided(self._total_weight, final)
-        rules = {name: tuple(sorted(session.rules[i])) for i, name in enumerate(self.parameters)}
+        served = zip(self.parameters, self._accumulators.rules, strict=True)
+        rules = {name: tuple(sorted(names)) for name, names in served}
         numels = {name: p.numel() for name, p in self.parameters.items()}
-        report = Report(rules, dict(session.seconds), self._seconds, self.n_skipped, numels)
+        passes = self._accumulators.n_passes / session.n_batches
+        report = Report(rules, dict(self._accumulators.seconds), self._seconds, self.n_skipped, numels, passes)
         return Fisher(
             self._fisher.divided(self._total_weight, final),
             self.n_samples,
@@ -287,7 +274,7 @@ class FisherAccumulator:
             raise WplfastError(f"this FisherAccumulator cannot be used any more: {self._invalid}")
         return self._session
 
-    def _nonfinite(self, what: str, n_samples: int) -> bool:
+    def _nonfinite(self, what: str, n_samples: int) -> None:
         """Skip the batch or raise."""
         if not self._skip:
             self._invalid = what
@@ -297,7 +284,6 @@ class FisherAccumulator:
                 staged.clear()
         self.n_skipped += n_samples
         logger.warning("left out a batch of %d samples: %s", n_samples, what)
-        return True
 
     def _spare_leaves(self, losses: Tensor) -> None:
         """Give leaves outside of the model (parameters of the loss, inputs) their gradients back in the end."""
@@ -307,9 +293,9 @@ class FisherAccumulator:
                 self._stack.callback(_restore, leaf, leaf.grad, leaf.requires_grad)
                 leaf.grad = None
 
-    def _log_slow(self, session: Session) -> None:
+    def _log_slow(self) -> None:
         """Name the parameters that no fast rule serves, once."""
-        slow = [n for i, n in enumerate(self.parameters) if session.rules[i] & SLOW_RULES]
+        slow = [n for n, rules in zip(self.parameters, self._accumulators.rules, strict=True) if rules & SLOW_RULES]
         if slow:
             shown = ", ".join(slow[:6]) + (f" and {len(slow) - 6} more" if len(slow) > 6 else "")
             logger.info("served by the exact per-sample path (slower): %s", shown)

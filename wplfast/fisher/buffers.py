@@ -26,10 +26,8 @@ class Buffers:
             self.views = [torch.zeros(p.shape, dtype=flat_dtype(p.dtype), device=p.device) for p in parameters.values()]
             self.flats = self.views
 
-    def first_nonfinite(self) -> str | None:
-        """Name the first accumulator with a NaN or inf; one look at a device flag when there is none."""
-        if all(bool(torch.isfinite(flat.amax())) for flat in self.flats if flat.numel()):
-            return None
+    def first_nonfinite(self) -> str:
+        """Name the first accumulator with a NaN or inf, where there is one."""
         return next(n for n, view in zip(self.names, self.views, strict=True) if not bool(view.isfinite().all()))
 
     def add_and_clear(self, staged: Buffers) -> None:

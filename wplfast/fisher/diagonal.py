@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..capture.call import random_state, set_random_state
-from ..capture.collect.batch import SingleSample
-from ..capture.collect.session import MAX_ROUNDS
-from ..errors import WplfastError
+from ..capture.collect.session import SingleSample
 from ..losses import logits_of
 from ..params import Params, device_of
 from ..version import __version__
@@ -115,6 +113,7 @@ def fisher_diagonal(
         max_samples,
         device,
         check=bool(verify) and deterministic,
+        before=Snapshot(model),
     )
     with undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
         for item in data:
@@ -151,54 +150,53 @@ class _Pass:
     max_samples: int | None
     device: torch.device
     check: bool  # run a sample of the first batch alone
+    before: Snapshot  # what a forward pass may change, as it was before this batch's
     independent: bool | None = None
 
     def run(self, batch: Batch) -> None:
-        """Run one batch; once more if its first pass only told how to capture it, with the same random numbers."""
-        drawn, state = self.generator.get_state(), random_state(self.device)
-        before = Snapshot(self.model) if self.accumulator.is_learning else None
-        fruitless, learnt = 0, 0  # chains of functions of constants are followed one step at a time
-        while fruitless < MAX_ROUNDS:
-            if self._attempt(batch, batch.forward(self.model)):
-                return
-            if before is not None:
-                before.restore()
-            self.generator.set_state(drawn)
-            set_random_state(self.device, state)
-            fruitless = fruitless + 1 if self.accumulator.n_learnt == learnt else 0
-            learnt = self.accumulator.n_learnt
-        raise WplfastError("could not measure which samples the uses of the parameters belong to")
-
-    def _attempt(self, batch: Batch, outputs: Any) -> bool:
-        """Accumulate all terms of a batch from one forward pass; False if the first asks for another forward pass."""
+        """Run the model on one batch and accumulate all terms of its losses."""
+        state = random_state(self.device)
+        self.before.take()
+        outputs = batch.forward(self.model)
         terms = list(self._terms(batch, outputs))
+        count, weights = 0, None
         single_sample: SingleSample | None = None
         skipped = self.accumulator.n_skipped
+
+        def replay() -> Tensor:
+            nonlocal outputs
+            self.before.restore()
+            set_random_state(self.device, state)
+            outputs = batch.forward(self.model)
+            return self.loss_fn(outputs, terms[0][0])
+
         for index, (targets, share) in enumerate(terms):
             losses = self.loss_fn(outputs, targets)
             check_losses(losses)
             batch.check_n_losses(losses)
-            if index == 0 and self.check and (self.independent is None or not self.accumulator.n_samples):
-                parameters = list(self.accumulator.parameters.values())
-                self.independent, single_sample = run_single_sample(
-                    self.model, batch, targets, losses, self.loss_fn, parameters
-                )
-            if index == 0:
+            first = index == 0
+            if first:
+                single_sample = self._run_single_sample(batch, targets, losses)
                 count, weights = self._limit(batch.weights, losses)
-            done = self.accumulator.accumulate(
+            self.accumulator.accumulate(
                 losses,
                 _product(weights, share, losses),
                 retain_graph=index + 1 < len(terms),
-                may_replay=index == 0,
-                count=0 if index else count,
+                replay=replay if first else None,
+                count=count if first else 0,
                 independent=self.independent,
-                single_sample=single_sample if index == 0 else None,
+                single_sample=single_sample if first else None,
             )
-            if not done:
-                return False
             if self.accumulator.n_skipped > skipped:  # the batch is left out, with all terms
-                return True
-        return True
+                return
+
+    def _run_single_sample(self, batch: Batch, targets: Any, losses: Tensor) -> SingleSample | None:
+        """Run a sample of the first batch in a batch of its own, and learn whether samples are independent."""
+        if not self.check or (self.independent is not None and self.accumulator.n_samples):
+            return None
+        parameters = list(self.accumulator.parameters.values())
+        self.independent, found = run_single_sample(self.model, batch, targets, losses, self.loss_fn, parameters)
+        return found
 
     def _terms(self, batch: Batch, outputs: Any) -> Iterator[tuple[Any, Tensor | float]]:
         """Yield targets, and what their losses' squared gradients count: a number, or one for each sample."""

@@ -6,17 +6,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Snapshot:
-    """What a forward pass may change: attributes of modules (a hidden state kept from batch to batch) and buffers."""
+    """What a forward pass may change: attributes of modules (a hidden state kept from batch to batch) and buffers.
+
+    Attributes are remembered by reference and buffers by value; a buffer is copied again only after it was written to.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        """Remember attributes by reference and buffers by value."""
-        modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-        self._attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in modules]
-        self._buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+        """Remember how the modules are now."""
+        self._model = model
+        self._modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        self._copies: dict[int, tuple[Tensor, int, Tensor]] = {}  # id -> a buffer, its version, its value
+        self.take()
+
+    def take(self) -> None:
+        """Remember how they are now instead."""
+        self._attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in self._modules]
+        copies = {}
+        for buffer in self._model.buffers():
+            known = self._copies.get(id(buffer))
+            if known is None or known[0] is not buffer or known[1] != buffer._version:
+                known = buffer, buffer._version, buffer.detach().clone()
+            copies[id(buffer)] = known
+        self._copies = copies
 
     def restore(self) -> None:
         """Set everything back."""
@@ -26,9 +41,10 @@ class Snapshot:
             module._buffers.clear()
             module._buffers.update(buffers)
         with torch.no_grad():
-            for buffer, version, value in self._buffers:
+            for key, (buffer, version, value) in self._copies.items():
                 if buffer._version != version:
                     buffer.copy_(value)
+                    self._copies[key] = buffer, buffer._version, value
 
 
 @contextmanager

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import storage
+from ..capture.accumulators import SLOW_RULES
 from ..params import check_names
-
-#: The rules that compute one sample at a time.
-SLOW_RULES = frozenset({"generic", "one by one"})
 
 
 @dataclass
@@ -28,6 +26,8 @@ class Report:
         total_seconds: wall time of all backward passes.
         skipped_samples: samples left out by ``on_nonfinite="skip"``.
         numels: parameter name -> number of elements.
+        passes_per_batch: backward passes for each forward pass: 1 in a steady batch, more where owners of rows are
+            measured, gradients are verified, or a parameter takes one for each sample.
     """
 
     rules: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -35,6 +35,7 @@ class Report:
     total_seconds: float = 0.0
     skipped_samples: int = 0
     numels: dict[str, int] = field(default_factory=dict)
+    passes_per_batch: float = 0.0
 
     @property
     def unreached(self) -> tuple[str, ...]:
@@ -43,7 +44,7 @@ class Report:
 
     @property
     def slow(self) -> tuple[str, ...]:
-        """Parameters that the exact per-sample path served, wholly or in part."""
+        """Parameters that were served one sample at a time, wholly or in part."""
         return tuple(name for name, rules in self.rules.items() if SLOW_RULES & set(rules))
 
     @property

@@ -21,7 +21,8 @@ The value is 0-d, float32 (float64 for float64 parameters). See :mod:`.layout` f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,25 @@ SCHEMAS = {
 library = torch.library.Library("wplfast", "DEF")
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema)
+
+
+_kernels: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def add_kernel(name: str, key: str, function: Callable[..., Any]) -> None:
+    """Make a backend's function the one that serves an operator under a dispatch key."""
+    library.impl(name, function, key)
+    _kernels[name, key.lower()] = function
+
+
+def kernel(name: str, device_type: str) -> Callable[..., Any]:
+    """Return what serves an operator on a device type, to be called without checks and without the dispatcher.
+
+    For arguments that were checked before, where nothing must see operators
+    (:func:`wplfast.ops.prepared.dispatched`).
+    """
+    found = _kernels.get((name, device_type))
+    return getattr(torch.ops.wplfast, name) if found is None else found
 
 
 def _value_like(theta: Sequence[Tensor]) -> Tensor:

@@ -1,64 +1,76 @@
-"""Sum the uses of one parameter per sample, square, and accumulate over samples."""
+"""Sum the grad samples of parameters over their uses, square, and accumulate over samples."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ...ops.layout import is_run
+from ..accumulators import Accumulators
 from ..call import Operand
 from ..rules.grad_sample import GradSample, add_squares, chunks
 from . import tied
 
+#: Parameter index -> the grad samples of all its uses in one batch; one of a derived operand stands under several.
+Uses = Mapping[int, Sequence[GradSample]]
 
-def accumulate(
-    parameter: int, uses: Sequence[GradSample], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None
-) -> None:
-    """Add ``sum_n w_n (sum_uses g_n)^2`` to ``fisher`` and, if wanted, ``sum_n w_n sum_uses g_n`` to ``gradient``.
+
+def accumulate(uses: Uses, accumulators: Accumulators) -> None:
+    """Add ``sum_n w_n (sum_uses g_n)^2`` to each parameter's Fisher, and ``sum_n w_n sum_uses g_n`` to its gradient.
 
     Args:
-        parameter: index of the parameter; operands derived from several parameters hold uses of each.
-        uses: all uses that one batch made of it.
-        fisher: contiguous accumulator of the parameter's shape.
-        gradient: optional accumulator likewise.
-        weights: optional weights [N], float64 on the parameter's device.
+        uses: those of one parameter, or of several that lie below common derived operands.
+        accumulators: what to add to.
     """
-    for region, group in _regions(uses, fisher).items():
-        target = _view(fisher, region)
-        plain = None if gradient is None else _view(gradient, region)
-        whole = region is not None or all(use.operand.graph is None for use in group)
-        fused = whole and _fused(group, target, plain, weights)
-        if not fused and not tied.accumulate(group, target, plain, weights):
-            _materialised(parameter, group, target, plain, weights, direct=region is not None)
+    if len(uses) > 1:
+        _together(uses, accumulators)
+        return
+    weights = accumulators.weights
+    for index, samples in uses.items():
+        fisher, gradient = accumulators.fisher[index], accumulators.gradient_of(index)
+        for region, group in _regions(samples, fisher).items():
+            target = _view(fisher, region)
+            plain = None if gradient is None else _view(gradient, region)
+            whole = region is not None or all(use.operand.graph is None for use in group)
+            fused = whole and _fused(group, target, plain, weights)
+            if not fused and not tied.accumulate(group, target, plain, weights):
+                _materialised(index, group, target, plain, weights, direct=region is not None)
 
 
-def weighted_sum(parameter: int, uses: Sequence[GradSample], weights: Tensor, like: Tensor) -> Tensor:
-    """Return ``sum_n weights[n] sum_uses g_n`` in the shape of ``like``."""
-    total = torch.zeros_like(like)
-    for same in _by_source(uses):
-        found = sum(use.weighted_sum(weights) for use in same)
-        assert isinstance(found, Tensor)
-        total += _push(same[0].operand, parameter, found.unsqueeze(0))[0]
-    return total
+def weighted_sums(uses: Uses, weights: Tensor, like: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Return ``sum_n weights[n] sum_uses g_n`` of each parameter, in the shape of ``like[index]``."""
+    found = {index: torch.zeros_like(like[index]) for index in uses}
+    for same in _by_operand(uses):
+        total = sum(use.weighted_sum(weights.to(like[next(iter(uses))].device)) for use in same)
+        assert isinstance(total, Tensor)
+        for index, gradient in _push(same[0].operand, total.unsqueeze(0)).items():
+            if index in found:
+                found[index] += gradient[0]
+    return found
 
 
-def gradient_of(parameter: int, uses: Sequence[GradSample], sample: int, like: Tensor) -> Tensor:
-    """Return one sample's gradient, in the shape of ``like``."""
-    total = torch.zeros_like(like)
-    for use in uses:
-        total += _push(use.operand, parameter, use.per_sample(range(sample, sample + 1)))[0]
-    return total
+def gradients_of(uses: Uses, sample: int, like: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Return one sample's gradient of each parameter, in the shape of ``like[index]``."""
+    found = {index: torch.zeros_like(like[index]) for index in uses}
+    for same in _by_operand(uses):
+        total = sum(use.per_sample(range(sample, sample + 1)) for use in same)
+        assert isinstance(total, Tensor)
+        for index, gradient in _push(same[0].operand, total).items():
+            if index in found:
+                found[index] += gradient[0]
+    return found
 
 
-def _by_source(uses: Sequence[GradSample]) -> list[list[GradSample]]:
-    """Group the uses of one derived tensor, whose gradients can be summed before they are pushed down its graph."""
-    groups: dict[int, list[GradSample]] = {}
-    for use in uses:
-        groups.setdefault(id(use.operand.leaf if use.operand.graph is None else use.operand.graph), []).append(use)
-    return list(groups.values())
+def _by_operand(uses: Uses) -> list[list[GradSample]]:
+    """Group the uses of one operand, whose gradients can be summed before they are sent down its graph."""
+    groups: dict[int, dict[int, GradSample]] = {}
+    for use in itertools.chain.from_iterable(uses.values()):
+        key = id(use.operand.leaf if use.operand.graph is None else use.operand.graph)
+        groups.setdefault(key, {})[id(use)] = use
+    return [list(group.values()) for group in groups.values()]
 
 
 _Region = tuple[torch.Size, tuple[int, ...], int]
@@ -72,22 +84,25 @@ def _view(accumulator: Tensor, region: _Region | None) -> Tensor:
     return accumulator.as_strided(size, stride, accumulator.storage_offset() + offset)
 
 
-def _regions(uses: Sequence[GradSample], fisher: Tensor) -> dict[_Region | None, list[GradSample]]:
+def _regions(uses: Sequence[GradSample], fisher: Tensor) -> dict[_Region | None, Sequence[GradSample]]:
     """Group uses of disjoint views of a parameter (chunks of a packed projection); else one group, under None."""
+    if len(uses) == 1 and uses[0].operand.region is None:
+        return {None: uses}
     regions: dict[_Region | None, list[GradSample]] = {}
     for use in uses:
         view = use.operand.region
         regions.setdefault(None if view is None else view[1:], []).append(use)
+    whole: dict[_Region | None, Sequence[GradSample]] = {None: uses}
     if None in regions:
-        return {None: list(uses)}
+        return whole
     spans = []
     for size, stride, offset in (region for region in regions if region is not None):
         if size.numel() == 0 or not is_run(size, stride):
-            return {None: list(uses)}
+            return whole
         spans.append((offset, offset + size.numel()))
     spans.sort()
     disjoint = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-    return regions if disjoint else {None: list(uses)}
+    return dict(regions) if disjoint else whole
 
 
 def _fused(group: Sequence[GradSample], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
@@ -110,27 +125,52 @@ def _materialised(
     total_fisher = fisher if fisher.is_contiguous() else torch.zeros_like(fisher, memory_format=torch.contiguous_format)
     for samples in chunks(group[0].n_samples, fisher.numel()):
         total = fisher.new_zeros((len(samples), *fisher.shape))
-        for same in _by_source(group):
-            grads = same[0].per_sample(samples)
-            for use in same[1:]:
-                grads = grads + use.per_sample(samples)
-            total += grads if direct else _push(same[0].operand, parameter, grads)
-        chosen = None if weights is None else weights[samples.start : samples.stop].contiguous()
-        add_squares(total, total_fisher, gradient, chosen)
+        for same in _by_operand({parameter: group}):
+            grads = _summed(same, samples)
+            total += grads if direct else _push(same[0].operand, grads)[parameter]
+        add_squares(total, total_fisher, gradient, _chosen(weights, samples))
     if total_fisher is not fisher:
         fisher += total_fisher
 
 
-def _push(operand: Operand, parameter: int, grads: Tensor) -> Tensor:
-    """Send gradients [n, *operand.shape] down the parameter-only graph to one parameter."""
+def _together(uses: Uses, accumulators: Accumulators) -> None:
+    """Materialise the per-sample gradients of several parameters, a few samples at a time."""
+    groups = _by_operand(uses)
+    numel = sum(accumulators.fisher[index].numel() for index in uses)
+    for samples in chunks(groups[0][0].n_samples, numel):
+        totals = {i: f.new_zeros((len(samples), *f.shape)) for i in uses for f in [accumulators.fisher[i]]}
+        for same in groups:
+            for index, grads in _push(same[0].operand, _summed(same, samples)).items():
+                if index in totals:
+                    totals[index] += grads
+        chosen = _chosen(accumulators.weights, samples)
+        for index, total in totals.items():
+            add_squares(total, accumulators.fisher[index], accumulators.gradient_of(index), chosen)
+
+
+def _summed(same: Sequence[GradSample], samples: range) -> Tensor:
+    """Return the gradients of some samples, summed over uses of one operand."""
+    grads = same[0].per_sample(samples)
+    for use in same[1:]:
+        grads = grads + use.per_sample(samples)
+    return grads
+
+
+def _chosen(weights: Tensor | None, samples: range) -> Tensor | None:
+    """Return the weights of some samples."""
+    return None if weights is None else weights[samples.start : samples.stop].contiguous()
+
+
+def _push(operand: Operand, grads: Tensor) -> dict[int, Tensor]:
+    """Send gradients [n, *operand.shape] down the parameter-only graph; return those of its parameters, by index."""
     if operand.graph is None:
-        return grads
-    leaf = operand.leaves[operand.parameters.index(parameter)]
-    found = grads.new_zeros((len(grads), *leaf.shape))
-    for row, gradient in zip(found, grads, strict=True):
-        (down,) = torch.autograd.grad(
-            operand.graph, leaf, gradient.to(operand.graph.dtype), retain_graph=True, allow_unused=True
+        return {operand.parameters[0]: grads}
+    found = [grads.new_zeros((len(grads), *leaf.shape)) for leaf in operand.leaves]
+    for sample, gradient in enumerate(grads):
+        down = torch.autograd.grad(
+            operand.graph, operand.leaves, gradient.to(operand.graph.dtype), retain_graph=True, allow_unused=True
         )
-        if down is not None:
-            row.copy_(down)
-    return found
+        for rows, of_leaf in zip(found, down, strict=True):
+            if of_leaf is not None:
+                rows[sample].copy_(of_leaf)
+    return dict(zip(operand.parameters, found, strict=True))

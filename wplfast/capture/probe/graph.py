@@ -1,9 +1,12 @@
-"""What the autograd graph of a batch tells: how rows may move, and which leaves will be given gradients."""
+"""What the autograd graph of a batch tells: is it one that was seen, do rows move, and which leaves are there?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -21,6 +24,65 @@ _REORDERING = (
     "Take",
     "Topk",
 )
+
+
+#: What nodes keep about the dimensions that an operation is along.
+_DIMENSIONS = frozenset({"_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dim2", "_saved_dimension", "_saved_dims"})
+#: What they keep about sizes and places, as far as it is no tensor.
+_SIZES = frozenset(
+    """
+    _saved_end _saved_index _saved_offset _saved_repeats _saved_self_sym_sizes _saved_shifts _saved_size
+    _saved_split_size _saved_split_sizes _saved_start _saved_step _saved_storage_offset _saved_stride
+    """.split()  # noqa: SIM905
+)
+
+_LEAF = type(torch.zeros((), device="cpu", requires_grad=True).expand(1).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+
+
+class Fingerprint(NamedTuple):
+    """The graph behind losses, as far as two batches that went through the same operations agree."""
+
+    structure: tuple[Any, ...]  # types of nodes, how they are connected, dimensions that they are about
+    sizes: tuple[Any, ...]
+
+
+def fingerprint(losses: Tensor) -> Fingerprint:
+    """Describe the graph behind losses."""
+    structure: list[Any] = []
+    sizes: list[Any] = []
+    numbers: dict[Node, int] = {}
+    stack = [losses.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        number = numbers.get(node)
+        if number is not None:
+            structure.append(number)
+            continue
+        numbers[node] = len(numbers)
+        kind = type(node)
+        structure.append(kind)
+        along, of_sizes = _attributes_of(kind)
+        for name in along:
+            structure.append(getattr(node, name))
+        for name in of_sizes:
+            value = getattr(node, name)
+            if not isinstance(value, Tensor):
+                sizes.append(value)
+        for following, output in node.next_functions:
+            if type(following) is not _LEAF:
+                stack.append(following)
+                if output:
+                    structure.append(-output)
+    return Fingerprint(tuple(structure), tuple(sizes))
+
+
+@lru_cache(maxsize=1024)
+def _attributes_of(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the attributes of a kind of node that are about dimensions, and those about sizes."""
+    names = dir(kind)
+    return tuple(n for n in names if n in _DIMENSIONS), tuple(n for n in names if n in _SIZES)
 
 
 def reorders_rows(losses: Tensor) -> bool:

@@ -1,230 +1,226 @@
-"""What was measured about who owns which output, over all batches of a pass."""
+"""Sample layouts: inferred from probing passes, remembered at call sites, looked up in later batches."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from enum import Enum, auto
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ...errors import VerificationError
+from ..call_site import CallSite, KnownOutput, TappedCall
 from ..sample_layout import AxisLayout, AxisTemplate, OneSample, SampleLayout, SegmentIds
-from ..trace.tap import CallSite, CallSiteKey
 from .weights import ProbeWeights, Projection, candidates, decode, is_mixed, matches, shows_samples
 
-#: A site's key and the index of one of its outputs.
-_Place: TypeAlias = tuple[CallSiteKey, int]
-
-#: What to do about templates that are known already: trust them; measure again where they fail; fail.
-Check: TypeAlias = Literal["no", "again", "raise"]
-
-#: What a site's measurement may end in: layouts of its outputs (None: zero gradient), probe again, or mixed samples.
-Measured: TypeAlias = list[SampleLayout | None] | Literal["unmeasured", "mixed", "nonfinite"]
+#: A call site and the index of one of its outputs.
+_Place: TypeAlias = tuple[CallSite, int]
 
 
-@dataclass
-class _Memo:
-    """The layouts of a site's outputs in a batch of so many samples, by templates that were known."""
+class Check(Enum):
+    """What to do about layouts that are known already."""
 
-    n_samples: int
-    shapes: list[torch.Size]
-    layouts: list[SampleLayout | None]
+    TRUST = auto()
+    REMEASURE = auto()  # in this batch; where one no longer holds, forget it
+    VERIFY = auto()  # likewise, but it is an error
 
 
-class Measurement:
-    """Templates of the sites seen so far, and the probing passes of the current batch."""
+class Verdict(Enum):
+    """Why an output has no sample layout."""
+
+    ZERO = auto()  # its gradient is zero
+    UNMEASURED = auto()  # more probing passes are needed
+    MIXED = auto()  # some row belongs to no single sample
+    NONFINITE = auto()
+
+
+class LayoutInference:
+    """The probing passes of one batch, and what they and earlier batches say about the taps of it."""
 
     def __init__(self) -> None:
         """Know nothing."""
         self.probe_weights = ProbeWeights(0, torch.Generator())
+        self.has_learnt = False  # of a batch of several samples
         self._generator = torch.Generator().manual_seed(0)
-        self._known: dict[_Place, list[AxisTemplate] | Literal["routed"]] = {}
-        self._check: Check = "no"
-        self._thorough = self._unusual = False
-        self._dormant: set[_Place] = set()  # outputs whose gradient was zero so far: not worth a probing pass
-        self._signatures: dict[_Place, list[Projection]] = defaultdict(list)
-        self._memo: dict[CallSiteKey, _Memo] = {}
+        self._check = Check.TRUST
+        self._thorough, self._structure = False, 0
+        self._projections: dict[_Place, list[Projection]] = defaultdict(list)
+        self._n_dormant = 0
 
-    def is_unusual(self, sites: Sequence[CallSite], n_samples: int) -> bool:
-        """Tell whether a batch has sites or sizes that the last ones did not have."""
-        return any(self._remembered(site, n_samples) is None for site in sites)
-
-    def start_batch(self, n_samples: int, check: Check, thorough: bool, unusual: bool) -> None:
-        """Draw the codes of a batch, and say how far to trust what is known.
+    def start_batch(self, n_samples: int, structure: int, check: Check, thorough: bool) -> None:
+        """Draw the probe weights of a batch, and say how far to trust what is known.
 
         Args:
             n_samples: size of the batch.
-            check: what to do about known templates.
+            structure: number of the structure of its graph: what was measured under another one does not count.
+            check: what to do about known layouts.
             thorough: tell any two samples apart before a template is believed. Otherwise one probing pass is enough:
-                two samples share a code with probability 1/32, but a template is wrong for nearly all rows at once.
-            unusual: measure templates again that another shape with the same number of rows would fit too.
+                two samples share a weight with probability 1/32, but a template is wrong for nearly all rows at once.
         """
-        self.probe_weights, self._check, self._thorough = ProbeWeights(n_samples, self._generator), check, thorough
-        self._unusual = unusual
+        self.probe_weights, self._check = ProbeWeights(n_samples, self._generator), check
+        self._thorough, self._structure = thorough, structure
         self.start_probing()
 
     def start_probing(self) -> None:
         """Forget the probing passes."""
-        self._signatures = defaultdict(list)
-
-    @property
-    def is_empty(self) -> bool:
-        """Tell whether nothing is known yet."""
-        return not self._known
+        self._projections = defaultdict(list)
 
     @property
     def has_dormant(self) -> bool:
-        """Tell whether some output may need probing as soon as its gradient is not zero."""
-        return bool(self._dormant)
+        """Whether some output may need probing as soon as its gradient is not zero."""
+        return self._n_dormant > 0
 
-    def passes_needed(self, sites: Sequence[CallSite]) -> int:
-        """Return how many probing passes the sites of a batch need: none in steady state."""
-        n_samples = self.probe_weights.n_samples
-        if n_samples == 1:
+    def passes_needed(self, taps: Sequence[TappedCall]) -> int:
+        """Return how many probing passes the taps of a batch need: none where all is known and trusted."""
+        if self.probe_weights.n_samples == 1:
             return 0
         fewest = self.probe_weights.rounds if self._thorough else 1
-        needed = fewest if self._check != "no" else 0
-        for site in sites if self._unusual else ():  # in a usual batch all of them are remembered
-            if self._remembered(site, n_samples) is not None:
-                continue
-            for index, shape in enumerate(site.shapes):
-                place = (site.key, index)
-                known = self._known.get(place)
-                if known == "routed":
+        needed = 0 if self._check is Check.TRUST else fewest
+        for tapped in taps:
+            for index, shape in enumerate(tapped.shapes):
+                known = tapped.site.output(self._structure, index)
+                if known.is_routed:
                     return self.probe_weights.rounds
-                if self._template(known, shape) is None and place not in self._dormant:
+                if self._known_layout(known, shape) is None and not known.is_dormant:
                     needed = fewest
         return needed
 
-    def is_new(self, sites: Sequence[CallSite]) -> bool:
-        """Tell whether some site was never measured at its sizes, or is measured in every batch."""
-        shapes = ((self._known.get((site.key, i)), shape) for site in sites for i, shape in enumerate(site.shapes))
-        return any(self._template(known, shape) is None for known, shape in shapes)
+    def is_new(self, taps: Sequence[TappedCall]) -> bool:
+        """Tell whether some tap was never measured at its sizes, or is measured in every batch."""
+        return any(
+            self._known_layout(tapped.site.output(self._structure, index), shape) is None
+            for tapped in taps
+            for index, shape in enumerate(tapped.shapes)
+        )
 
-    def probe(self, site: CallSite, grads: Sequence[Tensor | None]) -> None:
+    def probe(self, tapped: TappedCall, grads: Sequence[Tensor | None]) -> None:
         """Keep the projections of a probing pass, where something is to be measured or checked."""
         for index, gradient in enumerate(grads):
             if gradient is None:
                 continue
-            gradient, place = at_least_1d(gradient), (site.key, index)
-            if self._check != "no" or self._template(self._known.get(place), gradient.shape) is None:
-                self._signatures[place].append(Projection.of(gradient, self.probe_weights.n_samples))
+            gradient = at_least_1d(gradient)
+            known = tapped.site.output(self._structure, index)
+            if self._check is not Check.TRUST or self._known_layout(known, gradient.shape) is None:
+                projection = Projection.of(gradient, self.probe_weights.n_samples)
+                self._projections[tapped.site, index].append(projection)
 
-    def _template(self, known: list[AxisTemplate] | Literal["routed"] | None, shape: torch.Size) -> AxisLayout | None:
-        """Return the layout of the known template that fits a shape; None if several fit, and differ."""
-        if not isinstance(known, list):
-            return None
-        fitting = {
-            axis.fit(shape, self.probe_weights.n_samples) for axis in known if not (axis.is_between and self._unusual)
-        }
-        fitting.discard(None)
-        return fitting.pop() if len(fitting) == 1 else None
+    def layouts(self, tapped: TappedCall, grads: Sequence[Tensor | None]) -> list[SampleLayout | None] | Verdict:
+        """Return the sample layout of each output, given its gradients of the collecting pass.
 
-    def layouts(self, site: CallSite, grads: Sequence[Tensor | None]) -> Measured:
-        """Return who owns each output, given its gradients of the collecting pass."""
-        trusted = self._check == "no" and not self._signatures
-        if trusted and all(gradient is not None for gradient in grads):
-            remembered = self._remembered(site, self.probe_weights.n_samples)
-            if remembered is not None:
-                return remembered
-        layouts: list[SampleLayout | None] = []
+        Returns:
+            A layout for each output, None where its gradient is zero; or the reason why one has none.
+        """
+        found: list[SampleLayout | None] = []
         for index, gradient in enumerate(grads):
-            if gradient is None:
-                layouts.append(None)
-                continue
-            place = (site.key, index)
-            owner = self._owner(place, at_least_1d(gradient))
-            if owner == "unmeasured":
-                self._dormant.discard(place)
-            if owner == "unmeasured" or owner == "mixed" or owner == "nonfinite":
-                return owner
-            layouts.append(None if owner == "zero" else owner)
-        if trusted and all(isinstance(owner, AxisLayout) for owner in layouts):
-            self._memo[site.key] = _Memo(self.probe_weights.n_samples, site.shapes, layouts)
-        return layouts
+            layout = Verdict.ZERO if gradient is None else self._layout(tapped.site, index, at_least_1d(gradient))
+            if layout is Verdict.ZERO:
+                found.append(None)
+            elif isinstance(layout, Verdict):
+                return layout
+            else:
+                found.append(layout)
+        return found
 
-    def _remembered(self, site: CallSite, n_samples: int) -> list[SampleLayout | None] | None:
-        """Return what the last batch found for a site, if this one has its sizes."""
-        memo = self._memo.get(site.key)
-        if memo is None or memo.n_samples != n_samples:
-            return None
-        return memo.layouts if memo.shapes is site.shapes or memo.shapes == site.shapes else None
-
-    def _owner(
-        self, place: _Place, gradient: Tensor
-    ) -> SampleLayout | Literal["zero", "unmeasured", "mixed", "nonfinite"]:
-        """Return who owns one output, from what is known or from the probing passes."""
-        n_samples = self.probe_weights.n_samples
-        if n_samples == 1:
+    def _layout(self, site: CallSite, index: int, gradient: Tensor) -> SampleLayout | Verdict:
+        """Return one output's layout, from what is known or from the probing passes."""
+        if self.probe_weights.n_samples == 1:
             return OneSample()
-        known = self._known.get(place)
-        layout = self._template(known, gradient.shape)
-        probed = self._signatures.get(place)
-        if layout is not None and (self._check == "no" or not probed):
+        self.has_learnt = True
+        known = site.output(self._structure, index)
+        layout = self._known_layout(known, gradient.shape)
+        probed = self._projections.get((site, index))
+        if layout is not None and (self._check is Check.TRUST or not probed):
             return layout
-        plain = Projection.of(gradient, n_samples)
+        plain = Projection.of(gradient, self.probe_weights.n_samples)
         if not plain.is_finite:
-            return "nonfinite"
+            return Verdict.NONFINITE
         if plain.is_zero:
-            if known is None:
-                self._dormant.add(place)
-            return "zero"
+            self._set_dormant(known, known.is_empty)
+            return Verdict.ZERO
         if not probed:
-            return "unmeasured"
+            self._set_dormant(known, False)
+            return Verdict.UNMEASURED
         if layout is not None:
             if self._matches(layout, gradient.shape, probed, plain):
                 return layout
-            if self._check == "raise":
+            if self._check is Check.VERIFY:
                 raise VerificationError(
-                    f"the rows of {place[0].name} belong to other samples than in earlier batches (does the model "
-                    "order them by the data?); pass verify='always' to measure every batch"
+                    f"the rows of {site.name} belong to other samples than in earlier batches (does the model order "
+                    "them by the data?); pass verify='always' to measure every batch"
                 )
-            self._known.pop(place)
-            self._memo.pop(place[0], None)
-            known = None
-        if known != "routed":
-            if self._thorough and len(probed) < self.probe_weights.rounds:
-                return "unmeasured"
-            passing = self._structures(gradient.shape, probed, plain)
-            layouts = [layout for axis in passing if (layout := axis.fit(gradient.shape, n_samples)) is not None]
-            if layouts:
-                # Where most of the gradient is zero, other layouts would have shown the same: measured again.
-                telling = len(layouts) == 1 and shows_samples(layouts[0], gradient.shape, plain)
-                if not telling and len(probed) < self.probe_weights.rounds:
-                    return "unmeasured"
-                if telling:
-                    templates = self._known.setdefault(place, [])
-                    assert isinstance(templates, list)
-                    if passing[0] not in templates:
-                        templates.append(passing[0])
-                return layouts[0]
-        owner = None
-        if len(probed) == self.probe_weights.rounds:
-            owner = decode(probed, plain, self.probe_weights)
+            known.templates.clear()
+        measured = self._measure(known, gradient.shape, probed, plain)
+        if measured is Verdict.UNMEASURED:
+            self._set_dormant(known, False)
+        return measured
+
+    def _measure(
+        self, known: KnownOutput, shape: torch.Size, probed: list[Projection], plain: Projection
+    ) -> SampleLayout | Verdict:
+        """Return the layout that the probing passes show, and remember it."""
+        all_passes = len(probed) == self.probe_weights.rounds
+        if not known.is_routed:
+            if self._thorough and not all_passes:
+                return Verdict.UNMEASURED
+            found = self._by_axis(known, shape, probed, plain, all_passes)
+            if found is not None:
+                return found
+        if all_passes:
+            ids = decode(probed, plain, self.probe_weights)
+            if ids is not None:
+                known.is_routed = True
+                known.templates.clear()
+                return SegmentIds(ids, self.probe_weights.n_samples)
         elif not is_mixed(probed[0], plain):
-            return "unmeasured"
-        if owner is None:
-            self._known.pop(place, None)
-            self._memo.pop(place[0], None)
-            return "mixed"
-        self._known[place] = "routed"
-        return SegmentIds(owner, n_samples)
+            return Verdict.UNMEASURED
+        known.is_routed = False
+        known.templates.clear()
+        return Verdict.MIXED
+
+    def _by_axis(
+        self, known: KnownOutput, shape: torch.Size, probed: list[Projection], plain: Projection, all_passes: bool
+    ) -> AxisLayout | Verdict | None:
+        """Return the layout in which samples lie along an axis; None if they do not."""
+        passing = self._structures(shape, probed, plain)
+        if not passing:
+            return None
+        layout = passing[0].fit(shape, self.probe_weights.n_samples)
+        assert layout is not None
+        # Where most of the gradient is zero, another layout would have shown the same: measured again.
+        telling = len(passing) == 1 and shows_samples(layout, shape, plain)
+        if not telling and not all_passes:
+            return Verdict.UNMEASURED
+        # A template with other axes on both sides of the samples fits another split of as many rows too.
+        if telling and not passing[0].is_between and passing[0] not in known.templates:
+            known.templates.append(passing[0])
+            self._set_dormant(known, False)
+        return layout
+
+    def _known_layout(self, known: KnownOutput, shape: torch.Size) -> AxisLayout | None:
+        """Return the layout of the known template that fits a shape; None if several fit, and differ."""
+        n_samples = self.probe_weights.n_samples
+        fitting = {template.fit(shape, n_samples) for template in known.templates} - {None}
+        return fitting.pop() if len(fitting) == 1 else None
+
+    def _set_dormant(self, known: KnownOutput, dormant: bool) -> None:
+        """Note whether an output waits for a gradient that is not zero."""
+        self._n_dormant += dormant - known.is_dormant
+        known.is_dormant = dormant
 
     def _matches(self, layout: AxisLayout, shape: torch.Size, probed: list[Projection], plain: Projection) -> bool:
         """Compare a layout with all probing passes."""
-        return all(matches(layout, shape, one, plain, self.probe_weights, digit) for digit, one in enumerate(probed))
+        return all(matches(layout, shape, one, plain, self.probe_weights, i) for i, one in enumerate(probed))
 
     def _structures(self, shape: torch.Size, probed: list[Projection], plain: Projection) -> list[AxisTemplate]:
         """Return the first two templates that the measurement admits, or one that leaves no room for another."""
         found: list[AxisTemplate] = []
         dense = float((plain.rows != 0).double().mean()) > 0.5  # two templates by rows agree on few of them
-        for axis in candidates(shape, self.probe_weights.n_samples):
-            layout = axis.fit(shape, self.probe_weights.n_samples)
+        for template in candidates(shape, self.probe_weights.n_samples):
+            layout = template.fit(shape, self.probe_weights.n_samples)
             if layout is not None and self._matches(layout, shape, probed, plain):
-                found.append(axis)
+                found.append(template)
                 if len(found) == 2 or (dense and layout.has_rows(len(shape))):
                     break
         return found

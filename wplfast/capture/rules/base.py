@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TypeGuard
 
+import torch
 from torch import Tensor
 
 from ...ops.layout import flat_dtype
+from ..accumulators import Accumulators
 from ..call import Call, Operand
 from ..sample_layout import AxisLayout, OneSample, SampleLayout, is_summable, sum_to
 from .grad_sample import GradSample, MaskedGradSample, SummedGradSample
 from .local import LocalBackward
+from .recipe import Recipe
 
 
 class Rule(ABC):
@@ -60,6 +63,28 @@ class Rule(ABC):
 
     def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """Return W [D_out, D_in] and b [D_out] where the call is ``x W^T + b`` of its only data; None otherwise."""
+        return None
+
+    def recipe(
+        self,
+        call: Call,
+        layouts: Sequence[SampleLayout | None],
+        shapes: Sequence[torch.Size],
+        accumulators: Accumulators,
+    ) -> Recipe | None:
+        """Return what squares the gradients of calls like this one, all of whose parameters are used by it alone.
+
+        It saves what :meth:`grad_samples` and the rounds of a pass cost in Python; results are the same.
+
+        Args:
+            call: the call; those that the recipe serves have arguments, operands and sizes like it.
+            layouts: of its outputs.
+            shapes: of its outputs.
+            accumulators: what to add to.
+
+        Returns:
+            The recipe; None where there is none, so that each call is turned into grad samples.
+        """
         return None
 
     def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:

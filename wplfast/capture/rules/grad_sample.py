@@ -28,6 +28,11 @@ class GradSample(ABC):
         """Describe a use; ``rule`` names the rule for the report."""
         self.operand, self.n_samples, self.rule = operand, n_samples, rule
 
+    @property
+    def served_by(self) -> tuple[str, ...]:
+        """What the report names: the rule, and how the gradients were had if that costs a loop over samples."""
+        return (self.rule,)
+
     @abstractmethod
     def per_sample(self, samples: range) -> Tensor:
         """Return the gradients of some samples, [len(samples), *operand.shape], float32 or wider."""
@@ -143,6 +148,11 @@ class MaskedGradSample(GradSample):
         """Take the gradient of an output, who owns its elements, and the part that the operand was broadcast to."""
         super().__init__(operand, layout.n_samples, rule)
         self.layout, self.gradient, self.part = layout, gradient, part
+
+    @property
+    def served_by(self) -> tuple[str, ...]:
+        """The whole gradient is masked once for each sample."""
+        return self.rule, "masked"
 
     def per_sample(self, samples: range) -> Tensor:
         """Mask and sum over what was broadcast."""

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..accumulators import Accumulators
 from ..call import Call
 from ..sample_layout import SampleLayout
 from .base import OneOutputRule, row_sums, summed
 from .grad_sample import FactoredGradSample, GradSample, SummedGradSample
+from .recipe import ProductRecipe, Recipe
 
 
 class LinearRule(OneOutputRule):
@@ -58,6 +60,23 @@ class LinearRule(OneOutputRule):
             return None
         weight = call.tensor_at(1, "weight", ())
         return None if weight is None else (weight, call.tensor_at(2, "bias", ()))
+
+    def recipe(
+        self,
+        call: Call,
+        layouts: Sequence[SampleLayout | None],
+        shapes: Sequence[torch.Size],
+        accumulators: Accumulators,
+    ) -> Recipe | None:
+        """Bind the fused kernel for the weight, and the squares of sums for the bias."""
+        weight, bias, layout = call.operand_at(1, "weight"), call.operand_at(2, "bias"), layouts[0]
+        parts = [operand for operand in (weight, bias) if operand is not None]
+        if weight is None or layout is None or not layout.has_rows(len(shapes[0])):
+            return None
+        if not call.has_plain_inputs or not all(operand.is_parameter for operand in parts):
+            return None
+        (index,), of_bias = weight.parameters, None if bias is None else bias.parameters[0]
+        return ProductRecipe(self.name, accumulators, layout, shapes[0], index, of_bias)
 
     def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return G^T A and the sum of G over all rows: the call need not be run again."""

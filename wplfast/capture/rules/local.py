@@ -20,17 +20,17 @@ class LocalBackward:
     def __init__(self, call: Call, inputs: Sequence[Tensor]) -> None:
         """Run the call."""
         with torch.enable_grad():
-            self.pair = [operand.value.detach().requires_grad_() for operand in call.operands]
-            self.outputs = call.run(self.pair, [tensor.detach() for tensor in inputs])
+            self.operands = [operand.value.detach().requires_grad_() for operand in call.operands]
+            self.outputs = call.run(self.operands, [tensor.detach() for tensor in inputs])
 
     def __call__(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the gradients of the operands for gradients of the outputs."""
         pairs = [(o, g) for o, g in zip(self.outputs, grads, strict=True) if g is not None and o.requires_grad]
         if not pairs:
-            return [None] * len(self.pair)
+            return [None] * len(self.operands)
         outputs = [output for output, _ in pairs]
         of_outputs = [gradient.reshape(output.shape) for output, gradient in pairs]
-        found = torch.autograd.grad(outputs, self.pair, of_outputs, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(outputs, self.operands, of_outputs, retain_graph=True, allow_unused=True)
         return list(found)
 
 

@@ -1,116 +1,255 @@
-"""The taps of the last forward pass, in order: most models make the same calls in every batch.
+"""The calls of earlier forward passes, in order, so that one that comes again need not be taken apart.
 
-Taking a call apart and finding its rule costs several times what a small operation does. A call that is the one which
-stood at the same place last time, with data of the same shapes, is tapped as it was then.
+Taking a call apart and finding its rule costs many times what a small operation does. Most models make the same calls
+in every batch. Each call that was tapped is kept here as it was, down to shapes and addresses, after the one that came
+before it; models whose calls vary from batch to batch have several ways through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..call import Call, Slot, autocast_state
+from ..call_site import CallSite
 from ..rules import Rule
 from .operands import Operands
-from .tap import CallSiteKey
+from .product import AffineMap
+
+#: Calls that are kept as they were, or eight times those of the longest pass; beyond, all are forgotten.
+MAX_CALLS = 1 << 14
+#: Sites that are known, likewise.
+MAX_SITES = 1 << 16
 
 
-@dataclass(eq=False)
+class _OperandForm:
+    """A watched parameter at its address."""
+
+    __slots__ = ("address", "stride", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.address, self.stride = tensor, tensor.data_ptr(), tensor.stride()
+
+    def fits(self, value: Any, operands: Operands) -> bool:
+        return value is self.tensor and self.tensor.data_ptr() == self.address and self.tensor.stride() == self.stride
+
+
+class _InputForm:
+    """A plain tensor that carries samples: all about it but its values and address."""
+
+    __slots__ = ("dtype", "node", "requires_grad", "shape", "stride")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
+        self.requires_grad, self.node = tensor.requires_grad, type(tensor.grad_fn)
+
+    def fits(self, value: Any, operands: Operands) -> bool:
+        return (
+            type(value) is Tensor
+            and value.shape == self.shape
+            and value.stride() == self.stride
+            and value.dtype is self.dtype
+            and value.requires_grad is self.requires_grad
+            and type(value.grad_fn) is self.node
+            and (self.requires_grad or not operands.is_constant(value))
+        )
+
+
+class _PlainForm:
+    """Anything that is no tensor."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def fits(self, value: Any, operands: Operands) -> bool:
+        return value is self.value or (type(value) is type(self.value) and value == self.value)
+
+
+_Form = _OperandForm | _InputForm | _PlainForm
+
+
 class CachedCall:
-    """A tapped call whose only tensors are plain arguments: watched parameters, and data with gradients."""
+    """A call at its site, as it was; see :meth:`CallCache.advance` for when it can be repeated.
 
-    call: Call
-    rule: Rule
-    key: CallSiteKey
-    tensors: tuple[Tensor | None, ...]  # the watched parameter that stands at each argument
-    inputs: list[int]  # positions of data, in the order of their slots
-    values: list[tuple[int, Tensor]]  # positions of parameters, and their values without grad
-    product: tuple[Tensor, Tensor | None] | None  # what to multiply with, if the call is run as a tapped product
+    Attributes:
+        call: the call; None for the start of a pass, and where it is to be taken apart each time.
+        site: where it stands.
+        rule: what serves it.
+        product: the matrix and bias that its input is multiplied with, where that is all it does.
+        inputs: positions of its inputs among the arguments.
+        steady: for the last call of a pass: number of samples and fingerprint of the losses' graph -> what such a batch
+            does backwards, once that is known.
+    """
 
-    @classmethod
-    def of(
-        cls,
-        call: Call,
-        rule: Rule,
-        key: CallSiteKey,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        product: tuple[Tensor, Tensor | None] | None,
-    ) -> CachedCall | None:
-        """Remember a call; None if it is of another kind."""
-        simple = rule.fast and not call.in_place and not kwargs and not key.keys.in_backward and not call.constants
-        if (
-            not simple
-            or any(operand.graph is not None or operand.copy is not None for operand in call.operands)
-            or call.input_kinds
-        ):
-            return None
-        tensors: list[Tensor | None] = []
+    __slots__ = (
+        "_after",
+        "_autocast",
+        "_forms",
+        "_values",
+        "call",
+        "following",
+        "inputs",
+        "product",
+        "rule",
+        "site",
+        "steady",
+    )
+
+    def __init__(self, site: CallSite) -> None:
+        """Know a place alone."""
+        self.site = site
+        self.call: Call | None = None
+        self.rule: Rule | None = None
+        self.product: AffineMap | None = None
+        self.inputs: list[int] = []
+        self.following: CachedCall | None = None  # the call that came next the last time
+        self.steady: dict[Any, Any] = {}
+        self._after: dict[Any, CachedCall] = {}
+        self._forms: list[_Form] = []
+        self._values: list[tuple[int, Tensor]] = []
+        self._autocast: tuple[str, torch.dtype] | None = None
+
+    def keep(self, call: Call, rule: Rule, args: tuple[Any, ...], product: AffineMap | None) -> None:
+        """Keep a call, to repeat it, if all about it can be compared: its tensors are its plain arguments."""
+        self.call = None
+        simple = rule.fast and not call.in_place and not call.kwargs and not call.constants
+        if not simple or any(operand.graph is not None or operand.copy is not None for operand in call.operands):
+            return
+        forms: list[_Form] = []
         inputs: dict[int, int] = {}
-        values = []
+        values: list[tuple[int, Tensor]] = []
         for position, (slot, value) in enumerate(zip(call.args, args, strict=True)):
-            tensors.append(None)
             if isinstance(value, Tensor):
                 if slot.kind == "operand":
-                    tensors[-1] = value
+                    forms.append(_OperandForm(value))
                     values.append((position, call.operands[slot.index].value))
-                elif not value.requires_grad or value.is_leaf or inputs.setdefault(slot.index, position) != position:
-                    return None
-            elif value is not None and type(value) not in (bool, int, float, str):
-                return None
-        return cls(call, rule, key, tuple(tensors), [inputs[i] for i in range(len(inputs))], values, product)
+                    continue
+                # Integers are looked at each time (do they count up?), leaves may be another model's parameters.
+                if (
+                    type(value) is not Tensor
+                    or not value.is_floating_point()
+                    or (value.requires_grad and value.is_leaf)
+                ):
+                    return
+                if inputs.setdefault(slot.index, position) != position:
+                    return
+                forms.append(_InputForm(value))
+            elif value is None or type(value) in (bool, int, float, str):
+                forms.append(_PlainForm(value))
+            else:
+                return
+        self.call, self.rule, self.product, self._forms, self._values = call, rule, product, forms, values
+        self.inputs, self._autocast = [inputs[i] for i in range(len(inputs))], call.autocast
 
     def fits(self, func: Callable[..., Any], args: tuple[Any, ...], operands: Operands) -> bool:
-        """Tell whether a call is this one again, at the same addresses and shapes."""
+        """Tell whether a call is this one again."""
         call = self.call
-        if func is not call.func or len(args) != len(self.tensors) or not self.key.is_next:
+        if call is None or func is not call.func or len(args) != len(self._forms) or self.site.is_parameter_only:
             return False
-        for value, tensor, before in zip(args, self.tensors, call.args, strict=True):
-            if tensor is not None:
-                if value is not tensor:
-                    return False
-            elif type(value) is Tensor:
-                if type(before) is not Slot or before.kind != "input":
-                    return False
-                if not value.requires_grad or value.is_leaf or value.shape != call.input_shapes[before.index]:
-                    return False
-            elif value is not before and (type(value) is not type(before) or value != before):
+        for value, form in zip(args, self._forms, strict=True):
+            if not form.fits(value, operands):
                 return False
-        if any(operands.watched(operand.parameters[0]) is not operand for operand in call.operands):
-            return False
-        return autocast_state(call.operands[0].value.device.type) == call.autocast
+        return autocast_state(call.operands[0].value.device.type) == self._autocast
 
-    def run(self, args: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
-        """Run the call with its parameters as constants; return its result and its data."""
+    def run(self, args: tuple[Any, ...]) -> Any:
+        """Run the call with its parameters as constants."""
+        assert self.call is not None
         filled = list(args)
-        for position, value in self.values:
+        for position, value in self._values:
             filled[position] = value
-        return self.call.func(*filled), [args[position] for position in self.inputs]
+        return self.call.func(*filled)
 
 
 class CallCache:
-    """The taps of the last forward pass and the place that this one has reached."""
+    """All ways through a model that were seen, and where the pass is that runs."""
 
     def __init__(self) -> None:
-        """Expect nothing."""
-        self._taps: list[CachedCall | None] = []
-        self._next = 0
+        """Know nothing."""
+        self._n_calls = self._n_sites = self._longest = 0
+        self._is_stale = False
+        self._start = self.here = CachedCall(CallSite())
 
-    def start(self) -> None:
-        """Begin a forward pass."""
-        self._next = 0
+    def restart(self, length: int) -> None:
+        """Go back to where a forward pass begins, after one of so many calls."""
+        self._longest = max(self._longest, length)
+        if self._is_stale or self._n_sites > max(MAX_SITES, 8 * self._longest):
+            self._start, self._n_calls, self._n_sites = CachedCall(CallSite()), 0, 0
+            self._is_stale = False
+        elif self._n_calls > max(MAX_CALLS, 8 * self._longest):
+            self._start, self._n_calls = CachedCall(self._start.site), 0
+        self.here = self._start
 
-    def expected(self) -> CachedCall | None:
-        """Return what stood at this place last time."""
-        return self._taps[self._next] if self._next < len(self._taps) else None
+    def forget(self) -> None:
+        """Forget all calls and sites when the next pass begins."""
+        self._is_stale = True
 
-    def advance(self, planned: CachedCall | None) -> None:
-        """Put a tap at this place and go on."""
-        if self._next == len(self._taps):
-            self._taps.append(planned)
-        else:
-            self._taps[self._next] = planned
-        self._next += 1
+    def find(self, func: Callable[..., Any], args: tuple[Any, ...], operands: Operands) -> CachedCall | None:
+        """Return the call that came next before, if it comes again."""
+        expected = self.here.following
+        return expected if expected is not None and expected.fits(func, args, operands) else None
+
+    def site(self, call: Call, inputs: list[Tensor], place: CallSite) -> CallSite:
+        """Return the site of a call that comes after a place."""
+        site, is_new = place.after(_signature(call, inputs), call.name)
+        self._n_sites += is_new
+        return site
+
+    def go_to(self, site: CallSite, call: Call, inputs: list[Tensor]) -> CachedCall:
+        """Go on to a site, with a call of these sizes."""
+        sizes = (site, *((t.shape, t.stride()) if t.layout == torch.strided else t.shape for t in inputs))
+        key = (*sizes, *(operand.value.shape for operand in call.operands))
+        found = self.here._after.get(key)
+        if found is None:
+            found = self.here._after[key] = CachedCall(site)
+            self._n_calls += 1
+        self.advance(found)
+        return found
+
+    def advance(self, call: CachedCall) -> None:
+        """Go on to a call."""
+        self.here.following = call
+        self.here = call
+
+
+def _signature(call: Call, inputs: list[Tensor]) -> Any:
+    """Describe a call, up to the sizes of its inputs."""
+    return (
+        call.func,
+        _frozen(call.args),
+        _frozen(call.kwargs),
+        tuple(operand.key for operand in call.operands),
+        tuple(
+            (t.dtype, _order(t) if t.layout == torch.strided else t.layout, t.requires_grad, type(t.grad_fn))
+            for t in inputs
+        ),
+        tuple(is_range for _, _, is_range in call.input_kinds),
+        call.autocast,
+    )
+
+
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    """Return a tensor's dimensions in the order of their strides, the largest first."""
+    strides = tensor.stride()
+    return tuple(sorted(range(len(strides)), key=lambda dim: -strides[dim]))
+
+
+def _frozen(tree: Any) -> Any:
+    """Return something hashable that is equal for equal arguments."""
+    if isinstance(tree, Slot):
+        return tree
+    if isinstance(tree, (tuple, list)):
+        return (type(tree), *map(_frozen, tree))
+    if isinstance(tree, dict):
+        return tuple((key, _frozen(value)) for key, value in tree.items())
+    if isinstance(tree, slice):
+        return (slice, tree.start, tree.stop, tree.step)
+    try:
+        hash(tree)
+    except TypeError:
+        return (type(tree), repr(tree))
+    return (type(tree), tree)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,54 +11,68 @@ from torch import Tensor
 
 from ...errors import CoupledSamplesError, WplfastError
 from ..call import Call, Operand, Slot, autocast_state, floating, is_in_place, kind_of, random_state
+from ..call_site import CallSite, Listener, Relay, TappedCall
 from ..rules import rule_for
 from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
 from .call_cache import CachedCall, CallCache
 from .functions import COPIES, EXPANSIONS, LIKE, LOOKUPS, SEEN_THROUGH, is_about_itself
 from .operands import Operands
-from .product import folded, product_of
-from .tap import CallSite, CallSiteKey, CallSiteKeys, Listener
+from .product import folded, multiply_and_tap, product_of
+from .tap import tap
 
 
 class Interception:
-    """The forward half of a pass: it turns calls into derived tensors and tapped sites."""
+    """The forward half of a pass: it turns calls into derived tensors and tapped calls.
 
-    def __init__(self, parameters: list[Tensor], constants: list[Tensor], listener: Listener) -> None:
-        """Watch ``parameters``; ``constants`` are the model's other parameters and its buffers."""
+    Attributes:
+        cache: the calls of earlier forward passes, and the one that this one has reached.
+        relay: where both halves of the pass meet.
+        taps: the tapped calls of the last forward pass, in order.
+        derived: the derived tensors of the last forward pass.
+        leaves: what stands for the parameters in parameter-only graphs, and takes ordinary gradients.
+        reorders: a call was seen whose rows lie in an order, or number, that depends on the data.
+        n_parameter_only: number of call sites that were found to have no sample axis.
+    """
+
+    def __init__(self, parameters: list[Tensor], constants: list[Tensor], idle: Listener) -> None:
+        """Watch parameters.
+
+        Args:
+            parameters: the watched ones.
+            constants: the model's other parameters and its buffers.
+            idle: what hears of gradients while no backward pass of ours runs.
+        """
         self._operands = Operands(parameters, constants, self)
-        self._listener = listener
-        self._keys: dict[tuple[Any, ...], CallSiteKeys] = {}
-        self._plan = CallCache()
-        self.parameter_only: set[CallSiteKey] = set()  # calls that were measured to have no sample axis
-        self.sites: list[CallSite] = []
+        self.cache, self.relay = CallCache(), Relay(idle)
+        self.taps: list[TappedCall] = []
         self.derived: list[Derived] = []
-        self.in_backward = False
-        self.reorders = False  # a call was seen whose rows lie in an order, or number, that depends on the data
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """The plain leaves that stand for the parameters in parameter-only graphs and take ordinary gradients."""
-        return self._operands.leaves
+        self.leaves = self._operands.leaves
+        self.reorders = False
+        self.n_parameter_only = 0
 
     def start_batch(self) -> None:
-        """Forget the sites of the last forward pass."""
-        self.sites, self.derived = [], []
-        self._plan.start()
-        for keys in self._keys.values():
-            keys.used = 0
+        """Forget the calls of the last forward pass."""
+        self.cache.restart(len(self.taps))
+        self.taps, self.derived, self.relay.is_over = [], [], False
 
-    def start_backward(self) -> None:
-        """Begin a backward pass: sites that it creates (reentrant checkpoints) are numbered from zero again."""
-        for keys in self._keys.values():
-            if keys.in_backward:
-                keys.used = 0
-        self.sites = [site for site in self.sites if not site.in_backward]
-        for site in self.sites:
-            site.fired = False
+    @property
+    def _is_backward(self) -> bool:
+        """Whether a backward pass runs, which makes calls itself: those of checkpoints."""
+        return self.relay.listener is not self.relay.idle
+
+    def mark_parameter_only(self, taps: Iterable[TappedCall]) -> None:
+        """Take the results of these calls for derived from parameters, from the next forward pass on."""
+        for tapped in taps:
+            self.n_parameter_only += not tapped.site.is_parameter_only
+            tapped.site.is_parameter_only = True
+
+    # ---- calls -----------------------------------------------------------------------------------------------------
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function some of whose arguments are watched or derived."""
+        if self.relay.is_over:
+            self.start_batch()
         if func in SEEN_THROUGH:
             return SEEN_THROUGH[func](*args, **kwargs)
         if torch._C._are_functorch_transforms_active():
@@ -71,13 +85,10 @@ class Interception:
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.linear:
                 args = folded(args)
-            planned = None if kwargs or self.in_backward else self._plan.expected()
-            if (
-                planned is not None
-                and planned.fits(func, args, self._operands)
-                and planned.key not in self.parameter_only
-            ):
-                return self._tap_again(planned, args)
+            if not kwargs and not self._is_backward:
+                cached = self.cache.find(func, args, self._operands)
+                if cached is not None:
+                    return self._tap_again(cached, args)
             name = getattr(func, "__name__", str(func))
             if is_about_itself(func, name, len(args) + len(kwargs)):
                 return func(*args, **kwargs)
@@ -89,21 +100,25 @@ class Interception:
 
     def _call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sort the tensors of a call, then derive or tap."""
-        call, inputs, key = self._take_apart(func, name, args, kwargs)
+        call, inputs = self._take_apart(func, name, args, kwargs)
         if call.in_place and call.operand_at(0, "self") is not None:
             return self._update_derived(call, inputs, args)
         if call.name in LIKE:
             if call.operand_at(0, "self") is None:  # data cast or shaped like a parameter
                 return call.result([operand.value for operand in call.operands], inputs)
             return self._derive(call, inputs, args)
-        if not inputs or (key in self.parameter_only and not call.differentiable_inputs):
+        if not inputs:
             return self._derive(call, inputs, args)
-        return self._tap(call, inputs, key, args, kwargs)
+        site = self._site(call, inputs)
+        if site.is_parameter_only and not call.differentiable_inputs:
+            self._arrive(site, call, inputs)
+            return self._derive(call, inputs, args)
+        return self._tap(call, inputs, site, args, kwargs)
 
     def _take_apart(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Call, list[Tensor], CallSiteKey]:
-        """Replace tensors by slots."""
+    ) -> tuple[Call, list[Tensor]]:
+        """Replace tensors by slots; return the call and its inputs."""
         operands: list[Operand] = []
         inputs: list[Tensor] = []
         constants: list[Tensor] = []
@@ -136,14 +151,36 @@ class Interception:
             differentiable_inputs=any(t.requires_grad for t in inputs),
             input_kinds=[] if any(t.requires_grad for t in inputs) else [kind_of(t) for t in inputs],
             in_place=is_in_place(name, args),
+            has_plain_inputs=all(t.layout == torch.strided for t in inputs),
             random_state=None,
             autocast=autocast_state(operands[0].value.device.type) if operands else None,
         )
-        place = (self.in_backward, tuple(operand.key for operand in operands), name)
-        keys = self._keys.get(place)
-        if keys is None:
-            keys = self._keys[place] = CallSiteKeys(self.in_backward, name)
-        return call, inputs, keys.next()
+        return call, inputs
+
+    # ---- where calls stand -----------------------------------------------------------------------------------------
+
+    def _site(self, call: Call, inputs: list[Tensor]) -> CallSite:
+        """Return the site of a call that comes next."""
+        here = self.cache.here.site
+        return self.cache.site(call, inputs, (self.relay.site or here.in_backward) if self._is_backward else here)
+
+    def _arrive(self, site: CallSite, call: Call, inputs: list[Tensor]) -> CachedCall | None:
+        """Go on to a site; return the place of a call of these sizes there, unless a backward pass runs."""
+        if not self._is_backward:
+            return self.cache.go_to(site, call, inputs)
+        self.relay.site = site
+        return None
+
+    def _new(self, call: Call, site: CallSite) -> TappedCall:
+        """Return a call that is to be tapped."""
+        return TappedCall(call, site, rule_for(call), self.relay, -1 if self._is_backward else len(self.taps))
+
+    def _add(self, tapped: TappedCall) -> None:
+        """Add a call that was tapped."""
+        if not tapped.in_backward:
+            self.taps.append(tapped)
+
+    # ---- calls on parameters alone ---------------------------------------------------------------------------------
 
     def _derive(self, call: Call, inputs: list[Tensor], args: tuple[Any, ...]) -> Any:
         """Compute on parameters alone, in a graph that leads to their leaves."""
@@ -193,25 +230,25 @@ class Interception:
         graphs = [operand.through for operand in call.operands]
         return graphs, tuple(sorted({index for operand in call.operands for index in operand.parameters}))
 
+    # ---- calls on parameters and data ------------------------------------------------------------------------------
+
     def _tap(
-        self, call: Call, inputs: list[Tensor], key: CallSiteKey, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, call: Call, inputs: list[Tensor], site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run a call natively with its operands as constants and tap its floating point outputs."""
         values = [operand.value for operand in call.operands]
-        rule, device = rule_for(call), values[0].device
-        site = CallSite(call, rule, key, self.in_backward, self._listener)
-        before = None if rule.fast else random_state(device)
-        planned = None
-        product = product_of(call, rule, inputs)
+        tapped, device = self._new(call, site), values[0].device
+        before = None if tapped.rule.fast else random_state(device)
+        product = product_of(call, tapped.rule, inputs)
+        given, repeatable = inputs, not call.in_place
         if call.in_place:  # out of place, tapped, and written back
             target = args[0]
             inputs = [tensor.clone() if tensor is target else tensor for tensor in inputs]
-            (tapped,) = site.tap(call.run(values, inputs), inputs)
-            target.copy_(tapped)
+            (output,) = tap(tapped, call.run(values, inputs), inputs)
+            target.copy_(output)
             result = None if call.name == "__setitem__" else target
         elif product is not None:
-            planned = CachedCall.of(call, rule, key, args, kwargs, product)
-            result = site.multiply(inputs[0], *product)
+            result = multiply_and_tap(tapped, inputs[0], product)
         else:
             result = call.result(values, inputs)
             if any(tensor.is_complex() for tensor in tensors_in(result)):
@@ -219,28 +256,28 @@ class Interception:
             outputs = floating(result)
             if not outputs:
                 return result
-            if outputs[0] is result:
-                planned = CachedCall.of(call, rule, key, args, kwargs, None)
-            queue = iter(site.tap(outputs, inputs))
+            repeatable = outputs[0] is result
+            queue = iter(tap(tapped, outputs, inputs))
             result = map_tensors(lambda t: next(queue) if t.is_floating_point() else t, result)
         if before is not None and not torch.equal(before, random_state(device)):
             call.random_state = before  # dropout inside an RNN kernel, say: running it again must draw the same
-        if not self.in_backward:
-            self._plan.advance(planned)
-        self.sites.append(site)
+        cached = self._arrive(site, call, given)
+        if cached is not None and repeatable:
+            cached.keep(call, tapped.rule, args, product)
+        self._add(tapped)
         return result
 
-    def _tap_again(self, planned: CachedCall, args: tuple[Any, ...]) -> Any:
-        """Tap a call that stood at the same place in the last forward pass."""
-        planned.key.keys.next()
-        site = CallSite(planned.call, planned.rule, planned.key, False, self._listener)
-        if planned.product is not None:
-            result = site.multiply(args[planned.inputs[0]], *planned.product)
+    def _tap_again(self, cached: CachedCall, args: tuple[Any, ...]) -> Any:
+        """Tap a call that came here in an earlier forward pass."""
+        assert cached.call is not None
+        assert cached.rule is not None
+        tapped = TappedCall(cached.call, cached.site, cached.rule, self.relay, len(self.taps))
+        if cached.product is not None:
+            result = multiply_and_tap(tapped, args[cached.inputs[0]], cached.product)
         else:
-            output, inputs = planned.run(args)
-            (result,) = site.tap([output], inputs)
-        self.sites.append(site)
-        self._plan.advance(planned)
+            (result,) = tap(tapped, [cached.run(args)], [args[position] for position in cached.inputs])
+        self.taps.append(tapped)
+        self.cache.advance(cached)
         return result
 
     def tap_result(self, func: Callable[..., Any], args: tuple[Any, ...], like: Tensor, moves: bool) -> Tensor | None:
@@ -250,20 +287,24 @@ class Interception:
             func: the function.
             args: its arguments.
             like: a tensor of the shape of its result.
-            moves: whether its data depend on the samples differentiably, had they their graphs.
+            moves: whether its inputs depend on the samples differentiably, had they their graphs.
 
         Returns:
             An alias of ``like`` that stands for the result in the graph: what gradient arrives at it is taken to be
             that of the call's result. None if the call was measured to have no sample axis.
         """
         with torch._C.DisableTorchFunctionSubclass():
-            call, inputs, key = self._take_apart(func, func.__name__, args, {})
+            call, inputs = self._take_apart(func, func.__name__, args, {})
             if not call.operands:
                 return like
-            if not inputs or (key in self.parameter_only and not moves):
+            if not inputs:
+                return None
+            site = self._site(call, inputs)
+            self._arrive(site, call, inputs)
+            if site.is_parameter_only and not moves:
                 return None
             call.differentiable_inputs = moves
-            site = CallSite(call, rule_for(call), key, self.in_backward, self._listener)
-            self.sites.append(site)
-            (tapped,) = site.tap([like], inputs)
-            return tapped
+            tapped = self._new(call, site)
+            (tensor,) = tap(tapped, [like], inputs)
+            self._add(tapped)
+            return tensor

@@ -17,7 +17,7 @@ class Operands:
         self._parameters = parameters
         self._index = {id(p): i for i, p in enumerate(parameters)}
         self.leaves = [p.detach().requires_grad_() for p in parameters]
-        self._sources = [Operand(leaf, leaf.detach(), (i,)) for i, leaf in enumerate(self.leaves)]
+        self._watched = [Operand(leaf, leaf.detach(), (i,)) for i, leaf in enumerate(self.leaves)]
         self._constants = {t.untyped_storage().data_ptr() for t in (*constants, *self.leaves) if t.numel()}
         self._interceptor = interceptor
 
@@ -35,8 +35,8 @@ class Operands:
         leaf, tensor = self.leaves[index], self._parameters[index]
         if leaf.data_ptr() != tensor.data_ptr() or leaf.stride() != tensor.stride():  # `p.data = ...` during the pass
             leaf.data = tensor.detach()
-            self._sources[index] = Operand(leaf, leaf.detach(), (index,))
-        return self._sources[index]
+            self._watched[index] = Operand(leaf, leaf.detach(), (index,))
+        return self._watched[index]
 
     def _derived(self, tensor: Derived) -> Operand:
         """Describe a derived tensor: the parameters below it, and the region if it is a pure view of one."""

@@ -1,13 +1,16 @@
-"""Products with one matrix where PyTorch's own are slow: what a pass multiplies with, forwards and backwards."""
+"""Products with one matrix of parameters: run as one node of the graph, with their tap, by the library that is fast."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import Call
+from ..call_site import TappedCall
 from ..rules import Rule
 
 _OP = "mkldnn::_linear_pointwise"
@@ -33,10 +36,18 @@ def is_faster(weight: Tensor) -> bool:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x W^T + b`` by oneDNN, for x [*, D_in] and W [D_out, D_in] of any strides; not a view."""
-    rows = x.reshape(-1, weight.shape[1])
-    product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    found: Tensor = product if x.dim() == 2 else torch.ops.aten._unsafe_view(product, (*x.shape[:-1], weight.shape[0]))
+    """Return ``x W^T + b`` by oneDNN, for x [n, D_in] and W [D_out, D_in] of any strides."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, by_onednn: bool) -> Tensor:
+    """Return ``x W^T + b`` for x [*, D_in]; not a view, so that it may be changed in place."""
+    rows = x if x.dim() == 2 else x.reshape(-1, weight.shape[1])
+    product = multiply(rows, weight, bias) if by_onednn else F.linear(rows, weight, bias)
+    if x.dim() == 2:
+        return product
+    found: Tensor = torch.ops.aten._unsafe_view(product, (*x.shape[:-1], weight.shape[0]))
     return found
 
 
@@ -67,14 +78,60 @@ class Product:
             total.addmm_(x, self._weight.t())
 
 
-def product_of(call: Call, rule: Rule, inputs: list[Tensor]) -> tuple[Tensor, Tensor | None] | None:
-    """Return what a call multiplies its data with, where a product of our own is faster than PyTorch's."""
+class AffineMap(NamedTuple):
+    """``x -> x W^T + b``, and whether oneDNN is to compute it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    by_onednn: bool
+
+
+def product_of(call: Call, rule: Rule, inputs: list[Tensor]) -> AffineMap | None:
+    """Return the matrix W and the bias b where a call is ``x W^T + b`` of its only input; None otherwise."""
     if call.in_place or call.autocast is not None or len(inputs) != 1 or inputs[0].dim() < 2 or not inputs[0].numel():
         return None
     product = rule.product(call) if inputs[0].layout == torch.strided else None
-    if product is None or not is_faster(product[0]) or inputs[0].dtype != product[0].dtype:
+    if product is None or inputs[0].dtype != product[0].dtype or not product[0].numel():
         return None
-    return product
+    return AffineMap(*product, by_onednn=is_faster(product[0]))
+
+
+def multiply_and_tap(tapped: TappedCall, x: Tensor, product: AffineMap) -> Tensor:
+    """Run a call, which is ``x W^T + b``, and tap it: one node of the graph instead of two."""
+    result = _apply(tapped, x, product, *tapped.call.leaves)
+    tapped.shapes = [result.shape]
+    return result
+
+
+class _TappedProduct(torch.autograd.Function):
+    """A product with a matrix of parameters, and the tap behind it."""
+
+    @staticmethod
+    def forward(ctx: Any, tapped: TappedCall, x: Tensor, product: AffineMap, *leaves: Tensor) -> Tensor:
+        """Multiply."""
+        weight, bias, ctx.by_onednn = product
+        ctx.tapped = tapped
+        ctx.set_materialize_grads(False)
+        if tapped.rule.needs_inputs(tapped.call):
+            ctx.save_for_backward(weight, x)
+        else:
+            ctx.save_for_backward(weight)
+        return _multiply(x, weight, bias, ctx.by_onednn)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Report the gradient, and send it through the matrix."""
+        weight, *inputs = ctx.saved_tensors
+        tapped = ctx.tapped
+        of_operands = tapped.relay.listener.receive(tapped, inputs, (gradient,))
+        of_input = None
+        if gradient is not None and ctx.needs_input_grad[1]:
+            of_input = _multiply(gradient, weight.t(), None, ctx.by_onednn)
+        return (None, of_input, None, *of_operands)
+
+
+#: ``Function.apply`` without its check for functorch transforms, under which nothing is tapped anyway.
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _TappedProduct).apply
 
 
 def folded(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,8 +1,8 @@
-"""Sites whose output's gradient mixes samples: coupled samples, or an operation without a sample axis?"""
+"""Calls whose outputs' gradients mix samples: coupled samples, or an operation without a sample axis?"""
 
 from __future__ import annotations
 
-from ..trace.tap import CallSite
+from ..call_site import TappedCall
 
 UNKNOWN = (
     ". If the data of this call do not depend on the samples at all, that is no coupling, but one batch cannot tell: "
@@ -10,16 +10,16 @@ UNKNOWN = (
 )
 
 
-def is_about_positions(site: CallSite, n_samples: int) -> bool:
+def is_about_positions(tapped: TappedCall, n_samples: int) -> bool:
     """Tell whether the data of a call are not samples: a range of indices, or of sizes that no batch axis fits in."""
-    return all(is_range or all(size % n_samples for size in shape) for shape, _, is_range in site.call.input_kinds)
+    return all(is_range or all(size % n_samples for size in shape) for shape, _, is_range in tapped.call.input_kinds)
 
 
-def describe(site: CallSite, names: list[str]) -> str:
+def describe(tapped: TappedCall, names: list[str]) -> str:
     """Name the module, the operation and the parameter where samples are coupled."""
-    name = names[min(site.parameters)]
+    name = names[min(tapped.parameters)]
     module = name.rpartition(".")[0] or "the model"
     return (
-        f"samples are coupled at {site.call.name} in {module} (parameter {name!r}): its output's gradient mixes "
+        f"samples are coupled at {tapped.call.name} in {module} (parameter {name!r}): its output's gradient mixes "
         "samples, so that of one sample's loss alone cannot be had (batch statistics? in-batch negatives?)"
     )

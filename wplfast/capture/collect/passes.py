@@ -1,0 +1,133 @@
+"""What listens during the backward passes of a batch: probing, collecting, ordinary gradients, and nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import NonFiniteError, WplfastError
+from ..call_site import TappedCall
+from ..probe.infer import LayoutInference, Verdict
+from ..sample_layout import SampleLayout
+from .round import OutputGrads, Round
+
+
+class Idle:
+    """Between our own backward passes: the user's, which must not hope for gradients of the parameters."""
+
+    def receive(
+        self, tapped: TappedCall, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        """Let gradients pass; refuse to be a part of a second derivative."""
+        if torch.is_grad_enabled():
+            raise WplfastError(
+                "a second derivative through watched parameters (create_graph=True inside the model or the loss) "
+                "is not supported: per-sample gradients cannot be captured there"
+            )
+        return tapped.nothing
+
+
+class ProbePass:
+    """A backward pass with probe weights: projections of all gradients are kept.
+
+    Args:
+        inference: what keeps them.
+        in_backward: takes the parameters with uses in calls that the pass itself makes (checkpoints).
+        with_ordinary: compute the ordinary gradients of the parameters too.
+    """
+
+    def __init__(self, inference: LayoutInference, in_backward: set[int], with_ordinary: bool) -> None:
+        self._inference, self._in_backward, self._with_ordinary = inference, in_backward, with_ordinary
+        self.dtypes: set[torch.dtype] = set()  # of the gradients
+
+    def receive(
+        self, tapped: TappedCall, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        """Keep projections."""
+        if tapped.in_backward:
+            self._in_backward |= tapped.parameters
+        self._inference.probe(tapped, grads)
+        if not self._with_ordinary:
+            return tapped.nothing
+        self.dtypes |= {g.dtype for g in grads if g is not None}
+        return tapped.rule.ordinary(tapped.call, inputs, grads)
+
+
+class OrdinaryPass:
+    """A backward pass that computes ordinary gradients of some parameters.
+
+    Args:
+        wanted: indices of these.
+    """
+
+    def __init__(self, wanted: set[int]) -> None:
+        self._wanted = wanted
+
+    def receive(
+        self, tapped: TappedCall, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        """Compute the gradients of a call's operands."""
+        if not self._wanted & tapped.parameters:
+            return tapped.nothing
+        return tapped.rule.ordinary(tapped.call, inputs, grads)
+
+
+class CollectPass:
+    """A backward pass with weights 1: gradients become grad samples.
+
+    Args:
+        inference: tells who owns which row.
+        round_: takes the gradients; None for a dry pass, which only finds out what cannot be collected.
+        names: of the parameters.
+        in_backward: takes the parameters with uses in calls that the pass itself makes (checkpoints).
+        wanted: the parameters that the pass is about; None: all.
+
+    Attributes:
+        retry: parameters with a use that needs more probing passes.
+        mixed: calls whose outputs' rows belong to no single sample.
+        layouts: by the index of a tapped call, what its outputs' layouts were.
+    """
+
+    def __init__(
+        self,
+        inference: LayoutInference,
+        round_: Round | None,
+        names: Sequence[str],
+        in_backward: set[int],
+        wanted: set[int] | None = None,
+    ) -> None:
+        self._inference, self._round, self._names = inference, round_, names
+        self._in_backward, self._wanted = in_backward, wanted
+        self.retry: set[int] = set()
+        self.mixed: list[TappedCall] = []
+        self.layouts: dict[int, Sequence[SampleLayout | None]] = {}
+
+    def receive(
+        self, tapped: TappedCall, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        """Collect from one call."""
+        parameters = tapped.parameters
+        if tapped.in_backward:
+            self._in_backward |= parameters
+            if self._round is not None:
+                self._round.last |= parameters
+        if self._wanted is None or parameters & self._wanted:
+            layouts = self._inference.layouts(tapped, grads)
+            if layouts is Verdict.NONFINITE:
+                raise NonFiniteError(f"a gradient of {self._names[min(parameters)]!r} is NaN or infinite")
+            if isinstance(layouts, Verdict):
+                self.retry |= parameters
+                if layouts is Verdict.MIXED:
+                    self.mixed.append(tapped)
+                if self._round is not None:
+                    self._round.excluded |= parameters
+            else:
+                if not tapped.in_backward:
+                    self.layouts[tapped.index] = layouts
+                if self._round is not None:
+                    self._round.take(OutputGrads(tapped, inputs, grads, layouts))
+        if self._round is not None and not tapped.in_backward:
+            self._round.reported(tapped)
+        return tapped.nothing

@@ -1,0 +1,93 @@
+"""The steady batch: calls whose layouts are known run recipes, from the gradient straight to the kernel.
+
+Once a batch was collected, another one that made the same calls on tensors of the same sizes need not ask who owns
+what, which rule serves a call or how many uses a parameter has. A call all of whose parameters are used by it alone has
+a *recipe* (:meth:`Rule.recipe`); the others go the common way (:class:`.round.Round`), with layouts that are known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..accumulators import Accumulators
+from ..call_site import TappedCall
+from ..rules.recipe import Recipe
+from ..sample_layout import AxisLayout, OneSample, SampleLayout
+from .round import OutputGrads, Round
+
+Layouts = Sequence[SampleLayout | None]
+
+
+class SteadyBatch:
+    """What a batch of known calls does with the gradients that it sees.
+
+    Args:
+        taps: the calls of such a batch.
+        layouts: their outputs' layouts, by index.
+        accumulators: what squares are added to.
+        names: of the parameters.
+    """
+
+    def __init__(
+        self,
+        taps: Sequence[TappedCall],
+        layouts: Mapping[int, Layouts],
+        accumulators: Accumulators,
+        names: Sequence[str],
+    ) -> None:
+        self._accumulators, self._names = accumulators, names
+        self._layouts = [layouts[tapped.index] for tapped in taps]
+        uses = Counter(index for tapped in taps for index in tapped.parameters)
+        self._recipes: list[Recipe | None] = [
+            tapped.rule.recipe(tapped.call, found, tapped.shapes, accumulators)
+            if all(uses[index] == 1 for index in tapped.parameters)
+            else None
+            for tapped, found in zip(taps, self._layouts, strict=True)
+        ]
+        self._is_direct = all(recipe is not None for recipe in self._recipes)
+        self._round: Round | None = None
+
+    @staticmethod
+    def is_possible(taps: Sequence[TappedCall], layouts: Mapping[int, Layouts]) -> bool:
+        """Tell whether all outputs of all calls have layouts that hold for every such batch."""
+        return len(layouts) == len(taps) and all(
+            isinstance(layout, (AxisLayout, OneSample)) for found in layouts.values() for layout in found
+        )
+
+    def start(self, taps: Sequence[TappedCall]) -> SteadyBatch:
+        """Begin a pass over the calls of a batch; return what listens to it."""
+        if not self._is_direct:
+            left = [tapped for tapped, recipe in zip(taps, self._recipes, strict=True) if recipe is None]
+            self._round = Round(left, self._accumulators, self._names)
+        return self
+
+    def receive(
+        self, tapped: TappedCall, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        """Square the gradient of one call, or let it wait for others."""
+        index = tapped.index
+        recipe = self._recipes[index]
+        if recipe is not None:
+            started = time.perf_counter()
+            recipe(tapped.call, inputs, grads)
+            self._accumulators.seconds[tapped.rule.name] += time.perf_counter() - started
+        elif self._round is not None:
+            self._round.take(OutputGrads(tapped, inputs, grads, self._layouts[index]))
+            self._round.reported(tapped)
+        return tapped.nothing
+
+    def finish(self, parameters: Sequence[Tensor], derived: Sequence[Tensor]) -> bool:
+        """Square what is left; tell whether no gradient arrived at a parameter or derived tensor past the taps."""
+        if self._round is not None:
+            self._round.finish()
+            self._round = None
+        with torch._C.DisableTorchFunctionSubclass():
+            for tensor in parameters:
+                if tensor.grad is not None:
+                    return False
+            return all(tensor.grad is None for tensor in derived)

@@ -1,0 +1,82 @@
+"""Recipes: what a call whose sample layout is known does with a gradient, bound once and run in every steady batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ...ops.contract import kernel
+from ...ops.expect import FLOATING
+from ...ops.layout import flat_dtype
+from ..accumulators import Accumulators
+from ..call import Call
+from ..sample_layout import SampleLayout
+
+#: Called with a call, its inputs and its outputs' gradients; adds squares to the accumulators it was bound to.
+Recipe: TypeAlias = Callable[[Call, Sequence[Tensor], Sequence[Tensor | None]], None]
+
+
+class ProductRecipe:
+    """The recipe of ``y = x W^T + b`` where W and b are whole parameters: the fused kernels on G and A as they lie.
+
+    Args:
+        name: of the rule.
+        accumulators: what squares are added to.
+        layout: of the output, whose rows samples own.
+        shape: of the output.
+        weight: index of W.
+        bias: index of b; None if there is none.
+        transposed: the parameter is W^T [D_in, D_out] instead of W [D_out, D_in].
+    """
+
+    def __init__(
+        self,
+        name: str,
+        accumulators: Accumulators,
+        layout: SampleLayout,
+        shape: torch.Size,
+        weight: int,
+        bias: int | None,
+        transposed: bool = False,
+    ) -> None:
+        self._accumulators, self._layout, self._transposed = accumulators, layout, transposed
+        self._is_plain = len(shape) == 2 and shape[0] == layout.n_samples and layout.has_rows(2)  # a row a sample
+        self._fisher, self._gradient = accumulators.fisher[weight], accumulators.gradient_of(weight)
+        self._wide = self._fisher.dtype
+        self._as_they_are = {dtype for dtype in FLOATING if flat_dtype(dtype) == self._wide}
+        self._bias = None if bias is None else (accumulators.fisher[bias], accumulators.gradient_of(bias))
+        device = self._fisher.device.type
+        self._fisher_linear_ = kernel("fisher_linear_", device)
+        self._accumulate_squares_ = kernel("accumulate_squares_", device)
+        for index in (weight, bias):
+            if index is not None:
+                accumulators.rules[index].add(name)
+
+    def __call__(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Square one batch's gradients."""
+        (x,), gradient = inputs, grads[0]
+        if gradient is None:
+            return
+        if x.dtype is not gradient.dtype:
+            x = x.to(gradient.dtype)
+        if x.dtype not in self._as_they_are:
+            x, gradient = x.to(self._wide), gradient.to(self._wide)
+        if self._is_plain:
+            a, g = x.unsqueeze(1), gradient.unsqueeze(1)
+        else:
+            a, g = self._layout.rows(x), self._layout.rows(gradient)
+        a, g = (t if t.stride(2) == 1 or t.shape[2] <= 1 else t.contiguous() for t in (a, g))
+        weights = self._accumulators.weights
+        factors = (g, a) if self._transposed else (a, g)
+        self._fisher_linear_(self._fisher, *factors, weights, self._gradient)
+        if self._bias is not None:
+            fisher, plain = self._bias
+            sums = g[:, 0] if g.shape[1] == 1 else g.sum(1, dtype=self._wide)
+            sums = sums.to(self._wide).contiguous()
+            self._accumulate_squares_(fisher, sums, weights)
+            if plain is not None:
+                ones = torch.ones(len(sums), dtype=sums.dtype, device=sums.device)
+                plain += torch.tensordot(ones if weights is None else weights.to(sums.dtype), sums, 1)
