@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import CoupledSamplesError, WplfastError
-from ..call import Call, Operand, Slot, autocast_state, floating, is_in_place, kind_of, random_state
+from ..call import Call, autocast_state, floating, is_in_place, kind_of, random_state
 from ..call_site import CallSite, Listener, Relay, TappedCall
 from ..rules import rule_for
 from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
 from .call_cache import CachedCall, CallCache
-from .functions import COPIES, EXPANSIONS, LIKE, LOOKUPS, SEEN_THROUGH, is_about_itself
-from .operands import Operands
+from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
+from .operands import Operands, Sorter
 from .product import folded, multiply_and_tap, product_of
 from .tap import tap
 
@@ -119,41 +119,23 @@ class Interception:
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Call, list[Tensor]]:
         """Replace tensors by slots; return the call and its inputs."""
-        operands: list[Operand] = []
-        inputs: list[Tensor] = []
-        constants: list[Tensor] = []
-        slots: dict[int, Slot] = {}
-
-        def slot(tensor: Tensor) -> Slot:
-            if id(tensor) not in slots:
-                operand = self._operands.of(tensor)
-                if operand is not None:
-                    slots[id(tensor)] = Slot("operand", len(operands))
-                    operands.append(operand)
-                elif self._operands.is_constant(tensor) and not (
-                    name in LOOKUPS and tensor.dim() > 1 and len(tensor) > 1
-                ):
-                    slots[id(tensor)] = Slot("constant", len(constants))
-                    constants.append(tensor)
-                else:
-                    slots[id(tensor)] = Slot("input", len(inputs))
-                    inputs.append(tensor)
-            return slots[id(tensor)]
-
+        found = Sorter(self._operands, name)
+        slots, named_slots = map_tensors(found.slot, args), map_tensors(found.slot, kwargs)
+        inputs, moves = found.inputs, any(t.requires_grad for t in found.inputs)
         call = Call(
             func,
             name,
-            map_tensors(slot, args),
-            map_tensors(slot, kwargs),
-            operands,
-            constants,
+            slots,
+            named_slots,
+            found.operands,
+            found.constants,
             input_shapes=[t.shape for t in inputs],
-            differentiable_inputs=any(t.requires_grad for t in inputs),
-            input_kinds=[] if any(t.requires_grad for t in inputs) else [kind_of(t) for t in inputs],
+            differentiable_inputs=moves,
+            input_kinds=[] if moves else [kind_of(t) for t in inputs],
             in_place=is_in_place(name, args),
             has_plain_inputs=all(t.layout == torch.strided for t in inputs),
             random_state=None,
-            autocast=autocast_state(operands[0].value.device.type) if operands else None,
+            autocast=autocast_state(found.operands[0].value.device.type) if found.operands else None,
         )
         return call, inputs
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..call import Operand
+from ..call import Operand, Slot
 from ..watched import Derived, Interceptor
+from .functions import LOOKUPS
 
 
 class Operands:
@@ -61,3 +64,44 @@ class Operands:
         if tensor.dim() == 0 or tensor.layout != torch.strided:
             return tensor.dim() == 0
         return tensor.untyped_storage().data_ptr() in self._constants
+
+
+class Sorter:
+    """Takes the tensors out of one call's arguments, each once, and says what they are.
+
+    Attributes:
+        operands: watched parameters and what was derived from them.
+        inputs: tensors that may carry samples.
+        constants: the model's other tensors.
+    """
+
+    def __init__(self, known: Operands, name: str) -> None:
+        """Sort for a call of a function of this name."""
+        self._known, self._name = known, name
+        self._slots: dict[int, Slot] = {}
+        self.operands: list[Operand] = []
+        self.inputs: list[Tensor] = []
+        self.constants: list[Tensor] = []
+
+    def slot(self, tensor: Tensor) -> Slot:
+        """Return what stands for a tensor in the arguments."""
+        slot = self._slots.get(id(tensor))
+        if slot is None:
+            slot = self._slots[id(tensor)] = self._sort(tensor)
+        return slot
+
+    def _sort(self, tensor: Tensor) -> Slot:
+        """Put a tensor where it belongs."""
+        operand = self._known.of(tensor)
+        if operand is not None:
+            return _add("operand", self.operands, operand)
+        may_be_samples = self._name in LOOKUPS and tensor.dim() > 1 and len(tensor) > 1
+        if self._known.is_constant(tensor) and not may_be_samples:
+            return _add("constant", self.constants, tensor)
+        return _add("input", self.inputs, tensor)
+
+
+def _add(kind: str, tensors: list[Any], tensor: Any) -> Slot:
+    """Append to one of the lists; return the slot."""
+    tensors.append(tensor)
+    return Slot(kind, len(tensors) - 1)
