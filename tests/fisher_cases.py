@@ -62,7 +62,8 @@ class EncoderLayers(nn.TransformerEncoder):
         super().__init__(layer, layers, enable_nested_tensor=False)
 
     def forward(self, h):
-        return super().forward(h, mask=nn.Transformer.generate_square_subsequent_mask(h.shape[1]), is_causal=True)
+        mask = nn.Transformer.generate_square_subsequent_mask(h.shape[1], device=h.device, dtype=h.dtype)
+        return super().forward(h, mask=mask, is_causal=True)
 
 
 class Decoder(nn.Module):

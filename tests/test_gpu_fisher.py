@@ -41,8 +41,11 @@ def test_the_same_bits_run_to_run_and_on_another_stream(name):
     assert torch.equal(again, first) if repeats else relative_error(again, first) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "decoder"])
-def test_a_steady_batch_reads_the_device_once_for_the_losses_and_once_for_the_gradients(name, device, monkeypatch):
+READS = pytest.mark.not_rehearsed("Triton's embeddings: plain PyTorch's look at the indices")
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", pytest.param("decoder", marks=READS)])
+def test_a_steady_batch_reads_the_device_once_for_the_losses_and_once_for_the_gradients(name, device):
     """What the host must know: are the losses finite, are the gradients; nothing else makes it wait."""
     build, make = MODELS[name]
     model, (x, y) = build().eval(), make(8)
@@ -122,6 +125,28 @@ def test_data_from_the_cpu_and_from_a_loader(device):
     several = wplfast.fisher_diagonal(model, loader, ce)
     assert several.n_samples == 20
     torch.testing.assert_close(several.flat, direct, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_default_device_may_be_the_cpu(name, device):
+    """As it is where a model was moved: nothing of the library's own stays behind."""
+    build, make = MODELS[name]
+    model, data = build().eval(), [make(5), make(5), make(3)]
+    expected = wplfast.fisher_diagonal(model, data, ce)
+    torch.set_default_device("cpu")
+    fisher = wplfast.fisher_diagonal(model, data, ce, with_grad=True)
+    assert {t.device for t in (*fisher.values(), *fisher.mean_grad.values())} == {device}
+    assert relative_error(fisher.flat, expected.flat) < 1e-5
+    wplfast.fisher_diagonal(model, data, ce, max_samples=7, fisher_type="mc")
+    wpl = wplfast.WeightPlasticityLoss(model, l2=0.1)
+    wpl.consolidate(fisher, normalize="trace", clip_norm=5.0)
+    wpl.consolidate(fisher, active=list(fisher)[1:])
+    wpl.alpha = {"": 2.0}
+    wpl().backward()
+    added = [p.grad.clone() for p in model.parameters()]
+    wpl.add_grad_()
+    for p, once in zip(model.parameters(), added, strict=True):
+        torch.testing.assert_close(p.grad, 2 * once)
 
 
 @pytest.mark.parametrize("kind", ["empirical", "mc", "exact"])
