@@ -142,6 +142,12 @@ def test_replace_decay_and_weight(module):
     online = {n: 0.5 * first[n] + 3.0 * second[n] for n in first}
     assert wpl.n_anchors == 1
     assert wpl().item() == pytest.approx(expected(module, [(hat, online)], 1.0).item(), rel=1e-6)
+    anchors = [(hat, online)]
+    for _ in range(2):  # merges: what the first leaves as a constant fades in the second
+        newest, fisher = enter(wpl, module, decay=0.5, weight=2.0)
+        anchors = [(h, {n: 0.5 * f for n, f in each.items()}) for h, each in anchors]
+        anchors.append((newest, {n: 2.0 * f for n, f in fisher.items()}))
+    assert wpl().item() == pytest.approx(expected(module, anchors, 1.0).item(), rel=1e-6)
 
 
 def test_running_fisher(module):
