@@ -2,6 +2,7 @@
 #
 #   make demo    two models that share weights: forgetting, and its cure (about a minute or two on 2 cores)
 #   make test    all tests
+#   make rehearse    tests on a pretended device, which find most of what would fail on a GPU alone; under a minute
 #   make lint    ruff, clang-format, mypy
 #   make bench   microbenchmarks of this machine, into $(OUT)
 #   make wheel   a source distribution and a wheel for this platform and Python, into dist/
@@ -23,13 +24,20 @@ BIN := $(VENV)/bin
 # A wheel is for one Python: `PYTHON=python3.12 make wheel` builds for that one, with tools beside those of others.
 WHEEL_VENV = .venv-wheel-$(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 
-.PHONY: demo test lint bench gpu-test gpu-sanitize gpu-bench wheel wheel-test wheel-tools clean
+.PHONY: demo test rehearse lint bench gpu-test gpu-sanitize gpu-bench wheel wheel-test wheel-tools clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.experiments.two_models --out $(OUT)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# What else would run on a GPU alone, and the tests that see most of the library's code for the least time.
+REHEARSED := $(addprefix tests/test_, gpu_fisher.py gpu_penalty.py gpu_operators.py gpu_large.py \
+	rules.py capture.py fisher_errors.py penalty.py)
+
+rehearse: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n0 --device rehearsal $(REHEARSED)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 Tests make tensors on the default device, so that one option moves them all. What is about the CPU stays there and says
 why: a whole file in ``ABOUT_THE_CPU``, a test with ``@pytest.mark.cpu_only(reason)``. ``--device rehearsal`` needs no
-GPU and finds tensors that meet across devices (see :mod:`rehearsal`).
+GPU and finds tensors that meet across devices (see :mod:`rehearsal`; ``make rehearse`` for the files worth their time).
 """
 
 from __future__ import annotations

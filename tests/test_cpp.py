@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -28,6 +28,8 @@ from wplfast.backends import cpp
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ISAS = ["portable", "avx2", "avx512"]
+#: An operator's name, the shape of F, what its gradients are products of, and settings.
+Call: TypeAlias = "tuple[str, list[int], tuple[Tensor, Tensor], tuple[Any, ...]]"
 
 
 def scalar(value: float) -> Tensor:
@@ -68,13 +70,29 @@ CONVOLUTIONS = [
 ]
 
 
-def random_convolution(case: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, list[int], list[Any]]:
-    """Return the inputs, the gradients of the outputs, the weight's shape and the geometry."""
+def random_convolution(case: tuple[Any, ...], dtype: torch.dtype) -> Call:
     n, m, size, c_in, c_out, kernel, stride, padding, dilation, groups = case
     spans = zip(size, kernel, stride, padding, dilation, strict=True)
     positions = [(s + 2 * p - d * (k - 1) - 1) // step + 1 for s, k, step, p, d in spans]
     x, g = torch.randn(n, m, *size, c_in).to(dtype), torch.randn(n, m, *positions, c_out).to(dtype)
-    return x, g, [c_out, c_in // groups, *kernel], [stride, padding, dilation, groups]
+    return "fisher_conv_", [c_out, c_in // groups, *kernel], (x, g), (stride, padding, dilation, groups)
+
+
+def random_linear(n: int, t: int, d_in: int, d_out: int, dtype: torch.dtype) -> Call:
+    a, g = torch.randn(n, t, d_in).to(dtype), torch.randn(n, t, d_out).to(dtype)
+    return "fisher_linear_", [d_out, d_in], (a, g), ()
+
+
+def random_embedding(n: int, t: int, d: int, v: int, dtype: torch.dtype) -> Call:
+    return "fisher_embedding_", [v, d], (torch.randint(-1, v, (n, t)), torch.randn(n, t, d).to(dtype)), ()
+
+
+def accumulated(name: str, shape: list[int], inputs: tuple[Tensor, Tensor], settings: tuple[Any, ...]) -> list[Tensor]:
+    """Add to a random Fisher and a gradient of zero with random weights, and return both."""
+    fisher = torch.rand(shape, dtype=wide(inputs[1].dtype))
+    gradient = torch.zeros_like(fisher)
+    getattr(cpp, name)(fisher, *inputs, torch.rand(len(inputs[1])), gradient, *settings)
+    return [fisher, gradient]
 
 
 def all_results(dtype: torch.dtype) -> list[Tensor]:
@@ -87,23 +105,11 @@ def all_results(dtype: torch.dtype) -> list[Tensor]:
     added = cpp.penalty_add_grad_(grad, *anchors.values(), *coefficients, scalar(0.5))
     results = [value, packed, added, *grad, cpp.penalty(*anchors.values(), *coefficients)]
     for n, t, d_in, d_out in ((40, 1, 300, 130), (9, 33, 250, 301), (2, 500, 100, 70), (64, 5, 784, 10)):
-        a, g = torch.randn(n, t, d_in).to(dtype), torch.randn(n, t, d_out).to(dtype)
-        fisher = torch.rand(d_out, d_in, dtype=wide(dtype))
-        gradient = torch.zeros_like(fisher)
-        cpp.fisher_linear_(fisher, a, g, torch.rand(n), gradient)
-        results += [fisher, gradient]
+        results += accumulated(*random_linear(n, t, d_in, d_out, dtype))
     for case in CONVOLUTIONS:
-        x, g, shape, geometry = random_convolution(case, dtype)
-        fisher = torch.rand(shape, dtype=wide(dtype))
-        gradient = torch.zeros_like(fisher)
-        cpp.fisher_conv_(fisher, x, g, torch.rand(len(x)), gradient, *geometry)
-        results += [fisher, gradient]
+        results += accumulated(*random_convolution(case, dtype))
     for n, t, d, v in ((50, 40, 70, 20), (30, 20, 300, 5000)):
-        fisher = torch.rand(v, d, dtype=wide(dtype))
-        gradient = torch.zeros_like(fisher)
-        g = torch.randn(n, t, d).to(dtype)
-        cpp.fisher_embedding_(fisher, torch.randint(-1, v, (n, t)), g, torch.rand(n), gradient)
-        results += [fisher, gradient]
+        results += accumulated(*random_embedding(n, t, d, v, dtype))
     for size in ((30, 100, 65), (4, 65, 3000)):
         a, g = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
         results += [cpp.scale_grads(a, g), cpp.scale_grads(a.transpose(1, 2), g.transpose(1, 2))]
@@ -181,20 +187,21 @@ def test_nonfinite_values_come_through(bad: float, dtype: torch.dtype) -> None:
 
 
 def test_in_place_operators_advance_the_version_counter() -> None:
-    fisher, gradient = torch.zeros(3, 2), torch.zeros(3, 2)
-    before = fisher._version, gradient._version
-    cpp.fisher_linear_(fisher, torch.randn(4, 2, 2), torch.randn(4, 2, 3), None, gradient)
-    assert (fisher._version, gradient._version) > before
-    before = fisher._version, gradient._version
-    cpp.fisher_embedding_(fisher, torch.tensor([[0], [1]]), torch.randn(2, 1, 2), None, gradient)
-    assert (fisher._version, gradient._version) > before
-    fisher, gradient = torch.zeros(3, 2, 1), torch.zeros(3, 2, 1)
-    before = fisher._version, gradient._version
-    cpp.fisher_conv_(fisher, torch.randn(4, 1, 5, 2), torch.randn(4, 1, 5, 3), None, gradient, [1], [0], [1], 1)
-    assert (fisher._version, gradient._version) > before
-    before = (fisher._version,)
+    x, g = torch.randn(4, 1, 5, 2), torch.randn(4, 1, 5, 3)
+    calls = [
+        ("fisher_linear_", (3, 2), (x[:, 0], g[:, 0]), ()),
+        ("fisher_embedding_", (3, 2), (torch.tensor([[0], [1]]), torch.randn(2, 1, 2)), ()),
+        ("fisher_conv_", (3, 2, 1), (x, g), ([1], [0], [1], 1)),
+    ]
+    for name, shape, inputs, settings in calls:
+        fisher, gradient = torch.zeros(shape), torch.zeros(shape)
+        before = fisher._version, gradient._version
+        getattr(cpp, name)(fisher, *inputs, None, gradient, *settings)
+        assert fisher._version > before[0], name
+        assert gradient._version > before[1], name
+    before = fisher._version
     cpp.accumulate_squares_(fisher, torch.randn(4, 3, 2, 1), None)
-    assert (fisher._version,) > before
+    assert fisher._version > before
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -224,29 +231,21 @@ print(cpp.ISA)
 def check_against_float64(dtype: torch.dtype) -> None:
     """Compare every operator, at ragged sizes, with the reference in float64."""
     torch.manual_seed(1)
-    for n, t, d_in, d_out in ((5, 33, 70, 45), (7, 1, 17, 130), (2, 401, 40, 61), (300, 2, 33, 12), (5, 5, 90, 3)):
-        a, g, w = torch.randn(n, t, d_in).to(dtype), torch.randn(n, t, d_out).to(dtype), torch.rand(n)
-        got = torch.zeros(2, d_out, d_in, dtype=wide(dtype))
-        want = torch.zeros(2, d_out, d_in, dtype=torch.float64)
-        cpp.fisher_linear_(got[0], a, g, w, got[1])
-        reference.fisher_linear_(want[0], a.double(), g.double(), w, want[1])
-        assert relative_error(got[0], want[0]) < 2e-6, (n, t, d_in, d_out)
-        assert relative_error(got[1], want[1]) < 2e-6, (n, t, d_in, d_out)
-    for case in CONVOLUTIONS:
-        x, g, shape, geometry = random_convolution(case, dtype)
-        w = torch.rand(len(x))
-        got, want = torch.zeros(2, *shape, dtype=wide(dtype)), torch.zeros(2, *shape, dtype=torch.float64)
-        cpp.fisher_conv_(got[0], x, g, w, got[1], *geometry)
-        reference.fisher_conv_(want[0], x.double(), g.double(), w, want[1], *geometry)
-        assert relative_error(got[0], want[0]) < 3e-6, case
-        assert relative_error(got[1], want[1]) < 3e-6, case
-    for n, t, d, v in ((50, 40, 70, 20), (30, 20, 33, 5000), (3, 4, 5, 6)):
-        indices, g, w = torch.randint(-1, v, (n, t)), torch.randn(n, t, d).to(dtype), torch.rand(n)
-        got, want = torch.zeros(2, v, d, dtype=wide(dtype)), torch.zeros(2, v, d, dtype=torch.float64)
-        cpp.fisher_embedding_(got[0], indices, g, w, got[1])
-        reference.fisher_embedding_(want[0], indices, g.double(), w, want[1])
-        assert relative_error(got[0], want[0]) < 1e-6, (n, t, d, v)
-        assert relative_error(got[1], want[1]) < 1e-6, (n, t, d, v)
+    linear = ((5, 33, 70, 45), (7, 1, 17, 130), (2, 401, 40, 61), (300, 2, 33, 12), (5, 5, 90, 3))
+    embeddings = ((50, 40, 70, 20), (30, 20, 33, 5000), (3, 4, 5, 6))
+    for bound, calls in (
+        (2e-6, [random_linear(*sizes, dtype) for sizes in linear]),
+        (3e-6, [random_convolution(case, dtype) for case in CONVOLUTIONS]),
+        (1e-6, [random_embedding(*sizes, dtype) for sizes in embeddings]),
+    ):
+        for name, shape, inputs, settings in calls:
+            w = torch.rand(len(inputs[1]))
+            got, want = torch.zeros(2, *shape, dtype=wide(dtype)), torch.zeros(2, *shape, dtype=torch.float64)
+            exact = [t.double() if t.is_floating_point() else t for t in inputs]
+            getattr(cpp, name)(got[0], *inputs, w, got[1], *settings)
+            getattr(reference, name)(want[0], *exact, w, want[1], *settings)
+            assert relative_error(got[0], want[0]) < bound, (name, shape)
+            assert relative_error(got[1], want[1]) < bound, (name, shape)
     for size in ((3, 100, 65), (4, 65, 300), (2, 3, 1)):
         a, g = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
         for first, second in ((a, g), (a.transpose(1, 2), g.transpose(1, 2))):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fisher_cases import Lstm, assert_same_state, batches, ce, mlp, state_of, tokens
+from fisher_cases import Rnn, assert_same_state, batches, ce, mlp, state_of, tokens
 from torch import nn
 
 import wplfast
@@ -35,7 +35,7 @@ def test_losses_per_token_are_named():
         return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
 
     with pytest.raises(ValueError, match=r"losses per token, use losses.view\(N, T\).sum\(1\)"):
-        wplfast.fisher_diagonal(Lstm(), [tokens(4, 6)], per_token)
+        wplfast.fisher_diagonal(Rnn(), [tokens(4, 6)], per_token)
 
 
 def test_empty_and_odd_data():
@@ -49,7 +49,7 @@ def test_empty_and_odd_data():
         with pytest.raises(ValueError, match="got"):
             wplfast.fisher_diagonal(mlp(), batches(), ce, **options)
     with pytest.raises(ValueError, match="use fisher_type='mc'"):
-        wplfast.fisher_diagonal(Lstm(), [tokens(4, 6)], ce, fisher_type="exact")
+        wplfast.fisher_diagonal(Rnn(), [tokens(4, 6)], ce, fisher_type="exact")
     with pytest.raises(ValueError, match="likelihood must be"):
         wplfast.fisher_diagonal(mlp(), batches(), ce, fisher_type="mc", likelihood="poisson")
     with pytest.raises(ValueError, match="weights must have shape"):

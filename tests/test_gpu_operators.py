@@ -29,9 +29,23 @@ def normal(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, device="cpu").to(dtype)
 
 
+def linear(dtype: torch.dtype, n: int, t: int, d_in: int, d_out: int) -> dict[str, Any]:
+    a, g = normal(dtype, n, t, d_in), normal(dtype, n, t, d_out)
+    return {"activations": a, "grad_outputs": g, "weights": weights(n), **accumulators(dtype, d_out, d_in)}
+
+
 def conv(dtype: torch.dtype, channels: int, outputs: int, groups: int) -> dict[str, Any]:
     x, g = normal(dtype, 5, 2, 9, 11, channels), normal(dtype, 5, 2, 5, 11, outputs)
     return {"inputs": x, "grad_outputs": g, **accumulators(dtype, outputs, channels // groups, 3, 3), "groups": groups}
+
+
+def embedding(dtype: torch.dtype, n: int, t: int, d: int, v: int) -> dict[str, Any]:
+    indices, g = torch.randint(-1, v, (n, t), device="cpu"), normal(dtype, n, t, d)
+    return {"indices": indices, "grad_outputs": g, "weights": weights(n), **accumulators(dtype, v, d)}
+
+
+def squares(dtype: torch.dtype, n: int, *shape: int) -> dict[str, Any]:
+    return {"fisher": accumulators(dtype, *shape)["fisher"], "grads": normal(dtype, n, *shape), "weights": weights(n)}
 
 
 def anchors(dtype: torch.dtype, fisher: torch.dtype | None = None) -> dict[str, Any]:
@@ -51,63 +65,36 @@ def weights(n: int) -> Tensor:
     return torch.rand(n, device="cpu")
 
 
-INPUTS = {
-    "linear": lambda d: {
-        "activations": normal(d, 6, 70, 72),
-        "grad_outputs": normal(d, 6, 70, 133),
-        "weights": weights(6),
-        **accumulators(d, 133, 72),
-    },
-    "linear, one step": lambda d: {
-        "activations": normal(d, 33, 1, 65),
-        "grad_outputs": normal(d, 33, 1, 24),
-        "weights": weights(33),
-        **accumulators(d, 24, 65),
-    },
-    "conv": lambda d: conv(d, 24, 40, 1),
-    "conv, groups": lambda d: conv(d, 12, 18, 3),
-    "conv, depthwise": lambda d: conv(d, 37, 37, 37),
-    "embedding": lambda d: {
-        "indices": torch.randint(-1, 50, (7, 90), device="cpu"),
-        "grad_outputs": normal(d, 7, 90, 33),
-        "weights": weights(7),
-        **accumulators(d, 50, 33),
-    },
-    "squares": lambda d: {
-        "fisher": accumulators(d, 33, 7)["fisher"],
-        "grads": normal(d, 300, 33, 7),
-        "weights": weights(300),
-    },
-    "scale": lambda d: {"activations": normal(d, 5, 300, 33), "grad_outputs": normal(d, 5, 300, 33)},
-    "scale unless one": lambda d: {"tensor": normal(d, 5001), "factor": torch.tensor(0.37, device="cpu")},
-    "penalty": anchors,
-    "penalty with grad": anchors,
-    "penalty add grad": lambda d: {
-        **anchors(d),
-        "grad": anchors(d)["theta_hat"],
-        "scale": torch.tensor(0.7, dtype=torch.float64, device="cpu"),
-    },
+def adding(dtype: torch.dtype) -> dict[str, Any]:
+    scale = torch.tensor(0.7, dtype=torch.float64, device="cpu")
+    return {**anchors(dtype), "grad": anchors(dtype)["theta_hat"], "scale": scale}
+
+
+#: (operator, arguments for a dtype)
+CALLS = {
+    "linear": ("fisher_linear_", lambda d: linear(d, 6, 70, 72, 133)),
+    "linear, one step": ("fisher_linear_", lambda d: linear(d, 33, 1, 65, 24)),
+    "conv": ("fisher_conv_", lambda d: conv(d, 24, 40, 1)),
+    "conv, groups": ("fisher_conv_", lambda d: conv(d, 12, 18, 3)),
+    "conv, depthwise": ("fisher_conv_", lambda d: conv(d, 37, 37, 37)),
+    "embedding": ("fisher_embedding_", lambda d: embedding(d, 7, 90, 33, 50)),
+    "squares": ("accumulate_squares_", lambda d: squares(d, 300, 33, 7)),
+    "scale": ("scale_grads", lambda d: {"activations": normal(d, 5, 300, 33), "grad_outputs": normal(d, 5, 300, 33)}),
+    "scale unless one": (
+        "scale_unless_one_",
+        lambda d: {"tensor": normal(d, 5001), "factor": torch.tensor(0.37, device="cpu")},
+    ),
+    "penalty": ("penalty", anchors),
+    "penalty with grad": ("penalty_with_grad", anchors),
+    "penalty add grad": ("penalty_add_grad_", adding),
 }
-OPERATOR = {
-    "linear": "fisher_linear_",
-    "linear, one step": "fisher_linear_",
-    "conv": "fisher_conv_",
-    "conv, groups": "fisher_conv_",
-    "conv, depthwise": "fisher_conv_",
-    "embedding": "fisher_embedding_",
-    "squares": "accumulate_squares_",
-    "scale": "scale_grads",
-    "scale unless one": "scale_unless_one_",
-    "penalty": "penalty",
-    "penalty with grad": "penalty_with_grad",
-    "penalty add grad": "penalty_add_grad_",
-}
+INPUTS = {name: make for name, (_, make) in CALLS.items()}
 WRITTEN = ("fisher", "gradient", "tensor", "grad")
 
 
 def call(name: str, arguments: dict[str, Any]) -> list[Tensor]:
     """Call an operator, and return its results and copies of what it wrote to."""
-    operator = OPERATOR[name]
+    operator, _ = CALLS[name]
     arguments = dict(arguments, **(CONV if "conv" in name else {}))
     wrote = [key for key in WRITTEN if key in arguments and operator.endswith("_")]
     if operator == "penalty_add_grad_":

@@ -20,6 +20,7 @@ from gpu_cases import (
     without_waiting,
 )
 from gpu_cases import stream as new_stream
+from penalty_cases import enter, expected, gradients, grads_of, move
 from torch import nn
 
 import wplfast
@@ -27,56 +28,34 @@ import wplfast
 pytestmark = on_device
 
 
-def model(width=33, dtype=torch.float32):
-    return nn.Sequential(nn.Linear(width, 65), nn.Tanh(), nn.Conv1d(1, 3, 5), nn.Flatten(), nn.Linear(183, 4)).to(dtype)
+def penalised(count=2, dtype=torch.float32):
+    """A module of odd sizes for inputs [N, 33], a penalty, and the anchors that the module moved away from."""
+    module = nn.Sequential(
+        nn.Linear(33, 65), nn.Tanh(), nn.Unflatten(1, (1, 65)), nn.Conv1d(1, 3, 5), nn.Flatten(), nn.Linear(183, 4)
+    ).to(dtype)
+    wpl = wplfast.WeightPlasticityLoss(module, alpha=3.0, l2=0.1)
+    return module, wpl, [enter(wpl, module) for _ in range(count)]
 
 
-def forward(module, x):
-    return module[4](module[3](module[2](module[1](module[0](x)).unsqueeze(1))))
-
-
-def penalised(anchors=2, dtype=torch.float32, **options):
-    """A module that moved away from its anchors, and the penalty."""
-    module = model(dtype=dtype)
-    wpl = wplfast.WeightPlasticityLoss(module, alpha=3.0, l2=0.1, **options)
-    for _ in range(anchors):
-        wpl.consolidate({n: torch.rand(p.shape) for n, p in module.named_parameters()})
-        move(module)
-    return module, wpl
-
-
-def move(module):
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-
-
-def expected(module, wpl):
-    """Value and gradients in float64, from what the penalty says of its anchors."""
-    state, alpha = wpl.state_dict(), wpl.alpha
-    theta = {n: p.detach().double().requires_grad_() for n, p in module.named_parameters()}
-    total = torch.zeros((), dtype=torch.float64)
-    for n, p in theta.items():
-        hat = state[f"theta_hat.{n}"].double()
-        hat = hat + state[f"offset.{n}"].double() if f"offset.{n}" in state else hat
-        total = total + alpha / 2 * ((state[f"fisher.{n}"].double() * (p - hat).square()).sum())
-        total = total + alpha / 2 * state[f"constant.{n}"].to(total.device) + 0.05 * p.square().sum()
-    return total.detach(), torch.autograd.grad(total, list(theta.values()))
-
-
-def assert_right(value, found, module, wpl, factor=1.0):
-    exact, gradients = expected(module, wpl)
+def assert_right(value, found, module, wpl, anchors, factor=1.0):
+    exact = expected(module, anchors, float(wpl.alpha), 0.1)
     assert abs(float(value) - float(exact)) <= 2e-6 * float(exact)
-    for g, e in zip(found, gradients, strict=True):
+    for g, e in zip(found, gradients(module, exact).values(), strict=True):
         eps = torch.finfo(g.dtype).eps
-        torch.testing.assert_close(g.double(), factor * e, rtol=4 * eps, atol=4e-6 if g.dtype == torch.float32 else 0.1)
+        atol = 4e-6 if g.dtype == torch.float32 else 0.1
+        torch.testing.assert_close(g.double(), factor * e.double(), rtol=4 * eps, atol=atol)
+
+
+def zero_gradients(module):
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_steady_steps_do_not_wait_for_the_device(dtype):
-    module, wpl = penalised(dtype=dtype)
+    module, wpl, _ = penalised(dtype=dtype)
     parameters = list(module.parameters())
-    handle = wpl.subset(["0.weight", "4.bias"])
+    handle = wpl.subset(["0.weight", "5.bias"])
     scale = torch.tensor(0.5, dtype=torch.float64)
 
     def steps():
@@ -97,9 +76,8 @@ def test_steady_steps_do_not_wait_for_the_device(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_add_grad_in_a_cuda_graph_sees_parameters_and_alpha_move(dtype):
-    module, wpl = penalised(dtype=dtype)
-    for p in module.parameters():
-        p.grad = torch.zeros_like(p)
+    module, wpl, anchors = penalised(dtype=dtype)
+    zero_gradients(module)
     graph = Graph(wpl.add_grad_)
     for alpha in (3.0, 1.5, 0.25):
         wpl.alpha = alpha
@@ -107,11 +85,11 @@ def test_add_grad_in_a_cuda_graph_sees_parameters_and_alpha_move(dtype):
         for p in module.parameters():
             p.grad.zero_()
         value = graph.replay()
-        assert_right(value, [p.grad for p in module.parameters()], module, wpl)
+        assert_right(value, [p.grad for p in module.parameters()], module, wpl, anchors)
 
 
 def test_the_autograd_path_in_a_cuda_graph():
-    module, wpl = penalised()
+    module, wpl, anchors = penalised()
     parameters = list(module.parameters())
 
     def step():
@@ -122,22 +100,21 @@ def test_the_autograd_path_in_a_cuda_graph():
     for _ in range(3):
         move(module)
         value, gradients = graph.replay()
-        assert_right(value, gradients, module, wpl)
+        assert_right(value, gradients, module, wpl, anchors)
 
 
 def test_a_whole_training_step_in_a_cuda_graph():
     """Forward, backward, the penalty's gradient and the optimizer: replays do what eager steps do."""
-    module, wpl = penalised(anchors=1)
+    module, wpl, _ = penalised(count=1)
     x, y = torch.randn(8, 33), torch.randint(0, 4, (8,))
     state = {n: p.detach().clone() for n, p in module.named_parameters()}
-    for p in module.parameters():
-        p.grad = torch.zeros_like(p)
+    zero_gradients(module)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
 
     def step():
         for p in module.parameters():
             p.grad.zero_()
-        loss = nn.functional.cross_entropy(forward(module, x), y)
+        loss = nn.functional.cross_entropy(module(x), y)
         loss.backward()
         value = wpl.add_grad_()
         optimizer.step()
@@ -161,7 +138,7 @@ def test_a_whole_training_step_in_a_cuda_graph():
 def test_compiled_without_a_break(mode):
     if not GPU and mode == "reduce-overhead":
         pytest.skip("CUDA graphs need a GPU")
-    module, wpl = penalised()
+    module, wpl, anchors = penalised()
     parameters = list(module.parameters())
     backend = {} if GPU else {"backend": "aot_eager"}  # the inductor knows no rehearsal device
     options = {"mode": mode} if GPU else {}
@@ -173,29 +150,28 @@ def test_compiled_without_a_break(mode):
             torch.compiler.cudagraph_mark_step_begin()
         value = value_of()
         gradients = [g.clone() for g in torch.autograd.grad(value, parameters)]
-        assert_right(float(value) / 2, gradients, module, wpl, factor=2.0)
+        assert_right(float(value) / 2, gradients, module, wpl, anchors, factor=2.0)
 
 
 def test_compiled_add_grad():
-    module, wpl = penalised()
-    for p in module.parameters():
-        p.grad = torch.zeros_like(p)
+    module, wpl, anchors = penalised()
+    zero_gradients(module)
     add = torch.compile(wpl.add_grad_, **({} if GPU else {"backend": "aot_eager"}))
     for _ in range(3):
         move(module)
         for p in module.parameters():
             p.grad.zero_()
-        assert_right(add(), [p.grad for p in module.parameters()], module, wpl)
+        assert_right(add(), [p.grad for p in module.parameters()], module, wpl, anchors)
 
 
 def test_streams_of_ones_own():
     """Tables are made on one stream and read on others."""
-    module, wpl = penalised()
-    first = torch.autograd.grad(wpl(), list(module.parameters()))
+    module, wpl, _ = penalised()
+    first = grads_of(wpl, module)
     for _ in range(5):
         with new_stream():
-            again = torch.autograd.grad(wpl(), list(module.parameters()))
-            value = wpl.add_grad_(active=["0.bias", "2.weight"])
+            again = grads_of(wpl, module)
+            value = wpl.add_grad_(active=["0.bias", "3.weight"])
         assert same_bits(again, first)
         assert value.isfinite()
 
@@ -203,13 +179,13 @@ def test_streams_of_ones_own():
 def test_a_penalty_made_on_another_stream():
     for _ in range(5):
         with new_stream():
-            module, wpl = penalised()
+            module, wpl, anchors = penalised()
             value = wpl()
-        assert_right(value, torch.autograd.grad(wpl(), list(module.parameters())), module, wpl)
+        assert_right(value, grads_of(wpl, module), module, wpl, anchors)
 
 
 def test_threads_on_one_penalty_and_on_their_own():
-    module, wpl = penalised()
+    module, wpl, _ = penalised()
     parameters = list(module.parameters())
     first = torch.autograd.grad(wpl(), parameters)
 
@@ -218,39 +194,39 @@ def test_threads_on_one_penalty_and_on_their_own():
             assert same_bits(torch.autograd.grad(wpl(), parameters), first)
 
     def own():
-        mine, penalty = penalised()
+        mine, penalty, entered = penalised()
         for _ in range(5):
             value = penalty()
-            assert_right(value, torch.autograd.grad(penalty(), list(mine.parameters())), mine, penalty)
+            assert_right(value, grads_of(penalty, mine), mine, penalty, entered)
 
     in_threads(shared, own, shared, own)
 
 
 @pytest.mark.skipif(INTERPRETED or NAME == "rehearsal", reason="loss scaling is of a GPU's")
 def test_with_autocast_and_a_gradient_scaler():
-    module, wpl = penalised(anchors=1)
+    module, wpl, anchors = penalised(count=1)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cuda")
     x, y = torch.randn(8, 33), torch.randint(0, 4, (8,))
     for _ in range(4):
         optimizer.zero_grad()
         with torch.autocast("cuda", dtype=torch.float16):
-            loss = nn.functional.cross_entropy(forward(module, x), y)
+            loss = nn.functional.cross_entropy(module(x), y)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         before = [p.grad.clone() for p in module.parameters()]
         value = wpl.add_grad_()
         added = [p.grad - b for p, b in zip(module.parameters(), before, strict=True)]
-        exact, gradients = expected(module, wpl)
+        exact = expected(module, anchors, 3.0, 0.1)
         assert abs(float(value) - float(exact)) <= 2e-6 * float(exact)
-        for g, e in zip(added, gradients, strict=True):
-            torch.testing.assert_close(g.double(), e, rtol=1e-4, atol=1e-4)
+        for g, e in zip(added, gradients(module, exact).values(), strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)
         scaler.step(optimizer)
         scaler.update()
 
 
 def test_under_autocast_the_penalty_stays_wide():
-    module, wpl = penalised()
+    module, wpl, anchors = penalised()
     kind = "cpu" if NAME == "cpu" else NAME
     outside = wpl()
     with torch.autocast(kind, dtype=torch.bfloat16):
@@ -258,7 +234,7 @@ def test_under_autocast_the_penalty_stays_wide():
         gradients = torch.autograd.grad(inside, list(module.parameters()))
     assert inside.dtype == torch.float32
     assert torch.equal(inside, outside)
-    assert_right(inside, gradients, module, wpl)
+    assert_right(inside, gradients, module, wpl, anchors)
 
 
 def test_parameters_on_two_devices_add_up_or_are_refused(device):
@@ -281,7 +257,7 @@ def test_parameters_on_two_devices_add_up_or_are_refused(device):
 
 
 def test_a_fisher_from_the_cpu_is_taken_and_moved_back():
-    module, wpl = penalised(anchors=0)
+    module, wpl, _ = penalised(count=0)
     wpl.consolidate({n: torch.ones(p.shape, device="cpu") for n, p in module.named_parameters()})
     move(module)
     value = wpl().item()
@@ -298,7 +274,7 @@ def test_a_fisher_from_the_cpu_is_taken_and_moved_back():
 
 @pytest.mark.alone
 def test_nothing_leaks_over_many_iterations():
-    module, wpl = penalised()
+    module, wpl, _ = penalised()
     names = [n for n, _ in module.named_parameters()]
 
     def step(k):
@@ -323,13 +299,12 @@ def test_nothing_leaks_over_many_iterations():
 @pytest.mark.alone
 def test_pinned_memory_stays_bounded():
     """Gradients that move every step make new tables, whose pinned sources must not pile up."""
-    module, wpl = penalised()
+    module, wpl, _ = penalised()
     used = lambda: torch.cuda.host_memory_stats()["allocated_bytes.current"]  # noqa: E731
     kept = []
 
     def step():
-        for p in module.parameters():
-            p.grad = torch.zeros_like(p)
+        zero_gradients(module)
         kept.append([p.grad for p in module.parameters()])
         wpl.add_grad_()
 

@@ -187,6 +187,17 @@ def test_penalty_against_float64(backend, shapes, dtype, offset):
         assert ((after.double() - expected).abs() <= epsilon * expected.abs() + atol).all()
 
 
+def check_fisher(operator, inputs, weights, per_sample, tolerance, *settings):
+    """Let an operator add to F and to the gradient, and compare with sums of per-sample gradients; return F."""
+    w = torch.ones(len(per_sample), dtype=torch.float64) if weights is None else weights.double()
+    shape, wide = per_sample.shape[1:], layout.flat_dtype(inputs[1].dtype)
+    fisher, gradient = torch.full(shape, 0.5, dtype=wide), torch.ones(shape, dtype=wide)
+    operator(fisher, *inputs, weights, gradient, *settings)
+    assert relative(fisher, 0.5 + torch.einsum("n,n...->...", w, per_sample.square())) <= tolerance
+    assert relative(gradient, 1 + torch.einsum("n,n...->...", w, per_sample)) <= tolerance
+    return fisher
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
@@ -198,13 +209,8 @@ def test_fisher_linear_against_float64(backend, size, dtype, weighted):
     n, t, d_in, d_out = size
     a, g = torch.randn(n, t, d_in).to(dtype), torch.randn(n, t, d_out).to(dtype)
     w = torch.rand(n) if weighted else None
-    wide = layout.flat_dtype(dtype)
     per_sample = torch.einsum("nto,nti->noi", g.double(), a.double())
-    weights = torch.ones(n, dtype=torch.float64) if w is None else w.double()
-    fisher, gradient = torch.full((d_out, d_in), 0.5, dtype=wide), torch.ones(d_out, d_in, dtype=wide)
-    backend.fisher_linear_(fisher, a, g, w, gradient)
-    assert relative(fisher, 0.5 + torch.einsum("n,noi->oi", weights, per_sample.square())) <= 1e-6
-    assert relative(gradient, 1 + torch.einsum("n,noi->oi", weights, per_sample)) <= 1e-6
+    check_fisher(backend.fisher_linear_, (a, g), w, per_sample, 1e-6)
 
 
 def test_fisher_linear_takes_strides(backend):
@@ -272,18 +278,13 @@ def test_fisher_conv_against_float64(backend, case, dtype):
         positions = [(s + 2 * p - d * (k - 1) - 1) // step + 1 for s, k, step, p, d in spans]
     x, g = torch.randn(n, m, *size, c_in).to(dtype), torch.randn(n, m, *positions, c_out).to(dtype)
     geometry = (stride, padding, dilation, groups)
-    shape, wide = (c_out, c_in // groups, *kernel), layout.flat_dtype(dtype)
-    exact = torch.zeros(0, *shape, dtype=torch.float64)
+    exact = torch.zeros(n, c_out, c_in // groups, *kernel, dtype=torch.float64)
     if g.numel() > 0:
         exact = per_sample_weight_grads(x.double(), g.double(), kernel, *geometry)
     tolerance = 3 * TOLERANCE[dtype]  # float32 sums over hundreds of positions
     for w in (None, torch.rand(n)):
-        weights = torch.ones(len(exact), dtype=torch.float64) if w is None or len(exact) == 0 else w.double()
-        fisher, gradient = torch.full(shape, 0.5, dtype=wide), torch.ones(shape, dtype=wide)
-        backend.fisher_conv_(fisher, x, g, w, gradient, *geometry)
-        assert relative(fisher, 0.5 + torch.einsum("n,n...->...", weights, exact.square())) <= tolerance
-        assert relative(gradient, 1 + torch.einsum("n,n...->...", weights, exact)) <= tolerance
-        again = torch.full(shape, 0.5, dtype=wide)
+        fisher = check_fisher(backend.fisher_conv_, (x, g), w, exact, tolerance, *geometry)
+        again = torch.full_like(fisher, 0.5)
         backend.fisher_conv_(again, x, g, w, None, *geometry)
         assert relative(again, fisher) <= tolerance
 
@@ -316,14 +317,9 @@ def test_fisher_embedding_against_float64(backend, size, weighted, dtype):
     n, t, d, v = size
     indices, g = torch.randint(-1, v, (n, t)), torch.randn(n, t, d).to(dtype)
     w = torch.rand(n) if weighted else None
-    wide = layout.flat_dtype(dtype)
     one_hot = torch.nn.functional.one_hot(indices + 1, v + 1)[..., 1:].double()
     per_sample = torch.einsum("ntv,ntd->nvd", one_hot, g.double())
-    weights = torch.ones(n, dtype=torch.float64) if w is None else w.double()
-    fisher, gradient = torch.full((v, d), 0.5, dtype=wide), torch.ones(v, d, dtype=wide)
-    backend.fisher_embedding_(fisher, indices, g, w, gradient)
-    assert relative(fisher, 0.5 + torch.einsum("n,nvd->vd", weights, per_sample.square())) <= TOLERANCE[dtype]
-    assert relative(gradient, 1 + torch.einsum("n,nvd->vd", weights, per_sample)) <= TOLERANCE[dtype]
+    check_fisher(backend.fisher_embedding_, (indices, g), w, per_sample, TOLERANCE[dtype])
 
 
 SCALE_LAYOUTS = {
@@ -407,71 +403,49 @@ def test_same_bits_for_any_thread_count(backend):
 # ---- the dispatcher ----------------------------------------------------------------------------------------
 
 
-def test_opcheck():
-    theta, theta_hat, offset, fisher = anchors([(3, 4), (5,)], torch.float32, True)
-    args = (theta, theta_hat, offset, fisher, scalar(1.0), scalar(0.0))
-    torch.library.opcheck(torch.ops.wplfast.penalty.default, args)
-    torch.library.opcheck(
-        torch.ops.wplfast.penalty_add_grad_.default, ([torch.zeros_like(t) for t in theta], *args, scalar(1.0))
-    )
-    linear = (torch.zeros(5, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 5), None, None)
-    torch.library.opcheck(torch.ops.wplfast.fisher_linear_.default, linear)
-    conv = (torch.zeros(6, 2, 3), torch.randn(2, 1, 9, 4), torch.randn(2, 1, 9, 6), None, None, [1], [1], [1], 2)
-    torch.library.opcheck(torch.ops.wplfast.fisher_conv_.default, conv)
-    embedding = (torch.zeros(9, 4), torch.randint(9, (2, 3)), torch.randn(2, 3, 4), None, None)
-    torch.library.opcheck(torch.ops.wplfast.fisher_embedding_.default, embedding)
-    torch.library.opcheck(torch.ops.wplfast.scale_grads.default, (torch.randn(2, 3, 4), torch.randn(2, 3, 4)))
-    torch.library.opcheck(torch.ops.wplfast.accumulate_squares_.default, (torch.zeros(4), torch.randn(3, 4), None))
+OPCHECKS = {  # those of the penalty and of its scaling are in test_penalty_derivatives.py
+    "fisher_linear_": lambda: (torch.zeros(5, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 5), None, None),
+    "fisher_conv_": lambda: (
+        *(torch.zeros(6, 2, 3), torch.randn(2, 1, 9, 4), torch.randn(2, 1, 9, 6), None, None),
+        *([1], [1], [1], 2),
+    ),
+    "fisher_embedding_": lambda: (torch.zeros(9, 4), torch.randint(9, (2, 3)), torch.randn(2, 3, 4), None, None),
+    "scale_grads": lambda: (torch.randn(2, 3, 4), torch.randn(2, 3, 4)),
+    "accumulate_squares_": lambda: (torch.zeros(4), torch.randn(3, 4), None),
+}
 
 
-def test_opcheck_of_the_packed_gradient():
-    # The gaps between packed tensors are not written, so the values of two runs are compared without them.
-    args = (*anchors([(3, 4), (5,)], torch.float32, False), scalar(1.0), scalar(0.0))
-    tests = ("test_schema", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.wplfast.penalty_with_grad.default, args, test_utils=tests)
+@pytest.mark.parametrize("name", OPCHECKS)
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.wplfast, name).default, OPCHECKS[name]())
+
+
+def linear(fisher, a, g, *weights, dtype=torch.float32):
+    return ops.fisher_linear_(*(torch.zeros(s, dtype=dtype) for s in (fisher, a, g)), *weights)
+
+
+def penalty(theta, theta_hat, fisher, alpha=None):
+    return ops.penalty(theta, theta_hat, [], fisher, scalar(1.0) if alpha is None else alpha, scalar(0.0))
 
 
 BAD = {
-    "fisher_linear_: T differs": lambda: ops.fisher_linear_(
-        torch.zeros(5, 4), torch.randn(2, 3, 4), torch.randn(2, 2, 5)
-    ),
-    "fisher_linear_: 2-D": lambda: ops.fisher_linear_(torch.zeros(5, 4), torch.randn(2, 4), torch.randn(2, 5)),
-    "fisher_linear_: fisher shape": lambda: ops.fisher_linear_(
-        torch.zeros(4, 5), torch.randn(2, 3, 4), torch.randn(2, 3, 5)
-    ),
-    "fisher_linear_: half accumulator": lambda: ops.fisher_linear_(
-        torch.zeros(5, 4).half(), torch.randn(2, 3, 4).half(), torch.randn(2, 3, 5).half()
-    ),
-    "fisher_linear_: weights": lambda: ops.fisher_linear_(
-        torch.zeros(5, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 5), torch.ones(3)
-    ),
-    "squares: integers": lambda: ops.accumulate_squares_(torch.zeros(4), torch.ones(2, 4, dtype=torch.int64)),
-    "penalty: lengths": lambda: ops.penalty([torch.zeros(2)], [], [], [torch.zeros(2)], scalar(1.0), scalar(0.0)),
-    "penalty: none": lambda: ops.penalty([], [], [], [], scalar(1.0), scalar(0.0)),
-    "penalty: fisher shape": lambda: ops.penalty(
-        [torch.zeros(2, 3)], [torch.zeros(2, 3)], [], [torch.zeros(6)], scalar(1.0), scalar(0.0)
-    ),
-    "penalty: alpha float32": lambda: ops.penalty(
-        [torch.zeros(2)], [torch.zeros(2)], [], [torch.zeros(2)], torch.tensor(1.0), scalar(0.0)
-    ),
-    "penalty: mixed dtypes": lambda: ops.penalty(
-        [torch.zeros(2), torch.zeros(2).double()],
-        [torch.zeros(2)] * 2,
-        [],
-        [torch.zeros(2)] * 2,
-        scalar(1.0),
-        scalar(0.0),
-    ),
-    "penalty: strides": lambda: ops.penalty(
-        [torch.zeros(2, 3)], [torch.zeros(3, 2).t()], [], [torch.zeros(2, 3)], scalar(1.0), scalar(0.0)
-    ),
-    "penalty: gaps": lambda: ops.penalty(
-        [torch.zeros(4)[::2]], [torch.zeros(2)], [], [torch.zeros(2)], scalar(1.0), scalar(0.0)
-    ),
+    "fisher_linear_: T differs": lambda zeros: linear((5, 4), (2, 3, 4), (2, 2, 5)),
+    "fisher_linear_: 2-D": lambda zeros: linear((5, 4), (2, 4), (2, 5)),
+    "fisher_linear_: fisher shape": lambda zeros: linear((4, 5), (2, 3, 4), (2, 3, 5)),
+    "fisher_linear_: half accumulator": lambda zeros: linear((5, 4), (2, 3, 4), (2, 3, 5), dtype=torch.float16),
+    "fisher_linear_: weights": lambda zeros: linear((5, 4), (2, 3, 4), (2, 3, 5), torch.ones(3)),
+    "squares: integers": lambda zeros: ops.accumulate_squares_(torch.zeros(4), torch.ones(2, 4, dtype=torch.int64)),
+    "penalty: lengths": lambda zeros: penalty([zeros], [], [zeros]),
+    "penalty: none": lambda zeros: penalty([], [], []),
+    "penalty: fisher shape": lambda zeros: penalty([torch.zeros(2, 3)], [torch.zeros(2, 3)], [torch.zeros(6)]),
+    "penalty: alpha float32": lambda zeros: penalty([zeros], [zeros], [zeros], torch.tensor(1.0)),
+    "penalty: mixed dtypes": lambda zeros: penalty([zeros, zeros.double()], [zeros] * 2, [zeros] * 2),
+    "penalty: strides": lambda zeros: penalty([torch.zeros(2, 3)], [torch.zeros(3, 2).t()], [torch.zeros(2, 3)]),
+    "penalty: gaps": lambda zeros: penalty([torch.zeros(4)[::2]], [zeros], [zeros]),
 }
 
 
 @pytest.mark.parametrize("call", BAD.values(), ids=BAD)
 def test_bad_arguments_name_expected_and_given(call):
     with pytest.raises(ValueError, match=r"must .*got"):
-        call()
+        call(torch.zeros(2))

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from penalty_cases import STALE, anchored, grads_of, move, needs_cpp, plain, random_fisher, trunk
+from penalty_cases import STALE, anchored, expected, grads_of, move, needs_cpp, plain, random_fisher, trunk
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -15,21 +15,34 @@ import wplfast
 # ---- derivatives -------------------------------------------------------------------------------------------
 
 
+def penalty_of(hat, fisher, alpha=1.0, l2=0.0):
+    return lambda *theta: wplfast.functional.wpl_penalty(theta, hat, fisher, alpha, l2=l2)
+
+
+def test_second_derivatives_of_several_tensors():
+    shapes = [(7, 5), (7,), (3, 7, 2), (), (2, 2)]
+    theta, hat = ([torch.randn(s, dtype=torch.float64) for s in shapes] for _ in range(2))
+    penalty = penalty_of(hat, [torch.rand(s, dtype=torch.float64) for s in shapes], 2.0, 0.3)
+    followed = [t.clone().requires_grad_() for t in theta]
+    assert torch.autograd.gradcheck(penalty, followed)
+    assert torch.autograd.gradgradcheck(penalty, followed)
+    (wanted,) = torch.autograd.grad(penalty(*followed), followed[0])
+    torch.testing.assert_close(torch.func.grad(penalty)(*theta), wanted)
+
+
 def test_torch_func_grad_and_twice():
     theta, hat, fisher = torch.randn(6), torch.randn(6), torch.rand(6)
-    penalty = lambda t: wplfast.functional.wpl_penalty([t], [hat], [fisher], 3.0, l2=0.5)  # noqa: E731
-    torch.testing.assert_close(torch.func.grad(penalty)(theta), 3 * fisher * (theta - hat) + 0.5 * theta)
-    twice = torch.func.jacrev(torch.func.grad(penalty))(theta)
-    torch.testing.assert_close(twice, torch.diag(3 * fisher + 0.5))
+    penalty, gradient = penalty_of([hat], [fisher], 3.0, 0.5), 3 * fisher * (theta - hat) + 0.5 * theta
+    torch.testing.assert_close(torch.func.grad(penalty)(theta), gradient)
+    torch.testing.assert_close(torch.func.jacrev(torch.func.grad(penalty))(theta), torch.diag(3 * fisher + 0.5))
     _, product = torch.func.vjp(penalty, theta)
-    torch.testing.assert_close(product(torch.tensor(2.0))[0], 2 * (3 * fisher * (theta - hat) + 0.5 * theta))
+    torch.testing.assert_close(product(torch.tensor(2.0))[0], 2 * gradient)
 
 
 @needs_cpp  # the reference gives dual numbers their due, without meaning to
 @pytest.mark.parametrize("how", ["jvp", "dual"])
 def test_a_forward_derivative_is_right_or_an_error(how):
-    theta, hat, fisher = torch.randn(6), torch.zeros(6), torch.ones(6)
-    penalty = lambda t: wplfast.functional.wpl_penalty([t], [hat], [fisher], 1.0)  # noqa: E731
+    theta, penalty = torch.randn(6), penalty_of([torch.zeros(6)], [torch.ones(6)])
     try:
         if how == "jvp":
             _, tangent = torch.func.jvp(penalty, (theta,), (torch.ones(6),))
@@ -43,8 +56,7 @@ def test_a_forward_derivative_is_right_or_an_error(how):
 
 
 def test_vmap_is_an_error_and_not_a_wrong_number():
-    theta, hat, fisher = torch.randn(3, 6), torch.zeros(6), torch.ones(6)
-    penalty = lambda t: wplfast.functional.wpl_penalty([t], [hat], [fisher], 1.0)  # noqa: E731
+    theta, penalty = torch.randn(3, 6), penalty_of([torch.zeros(6)], [torch.ones(6)])
     for function in (torch.func.vmap(penalty), torch.func.vmap(torch.func.grad(penalty))):
         with pytest.raises(RuntimeError, match=r"vmap|[Bb]atching"):
             function(theta)
@@ -59,51 +71,38 @@ def test_a_second_derivative_of_the_module():
         torch.testing.assert_close(second, 2.0 * wpl.fisher[name] + 0.25)
 
 
-@pytest.mark.parametrize("change", ["alpha", "merge", "replace", "update"])
-def test_a_second_derivative_after_a_change_is_an_error(change):
-    module = trunk()
-    wpl = anchored(module)
-    fisher, value = random_fisher(module), wpl()
-    if change == "alpha":
-        wpl.alpha = 5.0
-    elif change == "update":
-        wpl.update(fisher)
-    else:
-        wpl.consolidate(fisher, anchor=change)
-    with pytest.raises(RuntimeError, match="changed between"):
-        torch.autograd.grad(value, list(module.parameters()), create_graph=True)
+CHANGES = {
+    "alpha": lambda wpl, fisher: setattr(wpl, "alpha", 5.0),
+    "merge": lambda wpl, fisher: wpl.consolidate(fisher),
+    "replace": lambda wpl, fisher: wpl.consolidate(fisher, anchor="replace"),
+    "update": lambda wpl, fisher: wpl.update(fisher),
+    "reset": lambda wpl, fisher: wpl.reset(),
+    "rebind": lambda wpl, fisher: wpl.rebind(trunk()),
+}
 
 
-@pytest.mark.parametrize("change", ["alpha", "merge", "replace", "reset", "rebind"])
-def test_a_first_derivative_belongs_to_its_evaluation(change):
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_first_derivative_belongs_to_its_evaluation_and_a_second_one_after_a_change_is_an_error(change):
     module = trunk()
     wpl = anchored(module)
-    expected, value, fisher = grads_of(wpl, module), wpl(), random_fisher(module)
-    if change == "alpha":
-        wpl.alpha = 5.0
-    elif change == "reset":
-        wpl.reset()
-    elif change == "rebind":
-        wpl.rebind(trunk())
-    else:
-        wpl.consolidate(fisher, anchor=change)
-    for got, want in zip(torch.autograd.grad(value, list(module.parameters())), expected, strict=True):
-        assert torch.equal(got, want)
+    wanted, value, fisher = grads_of(wpl, module), wpl(), random_fisher(module)
+    CHANGES[change](wpl, fisher)
+    if change in ("alpha", "merge", "replace", "update"):
+        with pytest.raises(RuntimeError, match="changed between"):
+            torch.autograd.grad(value, list(module.parameters()), create_graph=True)
+    assert all(map(torch.equal, grads_of(lambda: value, module), wanted))
 
 
 def test_checkpointing_and_offloading():
     module = trunk()
     wpl = anchored(module)
-    expected = grads_of(wpl, module)
+    wanted = grads_of(wpl, module)
     x = torch.ones(1, requires_grad=True)
-    for got, want in zip(
-        grads_of(lambda: checkpoint(lambda x: wpl() * x, x, use_reentrant=False), module), expected, strict=True
-    ):
-        assert torch.equal(got, want)
+    found = grads_of(lambda: checkpoint(lambda x: wpl() * x, x, use_reentrant=False), module)
+    assert all(map(torch.equal, found, wanted))
     with torch.autograd.graph.save_on_cpu():
         value = wpl()
-    for got, want in zip(torch.autograd.grad(value, list(module.parameters())), expected, strict=True):
-        assert torch.equal(got, want)
+    assert all(map(torch.equal, grads_of(lambda: value, module), wanted))
 
 
 # ---- inference mode ----------------------------------------------------------------------------------------
@@ -141,17 +140,24 @@ def test_made_in_inference_mode_used_outside(what):
     wpl().backward()
 
 
-# ---- alpha -------------------------------------------------------------------------------------------------
-
-
-def test_alpha_changed_in_place_counts():
-    wpl = anchored(trunk())
-    value = wpl().item()
-    wpl.alpha.mul_(2)
-    assert wpl().item() == pytest.approx(2 * value, rel=1e-6)
-
-
 # ---- torch.compile and the operators -----------------------------------------------------------------------
+
+
+def test_a_compiled_value_is_one_graph_whatever_alpha_is():
+    torch._dynamo.reset()
+    module, graphs = trunk(), []
+    wpl = anchored(module, l2=0.1)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    double = torch.compile(lambda: wpl() * 2, fullgraph=True, backend=backend)
+    for alpha in (3.0, 5.0, torch.tensor(0.25)):
+        wpl.alpha = alpha
+        exact = expected(module, [(wpl.theta_hat, wpl.fisher)], float(alpha), 0.1)
+        assert double().item() == pytest.approx(2 * exact.item(), rel=1e-6)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize(("kind", "rule"), [("all", "merge"), ("active", "replace"), ("subset", "update")])
@@ -163,7 +169,7 @@ def test_a_compiled_training_step(kind, rule):
     handle = wpl.subset(names)
     penalty = {"all": wpl, "active": lambda: wpl(active=names), "subset": handle}[kind]
     penalty()
-    x, graphs = torch.randn(4, 5), []
+    x, graphs = torch.randn(4, 7, 5), []
     compiler = torch._dynamo.lookup_backend("aot_eager")
 
     def backend(graph, inputs):
@@ -188,9 +194,7 @@ def test_a_compiled_training_step(kind, rule):
         check()
     assert len(graphs) == first
     for _ in range(2):  # at once after it: no evaluation in between
-        getattr(wpl, "update" if rule == "update" else "consolidate")(
-            random_fisher(module), **({} if rule == "update" else {"anchor": rule})
-        )
+        CHANGES[rule](wpl, random_fisher(module))
         check()
 
 

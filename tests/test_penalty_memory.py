@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import sys
-import threading
+import time
 import weakref
 
 import pytest
 import torch
+from gpu_cases import in_threads
 from penalty_cases import BIG, anchored, needs_cpp, one_big, set_to, trunk
 from torch import Tensor
 
@@ -17,27 +18,6 @@ import wplfast
 from wplfast.errors import NameMismatchError
 
 # ---- threads -----------------------------------------------------------------------------------------------
-
-
-def in_threads(*functions) -> None:
-    errors: list[BaseException] = []
-    default = torch.get_default_device()  # a thread starts without it
-
-    def guarded(function) -> None:
-        try:
-            if default.type != "cpu":
-                torch.set_default_device(default)
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 @pytest.fixture
@@ -120,24 +100,6 @@ def keep_grad_result(theta, wpl, kept):
     kept.append(torch.autograd.grad(wpl(), theta)[0])
 
 
-def keep_dot_grad(theta, wpl, kept):
-    wpl().backward()
-    kept.append(theta.grad)
-    theta.grad = None
-
-
-def keep_a_view(theta, wpl, kept):
-    wpl().backward()
-    kept.append(theta.grad[5:50])
-    theta.grad = None
-
-
-def keep_numpy(theta, wpl, kept):
-    wpl().backward()
-    kept.append(theta.grad.cpu().numpy()[::7])
-    theta.grad = None
-
-
 def keep_in_a_hook(theta, wpl, kept):
     handle = theta.register_hook(lambda g: kept.append(g))
     torch.autograd.grad(wpl(), theta)
@@ -146,49 +108,39 @@ def keep_in_a_hook(theta, wpl, kept):
 
 def keep_a_retained_graph(theta, wpl, kept):
     value = wpl()
-    (first,) = torch.autograd.grad(value, theta, retain_graph=True)
-    kept.append(first)
+    kept.append(torch.autograd.grad(value, theta, retain_graph=True)[0])
     kept.append(torch.autograd.grad(3 * value, theta)[0] / 3)
 
 
-def keep_dlpack(theta, wpl, kept):
-    wpl().backward()
-    kept.append(torch.from_dlpack(theta.grad))
-    theta.grad = None
+def keep_of_dot_grad(take):
+    """Keep what a function makes of ``.grad``, which is then set to None."""
+
+    def keep(theta, wpl, kept):
+        wpl().backward()
+        kept.append(take(theta.grad))
+        theta.grad = None
+
+    return keep
 
 
-def keep_a_memoryview(theta, wpl, kept):
-    wpl().backward()
-    kept.append(torch.frombuffer(memoryview(theta.grad.cpu().numpy()), dtype=torch.float32))
-    theta.grad = None
+def memoryview_of(gradient):
+    return torch.frombuffer(memoryview(gradient.cpu().numpy()), dtype=torch.float32)
 
 
-def keep_the_storage(theta, wpl, kept):
-    wpl().backward()
-    storage = theta.grad.untyped_storage()
-    theta.grad = None
-    kept.append(storage)
+KEEP = {
+    "the result": keep_grad_result,
+    "in a hook": keep_in_a_hook,
+    "a retained graph": keep_a_retained_graph,
+    ".grad": keep_of_dot_grad(lambda gradient: gradient),
+    "a view": keep_of_dot_grad(lambda gradient: gradient[5:50]),
+    "numpy": keep_of_dot_grad(lambda gradient: gradient.cpu().numpy()[::7]),
+    "a memoryview": keep_of_dot_grad(memoryview_of),
+    "dlpack": pytest.param(keep_of_dot_grad(torch.from_dlpack), marks=pytest.mark.not_rehearsed("DLPack")),
+    "the storage": pytest.param(keep_of_dot_grad(Tensor.untyped_storage), marks=needs_cpp),
+}
 
 
-KEEP = [
-    keep_grad_result,
-    keep_dot_grad,
-    keep_a_view,
-    keep_numpy,
-    keep_in_a_hook,
-    keep_a_retained_graph,
-    pytest.param(keep_dlpack, marks=pytest.mark.not_rehearsed("DLPack")),
-    keep_a_memoryview,
-    pytest.param(
-        keep_the_storage,
-        marks=[
-            needs_cpp,
-        ],
-    ),
-]
-
-
-@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("keep", KEEP.values(), ids=KEEP)
 def test_what_someone_keeps_is_not_overwritten(keep):
     theta, wpl = one_big()
     kept: list = []
@@ -196,10 +148,9 @@ def test_what_someone_keeps_is_not_overwritten(keep):
         set_to(theta, float(k))
         keep(theta, wpl, kept)
     each = len(kept) // 4
-    for k in range(4):
-        for one in kept[each * k : each * (k + 1)]:
-            values = torch.empty(0).set_(one) if isinstance(one, torch.UntypedStorage) else torch.as_tensor(one)
-            assert bool((values == k + 1).all())
+    for index, one in enumerate(kept):
+        numbers = torch.empty(0).set_(one) if isinstance(one, torch.UntypedStorage) else torch.as_tensor(one)
+        assert bool((numbers == index // each + 1).all())
 
 
 @needs_cpp
@@ -209,9 +160,8 @@ def test_what_another_process_has_is_not_overwritten():
     theta, wpl = one_big()
     set_to(theta, 1.0)
     wpl().backward()
-    rebuild, arguments = reductions.reduce_storage(
-        theta.grad.untyped_storage()
-    )  # as a torch.multiprocessing queue does
+    # As a queue of torch.multiprocessing does:
+    rebuild, arguments = reductions.reduce_storage(theta.grad.untyped_storage())
     reductions.shared_cache.clear()  # as another process would
     received = torch.empty(0).set_(rebuild(*arguments))
     theta.grad = None
@@ -220,22 +170,15 @@ def test_what_another_process_has_is_not_overwritten():
     assert bool((received == 1).all())
 
 
-def test_two_live_graphs():
-    theta, wpl = one_big()
-    set_to(theta, 1.0)
-    first, second = wpl(), wpl()
-    (first + 2 * second).backward()
-    assert bool((theta.grad == 3).all())
-
-
-def test_two_live_graphs_around_a_step():
-    """Autograd of the plain formula allows it: it keeps theta - theta_hat, not theta."""
+@pytest.mark.parametrize("second", [1.0, 2.0], ids=["at one point", "around a step"])
+def test_two_live_graphs(second):
+    """Autograd of the plain formula allows a step between: it keeps theta - theta_hat, not theta."""
     theta, wpl = one_big()
     set_to(theta, 1.0)
     first = wpl()
-    set_to(theta, 2.0)
-    (first + wpl()).backward()
-    assert bool((theta.grad == 3).all())
+    set_to(theta, second)
+    (first + 2 * wpl()).backward()
+    assert bool((theta.grad == 1 + 2 * second).all())
 
 
 @needs_cpp
@@ -254,15 +197,7 @@ def test_active_sets_do_not_multiply_memory():
 # ---- lifetime and scale ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "cycle",
-    [
-        "none",
-        pytest.param("attribute"),
-        pytest.param("hook"),
-    ],
-)
-@needs_cpp
+@pytest.mark.parametrize("cycle", ["none", "attribute", "hook"])
 def test_a_forgotten_penalty_is_freed(cycle):
     module = trunk()
     module.wpl = anchored(module, anchors=2)
@@ -279,8 +214,6 @@ def test_a_forgotten_penalty_is_freed(cycle):
 
 
 def test_thousands_of_tensors_take_no_time_that_grows_with_their_square():
-    import time
-
     def seconds(n: int) -> float:
         params = {f"layer{i}.weight": torch.zeros(4, requires_grad=True) for i in range(n)}
         fisher = {name: torch.ones(4) for name in params}

@@ -1,118 +1,35 @@
-"""Names, what a penalty adds to its module, state: the contract sentence by sentence."""
+"""What a penalty adds to its module, copies, pickles, state and files: the contract sentence by sentence."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from collections import OrderedDict
 
 import pytest
 import torch
-from penalty_cases import anchored, move, plain, random_fisher, set_to, trunk
+from penalty_cases import anchored, copied, move, plain, random_fisher, same_state, set_to, trunk
 from torch import nn
 
 import wplfast
 from wplfast.errors import NameMismatchError, StaleParameterError
 
-# ---- names -------------------------------------------------------------------------------------------------
 
-
-def test_names_by_identity_come_before_names_as_written():
-    first, second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
-    fisher = wplfast.Fisher(
-        {"a": torch.full((3,), 1.0), "b": torch.full((3,), 2.0)}, 1, parameters={"a": first, "b": second}
-    )
-    wpl = wplfast.WeightPlasticityLoss({"b": first, "a": second})  # the other way round
-    wpl.consolidate(fisher)
-    assert float(wpl.fisher["b"][0]) == 1.0
-    assert float(wpl.fisher["a"][0]) == 2.0
-
-
-def test_after_a_load_names_count(tmp_path):
-    first, second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
-    fisher = wplfast.Fisher({"a": torch.ones(3), "b": torch.full((3,), 2.0)}, 1, parameters={"a": first, "b": second})
-    fisher.save(tmp_path / "fisher")
-    wpl = wplfast.WeightPlasticityLoss({"b": first, "a": second})
-    wpl.consolidate(wplfast.Fisher.load(tmp_path / "fisher"))
-    assert float(wpl.fisher["b"][0]) == 2.0
-
-
-def test_one_entry_is_not_taken_for_two_parameters():
-    known, new = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
-    fisher = wplfast.Fisher({"0.weight": torch.ones(3)}, 1, parameters={"0.weight": known})
-    wpl = wplfast.WeightPlasticityLoss({"0.weight": new, "1.weight": known})
-    with pytest.raises(NameMismatchError):
-        wpl.consolidate(fisher)
-
-
-def test_a_missing_name_lists_both_sides_and_a_prefix():
-    module = trunk()
-    wpl = wplfast.WeightPlasticityLoss(module)
-    longer = {f"encoder.{n}": f for n, f in random_fisher(module).items()}
-    with pytest.raises(NameMismatchError) as caught:
-        wpl.consolidate(longer)
-    message = str(caught.value)
-    assert "'0.weight'" in message
-    assert "'encoder.0.weight'" in message
-    assert "prefix='encoder.'" in message
-    with pytest.raises(NameMismatchError, match=r"lacks 1 of 4 names: \['2.bias'\]; it has \['0.weight'"):
-        wpl.consolidate({n: f for n, f in random_fisher(module).items() if n != "2.bias"})
-    assert wpl.n_anchors == 0
-
-
-@pytest.mark.parametrize("call", ["fisher", "theta_hat", "active", "rebind"])
-def test_no_overlap_is_an_error(call):
-    module = trunk()
-    wpl = anchored(module)
-    foreign = {f"other{n}": torch.ones(1) for n in range(3)}
-    before = wpl().item()
-    calls = {
-        "fisher": lambda: wpl.consolidate(foreign),
-        "theta_hat": lambda: wpl.consolidate(random_fisher(module), theta_hat=foreign),
-        "active": lambda: wpl(active=list(foreign)),
-        "rebind": lambda: wpl.rebind(foreign, missing="drop"),
-    }
-    with pytest.raises(NameMismatchError):
-        calls[call]()
-    assert wpl().item() == before
-
-
-def test_any_mapping_will_do():
-    module = trunk()
-    fisher = random_fisher(module)
-    expected = wplfast.WeightPlasticityLoss(module)
-    expected.consolidate(fisher)
-    wpl = wplfast.WeightPlasticityLoss(module)
-    wpl.consolidate(OrderedDict(reversed(fisher.items())), theta_hat=module.state_dict())
-    assert all(torch.equal(wpl.fisher[n], f) for n, f in expected.fisher.items())
-    assert all(torch.equal(wpl.theta_hat[n], f) for n, f in expected.theta_hat.items())
-
-
-def test_two_names_of_one_shared_parameter_are_one():
-    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-    module[1].weight = module[0].weight
-    wpl = anchored(module)
-    assert list(wpl.fisher) == ["0.weight"]
-    with pytest.raises(ValueError, match="same tensor"):
-        wplfast.WeightPlasticityLoss({"x": module[0].weight, "y": module[1].weight})
+@pytest.fixture
+def module():
+    return trunk()
 
 
 # ---- a module that owns nothing ----------------------------------------------------------------------------
 
 
-def test_as_a_submodule_it_adds_its_anchors_once_and_nothing_else():
-    module = trunk()
+def test_as_a_submodule_it_adds_its_anchors_once_and_nothing_else(module):
     names = list(module.state_dict())
     module.wpl = anchored(module, anchors=2)
     assert [n for n, _ in module.named_parameters()] == names
     assert list(module.wpl.parameters()) == []
     assert list(module.buffers()) == []
-    kinds = ("fisher", "theta_hat", "offset")
-    expected = {f"wpl.{kind}.{name}" for kind in kinds for name in names} | {
-        *(f"wpl.constant.{name}" for name in names),
-        "wpl.version",
-        "wpl.n_anchors",
-    }
+    kinds = ("fisher", "theta_hat", "offset", "constant")
+    expected = {"wpl.version", "wpl.n_anchors", *(f"wpl.{kind}.{name}" for kind in kinds for name in names)}
     assert set(module.state_dict()) == {*names, *expected}
     twin = trunk()
     twin.wpl = wplfast.WeightPlasticityLoss(twin, alpha=9.0)
@@ -122,21 +39,25 @@ def test_as_a_submodule_it_adds_its_anchors_once_and_nothing_else():
     assert twin.wpl().item() == module.wpl().item()
 
 
+def test_two_names_of_one_shared_parameter_are_one():
+    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    module[1].weight = module[0].weight
+    assert list(anchored(module).fisher) == ["0.weight"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_moving_it_never_changes_the_dtype_of_the_fisher(dtype):
-    module = trunk()
+def test_moving_it_never_changes_the_dtype_of_the_fisher(module, dtype):
     wpl = anchored(module, fisher_dtype=dtype)
     module.wpl = wpl
-    before = {n: f.clone() for n, f in wpl.fisher.items()}
-    for change in (lambda: wpl.half(), lambda: wpl.to(torch.float64), lambda: module.half(), lambda: module.bfloat16()):
+    before, value = copied(wpl.fisher), wpl().item()
+    for change in (wpl.half, lambda: wpl.to(torch.float64), module.half, module.bfloat16):
         change()
-        wpl()
+        assert wpl().item() == value or change in (module.half, module.bfloat16)
         assert all(f.dtype == dtype and torch.equal(f, before[n]) for n, f in wpl.fisher.items())
 
 
-def test_deepcopy_alone_keeps_the_parameters_and_parts_the_anchors():
-    module = trunk()
-    wpl = anchored(module, anchors=2)
+def test_deepcopy_alone_keeps_the_parameters_and_parts_the_anchors_and_hooks(module):
+    wpl, calls = anchored(module, anchors=2), []
     wpl.alpha = {"": 1.0, "0.": 3.0}
     twin = copy.deepcopy(wpl)
     assert twin().item() == wpl().item()
@@ -144,37 +65,46 @@ def test_deepcopy_alone_keeps_the_parameters_and_parts_the_anchors():
     assert module[0].weight.grad is not None
     value = wpl().item()
     twin.alpha = 0.0
+    twin.register_forward_hook(lambda *_: calls.append(1))
     twin.consolidate(random_fisher(module), anchor="replace")
     assert wpl().item() == value
+    assert not calls
     wpl.reset()
     assert twin.n_anchors == 1
 
 
-def test_deepcopy_with_the_model():
-    module = trunk()
-    module.wpl = anchored(module)
-    twin = copy.deepcopy(module)
-    move(twin)
-    assert twin.wpl().item() == pytest.approx(plain(twin, module.wpl).item(), rel=1e-5)
-    twin.wpl.add_grad_()
-    assert twin[0].weight.grad is not None
-    assert module[0].weight.grad is None
+class Model(nn.Module):
+    """Layers and a penalty about them, in some order or one within the other."""
+
+    def __init__(self, order):
+        super().__init__()
+        layers = trunk()
+        parts = {"layers": layers, "penalty": anchored(layers)}
+        for name in order:
+            setattr(self, name, parts[name])
+        if "penalty" not in order:
+            layers.penalty = parts["penalty"]
 
 
-def test_deepcopy_with_the_model_whatever_comes_first():
-    shared = trunk()
-    model = nn.ModuleDict({"wpl": anchored(shared), "shared": shared})
-    twin = copy.deepcopy(model)
-    before = twin["wpl"]().item()
-    move(twin["shared"], 1.0)
-    assert twin["wpl"]().item() != before
+@pytest.mark.parametrize("order", [("layers",), ("layers", "penalty"), ("penalty", "layers")], ids=str)
+def test_deepcopy_with_the_model_follows_the_copy(order):
+    def penalty_of(model):
+        return next(m for m in model.modules() if isinstance(m, wplfast.WeightPlasticityLoss))
 
-
-def test_deepcopy_parts_hooks():
-    wpl, calls = anchored(trunk()), []
-    copy.deepcopy(wpl).register_forward_hook(lambda *_: calls.append(1))
-    wpl()
-    assert not calls
+    model = Model(order)
+    wpl = penalty_of(model)
+    before = wpl().item()
+    twins = [copy.deepcopy(model)]
+    twins.append(copy.deepcopy(twins[0]))  # before the first is used
+    for twin in twins:
+        move(twin.layers, 1.0)
+        value = penalty_of(twin)()
+        assert value.item() == pytest.approx(plain(twin.layers, wpl).item(), rel=1e-5)
+        assert value.item() != before
+        penalty_of(twin).add_grad_()
+        assert all(p.grad is not None for p in twin.layers.parameters())
+    assert wpl().item() == before
+    assert all(p.grad is None for p in model.layers.parameters())
 
 
 def test_pickle_keeps_names_not_tensors():
@@ -203,6 +133,17 @@ def test_pickle_keeps_names_not_tensors():
 # ---- state -------------------------------------------------------------------------------------------------
 
 
+def test_state_dict_round_trip(module):
+    wpl, other = anchored(module, anchors=2), wplfast.WeightPlasticityLoss(module, alpha=2.0)
+    other.load_state_dict(wpl.state_dict())
+    assert same_state(wpl, other)
+    assert other().item() == wpl().item()
+    assert other.n_anchors == 2
+    other.load_state_dict(wplfast.WeightPlasticityLoss(module).state_dict())
+    assert other.n_anchors == 0
+    assert other().item() == 0
+
+
 def test_a_state_is_matched_by_name_whatever_the_order():
     a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
     wpl = wplfast.WeightPlasticityLoss([("a", a), ("b", b)])
@@ -216,27 +157,64 @@ def test_a_state_is_matched_by_name_whatever_the_order():
 
 def test_a_large_fisher_in_float64_can_be_loaded_and_added_to():
     theta = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    wpl = wplfast.WeightPlasticityLoss({"theta": theta})
+    wpl, other = (wplfast.WeightPlasticityLoss({"theta": theta}) for _ in range(2))
     wpl.consolidate({"theta": torch.full((3,), 1e60, dtype=torch.float64)})
-    other = wplfast.WeightPlasticityLoss({"theta": theta})
     other.load_state_dict(wpl.state_dict())
     other.consolidate({"theta": torch.ones(3)})
 
 
-def test_a_state_of_another_version_is_refused():
-    wpl = anchored(trunk())
-    state = dict(wpl.state_dict())
-    assert "version" in state
-    state["version"] = torch.tensor(99)
-    with pytest.raises(RuntimeError, match="version"):
-        wpl.load_state_dict(state)
+def filled(value):
+    def fill(state):
+        state["fisher.0.bias"][0] = value
+
+    return fill
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
-def test_a_state_with_bad_numbers_is_refused(bad):
-    wpl = anchored(trunk(), anchors=2)
-    value, state = wpl().item(), {k: v.clone() for k, v in wpl.state_dict().items()}
-    state["fisher.0.bias"][0] = bad
-    with pytest.raises(RuntimeError, match="must be finite"):
+BAD_STATES = {
+    "shape": (lambda state: state.update({"fisher.0.weight": torch.zeros(3)}), "must have shape"),
+    "missing": (lambda state: state.pop("theta_hat.0.bias"), "Missing key"),
+    "unknown": (lambda state: state.update({"fisher.unknown": torch.zeros(3)}), "Unexpected key"),
+    "version": (lambda state: state.update(version=torch.full_like(state["version"], 99)), "version"),
+    "nan": (filled(float("nan")), "must be finite"),
+    "inf": (filled(float("inf")), "must be finite"),
+    "negative": (filled(-1.0), "must be finite"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "match"), BAD_STATES.values(), ids=BAD_STATES)
+def test_a_bad_state_changes_nothing(module, spoil, match):
+    wpl = anchored(module, anchors=2)
+    value, before = wpl().item(), copied(wpl.state_dict())
+    state = copied(before)
+    spoil(state)
+    with pytest.raises(RuntimeError, match=match):
         wpl.load_state_dict(state)
+    assert same_state(wpl, before)
     assert wpl().item() == value
+
+
+def test_files(module, tmp_path):
+    wpl, other = anchored(module, anchors=2), wplfast.WeightPlasticityLoss(module)
+    wpl.save(tmp_path / "wpl.safetensors")
+    other.load(tmp_path / "wpl.safetensors")
+    assert same_state(wpl, other)
+    whole = (tmp_path / "wpl.safetensors").read_bytes()
+    (tmp_path / "cut").write_bytes(whole[:-10])
+    (tmp_path / "foreign").write_bytes(b"not a tensor file at all")
+    wplfast.Fisher(random_fisher(module), 3).save(tmp_path / "fisher")
+    for name in ("cut", "foreign", "fisher"):
+        with pytest.raises(ValueError, match=r"must be a wplfast penalty file|not a whole safetensors file"):
+            other.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        other.load(tmp_path / "none")
+    assert same_state(wpl, other)
+    strange = wplfast.WeightPlasticityLoss(nn.Linear(2, 2))
+    with pytest.raises(NameMismatchError, match="missing"):
+        strange.load(tmp_path / "wpl.safetensors")
+
+
+def test_reset(module):
+    wpl = anchored(module)
+    wpl.reset()
+    assert wpl.n_anchors == 0
+    assert wpl.fisher == {}

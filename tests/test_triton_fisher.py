@@ -42,29 +42,36 @@ def layer(n: int, t: int, d_in: int, d_out: int, dtype: torch.dtype = torch.floa
     return torch.randn(n, t, d_in).to(DEVICE, dtype), torch.randn(n, t, d_out).to(DEVICE, dtype)
 
 
-def check_versions(before: tuple[int, int], fisher: Tensor, gradient: Tensor | None) -> None:
-    """Check that autograd could know of what was written."""
-    assert fisher._version > before[0]
-    assert gradient is None or gradient._version > before[1]
+def check(
+    operator: str,
+    shape: tuple[int, ...],
+    inputs: tuple[Tensor, Tensor],
+    weights: Tensor | None,
+    gradient: bool,
+    bound: float,
+    settings: tuple = (),
+) -> None:
+    """Compare one call of an operator with the float64 oracle, and a second call with the first."""
+    start = torch.rand(2, *shape, dtype=flat_dtype(inputs[1].dtype), device=DEVICE)
+    results = []
+    for _ in range(2 if operator == "fisher_linear_" else REPEATS):
+        fisher, mean = start.clone()
+        versions = fisher._version, mean._version
+        getattr(backend, operator)(fisher, *inputs, weights, mean if gradient else None, *settings)
+        assert fisher._version > versions[0], "autograd could not know of what was written"
+        assert mean._version > versions[1] or not gradient
+        results.append([fisher, mean])
+    assert same_bits(results[0], results[-1])
+    fisher, mean = exact(start).clone()
+    wide = [exact(t) if t.is_floating_point() else t.cpu() for t in inputs]
+    weights = None if weights is None else exact(weights)
+    getattr(reference, operator)(fisher, *wide, weights, mean if gradient else None, *settings)
+    assert error(results[0][0], fisher, start[0]) < bound
+    assert error(results[0][1], mean, start[1]) < bound
 
 
 def check_fisher(a: Tensor, g: Tensor, weights: Tensor | None, gradient: bool, bound: float) -> None:
-    """Compare one call of fisher_linear_ with the float64 oracle, and a second call with the first."""
-    shape = (g.shape[2], a.shape[2])
-    start = torch.rand(2, *shape, dtype=flat_dtype(a.dtype), device=DEVICE)
-    results = []
-    for _ in range(2):
-        fisher, mean = start.clone()
-        versions = fisher._version, mean._version
-        backend.fisher_linear_(fisher, a, g, weights, mean if gradient else None)
-        check_versions(versions, fisher, mean if gradient else None)
-        results.append([fisher, mean])
-    assert same_bits(*results)
-    fisher, mean = exact(start).clone()
-    inputs = [*exact((a, g)), None if weights is None else exact(weights), mean if gradient else None]
-    reference.fisher_linear_(fisher, *inputs)
-    assert error(results[0][0], fisher, start[0]) < bound
-    assert error(results[0][1], mean, start[1]) < bound
+    check("fisher_linear_", (g.shape[2], a.shape[2]), (a, g), weights, gradient, bound)
 
 
 SHAPES = [
@@ -143,16 +150,6 @@ def test_fisher_linear_keeps_float32_accuracy_where_gradients_cancel(t: int) -> 
     assert error(fisher, expected) < max(1e-6, 4 * error(loop, expected))
 
 
-@on_device
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (3, 0, 4, 5), (3, 4, 0, 5), (3, 4, 5, 0)])
-def test_fisher_linear_of_nothing_adds_nothing(shape: tuple[int, ...]) -> None:
-    a, g = layer(*shape)
-    fisher = torch.rand(shape[3], shape[2], device=DEVICE)
-    before = fisher.clone()
-    backend.fisher_linear_(fisher, a, g, None, None)
-    assert torch.equal(fisher, before)
-
-
 def conv(
     n: int, m: int, size: tuple, channels: tuple, kernel: tuple, settings: tuple, dtype: torch.dtype, short: int = 0
 ) -> tuple:
@@ -168,21 +165,7 @@ def conv(
 def check_conv(
     x: Tensor, g: Tensor, shape: tuple, weights: Tensor | None, gradient: bool, settings: tuple, bound: float
 ) -> None:
-    """Compare one call of fisher_conv_ with the float64 oracle, and a second call with the first."""
-    start = torch.rand(2, *shape, dtype=flat_dtype(x.dtype), device=DEVICE)
-    results = []
-    for _ in range(REPEATS):
-        fisher, mean = start.clone()
-        versions = fisher._version, mean._version
-        backend.fisher_conv_(fisher, x, g, weights, mean if gradient else None, *settings)
-        check_versions(versions, fisher, mean if gradient else None)
-        results.append([fisher, mean])
-    assert same_bits(results[0], results[-1])
-    fisher, mean = exact(start).clone()
-    inputs = [*exact((x, g)), None if weights is None else exact(weights), mean if gradient else None]
-    reference.fisher_conv_(fisher, *inputs, *settings)
-    assert error(results[0][0], fisher, start[0]) < bound
-    assert error(results[0][1], mean, start[1]) < bound
+    check("fisher_conv_", shape, (x, g), weights, gradient, bound, settings)
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -247,18 +230,6 @@ def test_fisher_conv_leaves_unseen_inputs_alone(channels: tuple[int, int], group
     assert same_bits(results[:1], results[1:])
 
 
-@on_device
-@pytest.mark.parametrize(
-    ("x", "g"), [((0, 1, 4, 8), (0, 1, 3, 8)), ((2, 0, 4, 8), (2, 0, 3, 8)), ((2, 1, 4, 8), (2, 1, 0, 8)),
-                 ((2, 1, 4, 0), (2, 1, 3, 8)), ((2, 1, 4, 8), (2, 1, 3, 0))],
-)  # fmt: skip
-def test_fisher_conv_of_nothing_adds_nothing(x: tuple[int, ...], g: tuple[int, ...]) -> None:
-    fisher = torch.rand(g[3], x[3], 2, device=DEVICE)
-    before = fisher.clone()
-    backend.fisher_conv_(fisher, torch.randn(x).to(DEVICE), torch.randn(g).to(DEVICE), None, None, [1], [0], [1], 1)
-    assert torch.equal(fisher, before)
-
-
 def uses(n: int, t: int, v: int, unused: float) -> Tensor:
     """Return random indices below v, small ones more often, and negative ones."""
     indices = (torch.rand(n, t) ** 3 * v).long()
@@ -267,21 +238,7 @@ def uses(n: int, t: int, v: int, unused: float) -> Tensor:
 
 
 def check_embedding(indices: Tensor, g: Tensor, v: int, weights: Tensor | None, gradient: bool, bound: float) -> None:
-    """Compare one call of fisher_embedding_ with the float64 oracle, and a second call with the first."""
-    start = torch.rand(2, v, g.shape[2], dtype=flat_dtype(g.dtype), device=DEVICE)
-    results = []
-    for _ in range(REPEATS):
-        fisher, mean = start.clone()
-        versions = fisher._version, mean._version
-        backend.fisher_embedding_(fisher, indices, g, weights, mean if gradient else None)
-        check_versions(versions, fisher, mean if gradient else None)
-        results.append([fisher, mean])
-    assert same_bits(results[0], results[-1])
-    fisher, mean = exact(start).clone()
-    weights = None if weights is None else exact(weights)
-    reference.fisher_embedding_(fisher, indices.cpu(), exact(g), weights, mean if gradient else None)
-    assert error(results[0][0], fisher, start[0]) < bound
-    assert error(results[0][1], mean, start[1]) < bound
+    check("fisher_embedding_", (v, g.shape[2]), (indices, g), weights, gradient, bound)
 
 
 @on_device
@@ -310,20 +267,9 @@ def test_fisher_embedding_with_runs_of_every_length_across_spans(monkeypatch: py
 
 
 @on_device
-def test_fisher_embedding_in_several_launches_and_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fisher_embedding_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding_module, "MAX_USES", 20)
     check_embedding(uses(5, 9, 4, 0), torch.randn(5, 9, 3).to(DEVICE), 4, torch.rand(5).to(DEVICE), False, 1e-6)
-    for n, t, v, d, unused in [
-        (0, 3, 4, 5, 0),
-        (3, 0, 4, 5, 0),
-        (3, 4, 5, 0, 0),
-        (3, 4, 0, 5, 1.1),
-        (3, 40, 2, 5, 1.1),
-    ]:
-        fisher = torch.rand(v, d, device=DEVICE)
-        before = fisher.clone()
-        backend.fisher_embedding_(fisher, uses(n, t, v, unused), torch.randn(n, t, d).to(DEVICE), None, None)
-        assert torch.equal(fisher, before)
 
 
 LAYOUTS = {
@@ -353,13 +299,6 @@ def test_scale_grads(dtype: torch.dtype, layouts: tuple[str, str]) -> None:
 
 
 @on_device
-def test_scale_grads_of_nothing_are_zero() -> None:
-    for shape in [(0, 3, 4), (3, 0, 4), (3, 4, 0)]:
-        a = torch.ones(shape, device=DEVICE)
-        assert torch.equal(backend.scale_grads(a, a), torch.zeros(shape[0], shape[2], device=DEVICE))
-
-
-@on_device
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", [(5, 7), (1, 1), (0, 4), (4, 0), (700, 300), (1000, 3), (3, 2, 5)])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -385,3 +324,36 @@ def test_accumulate_squares_of_many_samples() -> None:
     fisher = torch.zeros(3, device=DEVICE)
     backend.accumulate_squares_(fisher, grads, None)
     assert error(fisher, exact(grads).square().sum(0)) < 2e-7
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape).to(DEVICE)
+
+
+@on_device
+def test_of_nothing_nothing_is_added() -> None:
+    """Sizes of which one is zero, and indices of which none is used."""
+    linear = [(0, 3, 4, 5), (3, 0, 4, 5), (3, 4, 0, 5), (3, 4, 5, 0)]
+    conv = [((0, 1, 4, 8), (0, 1, 3, 8)), ((2, 0, 4, 8), (2, 0, 3, 8)), ((2, 1, 4, 8), (2, 1, 0, 8)),
+            ((2, 1, 4, 0), (2, 1, 3, 8)), ((2, 1, 4, 8), (2, 1, 3, 0))]  # fmt: skip
+    embedding = [(0, 3, 4, 5, 0), (3, 0, 4, 5, 0), (3, 4, 5, 0, 0), (3, 4, 0, 5, 1.1), (3, 40, 2, 5, 1.1)]
+    calls = [
+        *[(backend.fisher_linear_, (o, i), layer(n, t, i, o), ()) for n, t, i, o in linear],
+        *[(backend.fisher_conv_, (g[3], x[3], 2), (random(*x), random(*g)), ([1], [0], [1], 1)) for x, g in conv],
+        *[
+            (backend.fisher_embedding_, (v, d), (uses(n, t, v, unused), random(n, t, d)), ())
+            for n, t, v, d, unused in embedding
+        ],
+    ]
+    for operator, shape, inputs, settings in calls:
+        fisher = torch.rand(shape, device=DEVICE)
+        before = fisher.clone()
+        operator(fisher, *inputs, None, None, *settings)
+        assert torch.equal(fisher, before), (operator, shape)
+
+
+@on_device
+def test_scale_grads_of_nothing_are_zero() -> None:
+    for shape in [(0, 3, 4), (3, 0, 4), (3, 4, 0)]:
+        a = torch.ones(shape, device=DEVICE)
+        assert torch.equal(backend.scale_grads(a, a), torch.zeros(shape[0], shape[2], device=DEVICE))

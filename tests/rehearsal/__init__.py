@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+LIBRARY = torch.library.Library("aten", "IMPL")
 SOURCE = Path(__file__).with_name("device.cpp")
 
 
@@ -64,11 +66,11 @@ class Module:
     manual_seed = manual_seed_all
 
     @staticmethod
-    def get_rng_state(device: object = None) -> torch.Tensor:
+    def get_rng_state(device: object = None) -> Tensor:
         return torch.ops.rehearsal.get_state()
 
     @staticmethod
-    def set_rng_state(state: torch.Tensor, device: object = None) -> None:
+    def set_rng_state(state: Tensor, device: object = None) -> None:
         torch.ops.rehearsal.set_state(state)
 
     @staticmethod
@@ -102,7 +104,26 @@ def start() -> str:
         torch.ops.load_library(_compiled())
         torch._register_device_module("rehearsal", Module())
         torch.utils.generate_methods_for_privateuse1_backend()
+        LIBRARY.impl("_thnn_fused_lstm_cell", lstm_cell, "AutogradPrivateUse1")
+        LIBRARY.impl("_thnn_fused_gru_cell", gru_cell, "AutogradPrivateUse1")
     return "rehearsal"
+
+
+def lstm_cell(x: Tensor, h: Tensor, cx: Tensor, *biases: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what the CPU does step by step; every other device must have it as one operator."""
+    gates = sum((b for b in biases if b is not None), x + h)
+    i, f, g, o = gates.chunk(4, 1)
+    cy = f.sigmoid() * cx + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cy.tanh(), cy, gates.detach()
+
+
+def gru_cell(x: Tensor, h: Tensor, hx: Tensor, *biases: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute a step of a GRU, as :func:`lstm_cell`."""
+    x, h = (gates if bias is None else gates + bias for gates, bias in zip((x, h), biases or (None, None), strict=True))
+    (xr, xz, xn), (hr, hz, hn) = x.chunk(3, 1), h.chunk(3, 1)
+    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+    n = (xn + r * hn).tanh()
+    return n + z * (hx - n), x.detach()
 
 
 def _compiled() -> Path:

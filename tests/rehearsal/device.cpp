@@ -10,7 +10,6 @@
 #include <ATen/core/GeneratorForPrivateuseone.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/Resize.h>
-#include <ATen/ops/convolution_backward.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
@@ -310,94 +309,18 @@ at::Tensor& set_nothing(at::Tensor& self) {
                    0, {0}, {});
 }
 
-void same_device(const at::Tensor& a, const at::Tensor& b) {
-  TORCH_CHECK(!b.defined() || a.device() == b.device(),
-              "Expected all tensors to be on the same device, but found at least two devices, ", a.device(), " and ",
-              b.device(), "! (convolution)");
+// A new device has convolutions under names of their own: the same as those of all others, but for the bias's size.
+template <const char* Name>
+void convolution(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto usual = c10::Dispatcher::singleton().findSchemaOrThrow(Name, "");
+  const auto start = stack->end() - op.schema().arguments().size();
+  if (usual.schema().arguments().size() > op.schema().arguments().size())
+    stack->insert(start + 3, std::vector<int64_t>{start->toTensor().size(1)});
+  on_the_cpu(usual, stack);
 }
-at::Tensor convolution(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& b,
-                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
-                       at::IntArrayRef output_padding, int64_t groups) {
-  same_device(x, w);
-  std::optional<at::Tensor> bias;
-  if (b.has_value() && b->defined()) {
-    same_device(x, *b);
-    bias = on_host(*b);
-  }
-  return moved_here(at::convolution(on_host(x), on_host(w), bias, stride, padding, dilation, transposed,
-                                    output_padding, groups));
-}
-std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
-    const at::Tensor& g, const at::Tensor& x, const at::Tensor& w, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding, int64_t groups,
-    std::array<bool, 3> mask) {
-  same_device(x, w);
-  same_device(x, g);
-  const std::vector<int64_t> bias{g.size(1)};
-  auto [dx, dw, db] = at::convolution_backward(on_host(g), on_host(x), on_host(w), at::OptionalIntArrayRef(bias), stride,
-                                               padding, dilation, transposed, output_padding, groups, mask);
-  const auto back = [](const at::Tensor& t) { return t.defined() ? moved_here(t) : t; };
-  return {back(dx), back(dw), back(db)};
-}
-
-// ---- the cells of RNNs, which the CPU takes apart and every other device must have -----------------------------------------
-
-using Bias = std::optional<at::Tensor>;
-
-at::Tensor with_bias(const at::Tensor& gates, const Bias& bias) {
-  return bias.has_value() && bias->defined() ? on_host(gates) + on_host(*bias) : on_host(gates);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell(const at::Tensor& of_input, const at::Tensor& of_state,
-                                                         const at::Tensor& cx, const Bias& bias_ih,
-                                                         const Bias& bias_hh) {
-  same_device(of_input, cx);
-  const auto gates = (with_bias(of_input, bias_ih) + with_bias(of_state, bias_hh)).chunk(4, 1);
-  const auto i = gates[0].sigmoid(), f = gates[1].sigmoid(), g = gates[2].tanh(), o = gates[3].sigmoid();
-  const auto cy = f * on_host(cx) + i * g;
-  return {moved_here(o * cy.tanh()), moved_here(cy), moved_here(at::cat({i, f, g, o}, 1))};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell_backward(const Bias& grad_hy, const Bias& grad_cy,
-                                                                  const at::Tensor& cx, const at::Tensor& cy,
-                                                                  const at::Tensor& workspace, bool has_bias) {
-  const auto gates = on_host(workspace).chunk(4, 1);
-  const auto &i = gates[0], &f = gates[1], &g = gates[2], &o = gates[3];
-  const auto t = on_host(cy).tanh();
-  const auto dh = grad_hy.has_value() && grad_hy->defined() ? on_host(*grad_hy) : at::zeros_like(t);
-  auto dc = dh * o * (1 - t * t);
-  if (grad_cy.has_value() && grad_cy->defined()) dc = dc + on_host(*grad_cy);
-  const auto d = at::cat({dc * g * i * (1 - i), dc * on_host(cx) * f * (1 - f), dc * i * (1 - g * g),
-                          dh * t * o * (1 - o)}, 1);
-  return {moved_here(d), moved_here(dc * f), has_bias ? moved_here(d.sum(0)) : at::Tensor()};
-}
-
-std::tuple<at::Tensor, at::Tensor> gru_cell(const at::Tensor& of_input, const at::Tensor& of_state, const at::Tensor& hx,
-                                            const Bias& bias_ih, const Bias& bias_hh) {
-  same_device(of_input, hx);
-  const auto x = with_bias(of_input, bias_ih).chunk(3, 1), h = with_bias(of_state, bias_hh).chunk(3, 1);
-  const auto r = (x[0] + h[0]).sigmoid(), z = (x[1] + h[1]).sigmoid(), n = (x[2] + r * h[2]).tanh();
-  const auto old = on_host(hx);
-  return {moved_here(n + z * (old - n)), moved_here(at::cat({r, z, n, old, h[2]}, 1))};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gru_cell_backward(const at::Tensor& grad_hy,
-                                                                                         const at::Tensor& workspace,
-                                                                                         bool has_bias) {
-  const auto saved = on_host(workspace).chunk(5, 1);
-  const auto &r = saved[0], &z = saved[1], &n = saved[2], &old = saved[3], &hn = saved[4];
-  const auto dh = on_host(grad_hy);
-  const auto dn = dh * (1 - z) * (1 - n * n), dz = dh * (old - n) * z * (1 - z), dr = dn * hn * r * (1 - r);
-  const auto dx = at::cat({dr, dz, dn}, 1), dg = at::cat({dr, dz, dn * r}, 1);
-  const auto bias = [&](const at::Tensor& d) { return has_bias ? moved_here(d.sum(0)) : at::Tensor(); };
-  return {moved_here(dx), moved_here(dg), moved_here(dh * z), bias(dx), bias(dg)};
-}
+constexpr char kForward[] = "aten::convolution", kBackward[] = "aten::convolution_backward";
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
-  m.impl("_thnn_fused_lstm_cell", lstm_cell);
-  m.impl("_thnn_fused_lstm_cell_backward_impl", lstm_cell_backward);
-  m.impl("_thnn_fused_gru_cell", gru_cell);
-  m.impl("_thnn_fused_gru_cell_backward", gru_cell_backward);
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
   m.impl("_copy_from", copy_from);
@@ -412,11 +335,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage", set_whole_storage);
   m.impl("set_.source_Tensor", set_tensor);
   m.impl("set_", set_nothing);
-  m.impl("convolution_overrideable", convolution);
-  m.impl("convolution_backward_overrideable", convolution_backward);
-}
-
-TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {  // these have kernels of their own on CUDA, and a slower way on a new device
+  m.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution<kForward>>());
+  m.impl("convolution_backward_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution<kBackward>>());
+  // It has a kernel of its own on CUDA, and a slower way on a new device.
   m.impl("native_group_norm", torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>());
 }
 
