@@ -1,11 +1,12 @@
 """Everything that is measured on a GPU, in one call of less than eight minutes: ``make gpu-bench``.
 
-    python -m benchmarks.gpu --json out/gpu.json                          # build, measure, print a short table last
-    python -m benchmarks.gpu --json out/gpu.json --parts linear profile  # some parts
+    python -m benchmarks.gpu --json out/gpu.json                          # build, measure, print tables last
+    python -m benchmarks.gpu --json out/gpu.json --parts linear profile   # some parts
+    python -m benchmarks.gpu --json out/gpu.json --parts tiles            # for tuning: every tile of linear layers
     python -m benchmarks.gpu --json out/gpu.json --device cpu --quick     # a rehearsal without a GPU, not a measurement
 
 Each part runs in a process of its own with a time cap, so that none can stop another; what fails is recorded with its
-traceback, and the exit code says so. The record is written after every case, long tables go beside it as text.
+traceback, and the exit code says so. The record is written after every case, the tables go beside it as text.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
-import json
 import os
 import signal
 import subprocess
@@ -24,24 +24,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .plumbing import parts
 from .plumbing.record import write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-#: part -> (module, what makes its table, seconds after which no further case begins). In the order in which they run.
+#: part -> (module, what makes its cases, seconds after which no further case begins). In the order in which they run.
 PARTS: dict[str, tuple[str, str, float]] = {
-    "roofs": ("roofs", "table", 15),
-    "linear": ("linear", "table", 50),
-    "fisher": ("models", "table", 110),
-    "penalty": ("bandwidth", "table", 45),
-    "layers": ("layers", "table", 45),
-    "profile": ("passes", "table", 30),
-    "launches": ("launches", "table", 35),
-    "peers": ("peers", "short_table", 35),
-    "compiled": ("compiled", "table", 60),
-    "tiles": ("tiles", "table", 60),
+    "roofs": ("roofs", "cases", 15),
+    "linear": ("kernels", "linear_cases", 50),
+    "fisher": ("fisher", "cases", 110),
+    "penalty": ("penalty_kernels", "cases", 45),
+    "layers": ("layers", "cases", 45),
+    "profile": ("passes", "cases", 30),
+    "peers": ("peers", "cases", 35),
+    "compiled": ("penalty_kernels", "compiled_cases", 60),
+    "tiles": ("tiles", "cases", 60),
 }
 OPTIONAL = ("tiles",)  # part of a run only where asked for
-WHOLE = ("launches", "tiles")  # measured in one piece, by ``run``
 BUILD_SECONDS, TOTAL_SECONDS = 150, 450
 GRACE = 25  # seconds that a case may run on after its part's time, before its process is ended
 STARTS = 3  # processes for one part: each ends at most one case that did not work
@@ -53,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.worker:
         return _work(options)
-    started = time.monotonic()
-    folder = options.json.parent
+    from .gpu_report import section
+
+    started, folder = time.monotonic(), options.json.parent
     folder.mkdir(parents=True, exist_ok=True)
     plan = {part: options.seconds or PARTS[part][2] for part in options.parts}
     print("plan, seconds:", ", ".join(f"{part} {seconds:g}" for part, seconds in plan.items()), flush=True)
@@ -65,16 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = folder / f"{options.json.stem}_{part}.json"
         path.unlink(missing_ok=True)
         if left < 10:
-            record["parts"][part] = {"cases": {}, "errors": {}, "left_out": {"all": "no time was left"}}
+            found = parts.load(path) | {"left_out": {"all": parts.LATE}}
         else:
-            record["parts"][part] = _run(part, path, min(seconds, left), options)
+            found = _run(part, path, min(seconds, left), options)
+        record["parts"][part] = found
+        record["wall_seconds"] = round(time.monotonic() - started, 1)
         write_json(options.json, record)
-        print(f"{part}: {_state(record['parts'][part])}", flush=True)
-    record["wall_seconds"] = round(time.monotonic() - started, 1)
-    write_json(options.json, record)
-    tables = "\n\n".join(filter(None, (record["parts"][part].get("table") for part in plan)))
+        words = f"{len(found['cases'])} cases in {found.get('seconds', 0)} s"
+        words += f"; FAILED: {', '.join(found['errors'])}" if found["errors"] else ""
+        print(f"{part}: {words}; left out: {len(found['left_out'])}", flush=True)
+    tables, failures = section(record), _failures(record)
     write_bytes(options.json.with_suffix(".txt"), (tables + "\n").encode())
-    failures = _failures(record)
     print(_shortened(tables, failures))
     return 1 if failures else 0
 
@@ -114,21 +115,12 @@ def _run(part: str, path: Path, seconds: float, options: argparse.Namespace) -> 
         outputs.append(output)
         if code == 0 or not path.exists():  # done, or nothing was even begun: another start would do no better
             break
-    record = _read(path)
+    record = parts.load(path)
     if code and not record["errors"]:
         record["errors"]["the process"] = f"exit code {code}"
     record |= {"code": code, "seconds": round(time.monotonic() - started, 1)}
     if code or record["errors"]:
         record["output"] = "\n".join(outputs)[-4000:]
-    return record
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return a part's record; a case that was running when its process ended is an error."""
-    empty: dict[str, Any] = {"cases": {}, "errors": {}, "left_out": {}, "running": None}
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else empty
-    if record.get("running"):
-        record["errors"][record["running"]] = "the process ended, or was ended for lack of time, in this case"
     return record
 
 
@@ -148,59 +140,34 @@ def _process(command: Sequence[str], seconds: float, environment: dict[str, str]
         except subprocess.TimeoutExpired:
             code, words = 124, f"\nended after {seconds:.0f} s"
         finally:
-            _end(process)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its session is its own: this ends what it started too
+                process.wait()
         output.seek(0)
         return code, output.read().decode(errors="replace") + words
 
 
-def _end(process: subprocess.Popen) -> None:
-    """End a process that still runs, with those that it started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)  # its session is its own
-        process.wait()
-
-
 def _work(options: argparse.Namespace) -> int:
-    """Run one part in this process; what is not there is no failure of ours."""
+    """Run one part in this process; return 3 where it lost the device."""
     import torch
 
-    from .plumbing import parts
     from .plumbing.record import environment
 
     (part,) = options.parts
-    name, shown, seconds = PARTS[part]
+    module, maker, seconds = PARTS[part]
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
-    record = parts.load(options.json)
-    try:
-        module = importlib.import_module(f".{name}", __package__)
-    except ModuleNotFoundError as error:
-        if error.name != f"{__package__}.{name}":
-            raise
-        write_json(options.json, record | {"left_out": {"all": f"there is no benchmarks/{name}.py"}})
-        return 0
-    record["place"] = environment(options.device)
-    write_json(options.json, record)
-    seconds, table = options.seconds or seconds, getattr(module, shown)
-    if part in WHOLE:
-        arguments = (device, seconds, options.quick) if part == "tiles" else (options.device,)
-        cases: parts.Cases = {"all": lambda: module.run(*arguments)}
-        record = parts.run(cases, options.json, seconds, device, lambda found: table(found["all"]))
-    else:
-        cases = module.cases(device, options.quick)
-        record = parts.run(cases, options.json, seconds, device, table)
-    if hasattr(module, "log"):
-        write_bytes(options.json.with_suffix(".txt"), module.log(record["cases"]).encode())
-    return 3 if "lost" in record else 0
+    write_json(options.json, parts.load(options.json) | {"place": environment(options.device)})
 
+    def works() -> bool:  # after an illegal access nothing of its process does
+        try:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            return torch.ones(2, device=device).sum().item() == 2
+        except Exception:  # any: errors of CUDA have several types
+            return False
 
-def _state(record: dict[str, Any]) -> str:
-    """Return a line about a part: what was done, what not."""
-    words = f"{len(record['cases'])} cases in {record.get('seconds', 0)} s"
-    if record["errors"]:
-        words += f"; FAILED: {', '.join(record['errors'])}"
-    if record["left_out"]:
-        words += f"; left out: {len(record['left_out'])} ({next(iter(record['left_out'].values()))})"
-    return words
+    cases = getattr(importlib.import_module(f".{module}", __package__), maker)(device, options.quick)
+    return 3 if "lost" in parts.run(cases, options.json, options.seconds or seconds, works) else 0
 
 
 def _failures(record: dict[str, Any]) -> list[str]:
@@ -229,16 +196,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__, formatter_class=form)
-    parser.add_argument("--json", type=Path, required=True, metavar="PATH", help="write the record here")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument(
-        "--parts", nargs="+", choices=list(PARTS), default=[part for part in PARTS if part not in OPTIONAL]
-    )
-    parser.add_argument("--seconds", type=float, help="each part's time cap instead of the plan's")
-    parser.add_argument("--commit", default="", help="the commit, for a copy of the checkout without git")
-    parser.add_argument("--no-build", action="store_true", help="take the extension as it is")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: a test of these programs, not a measurement")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--json", type=Path, required=True, metavar="PATH", help="write the record here")
+    add("--device", choices=("cpu", "cuda"), default="cuda")
+    add("--parts", nargs="+", choices=list(PARTS), default=[part for part in PARTS if part not in OPTIONAL])
+    add("--seconds", type=float, help="each part's time cap instead of the plan's")
+    add("--commit", default="", help="the commit, for a copy of the checkout without git")
+    add("--no-build", action="store_true", help="take the extension as it is")
+    add("--quick", action="store_true", help="tiny sizes: a test of these programs, not a measurement")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.json = options.json.resolve()
     return options

@@ -10,10 +10,10 @@ import os
 import sys
 import threading
 
+import fake_cuda
 import torch
 import triton
 
-from benchmarks.plumbing import fake_cuda
 from wplfast.backends.triton import kernel, launch, precompile_cases, prepared, scale_unless_one, squares
 
 fake = fake_cuda.FakeCuda()

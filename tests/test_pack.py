@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import fake_cuda
 import pytest
 
 triton = pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
 import wplfast  # noqa: E402
-from benchmarks.plumbing import fake_cuda  # noqa: E402
 from wplfast.backends.triton import kernel, launch, packs, penalty_kernel, precompile, scale, squares  # noqa: E402
 from wplfast.backends.triton.precompile_cases import CASES  # noqa: E402
 
