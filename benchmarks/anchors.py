@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -13,17 +11,16 @@ from torch import Tensor
 
 import wplfast
 
-from .contenders import ALPHA, TOLERANCE, Case, Way, by_name, foreach_value, formula, net_shapes
-from .penalty import TENSORS
-from .plumbing.exact import Exact
+from .penalty import LARGE, QUICK, TENSORS
 from .plumbing.malloc import give_back
 from .plumbing.progress import progress
-from .timing import Contender, Spread, interleave, ratio
+from .timing import Budget, Contender, quartiles, ratio
+from .ways import ALPHA, TOLERANCE, Anchors, Case, Way, backward_of, by_name, check, foreach_value, formula, net_shapes
 
-COUNTS = (1, 2, 5, 10, 20, 50)
-QUICK_COUNTS = (1, 2, 3)
+COUNTS, QUICK_COUNTS = (1, 2, 5, 10, 20, 50), (1, 2, 3)
 SHARES = (0.1, 0.25, 0.5, 1.0)
 CONSOLIDATED = 0.1  # share of the parameters of the smaller consolidations
+DECAY = 0.5  # of what was there: F stays bounded in repetitions
 STEP = 0.1  # how far parameters walk from anchor to anchor, in standard deviations of their own
 NARROW = 2.0**-8  # what F in bfloat16 may cost: 8 bits, rounded
 
@@ -35,8 +32,7 @@ class Walk:
         """Draw the parameters."""
         self.theta = Case.of("anchors", net_shapes(numel, TENSORS), device).theta
         self.named = by_name(self.theta)
-        self.grads = [p.grad for p in self.theta]
-        self.anchors: list[tuple[list[Tensor], list[Tensor]]] = []  # theta_hat and F
+        self.left: list[tuple[list[Tensor], list[Tensor]]] = []  # theta_hat and F
         self._generator = torch.Generator(device).manual_seed(2)
 
     @torch.no_grad()
@@ -46,35 +42,31 @@ class Walk:
         fisher = [torch.empty_like(p).uniform_(generator=self._generator) for p in self.theta]
         for p in self.theta:
             p.add_(torch.empty_like(p).normal_(0, STEP, generator=self._generator))
-        self.anchors.append((theta_hat, fisher))
+        self.left.append((theta_hat, fisher))
         return by_name(fisher), by_name(theta_hat)
+
+    @property
+    def anchors(self) -> Anchors:
+        """All anchors left behind, by parameter."""
+        return [[(hats[i], fishers[i]) for hats, fishers in self.left] for i in range(len(self.theta))]
 
     def loop(self, count: int) -> Tensor:
         """Add up the penalties of the first anchors as Avalanche does: a loop over them, and one over parameters."""
-        value = torch.zeros((), device=self.theta[0].device)
-        for theta_hat, fisher in self.anchors[:count]:
-            value = value + formula(self.theta, theta_hat, fisher)
-        value.backward()
-        return value
+        return sum((formula(self.theta, *anchor) for anchor in self.left[:count]), self.theta[0].new_zeros(()))
 
     def foreach(self, count: int) -> Tensor:
         """Add them up with one list of tensors per anchor, without a graph."""
-        return torch.stack([foreach_value(self.theta, *anchor, self.grads) for anchor in self.anchors[:count]]).sum()
+        grads = [p.grad for p in self.theta]
+        return torch.stack([foreach_value(self.theta, *anchor, grads) for anchor in self.left[:count]]).sum()
 
     def penalty(self, **options: object) -> wplfast.WeightPlasticityLoss:
         """Return a penalty over the parameters without an anchor."""
         return wplfast.WeightPlasticityLoss(self.named, alpha=ALPHA, **options)
 
 
-def backward_of(penalty: Callable[[], Tensor]) -> Way:
-    """Return what evaluates a penalty and runs backward."""
-
-    def run() -> Tensor:
-        value = penalty()
-        value.backward()
-        return value
-
-    return run
+def ways_of(penalty: wplfast.WeightPlasticityLoss) -> dict[str, Way]:
+    """Return both ways to evaluate a penalty, or an active set of one."""
+    return {"add_grad_": penalty.add_grad_, "autograd": backward_of(penalty)}
 
 
 def share_of(walk: Walk, share: float) -> list[str]:
@@ -84,164 +76,120 @@ def share_of(walk: Walk, share: float) -> list[str]:
     return [str(i + part) for i in sorted(chosen) for part in (0, 1)]
 
 
-def _timed(
-    runs: Mapping[str, Callable[[], object]],
-    bases: Mapping[str, str],
-    device: torch.device,
-    rounds: int,
-    seconds: float,
-) -> dict[str, dict]:
+def _timed(runs: Mapping[str, Callable[[], object]], bases: Mapping[str, str], budget: Budget) -> dict[str, dict]:
     """Time runs interleaved, and summarise those that have a base with their ratio to it, round by round."""
-    cap = 2 * seconds / len(runs)
+    cap = 2 * budget.seconds / len(runs)
     contenders = {n: Contender(run, seconds=math.inf if n in bases.values() else cap) for n, run in runs.items()}
-    times = interleave(contenders, rounds, seconds, device)
+    times = budget.time(contenders)
     return {
         name: {
-            "milliseconds": asdict(Spread.of(times[name], 1e3)),
-            "over_base": asdict(ratio(times[name], times[base][: len(times[name])])),
+            "milliseconds": quartiles(times[name], 1e3),
+            "over_base": ratio(times[name], times[base]),
             "rounds": len(times[name]),
         }
         for name, base in bases.items()
     }
 
 
-def merged(walk: Walk, counts: Sequence[int], device: torch.device, rounds: int, seconds: float) -> Iterator[dict]:
+def merged(walk: Walk, counts: Sequence[int], budget: Budget) -> Iterator[dict]:
     """Measure K anchors, merged into one and kept apart; each over the same way with K = 1."""
-    exact, whole, first = Exact(walk.named), walk.penalty(), walk.penalty()
+    whole, first = walk.penalty(), walk.penalty()
     for count in counts:
-        while len(walk.anchors) < count:
+        while len(walk.left) < count:
             fisher, theta_hat = walk.step()
             whole.consolidate(fisher, theta_hat=theta_hat)
-            exact.add(fisher, theta_hat)
             if not first.n_anchors:
                 first.consolidate(fisher, theta_hat=theta_hat)
-        runs = {
-            "add_grad_": (whole.add_grad_, first.add_grad_),
-            "autograd": (backward_of(whole), backward_of(first)),
-            "apart, loop": (partial(walk.loop, count), partial(walk.loop, 1)),
-            "apart, foreach": (partial(walk.foreach, count), partial(walk.foreach, 1)),
-        }
-        errors = {name: exact.check(f"{count} anchors, {name}", run) for name, (run, _) in runs.items()}
-        both = {name: run for name, (run, _) in runs.items()} | {f"{name}, 1": one for name, (_, one) in runs.items()}
-        results = _timed(both, {name: f"{name}, 1" for name in runs}, device, rounds, seconds)
-        yield {
-            "anchors": count,
-            "results": {name: {**result, "relative_error": errors[name]} for name, result in results.items()},
-        }
+        runs, ones = (
+            {
+                **ways_of(penalty),
+                "apart, loop": backward_of(partial(walk.loop, k)),
+                "apart, foreach": partial(walk.foreach, k),
+            }
+            for penalty, k in ((whole, count), (first, 1))
+        )
+        errors = {name: check(f"{count} anchors, {name}", walk.theta, walk.anchors, run) for name, run in runs.items()}
+        both = runs | {f"{name}, 1": one for name, one in ones.items()}
+        results = _timed(both, {name: f"{name}, 1" for name in runs}, budget)
+        yield {"anchors": count, "results": _with(errors, results)}
 
 
-def active(walk: Walk, device: torch.device, rounds: int, seconds: float) -> list[dict]:
+def _with(errors: Mapping[str, dict], results: Mapping[str, dict]) -> dict[str, dict]:
+    """Return results with their errors."""
+    return {name: {**result, "relative_error": errors[name]} for name, result in results.items()}
+
+
+def active(walk: Walk, budget: Budget) -> list[dict]:
     """Measure ``subset(names)`` over the whole penalty with one anchor."""
-    penalty, exact = walk.penalty(), Exact(walk.named)
+    penalty = walk.penalty()
     fisher, theta_hat = walk.step()
     penalty.consolidate(fisher, theta_hat=theta_hat)
-    exact.add(fisher, theta_hat)
+    runs, bases, errors = ways_of(penalty), {}, {}
     chosen = {share: share_of(walk, share) for share in SHARES}
-    runs: dict[str, Way] = {"add_grad_": penalty.add_grad_, "autograd": backward_of(penalty)}
-    bases, errors = {}, {}
     for share, names in chosen.items():
-        subset = penalty.subset(names)
-        for name, run in (("add_grad_", subset.add_grad_), ("autograd", backward_of(subset))):
+        anchors = [pairs if name in names else [] for name, pairs in zip(walk.named, walk.anchors, strict=True)]
+        for name, way in ways_of(penalty.subset(names)).items():
             key = f"{name}, {share:.0%}"
-            runs[key], bases[key] = run, name
-            errors[key] = exact.check(f"an active set of {share:.0%}, {name}", run, names)
-    results = _timed(runs, bases, device, rounds, seconds)
-    total = sum(p.numel() for p in walk.theta)
+            runs[key], bases[key] = way, name
+            errors[key] = check(f"an active set of {share:.0%}, {name}", walk.theta, anchors, way)
+    results, total = _with(errors, _timed(runs, bases, budget)), sum(p.numel() for p in walk.theta)
     return [
         {
             "share": share,
             "elements": sum(walk.named[name].numel() for name in names) / total,
             "tensors": len(names) / len(walk.theta),
-            "results": {
-                name: {**results[key], "relative_error": errors[key]}
-                for name in ("add_grad_", "autograd")
-                for key in [f"{name}, {share:.0%}"]
-            },
+            "results": {name: results[f"{name}, {share:.0%}"] for name in ("add_grad_", "autograd")},
         }
         for share, names in chosen.items()
     ]
 
 
-def consolidation(walk: Walk, device: torch.device, rounds: int, seconds: float) -> dict[str, dict]:
+def consolidation(walk: Walk, budget: Budget) -> dict[str, dict]:
     """Measure a second ``consolidate``, of all parameters and of an active set, over that of all."""
     (old, old_hat), names = walk.step(), share_of(walk, CONSOLIDATED)
     fisher, theta_hat = walk.step()
     runs, bases, errors = {}, {}, {}
     for how in ("merge", "replace"):
         for key, which in ((how, None), (f"{how}, active", names)):
-            penalty, exact = walk.penalty(), Exact(walk.named)
-            runs[key] = partial(
-                penalty.consolidate, fisher, theta_hat=theta_hat, decay=0.5, anchor=how, active=which
-            )  # F stays bounded in repetitions, as each one halves what was there
+            penalty, options = walk.penalty(), {"theta_hat": theta_hat, "decay": DECAY, "anchor": how, "active": which}
             penalty.consolidate(old, theta_hat=old_hat)
-            exact.add(old, old_hat)
+            runs[key], bases[key] = partial(penalty.consolidate, fisher, **options), how
             runs[key]()
-            exact.add({name: fisher[name] for name in which or fisher}, theta_hat, 0.5, how == "replace")
-            errors[key] = exact.check(f"consolidate, {key}", penalty.add_grad_)
-            bases[key] = how
-    results = _timed(runs, bases, device, rounds, seconds)
+            anchors = []
+            for name in walk.named:
+                pairs = [(old_hat[name], old[name])]
+                if which is None or name in which:
+                    pairs = [(old_hat[name], DECAY * old[name]), (theta_hat[name], fisher[name])]
+                    if how == "replace":
+                        pairs = [(theta_hat[name], DECAY * old[name] + fisher[name])]
+                anchors.append(pairs)
+            errors[key] = check(f"consolidate, {key}", walk.theta, anchors, penalty.add_grad_)
     share = sum(walk.named[name].numel() for name in names) / sum(p.numel() for p in walk.theta)
-    return {"active_elements": share} | {
-        name: {**result, "relative_error": errors[name]} for name, result in results.items()
-    }
+    return {"active_elements": share, **_with(errors, _timed(runs, bases, budget))}
 
 
-def narrow(walk: Walk, device: torch.device, rounds: int, seconds: float) -> dict[str, dict] | None:
-    """Measure F in bfloat16 over F in float32; None where the installed penalty has no such option."""
-    if "fisher_dtype" not in inspect.signature(wplfast.WeightPlasticityLoss).parameters:
-        return None
-    exact = Exact(walk.named)
+def narrow(walk: Walk, budget: Budget) -> dict[str, dict]:
+    """Measure F in bfloat16 over F in float32."""
     fisher, theta_hat = walk.step()
-    exact.add(fisher, theta_hat)
     runs, bases, errors = {}, {}, {}
-    for kind, options in (("float32", {}), ("bfloat16", {"fisher_dtype": torch.bfloat16})):
-        penalty = walk.penalty(**options)
+    for dtype, tolerance in ((torch.float32, TOLERANCE), (torch.bfloat16, NARROW)):
+        penalty = walk.penalty(fisher_dtype=dtype)
         penalty.consolidate(fisher, theta_hat=theta_hat)
-        for name, run in (("add_grad_", penalty.add_grad_), ("autograd", backward_of(penalty))):
-            key = f"{name}, {kind}"
-            runs[key], bases[key] = run, f"{name}, float32"
-            errors[key] = exact.check(key, run, tolerance=NARROW if options else TOLERANCE)
-    results = _timed(runs, bases, device, rounds, seconds)
-    return {name: {**result, "relative_error": errors[name]} for name, result in results.items()}
+        for name, way in ways_of(penalty).items():
+            key = f"{name}, {str(dtype).removeprefix('torch.')}"
+            runs[key], bases[key] = way, f"{name}, float32"
+            errors[key] = check(key, walk.theta, walk.anchors, way, tolerance)
+    return _with(errors, _timed(runs, bases, budget))
 
 
-def run(device: torch.device, quick: bool, rounds: int, seconds: float) -> dict:
-    """Measure all four; ``seconds`` caps each case."""
-    walk = Walk(10**5 if quick else 10**7, device)
+def run(budget: Budget) -> dict:
+    """Measure all four."""
+    walk = Walk(QUICK if budget.quick else LARGE, budget.device)
     record: dict = {"parameters": sum(p.numel() for p in walk.theta), "tensors": len(walk.theta)}
-    counts = QUICK_COUNTS if quick else COUNTS
-    bar = progress(range(len(counts) + 3), "anchors")
-    record["merged"] = [row for row, _ in zip(merged(walk, counts, device, rounds, seconds), bar, strict=False)]
+    counts = QUICK_COUNTS if budget.quick else COUNTS
+    record["merged"] = list(progress(merged(walk, counts, budget), "anchors"))
     for key, part in (("active", active), ("consolidate", consolidation), ("fisher_dtype", narrow)):
-        walk.anchors.clear()
+        walk.left.clear()
         give_back()
-        record[key] = part(walk, device, rounds, seconds)
-        next(bar)
+        record[key] = part(walk, budget)
     return record
-
-
-def table(record: dict) -> str:
-    """Return tables for people: medians, with quartiles in brackets."""
-    head = f"{'ms':>24} {'over base':>24} {'rel. error':>10} {'of value':>10} {'rounds':>6}"
-    lines = [f"{record['parameters']:,} parameters in {record['tensors']} tensors", f"{'K anchors':28}{head}"]
-    for row in record["merged"]:
-        lines += [_row(f"{row['anchors']:3} {name}", result) for name, result in row["results"].items()]
-    lines += ["", f"{'active set, over the whole':28}{head}"]
-    for row in record["active"]:
-        lines += [_row(f"{row['elements']:.1%} {name}", result) for name, result in row["results"].items()]
-    share = record["consolidate"]["active_elements"]
-    lines += ["", f"{f'consolidate; active: {share:.1%}':28}{head}"]
-    lines += [_row(name, result) for name, result in record["consolidate"].items() if name != "active_elements"]
-    if record["fisher_dtype"] is None:
-        lines += ["", "F in bfloat16: left out, the installed WeightPlasticityLoss has no option fisher_dtype"]
-    else:
-        lines += ["", f"{'dtype of F':28}{head}"]
-        lines += [_row(name, result) for name, result in record["fisher_dtype"].items()]
-    return "\n".join(lines)
-
-
-def _row(name: str, result: dict) -> str:
-    """Return one way's line."""
-    time, over, errors = Spread(**result["milliseconds"]), Spread(**result["over_base"]), result["relative_error"]
-    shown = f"{errors['gradient']:10.1e} {errors['value']:10.1e} {result['rounds']:6}"
-    return f"{name:28}{time!s:>24} {over!s:>24} {shown}"

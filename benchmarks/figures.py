@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .plumbing import gpu_figure, plots
+from .plumbing import plots
+from .plumbing.markdown import threads
 from .plumbing.record import write_bytes
 
 DRAWN = ("peers", "scaling", "sweep")
@@ -27,6 +28,7 @@ WAYS = {
     "foreach, value": {"color": plots.ORANGE, "label": "foreach"},
     "foreach": {"color": plots.ORANGE, "linestyle": ":", "label": "foreach, gradient alone"},
     "autograd": {"color": plots.SKY, "label": "wplfast: wpl().backward()"},
+    "functional": {"color": plots.SKY, "linestyle": ":", "label": "wplfast: functional.wpl_penalty"},
     "add_grad_": {"color": plots.BLUE, "linewidth": 2.2, "label": "wplfast: wpl.add_grad_()"},
     "triad": {
         "color": plots.BLACK,
@@ -39,27 +41,20 @@ WAYS = {
 
 
 def draw(record: dict[str, Any]) -> bytes:
-    """Draw a record's last run of peers, or else of scaling, or else all runs of the sweep, or a GPU's, as a PNG.
+    """Draw a record's last run of peers, or else of scaling, or else all runs of the sweep, as a PNG.
 
     Raises:
         ValueError: if it has none of them.
     """
-    if "parts" in record:
-        return gpu_figure.draw(record)
     torch = f"torch {record['versions']['torch']}"
     for part, drawer in (("peers", _peers), ("scaling", _scaling)):
         if record.get(part):
             run = record[part][-1]
-            place = record["hardware"].get("gpu") or f"{record['hardware']['cpu']}, {_threads(run)}"
+            place = record["hardware"].get("gpu") or f"{record['hardware']['cpu']}, {threads(run['threads'])}"
             return drawer(run["records"], f"{place}, {torch}")
     if record.get("sweep"):
         return _sweep(record["sweep"], f"{record['hardware'].get('gpu') or record['hardware']['cpu']}, {torch}")
     raise ValueError(f"expected a record of {' or '.join(DRAWN)}, found {', '.join(record)}")
-
-
-def _threads(run: dict[str, Any]) -> str:
-    """Render a run's number of threads."""
-    return f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
 
 
 def _peers(records: list[dict[str, Any]], place: str) -> bytes:
@@ -156,7 +151,9 @@ def _sweep(runs: list[dict[str, Any]], place: str) -> bytes:
                     sizes = [r["parameters"] for r in points]
                     times = [r["results"][name]["milliseconds"]["median"] for r in points]
                     lines[name] = axis.plot(sizes, times, **(LINE | look))[0]
-            axis.set(xscale="log", yscale="log", title=f"{count:,} tensor{'s' * (count > 1)}, {_threads(run)}")
+            axis.set(
+                xscale="log", yscale="log", title=f"{count:,} tensor{'s' * (count > 1)}, {threads(run['threads'])}"
+            )
             axis.xaxis.set_major_locator(plt.LogLocator(numticks=10))
         row[0].set_ylabel("ms per call")
     for axis in axes[-1]:

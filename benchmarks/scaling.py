@@ -5,70 +5,125 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import wplfast
 from wplfast.losses import cross_entropy
 
-from .fisher import peak_bytes, steady
+from .fisher import Subject, peak_bytes, steady, subject_of
+from .models import Decoder, mlp
 from .plumbing.progress import progress
-from .plumbing.series import CLASSES, HELD, SAMPLES, TIMED, Series
-from .timing import Contender, Spread, interleave, measure, ratio
-from .workloads import Batch
+from .timing import Budget, Contender, measure, quartiles, ratio
+from .workloads import Batch, Draw, Workload, rows, text
 
+SAMPLES = 32  # of each batch where classes or the number of batches grow
 FITTED = 3  # last points that a slope is fitted to
 
 
-def timed(series: Series, size: int, device: torch.device, rounds: int, seconds: float) -> dict:
+@dataclass(frozen=True)
+class Series:
+    """Models and batches of growing size.
+
+    Args:
+        name: what grows.
+        shown: of what.
+        sizes: measured ones.
+        quick: tiny ones.
+        model: makes the model of a size.
+        draw: makes what draws batches for it.
+    """
+
+    name: str
+    shown: str
+    sizes: Sequence[int]
+    quick: Sequence[int]
+    model: Callable[[int], nn.Module]
+    draw: Callable[[int], Draw]
+
+    def at(self, size: int, device: torch.device) -> Subject:
+        """Make model and batches of one size."""
+        name = f"{self.name}={size}"
+        workload = Workload(name, self.shown, math.nan, lambda _: self.model(size), self.draw(size))
+        return subject_of(workload, device, quick=False)
+
+
+def _powers(first: int, last: int) -> list[int]:
+    return [2**k for k in range(first, last + 1)]
+
+
+TIMED = (
+    Series(
+        "N", "MLP 784-512-512-10, batch size N", _powers(3, 10), (2, 4, 8),
+        lambda n: mlp(784, 512, 512, 10), lambda n: rows(n, 784),
+    ),
+    Series(
+        "T", "decoder d=64, 2 layers, V=200, batch of 4, length T", _powers(4, 10), (4, 8, 16),
+        lambda t: Decoder(200, t, 64, 2, tied=False), lambda t: text(4, t, 200),
+    ),
+    Series(
+        "D", "MLP D-D-D-10, batch of 64, width D", _powers(5, 11), (8, 16, 32),
+        lambda d: mlp(d, d, d, 10), lambda d: rows(64, d),
+    ),
+)  # fmt: skip
+CLASSES = Series(
+    "C", "MLP 256-256-256-C, batch of 32, exact over C classes", _powers(1, 8), (2, 3, 4),
+    lambda c: mlp(256, 256, 256, c), lambda c: rows(SAMPLES, 256, classes=c),
+)  # fmt: skip
+HELD = Series(
+    "samples", "MLP 256-256-256-10, batches of 32, samples in all", [SAMPLES * k for k in _powers(0, 6)],
+    [SAMPLES * k for k in (1, 2, 3)], lambda _: mlp(256, 256, 256, 10), lambda _: rows(SAMPLES, 256),
+)  # fmt: skip
+
+
+def timed(series: Series, size: int, budget: Budget) -> dict:
     """Time one size: the steady pass, checked against float64 as always, and the unit."""
-    model = series.at(size, device)
-    with steady(model) as fisher_pass:
-        contenders = {"unit": Contender(model.unit, model.clear), "fisher": Contender(fisher_pass, model.clear)}
-        return _point(size, interleave(contenders, rounds, seconds, device))
+    subject = series.at(size, budget.device)
+    with steady(subject) as fisher_pass:
+        runs = {"unit": subject.unit, "fisher": fisher_pass}
+        return _point(size, budget.time({name: Contender(run, subject.clear) for name, run in runs.items()}))
 
 
-def exact(series: Series, size: int, device: torch.device, rounds: int, seconds: float) -> dict:
+def exact(series: Series, size: int, budget: Budget) -> dict:
     """Time the batches of one call with ``fisher_type="exact"``, and a unit between each and the next.
 
     The first batch measures and verifies; its time does not count.
     """
-    model = series.at(size, device)
+    subject, device = series.at(size, budget.device), budget.device
     times: dict[str, list[float]] = {"unit": [], "fisher": []}
-    unit, started = Contender(model.unit, model.clear), time.perf_counter()
+    unit, started = Contender(subject.unit, subject.clear), time.perf_counter()
 
     def batches() -> Iterator[Batch]:
-        for done, batch in enumerate(islice(cycle(model.batches), rounds + 1)):
+        for done, batch in enumerate(islice(cycle(subject.batches), budget.rounds + 1)):
             asked = _now(device)
             yield batch
             if done:
                 times["fisher"].append(_now(device) - asked)
                 times["unit"].append(measure(unit, 1, device))
-            if done >= 3 and time.perf_counter() - started > seconds:
+            if done >= 3 and time.perf_counter() - started > budget.seconds:
                 break
 
     measure(unit, 1, device)
-    wplfast.fisher_diagonal(model.watched, batches(), cross_entropy, fisher_type="exact")
+    wplfast.fisher_diagonal(subject.watched, batches(), cross_entropy, fisher_type="exact")
     return _point(size, times)
 
 
-def held(series: Series, size: int, device: torch.device) -> dict:
+def held(series: Series, size: int, budget: Budget) -> dict:
     """Return the peak memory of one call, whose batches are made as it asks for them, and of a unit."""
-    model = series.at(size, device)
-    generator = torch.Generator().manual_seed(0)
+    subject, draw, generator = series.at(size, budget.device), series.draw(size), torch.Generator().manual_seed(0)
 
     def batches() -> Iterator[tuple[Tensor, ...]]:
         for _ in range(size // SAMPLES):
-            yield tuple(part.to(device) for part in series.batch(size, generator))
+            yield tuple(part.to(budget.device) for part in draw(False, generator))
 
-    model.clear()
-    unit = peak_bytes(model.unit, device)
-    model.clear()
-    call = peak_bytes(lambda: wplfast.fisher_diagonal(model.watched, batches(), cross_entropy), device)
+    subject.clear()
+    unit = peak_bytes(subject.unit, budget.device)
+    subject.clear()
+    call = peak_bytes(lambda: wplfast.fisher_diagonal(subject.watched, batches(), cross_entropy), budget.device)
     return {"size": size, "peak_bytes": {"unit": unit, "fisher": call}}
 
 
@@ -79,15 +134,11 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _point(size: int, times: dict[str, list[float]]) -> dict:
+def _point(size: int, times: Mapping[str, Sequence[float]]) -> dict:
     """Summarise the times of one size."""
-    spreads = {name: asdict(Spread.of(measured, 1e3)) for name, measured in times.items()}
-    return {
-        "size": size,
-        "pairs": len(times["unit"]),
-        "milliseconds": spreads,
-        "ratio": asdict(ratio(times["fisher"], times["unit"])),
-    }
+    spreads = {name: quartiles(taken, 1e3) for name, taken in times.items()}
+    found = {"size": size, "pairs": len(times["unit"]), "milliseconds": spreads}
+    return found | {"ratio": ratio(times["fisher"], times["unit"])}
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -96,44 +147,18 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
     return statistics.linear_regression(*logs).slope
 
 
-def run(device: torch.device, quick: bool, rounds: int, seconds: float) -> list[dict]:
-    """Measure all series; ``seconds`` caps each point."""
-    records = []
-    for series in progress((*TIMED, CLASSES, HELD), "scaling"):
-        points = []
-        for size in series.quick if quick else series.sizes:
-            if series is HELD:
-                points.append(held(series, size, device))
-            else:
-                points.append((exact if series is CLASSES else timed)(series, size, device, rounds, seconds))
-        records.append({"name": series.name, "shown": series.shown, "points": points, "slopes": _slopes(points)})
-    return records
-
-
-def _slopes(points: Sequence[dict]) -> dict[str, float]:
-    """Return the exponents of unit and Fisher pass."""
-    sizes = [point["size"] for point in points]
-    return {name: slope(sizes, [value(point, name) for point in points]) for name in ("unit", "fisher")}
-
-
 def value(point: dict, name: str) -> float:
     """Return a point's median time in ms, or its peak memory in bytes."""
     return point["milliseconds"][name]["median"] if "milliseconds" in point else point["peak_bytes"][name]
 
 
-def table(records: Sequence[dict]) -> str:
-    """Return a table for people."""
-    lines = []
-    for record in records:
-        lines += ["", record["shown"]]
-        for point in record["points"]:
-            if "ratio" not in point:
-                peaks = (f"{name} {point['peak_bytes'][name] / 1e6:8.3f} MB" for name in ("unit", "fisher"))
-                lines.append(f"{record['name']:>8} {point['size']:5} {', '.join(peaks)}")
-                continue
-            unit, fisher = (Spread(**point["milliseconds"][name]) for name in ("unit", "fisher"))
-            shown = f"unit {unit!s:>24} ms, Fisher {fisher!s:>24} ms"
-            lines.append(f"{record['name']:>8} {point['size']:5} {shown}, ratio {Spread(**point['ratio'])}")
-        shown = ", ".join(f"{name} {record['name']}^{power:.2f}" for name, power in record["slopes"].items())
-        lines.append(f"{'':8} last {FITTED} points: {shown}")
-    return "\n".join(lines[1:])
+def run(budget: Budget) -> list[dict]:
+    """Measure all series; the budget is that of each point."""
+    records = []
+    for series in progress((*TIMED, CLASSES, HELD), "scaling"):
+        sizes = series.quick if budget.quick else series.sizes
+        one = held if series is HELD else exact if series is CLASSES else timed
+        points = [one(series, size, budget) for size in sizes]
+        slopes = {name: slope(sizes, [value(point, name) for point in points]) for name in ("unit", "fisher")}
+        records.append({"name": series.name, "shown": series.shown, "points": points, "slopes": slopes})
+    return records

@@ -1,8 +1,8 @@
-"""What the README's sections are made of."""
+"""What the README's sections and the tables on the console are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,24 @@ def row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def aligned(lines: Iterable[str]) -> str:
+    """Return lines with the columns of their tables padded, for the console."""
+    found: list[str] = []
+    table: list[list[str]] = []
+    for line in [*lines, ""]:
+        if line.startswith("|"):
+            table.append([cell.strip().replace("\\*", "*") for cell in line.strip("|").split("|")])
+            continue
+        if table:
+            del table[1]  # the line under the heads
+            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+            table.insert(1, ["-" * width for width in widths])
+            found += ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+            table = []
+        found.append(line)
+    return "\n".join(found).rstrip()
+
+
 def threads(count: int) -> str:
     """Render a number of threads."""
     return f"{count} thread{'s' * (count > 1)}"
@@ -34,11 +52,17 @@ def several(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
+def spread(found: dict[str, float], factor: float = 1.0, unit: str = "") -> str:
+    """Render a median with its quartiles."""
+    low, mid, high = (f"{factor * found[key]:.3g}" for key in ("q1", "median", "q3"))
+    return f"{mid}{unit} [{low}, {high}]"
+
+
 def time(result: dict[str, Any] | None, quartiles: bool = True) -> str:
     """Render a time, with its quartiles."""
     if result is None:
         return "-"
-    low, mid, high = (result["milliseconds"][key] for key in ("q1", "median", "q3"))
-    unit, factor = ("s", 1e-3) if mid >= 1000 else ("ms", 1.0) if mid >= 1 else ("µs", 1000.0)
-    spread = f" [{low * factor:.3g}, {high * factor:.3g}]" if quartiles else ""
-    return f"{mid * factor:.3g} {unit}{spread}"
+    found = result["milliseconds"]
+    mid = found["median"]
+    unit, factor = (" s", 1e-3) if mid >= 1000 else (" ms", 1.0) if mid >= 1 else (" µs", 1000.0)
+    return spread(found, factor, unit) if quartiles else f"{mid * factor:.3g}{unit}"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,22 +15,22 @@ import wplfast
 
 ALPHA = 3.0
 TOLERANCE = 1e-5  # fp32 against float64, relative to the largest entry: eager sums 10 M terms within 1e-6
-CHUNK = 2**16  # elements that are checked at a time: their float64 copies stay in a core's cache
-CHUNK_CUDA = 2**26  # on a GPU
+CHUNK, CHUNK_CUDA = 2**16, 2**26  # elements that are checked at a time: their float64 copies stay in a core's cache
 
 #: Bytes that each way moves per fp32 parameter.
 BYTES = {
     "add_grad_": 20,  # reads theta, theta_hat, F, grad; writes grad
     "autograd": 28,  # reads 3, writes a gradient; AccumulateGrad reads it and grad, writes grad
+    "functional": 28,  # likewise
     "eager": 84,  # sub 12, pow 8, mul 12, sum 4; backward 8 + 8 + 8 + 12, AccumulateGrad 12
     "cat": 92,  # cat 8, then as eager: the gradients of the pieces are views
     "foreach": 36,  # sub, mul, add: 12 each; no value
     "foreach, value": 52,  # mul into a new list, then mul 12 and sum 4
     "compile": 40,  # value 12, gradient 16, AccumulateGrad 12
 }
-NO_VALUE = {"foreach"}  # these compute the gradient alone
 
 Way = Callable[[], Tensor | None]
+Anchors = Sequence[Sequence[tuple[Tensor, Tensor]]]  # for each parameter, the pairs of theta_hat and F of its anchors
 
 
 class WrongResultError(RuntimeError):
@@ -75,6 +74,11 @@ class Case:
         """The gradients, which stay the same tensors."""
         return [p.grad for p in self.theta if p.grad is not None]
 
+    @property
+    def anchors(self) -> Anchors:
+        """The one anchor of each parameter."""
+        return [[pair] for pair in zip(self.theta_hat, self.fisher, strict=True)]
+
 
 def by_name(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return tensors, one per parameter, by the names that penalties know the parameters by."""
@@ -82,7 +86,12 @@ def by_name(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def net_shapes(numel: int, n_tensors: int = 160) -> list[tuple[int, ...]]:
-    """Return weight matrices and bias vectors, half each, with about so many elements; sides differ by up to 6."""
+    """Return weight matrices and bias vectors, half each, with about so many elements; sides differ by up to 6.
+
+    One tensor is one vector.
+    """
+    if n_tensors == 1:
+        return [(numel,)]
     generator = torch.Generator().manual_seed(1)
     sides = torch.exp(math.log(6) * torch.rand(n_tensors // 2, 2, generator=generator, dtype=torch.float64))
     areas, rows = sides.prod(1).sum().item(), sides[:, 0].sum().item()
@@ -91,17 +100,26 @@ def net_shapes(numel: int, n_tensors: int = 160) -> list[tuple[int, ...]]:
     return [shape for rows, columns in rounded for shape in ((rows, columns), (rows,))]
 
 
-def ours(case: Case) -> dict[str, Way]:
-    """Return wplfast's two: in place, and through autograd."""
-    penalty = wplfast.WeightPlasticityLoss(by_name(case.theta), alpha=ALPHA)
-    penalty.consolidate(by_name(case.fisher), theta_hat=by_name(case.theta_hat))
+def backward_of(penalty: Callable[[], Tensor]) -> Way:
+    """Return what evaluates a penalty and runs backward."""
 
-    def autograd() -> Tensor:
+    def run() -> Tensor:
         value = penalty()
         value.backward()
         return value
 
-    return {"add_grad_": penalty.add_grad_, "autograd": autograd}
+    return run
+
+
+def ours(case: Case) -> dict[str, Way]:
+    """Return wplfast's three: in place, through autograd, and the function without state."""
+    penalty = wplfast.WeightPlasticityLoss(by_name(case.theta), alpha=ALPHA)
+    penalty.consolidate(by_name(case.fisher), theta_hat=by_name(case.theta_hat))
+
+    def functional() -> Tensor:
+        return wplfast.functional.wpl_penalty(case.theta, case.theta_hat, case.fisher, ALPHA)
+
+    return {"add_grad_": penalty.add_grad_, "autograd": backward_of(penalty), "functional": backward_of(functional)}
 
 
 def formula(theta: Sequence[Tensor], theta_hat: Sequence[Tensor], fisher: Sequence[Tensor]) -> Tensor:
@@ -125,13 +143,8 @@ def foreach_value(
 
 
 def plain(case: Case) -> dict[str, Way]:
-    """Return the loop over tensors, and the same with lists of them."""
+    """Return the loop over tensors, and lists of them, without and with the value."""
     grads = case.grads
-
-    def eager() -> Tensor:
-        value = formula(case.theta, case.theta_hat, case.fisher)
-        value.backward()
-        return value
 
     @torch.no_grad()
     def foreach() -> None:
@@ -139,98 +152,80 @@ def plain(case: Case) -> dict[str, Way]:
         torch._foreach_mul_(gradient, case.fisher)
         torch._foreach_add_(grads, gradient, alpha=ALPHA)
 
-    def valued() -> Tensor:
-        return foreach_value(case.theta, case.theta_hat, case.fisher, grads)
-
-    return {"eager": eager, "foreach": foreach, "foreach, value": valued}
+    return {
+        "eager": backward_of(lambda: formula(case.theta, case.theta_hat, case.fisher)),
+        "foreach": foreach,
+        "foreach, value": lambda: foreach_value(case.theta, case.theta_hat, case.fisher, grads),
+    }
 
 
 def flat(case: Case) -> dict[str, Way]:
     """Return the formula over one vector: the parameters are concatenated in each step, the rest was before."""
     theta_hat, fisher = parameters_to_vector(case.theta_hat), parameters_to_vector(case.fisher)
-
-    def cat() -> Tensor:
-        value = ALPHA / 2 * (fisher * (parameters_to_vector(case.theta) - theta_hat) ** 2).sum()
-        value.backward()
-        return value
-
-    return {"cat": cat}
+    return {
+        "cat": backward_of(lambda: ALPHA / 2 * (fisher * (parameters_to_vector(case.theta) - theta_hat) ** 2).sum())
+    }
 
 
 def compiled(case: Case) -> dict[str, Way]:
     """Return the loop over tensors, compiled for this case: nothing is taken over from others or from a cache."""
     torch._dynamo.reset()
     function = torch.compile(formula, fullgraph=True, dynamic=False)
-
-    def run() -> Tensor:
-        value = function(case.theta, case.theta_hat, case.fisher)
-        value.backward()
-        return value
-
+    run = backward_of(lambda: function(case.theta, case.theta_hat, case.fisher))
     with warnings.catch_warnings(), torch._inductor.config.patch(force_disable_caches=True):
         warnings.simplefilter("ignore")  # that caches are disabled
         run()
     return {"compile": run}
 
 
-#: What is compared. What one of these makes shares memory, so that large cases can be made and freed in turn.
+#: What makes the ways that are compared.
 MAKERS: Mapping[str, Callable[[Case], dict[str, Way]]] = {
     "ours": ours,
     "plain": plain,
     "flat": flat,
     "compiled": compiled,
 }
-#: The names of what each makes.
-WAYS = {
-    "ours": ("add_grad_", "autograd"),
-    "plain": ("eager", "foreach", "foreach, value"),
-    "flat": ("cat",),
-    "compiled": ("compile",),
-}
 
 
-def make(case: Case, makers: Sequence[str]) -> tuple[dict[str, Way], float | None]:
-    """Make ways, and return the seconds that compiling one took, or None."""
-    ways: dict[str, Way] = {}
-    seconds = None
-    for maker in makers:
-        started = time.perf_counter()
-        ways |= MAKERS[maker](case)
-        if maker == "compiled":
-            seconds = time.perf_counter() - started
-    return ways, seconds
+def errors_of(theta: Sequence[Tensor], anchors: Anchors, way: Way) -> dict[str, float]:
+    """Return the relative errors of a penalty's value and of the gradients that it adds to gradients of 1.
+
+    Expected is ``ALPHA/2 sum_k F_k (theta - theta_k)^2`` over each parameter's anchors, in float64. The gradient's
+    error is relative to a parameter's largest entry. Gradients of parameters without anchors must stay as they are.
+    """
+    for p in theta:
+        p.grad.fill_(1)
+    with torch.enable_grad():
+        value = way()
+    expected = worst = 0.0
+    for p, pairs in zip(theta, anchors, strict=True):
+        error, largest, chunk = 0.0, 0.0, CHUNK_CUDA if p.is_cuda else CHUNK
+        for start in range(0, p.numel(), chunk):
+            x, grad, *rest = (
+                tensor.detach().reshape(-1)[start : start + chunk].double()
+                for tensor in (p, p.grad, *(tensor for pair in pairs for tensor in pair))
+            )
+            gradient = torch.ones_like(x)
+            for theta_hat, fisher in zip(rest[::2], rest[1::2], strict=True):
+                d = x - theta_hat
+                fisher.mul_(d)
+                expected += ALPHA / 2 * torch.dot(fisher, d).item()
+                gradient.add_(fisher, alpha=ALPHA)
+            largest = max(largest, gradient.abs().max().item())
+            error = max(error, grad.sub_(gradient).abs().max().nan_to_num(torch.inf).item())
+        worst = max(worst, error / largest if largest else 0.0)
+    return {"gradient": worst} if value is None else {"gradient": worst, "value": abs(value.item() / expected - 1)}
 
 
-def check(case: Case, name: str, way: Way) -> dict[str, float]:
-    """Return the relative errors of value and gradients against float64, added to gradients of 1.
+def check(
+    what: str, theta: Sequence[Tensor], anchors: Anchors, way: Way, tolerance: float = TOLERANCE
+) -> dict[str, float]:
+    """Return the errors of a way to add a penalty's gradient.
 
     Raises:
         WrongResultError: if one is above the tolerance.
     """
-    for grad in case.grads:
-        grad.fill_(1)
-    value = way()
-    worst, expected = 0.0, 0.0
-    for p, p_hat, f in zip(case.theta, case.theta_hat, case.fisher, strict=True):
-        error, largest = 0.0, 0.0
-        for theta, theta_hat, fisher, grad in _chunks(p, p_hat, f, p.grad):
-            d = theta.sub_(theta_hat)
-            gradient = fisher.mul_(d)
-            expected += ALPHA / 2 * torch.dot(gradient, d).item()
-            gradient.mul_(ALPHA).add_(1)
-            largest = max(largest, gradient.abs().max().item())
-            error = max(error, grad.sub_(gradient).abs().max().nan_to_num(torch.inf).item())
-        worst = max(worst, error / largest)
-    errors = {"gradient": worst}
-    if value is not None:
-        errors["value"] = abs(value.item() / expected - 1)
-    if not all(error < TOLERANCE for error in errors.values()):
-        raise WrongResultError(f"{case.name}, {name}: relative errors {errors} against float64, expected < {TOLERANCE}")
+    errors = errors_of(theta, anchors, way)
+    if not all(error < tolerance for error in errors.values()):
+        raise WrongResultError(f"{what}: relative errors {errors} against float64, expected < {tolerance}")
     return errors
-
-
-def _chunks(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Yield float64 copies of the tensors, some elements of all at a time."""
-    chunk = CHUNK_CUDA if tensors[0].is_cuda else CHUNK
-    for parts in zip(*(tensor.detach().reshape(-1).split(chunk) for tensor in tensors), strict=True):
-        yield [part.double() for part in parts]

@@ -1,0 +1,92 @@
+"""One capture rule: a steady Fisher pass over the unit, with the rule and without it, where the generic one serves.
+
+    python -m benchmarks rule linear           # a case of benchmarks/rules.py
+    python -m benchmarks rule MODULE:CASE      # a function of yours that returns (model, batch, loss_fn)
+
+``batch`` is (inputs, targets) with the samples on their first axis, ``loss_fn(outputs, targets)`` gives one loss per
+sample. The unit is one ordinary ``loss_fn(model(inputs), targets).mean().backward()``.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from wplfast.capture import rules as capture_rules
+
+from .fisher import Subject, memory, steady
+from .rules import CASES, Case
+from .timing import Budget, Contender, quartiles, ratio
+
+SECONDS = 20.0  # for all of it
+SLOW = 8  # a pass that takes more than this part of the time is not repeated
+
+
+def find(name: str) -> Case:
+    """Return a built-in case, or a module's.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    module, colon, function = name.partition(":")
+    if not colon and name in CASES:
+        return CASES[name]
+    try:
+        found: Case = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError):
+        raise ValueError(f"expected MODULE:CASE or one of {', '.join(CASES)}, got {name!r}") from None
+    return found
+
+
+@contextmanager
+def without(names: Collection[str]) -> Iterator[None]:
+    """Take rules out of the list that calls are matched with; the generic rule stays."""
+    before = list(capture_rules.RULES)
+    capture_rules.RULES[:] = [r for r in before if r.name not in names or r is capture_rules.GENERIC]
+    try:
+        yield
+    finally:
+        capture_rules.RULES[:] = before
+
+
+def measure(subject: Subject, budget: Budget) -> dict:
+    """Time the steady pass and the unit, interleaved, with the rules that are there; return the record."""
+    started = time.perf_counter()
+    with steady(subject, strict=False) as fisher_pass:
+        warm = time.perf_counter()
+        fisher_pass()
+        once = time.perf_counter() - warm
+        runs = {"unit": subject.unit, "fisher": fisher_pass}
+        left = budget.seconds - (time.perf_counter() - started)
+        few = replace(budget, rounds=budget.rounds if SLOW * once < left else 1, seconds=left)
+        times = few.time({name: Contender(run, subject.clear) for name, run in runs.items()})
+        peaks = memory(subject, fisher_pass, budget.device)
+    return {
+        "rules": {name: list(served) for name, served in subject.report.rules.items()},
+        "milliseconds": {name: quartiles(taken, 1e3) for name, taken in times.items()},
+        "ratio": ratio(times["fisher"], times["unit"]),
+        "pairs": len(times["unit"]),
+        "relative_error": subject.error,
+        "extra_bytes": peaks["fisher_pass"] - peaks["unit"],
+        "one_fisher_bytes": peaks["one_fisher"],
+    }
+
+
+def run(name: str, budget: Budget) -> dict:
+    """Measure a case with the rules that serve it, and without them."""
+    torch.manual_seed(0)
+    model, batch, loss_fn = find(name)()
+    model, batch = model.to(budget.device), tuple(part.to(budget.device) for part in batch)
+    half = replace(budget, seconds=budget.seconds / 2)
+    found = {"on": measure(Subject(copy.deepcopy(model), [batch], loss_fn, name), half)}
+    served = {rule for rules in found["on"]["rules"].values() for rule in rules}
+    if served - {capture_rules.GENERIC.name}:
+        with without(served):
+            found["off"] = measure(Subject(model, [batch], loss_fn, name), half)
+    return {"case": name, **found}
