@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,26 +34,23 @@ from .timing import Budget
 from .ways import WrongResultError
 from .workloads import KNOWN, WORKLOADS
 
-#: What each choice measures. The last two keep freed memory, which cannot be undone.
-PARTS = {
+#: What each choice measures. Sweep and anchors keep freed memory, which cannot be undone, and so come last.
+PARTS: dict[str, tuple[str, ...]] = {
+    **{part: (part,) for part in ("fisher", "peers", "scaling", "anchors", "rule")},
     "penalty": ("penalty", "sweep"),
-    "fisher": ("fisher",),
-    "peers": ("peers",),
-    "scaling": ("scaling",),
-    "anchors": ("anchors",),
     "all": ("penalty", "fisher", "sweep", "anchors"),
-    "rule": (),
     "readme": (),
 }
 KEPT = ("sweep", "anchors")
-SECONDS = {"scaling": 3.0, "sweep": 4.0, "anchors": 10.0}
-RUNS: dict[str, Callable[[Budget, argparse.Namespace], list[dict] | dict]] = {
+SECONDS = {"scaling": 3.0, "sweep": 4.0, "anchors": 10.0, "rule": rule.SECONDS}
+RUNS: dict[str, Callable[[Budget, argparse.Namespace], Any]] = {
     "penalty": lambda budget, options: penalty.run(budget, options.compile),
-    "sweep": lambda budget, options: penalty.sweep(budget, options.sizes, options.tensors, options.compile),
+    "sweep": lambda budget, options: penalty.sweep(budget, compiled=options.compile),
     "fisher": lambda budget, options: fisher.run(budget, options.workloads, options.batches),
     "peers": lambda budget, options: peers.run(budget, options.workloads),
     "scaling": lambda budget, options: scaling.run(budget),
     "anchors": lambda budget, options: anchors.run(budget),
+    "rule": lambda budget, options: rule.run(options.case, budget),
 }
 
 
@@ -65,14 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.what == "readme":
         write_bytes(report.ROOT / "README.md", report.render().encode())
         return 0
-    before, counts = torch.get_num_threads(), options.threads or [torch.get_num_threads()]
+    before, parts = torch.get_num_threads(), list(PARTS[options.what])
+    if options.peers:
+        parts.insert(parts.index("fisher") + 1, "peers")
     try:
-        if options.what == "rule":
-            return _rule(options, counts[0])
-        parts = [part for part in PARTS[options.what] if part != "sweep" or options.sizes != []]
-        if options.peers:
-            parts.insert(parts.index("fisher") + 1, "peers")
-        records = {part: [_run(part, count, options) for count in counts] for part in parts}
+        records = {part: [_run(part, count, options) for count in options.threads or [before]] for part in parts}
     except WrongResultError as error:
         print(f"error: {error}; nothing was timed", file=sys.stderr)
         return 1
@@ -96,7 +91,7 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict:
     seconds = options.seconds or (0.2 if options.quick else SECONDS.get(part, 30.0))
     load, started = _load(), time.perf_counter()
     records = RUNS[part](Budget(torch.device(options.device), options.rounds, seconds, options.quick), options)
-    found = {
+    run = {
         "threads": threads,
         "seconds": seconds,
         "keeps_freed_memory": kept,
@@ -104,32 +99,10 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict:
         "wall_seconds": round(time.perf_counter() - started, 1),
         "records": records,
     }
-    _show(part, report.TABLES[part]([found], details=True), options.device, f"load {load[0]} to {_load()[0]}")
-    return found
-
-
-def _rule(options: argparse.Namespace, threads: int) -> int:
-    """Measure one capture rule and print its table."""
-    torch.set_num_threads(threads)
-    budget = Budget(torch.device(options.device), options.rounds, options.seconds or rule.SECONDS, options.quick)
-    try:
-        record = rule.run(options.case, budget)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    _show("rule", report.rule(record), options.device, f"{threads} threads")
-    if options.json is not None:
-        write_json(options.json, {**environment(options.device), "threads": threads, "rule": record})
-    return 0
-
-
-def _show(part: str, lines: Sequence[str], device: str, words: str) -> None:
-    """Print a table with where it was measured."""
-    place = environment(device)["hardware"]
-    print(
-        f"\n{part}: {place.get('gpu') or place['cpu']}, torch {torch.__version__}, {words}\n{aligned(lines)}",
-        flush=True,
-    )
+    hardware = environment(options.device)["hardware"]
+    print(f"\n{part}: {hardware.get('gpu') or hardware['cpu']}, torch {torch.__version__}, load {load[0]:.1f} before")
+    print(aligned(report.TABLES[part]([run], True)), flush=True)
+    return run
 
 
 def _load() -> list[float]:
@@ -149,8 +122,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("case", nargs="?", help=f"rule: MODULE:CASE, or one of {', '.join(rule.CASES)}")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, nargs="+", metavar="N", help="one run each; default: PyTorch's")
-    add("--sizes", type=_size, nargs="*", metavar="N", help="penalty: parameters in the sweep; none: no sweep")
-    add("--tensors", type=int, nargs="+", metavar="N", help="penalty: numbers of tensors in the sweep")
     add("--workloads", nargs="+", choices=list(KNOWN), help="fisher: which; default: the small ones, on a GPU all")
     add("--batches", type=int, metavar="N", help="fisher: of a whole call")
     add("--peers", action="store_true", help="fisher, all: other libraries too, as peers does (slow)")
@@ -158,24 +129,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, help="interleaved rounds (default 40)")
     add("--seconds", type=float, help="a case's time cap (default 30; scaling 3, sweep 4, anchors 10, rule 20 in all)")
     add("--json", type=Path, metavar="PATH", help="write the record here")
-    add("--plot", type=Path, metavar="PATH", help="penalty, peers, scaling: draw the record into a PNG")
+    add("--plot", type=Path, metavar="PATH", help="penalty, scaling: draw the record into a PNG")
     add("--quick", action="store_true", help="tiny sizes: a test of these programs, not a measurement")
     options = parser.parse_args(arguments)
     options.workloads = options.workloads or list(KNOWN if options.device == "cuda" else WORKLOADS)
     options.rounds = options.rounds or (4 if options.quick else 40)
     if (options.case is not None) != (options.what == "rule"):
         parser.error("a case goes with rule, and rule needs one: MODULE:CASE, or the NAME of one")
-    if options.peers and options.what not in ("fisher", "all"):
+    try:
+        options.case = rule.find(options.case) if options.case else None
+    except ValueError as error:
+        parser.error(str(error))
+    if options.peers and "fisher" not in PARTS[options.what]:
         parser.error(f"--peers goes with fisher or all, not with {options.what}")
-    drawn = options.peers or any(part in figures.DRAWN for part in PARTS[options.what])
-    if options.plot is not None and not drawn:
-        parser.error(f"--plot draws {', '.join(figures.DRAWN)}, not {options.what}")
+    if options.plot is not None and not set(PARTS[options.what]) & set(figures.DRAWERS):
+        parser.error(f"--plot draws {', '.join(figures.DRAWERS)}, not {options.what}")
     return options
-
-
-def _size(text: str) -> int:
-    """Convert a number such as 1e6."""
-    return int(float(text))
 
 
 if __name__ == "__main__":

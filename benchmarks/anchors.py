@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,10 @@ class Walk:
         grads = [p.grad for p in self.theta]
         return torch.stack([foreach_value(self.theta, *anchor, grads) for anchor in self.left[:count]]).sum()
 
+    def part(self, names: Sequence[str]) -> float:
+        """Return the share of all elements that some parameters hold."""
+        return sum(self.named[name].numel() for name in names) / sum(p.numel() for p in self.theta)
+
     def penalty(self, **options: object) -> wplfast.WeightPlasticityLoss:
         """Return a penalty over the parameters without an anchor."""
         return wplfast.WeightPlasticityLoss(self.named, alpha=ALPHA, **options)
@@ -76,18 +81,28 @@ def share_of(walk: Walk, share: float) -> list[str]:
     return [str(i + part) for i in sorted(chosen) for part in (0, 1)]
 
 
-def _timed(runs: Mapping[str, Callable[[], object]], bases: Mapping[str, str], budget: Budget) -> dict[str, dict]:
-    """Time runs interleaved, and summarise those that have a base with their ratio to it, round by round."""
-    cap = 2 * budget.seconds / len(runs)
-    contenders = {n: Contender(run, seconds=math.inf if n in bases.values() else cap) for n, run in runs.items()}
-    times = budget.time(contenders)
+@dataclass(frozen=True)
+class Trial:
+    """What is timed over a base, and its errors."""
+
+    run: Callable[[], object]
+    base: str
+    errors: dict[str, float]
+
+
+def _timed(trials: Mapping[str, Trial], bases: Mapping[str, Callable[[], object]], budget: Budget) -> dict[str, dict]:
+    """Time trials interleaved with their bases; summarise them with their ratio to these, round by round."""
+    cap = 2 * budget.seconds / len(trials | bases)
+    contenders = {name: Contender(trial.run, seconds=cap) for name, trial in trials.items()}
+    times = budget.time(contenders | {name: Contender(run) for name, run in bases.items()})
     return {
         name: {
             "milliseconds": quartiles(times[name], 1e3),
-            "over_base": ratio(times[name], times[base]),
+            "over_base": ratio(times[name], times[trial.base]),
             "rounds": len(times[name]),
+            "relative_error": trial.errors,
         }
-        for name, base in bases.items()
+        for name, trial in trials.items()
     }
 
 
@@ -108,53 +123,49 @@ def merged(walk: Walk, counts: Sequence[int], budget: Budget) -> Iterator[dict]:
             }
             for penalty, k in ((whole, count), (first, 1))
         )
-        errors = {name: check(f"{count} anchors, {name}", walk.theta, walk.anchors, run) for name, run in runs.items()}
-        both = runs | {f"{name}, 1": one for name, one in ones.items()}
-        results = _timed(both, {name: f"{name}, 1" for name in runs}, budget)
-        yield {"anchors": count, "results": _with(errors, results)}
-
-
-def _with(errors: Mapping[str, dict], results: Mapping[str, dict]) -> dict[str, dict]:
-    """Return results with their errors."""
-    return {name: {**result, "relative_error": errors[name]} for name, result in results.items()}
+        trials = {
+            name: Trial(run, f"{name}, 1", check(f"{count} anchors, {name}", walk.theta, walk.anchors, run))
+            for name, run in runs.items()
+        }
+        yield {
+            "anchors": count,
+            "results": _timed(trials, {f"{name}, 1": run for name, run in ones.items()}, budget),
+        }
 
 
 def active(walk: Walk, budget: Budget) -> list[dict]:
     """Measure ``subset(names)`` over the whole penalty with one anchor."""
-    penalty = walk.penalty()
+    penalty, trials = walk.penalty(), {}
     fisher, theta_hat = walk.step()
     penalty.consolidate(fisher, theta_hat=theta_hat)
-    runs, bases, errors = ways_of(penalty), {}, {}
     chosen = {share: share_of(walk, share) for share in SHARES}
     for share, names in chosen.items():
         anchors = [pairs if name in names else [] for name, pairs in zip(walk.named, walk.anchors, strict=True)]
         for name, way in ways_of(penalty.subset(names)).items():
-            key = f"{name}, {share:.0%}"
-            runs[key], bases[key] = way, name
-            errors[key] = check(f"an active set of {share:.0%}, {name}", walk.theta, anchors, way)
-    results, total = _with(errors, _timed(runs, bases, budget)), sum(p.numel() for p in walk.theta)
+            errors = check(f"an active set of {share:.0%}, {name}", walk.theta, anchors, way)
+            trials[f"{name}, {share:.0%}"] = Trial(way, name, errors)
+    results = _timed(trials, ways_of(penalty), budget)
     return [
         {
             "share": share,
-            "elements": sum(walk.named[name].numel() for name in names) / total,
+            "elements": walk.part(names),
             "tensors": len(names) / len(walk.theta),
-            "results": {name: results[f"{name}, {share:.0%}"] for name in ("add_grad_", "autograd")},
+            "results": {name: results[f"{name}, {share:.0%}"] for name in ways_of(penalty)},
         }
         for share, names in chosen.items()
     ]
 
 
-def consolidation(walk: Walk, budget: Budget) -> dict[str, dict]:
+def consolidation(walk: Walk, budget: Budget) -> dict[str, Any]:
     """Measure a second ``consolidate``, of all parameters and of an active set, over that of all."""
-    (old, old_hat), names = walk.step(), share_of(walk, CONSOLIDATED)
+    (old, old_hat), names, trials = walk.step(), share_of(walk, CONSOLIDATED), {}
     fisher, theta_hat = walk.step()
-    runs, bases, errors = {}, {}, {}
     for how in ("merge", "replace"):
         for key, which in ((how, None), (f"{how}, active", names)):
             penalty, options = walk.penalty(), {"theta_hat": theta_hat, "decay": DECAY, "anchor": how, "active": which}
             penalty.consolidate(old, theta_hat=old_hat)
-            runs[key], bases[key] = partial(penalty.consolidate, fisher, **options), how
-            runs[key]()
+            run = partial(penalty.consolidate, fisher, **options)
+            run()
             anchors = []
             for name in walk.named:
                 pairs = [(old_hat[name], old[name])]
@@ -163,23 +174,21 @@ def consolidation(walk: Walk, budget: Budget) -> dict[str, dict]:
                     if how == "replace":
                         pairs = [(theta_hat[name], DECAY * old[name] + fisher[name])]
                 anchors.append(pairs)
-            errors[key] = check(f"consolidate, {key}", walk.theta, anchors, penalty.add_grad_)
-    share = sum(walk.named[name].numel() for name in names) / sum(p.numel() for p in walk.theta)
-    return {"active_elements": share, **_with(errors, _timed(runs, bases, budget))}
+            trials[key] = Trial(run, how, check(f"consolidate, {key}", walk.theta, anchors, penalty.add_grad_))
+    return {"active_elements": walk.part(names), **_timed(trials, {}, budget)}
 
 
 def narrow(walk: Walk, budget: Budget) -> dict[str, dict]:
     """Measure F in bfloat16 over F in float32."""
     fisher, theta_hat = walk.step()
-    runs, bases, errors = {}, {}, {}
-    for dtype, tolerance in ((torch.float32, TOLERANCE), (torch.bfloat16, NARROW)):
-        penalty = walk.penalty(fisher_dtype=dtype)
+    trials = {}
+    for dtype, tolerance in (("float32", TOLERANCE), ("bfloat16", NARROW)):
+        penalty = walk.penalty(fisher_dtype=getattr(torch, dtype))
         penalty.consolidate(fisher, theta_hat=theta_hat)
         for name, way in ways_of(penalty).items():
-            key = f"{name}, {str(dtype).removeprefix('torch.')}"
-            runs[key], bases[key] = way, f"{name}, float32"
-            errors[key] = check(key, walk.theta, walk.anchors, way, tolerance)
-    return _with(errors, _timed(runs, bases, budget))
+            errors = check(f"{name}, {dtype}", walk.theta, walk.anchors, way, tolerance)
+            trials[f"{name}, {dtype}"] = Trial(way, f"{name}, float32", errors)
+    return _timed(trials, {}, budget)
 
 
 def run(budget: Budget) -> dict:

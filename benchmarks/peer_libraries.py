@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .models import Block
+
 Step = Callable[[Tensor, Tensor], list[Tensor]]  # inputs, targets -> the sum of squares of every parameter
 
 
@@ -155,18 +157,19 @@ def _take(model: nn.Module, attribute: str) -> Iterator[Tensor]:
         yield value
 
 
-def ways(n: int, attention: bool) -> dict[str, list[Way]]:
-    """Return every peer's ways for a batch of ``n`` samples and a model with or without attention.
+def ways(n: int, model: nn.Module) -> dict[str, list[Way]]:
+    """Return every peer's ways for a batch of ``n`` samples of a model.
 
     Libraries that hold the gradients of all samples at once may take fewer at a time, which often is the faster way.
     What has most often been fastest comes first, because there may not be time for all.
     """
+    attention = any(isinstance(module, Block) for module in model.modules())
     parts = (*dict.fromkeys(max(1, n // k) for k in (16, 64, 4)), None)
     batch_grad = [Way("BatchGrad", backpack("BatchGrad"), s) for s in parts]
     math = [Way("vmap(grad), plain attention", torch_func(SDPBackend.MATH), s) for s in parts]
     return {
         "BackPACK": [Way("SumGradSquared", backpack("SumGradSquared")), *batch_grad],
         "Opacus": [Way(mode, opacus(mode), s) for s in parts for mode in ("hooks", "ew", "functorch")],
-        "torch.func": [Way("vmap(grad)", torch_func(), s) for s in parts] + (math if attention else []),
+        "torch.func": [Way("vmap(grad)", torch_func(), s) for s in parts] + math * attention,
         "loop": [Way("one sample at a time", loop)],
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
+import math
 import os
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .fisher import TOLERANCE, Subject, errors_of, memory, peak_bytes, steady, subject_of
-from .models import Block
 from .peer_libraries import Way, ways
 from .plumbing.parts import Cases
 from .plumbing.progress import progress
+from .plumbing.record import version
 from .roofs import tf32
 from .timing import Budget, Contender, quartiles, ratio
 from .workloads import KNOWN, Workload
@@ -31,25 +32,13 @@ SHARE = 1 / 8  # of a case's time that one peer may take
 Run = Callable[[], list[Tensor]]
 
 
-def has_attention(subject: Subject) -> bool:
-    """Tell whether a workload's model has transformer blocks."""
-    return any(isinstance(module, Block) for module in subject.ordinary.modules())
-
-
 def error_of(found: Sequence[Tensor], expected: Mapping[str, Tensor], n: int) -> float:
     """Return the largest error of sums of squares against means, relative to a parameter's largest entry."""
     return errors_of({name: f / n for name, f in zip(expected, found, strict=True)}, expected)["largest"]
 
 
-def limit_of(subject: Subject, expected: Mapping[str, Tensor]) -> float:
-    """Return the largest error of a right result; in a lower precision, a few times that of a one-sample loop in it."""
-    if subject.precision == "fp32":
-        return TOLERANCE
-    return 4 * errors_of(subject.one_by_one(subject.ordinary, torch.float32), expected)["largest"]
-
-
 def choose(
-    candidates: Iterable[Way], subject: Subject, expected: Mapping[str, Tensor], seconds: float, limit: float
+    candidates: Iterable[Way], subject: Subject, expected: Mapping[str, Tensor], limit: float, seconds: float
 ) -> tuple[Run | None, dict]:
     """Try the ways of one peer and keep the fastest right one, or the fastest wrong one if none is right.
 
@@ -57,36 +46,35 @@ def choose(
         candidates: what to try.
         subject: model and batch.
         expected: the oracle's Fisher.
-        seconds: no further way is tried after that.
         limit: the largest error of a right result.
+        seconds: no further way is tried after that.
 
     Returns:
         What runs the way kept, None if all raise; and the record of what was tried.
     """
-    kept: tuple[bool, float] | None = None
-    run, record, tried, started = None, {}, [], time.perf_counter()
+    kept: list[tuple[tuple[bool, float], Run, dict]] = []
+    tried, started = [], time.perf_counter()
     for way in candidates:
-        if tried and time.perf_counter() - started > seconds:
-            tried.append({"setting": str(way), "error": NOT_TRIED})
+        record: dict = {"setting": str(way)}
+        tried.append(record)
+        if tried[1:] and time.perf_counter() - started > seconds:
+            record["error"] = NOT_TRIED
             continue
         try:
-            candidate = way.over(subject.ordinary, *subject.batch)
-            found, once = _timed(candidate)
+            run = way.over(subject.ordinary, *subject.batch)
+            found, once = _timed(run)
             error = error_of(found, expected, len(subject.batch[1]))
-            if kept is None or once < 4 * kept[1]:  # the first call warmed up
-                once = _timed(candidate)[1]
+            if once < 4 * min((rank[1] for rank, _, _ in kept), default=math.inf):  # the first call warmed up
+                once = _timed(run)[1]
         except Exception as raised:  # a peer may fail in any manner, and says how
-            words = " ".join(str(raised).split())
-            words = words[:117] + "..." if len(words) > 120 else words
-            tried.append({"setting": str(way), "error": f"{type(raised).__name__}: {words}"})
+            record["error"] = textwrap.shorten(f"{type(raised).__name__}: {raised}", 140, placeholder="...")
             continue
-        tried.append({"setting": str(way), "seconds": once, "relative_error": error})
-        rank = (not error < limit, once)
-        if kept is None or rank < kept:
-            kept, run, record = rank, candidate, {"setting": str(way), "relative_error": error, "right": not rank[0]}
-    if run is None:
-        record = {"error": tried[0]["error"]}
-    return run, {**record, "tried": tried}
+        record |= {"seconds": once, "relative_error": error}
+        kept.append(((not error < limit, once), run, record))
+    if not kept:
+        return None, {"error": tried[0]["error"], "tried": tried}
+    (wrong, _), run, record = min(kept, key=lambda item: item[0])
+    return run, {key: record[key] for key in ("setting", "relative_error")} | {"right": not wrong, "tried": tried}
 
 
 def _timed(run: Run) -> tuple[list[Tensor], float]:
@@ -106,15 +94,16 @@ def measure_workload(workload: Workload, budget: Budget, seed: int = 0) -> dict:
 
 def _measure(workload: Workload, subject: Subject, budget: Budget) -> dict:
     """Check and time all contenders on a model; return its record."""
-    expected = subject.oracle()
-    limit = limit_of(subject, expected)
+    expected, limit, samples = subject.oracle(), TOLERANCE, len(subject.batch[1])
+    if subject.precision != "fp32":  # a few times the error of a one-sample loop in that precision
+        limit = 4 * errors_of(subject.one_by_one(subject.ordinary, torch.float32), expected)["largest"]
     runs: dict[str, Run] = {}
     results: dict[str, dict] = {OURS: {}}
-    for name, candidates in ways(len(subject.batch[1]), has_attention(subject)).items():
+    for name, candidates in ways(samples, subject.ordinary).items():
         if name in PACKAGES and importlib.util.find_spec(PACKAGES[name][0]) is None:
             results[name] = {"error": "not installed"}
             continue
-        run, results[name] = choose(candidates, subject, expected, LATE * budget.seconds, limit)
+        run, results[name] = choose(candidates, subject, expected, limit, LATE * budget.seconds)
         if run is not None:
             runs[name] = run
     del expected
@@ -136,7 +125,7 @@ def _measure(workload: Workload, subject: Subject, budget: Budget) -> dict:
         "workload": workload.name,
         "shown": workload.shown,
         "parameters": subject.numel,
-        "samples": len(subject.batch[1]),
+        "samples": samples,
         "unit": {"milliseconds": quartiles(times["unit"], 1e3), "peak_bytes": peaks["unit"]},
         "one_fisher_bytes": peaks["one_fisher"],
         "limit": limit,
@@ -163,10 +152,4 @@ def cases(device: torch.device, quick: bool) -> Cases:
 
 def versions() -> dict[str, str | None]:
     """Return the versions of the peers that are packages; None where one is not installed."""
-    found: dict[str, str | None] = {}
-    for _, package in PACKAGES.values():
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return {package: version(package) for _, package in PACKAGES.values()}

@@ -28,20 +28,19 @@ SECONDS = 20.0  # for all of it
 SLOW = 8  # a pass that takes more than this part of the time is not repeated
 
 
-def find(name: str) -> Case:
-    """Return a built-in case, or a module's.
+def find(name: str) -> tuple[str, Case]:
+    """Return a built-in case, or a module's, with its name.
 
     Raises:
         ValueError: if there is none.
     """
     module, colon, function = name.partition(":")
     if not colon and name in CASES:
-        return CASES[name]
+        return name, CASES[name]
     try:
-        found: Case = getattr(importlib.import_module(module), function)
+        return name, getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError):
         raise ValueError(f"expected MODULE:CASE or one of {', '.join(CASES)}, got {name!r}") from None
-    return found
 
 
 @contextmanager
@@ -78,10 +77,11 @@ def measure(subject: Subject, budget: Budget) -> dict:
     }
 
 
-def run(name: str, budget: Budget) -> dict:
+def run(named: tuple[str, Case], budget: Budget) -> dict:
     """Measure a case with the rules that serve it, and without them."""
     torch.manual_seed(0)
-    model, batch, loss_fn = find(name)()
+    name, case = named
+    model, batch, loss_fn = case()
     model, batch = model.to(budget.device), tuple(part.to(budget.device) for part in batch)
     half = replace(budget, seconds=budget.seconds / 2)
     found = {"on": measure(Subject(copy.deepcopy(model), [batch], loss_fn, name), half)}

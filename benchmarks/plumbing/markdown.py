@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -24,20 +23,25 @@ def row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    return [*heading(heads), *map(row, rows)]
+
+
 def aligned(lines: Iterable[str]) -> str:
     """Return lines with the columns of their tables padded, for the console."""
     found: list[str] = []
-    table: list[list[str]] = []
+    block: list[list[str]] = []
     for line in [*lines, ""]:
         if line.startswith("|"):
-            table.append([cell.strip().replace("\\*", "*") for cell in line.strip("|").split("|")])
+            block.append([cell.strip().replace("\\*", "*") for cell in line.strip("|").split("|")])
             continue
-        if table:
-            del table[1]  # the line under the heads
-            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-            table.insert(1, ["-" * width for width in widths])
-            found += ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
-            table = []
+        if block:
+            del block[1]  # the line under the heads
+            widths = [max(map(len, column)) for column in zip(*block, strict=True)]
+            block.insert(1, ["-" * width for width in widths])
+            found += ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in block]
+            block = []
         found.append(line)
     return "\n".join(found).rstrip()
 
@@ -52,17 +56,18 @@ def several(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-def spread(found: dict[str, float], factor: float = 1.0, unit: str = "") -> str:
-    """Render a median with its quartiles."""
+def spread(found: Mapping[str, float] | None, factor: float = 1.0, unit: str = "") -> str:
+    """Render a median with its quartiles; nothing where there is none."""
+    if found is None:
+        return ""
     low, mid, high = (f"{factor * found[key]:.3g}" for key in ("q1", "median", "q3"))
     return f"{mid}{unit} [{low}, {high}]"
 
 
-def time(result: dict[str, Any] | None, quartiles: bool = True) -> str:
-    """Render a time, with its quartiles."""
-    if result is None:
+def time(ms: Mapping[str, float] | None, quartiles: bool = True) -> str:
+    """Render a time given in milliseconds, with its quartiles."""
+    if ms is None:
         return "-"
-    found = result["milliseconds"]
-    mid = found["median"]
+    mid = ms["median"]
     unit, factor = (" s", 1e-3) if mid >= 1000 else (" ms", 1.0) if mid >= 1 else (" µs", 1000.0)
-    return spread(found, factor, unit) if quartiles else f"{mid * factor:.3g}{unit}"
+    return spread(ms, factor, unit) if quartiles else f"{mid * factor:.3g}{unit}"
