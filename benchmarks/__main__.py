@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from . import anchors, figures, fisher, peers, penalty, report, rule, scaling
+from . import anchors, figures, fisher, peers, penalty, readme, report, rule, scaling
 from .plumbing import malloc
 from .plumbing.markdown import aligned
 from .plumbing.record import environment, write_bytes, write_json
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: no CUDA device is available", file=sys.stderr)
         return 2
     if options.what == "readme":
-        write_bytes(report.ROOT / "README.md", report.render().encode())
+        write_bytes(readme.PATH, readme.render().encode())
         return 0
     before, parts = torch.get_num_threads(), list(PARTS[options.what])
     if options.peers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from . import report
 from .plumbing.markdown import spread, table, time
 
 OURS = "wplfast"  # among the contenders of a kernel
@@ -62,16 +63,13 @@ def _parts(found: Found, case: str) -> list[tuple[str, Found]]:
 
 
 def fisher(found: Found) -> Lines:
-    """Return passes and whole calls over ordinary passes, memory beyond the model, and the whole model's error."""
-    rows = []
-    for r in found.values():
-        whole, errors = r["whole"], [f"{e['whole']:.1e}" for e in r["errors"].values()]
-        call = f"{whole['projected_ratio']:.3g}\\*" if whole["capped"] else spread(whole["ratio"])
-        held = ", ".join(f"{r['peak_bytes'][key] / 1e9:.2g}" for key in ("unit", "fisher_pass", "one_fisher"))
-        times = [time(r["milliseconds"]["unit"], quartiles=False), spread(r["ratio"]), f"{r['target']:.2f}", call]
-        rows.append([_named(r["shown"], r), *times, held, " ".join(errors), str(len(r["slow"]))])
-    heads = ("ordinary", "pass", "goal", "whole call", "GB: ordinary, pass, F", "error, of a loop", "slow parameters")
-    return table(["Fisher / ordinary forward and backward", *heads], rows)
+    """Return passes and whole calls over ordinary passes."""
+    return report.fisher([{"records": list(found.values())}], details=True)
+
+
+def peers(found: Found) -> Lines:
+    """Return other libraries' time over that of an ordinary pass, and peak memory."""
+    return report.peers([{"records": list(found.values())}])
 
 
 def _kernel(name: str, r: Found, *cells: str) -> list[str]:
@@ -126,19 +124,6 @@ def compiled(found: Found) -> Lines:
         ways = [record["results"][way] for way in ("add_grad_", "autograd")]
         rows.append([name, time(ways[0]["milliseconds"]), *(spread(way["compile_over_it"]) for way in ways)])
     return table(["penalty", "add_grad_", "torch.compile over it", "torch.compile over `wpl().backward()`"], rows)
-
-
-def peers(found: Found) -> Lines:
-    """Return other libraries' time over that of an ordinary pass, and peak memory."""
-
-    def shown(r: Found) -> str:
-        if "ratio" not in r:
-            return str(r["error"].partition(":")[0])
-        return _named(f"{r['ratio']['median']:.3g}, {r['peak_bytes'] / 1e9:.2g} GB", r)
-
-    ways = list(next(iter(found.values()))["contenders"])
-    rows = [[r["shown"], *(shown(r["contenders"][way]) for way in ways)] for r in found.values()]
-    return table(["Fisher of one batch / ordinary pass", *ways], rows)
 
 
 def profile(found: Found) -> Lines:

@@ -29,32 +29,27 @@ def case(device: torch.device, quick: bool, name: str) -> dict:
     workload = KNOWN[name]
     with tf32(workload.precision == "tf32"):
         subject = subject_of(workload, device, quick)
-        with steady(subject, strict=False) as fisher_pass:
-            for _ in range(2):
-                fisher_pass()
+
+        def unit() -> None:
             subject.clear()
             subject.unit()
-            return {
-                "shown": workload.shown,
-                "fisher": profiled(fisher_pass, device),
-                "unit": profiled(subject.unit, device),
-            }
+
+        with steady(subject, strict=False) as fisher_pass:
+            return {"fisher": profiled(fisher_pass, device), "unit": profiled(unit, device)}
 
 
 def profiled(run: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Run once under the profiler; return kernels by time, how busy the device was, and operators by host time."""
+    """Time a run, and profile another; return how busy the device was, and kernels and operators by time."""
     on_gpu = device.type == "cuda"
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-    kind, activities = DeviceType.CPU, [ProfilerActivity.CPU]
-    if on_gpu:
-        kind, activities = DeviceType.CUDA, [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    wait()
-    started = time.perf_counter()
-    run()
-    enqueued = time.perf_counter() - started
-    wait()
-    wall = time.perf_counter() - started
-    with profile(activities=activities) as profiler:
+    wait, kind = (torch.cuda.synchronize, DeviceType.CUDA) if on_gpu else (lambda: None, DeviceType.CPU)
+    for _ in range(2):  # once to warm up
+        wait()
+        started = time.perf_counter()
+        run()
+        enqueued = time.perf_counter() - started
+        wait()
+        wall = time.perf_counter() - started
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
         run()
         wait()
     spans, by_name = [], defaultdict(list)
@@ -62,23 +57,20 @@ def profiled(run: Callable[[], object], device: torch.device) -> dict[str, Any]:
         if event.device_type() == kind and event.duration_ns() > 0 and not event.name().startswith(("Profiler", "[")):
             spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
             by_name[event.name()].append(event.duration_ns() / 1e3)
-    busy, total = union(spans), sum(map(sum, by_name.values())) or 1.0
-    ranked = sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    total = sum(map(sum, by_name.values())) or 1.0
+    kernels = [
+        {"name": name[:120], "calls": len(times), "us": sum(times), "share": sum(times) / total}
+        for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    ]
     operators = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)[:ROWS]
     return {
         "wall_ms": 1e3 * wall,
         "host_ms": 1e3 * enqueued,
+        "busy_ms": union(spans) / 1e6,
         "kernels": len(spans),
-        "busy_ms": busy / 1e6,
-        "gaps": max(0.0, 1 - busy / 1e9 / wall),
-        "share_of_ours": sum(sum(times) for name, times in ranked if name.startswith(OURS)) / total,
-        "top": [
-            {"name": name[:120], "calls": len(times), "us": sum(times), "share": sum(times) / total}
-            for name, times in ranked[:ROWS]
-        ],
-        "operators": [
-            {"name": row.key[:90], "self_host_us": row.self_cpu_time_total, "calls": row.count} for row in operators
-        ],
+        "share_of_ours": sum(kernel["share"] for kernel in kernels if kernel["name"].startswith(OURS)),
+        "top": kernels[:ROWS],
+        "operators": [{"name": row.key[:90], "host_us": row.self_cpu_time_total} for row in operators],
     }
 
 

@@ -1,23 +1,17 @@
-"""Tables of what was measured, in Markdown: printed after a run, and in the README from the records in ``results``.
+"""Tables of what was measured, in Markdown: printed after a run, and in the README.
 
-``python -m benchmarks readme`` fills the README's sections. Every table takes the runs of one part of a record, one for
-each number of threads; ``details`` adds what the console shows and the README leaves out.
+Every table takes the runs of one part of a record, one for each number of threads; ``details`` adds what the console
+shows and the README leaves out.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .experiments.two_models import report as two_models
-from .gpu_report import section as gpu_section
-from .plumbing.markdown import RESULTS, image, spread, table, threads, time
+from .plumbing.markdown import spread, table, threads, time
 
-ROOT = Path(__file__).parent.parent
-UNMEASURED = "GPU speed is unmeasured."
 NAMES = {
     "add_grad_": "`wpl.add_grad_()`",
     "autograd": "`wpl().backward()`",
@@ -42,12 +36,15 @@ Runs = Sequence[dict[str, Any]]
 Lines = list[str]
 
 
+def _on(what: str, run: Mapping[str, Any]) -> str:
+    """Add a run's number of threads; a GPU's has none."""
+    return f"{what}, {threads(run['threads'])}" if "threads" in run else what
+
+
 def penalty(runs: Runs, details: bool = False) -> Lines:
     """Return a column for each case and number of threads, a line for each way."""
     columns = [
-        (run["threads"], run["records"][case])
-        for case in range(len(runs[0]["records"]) if details else SHOWN)
-        for run in runs
+        (run, run["records"][case]) for case in range(len(runs[0]["records"]) if details else SHOWN) for run in runs
     ]
     found = [record["results"] for _, record in columns]
     ways = [way for way in found[0] if way not in ROOFS]
@@ -63,7 +60,7 @@ def penalty(runs: Runs, details: bool = False) -> Lines:
             for baseline in BASELINES
             if baseline in ways
         ]
-    heads = [f"{record['case']}, {threads(count)}" for count, record in columns]
+    heads = [_on(record["case"], run) for run, record in columns]
     return table(["penalty: value and gradient", *heads], rows)
 
 
@@ -116,6 +113,15 @@ def anchors(runs: Runs, details: bool = False) -> Lines:
     return [*lines, "", *table(["`consolidate`", "all parameters", share], rows)]
 
 
+def errors_of(record: Mapping[str, Any]) -> str:
+    """Render the error relative to a parameter's largest entry; in lower precisions the whole's, and that of a loop."""
+    wrong = " **wrong**" * (not record["right"])
+    if "loop" in record["errors"]:
+        ours, loop = (f"{record['errors'][key]['whole']:.1e}" for key in ("fisher", "loop"))
+        return f"{ours} (loop {loop}){wrong}"
+    return f"{record['relative_error']:.1e}{wrong}"
+
+
 def fisher(runs: Runs, details: bool = False) -> Lines:
     """Return passes and whole calls over units: a line for each workload."""
     rows = []
@@ -128,9 +134,9 @@ def fisher(runs: Runs, details: bool = False) -> Lines:
             held = ", ".join(f"{first['peak_bytes'][k] / 1e6:.1f}" for k in ("unit", "fisher_pass", "one_fisher"))
             rules = ", ".join(f"{name} {count}" for name, count in first["rules"].items())
             cells += [f"{first['target']:.2f}", time(first["milliseconds"]["unit"]), str(first["pairs"]), held]
-            cells += [f"{first['relative_error']:.1e}", rules]
+            cells += [errors_of(first), rules]
         rows.append([first["shown"], *cells])
-    heads = [f"{what}, {threads(run['threads'])}" for what in ("pass", "whole call") for run in runs]
+    heads = [_on(what, run) for what in ("pass", "whole call") for run in runs]
     heads += ["target", "unit", "pairs", "memory, MB: unit, pass, F", "error", "rules"] if details else []
     return table(["Fisher / ordinary forward and backward", *heads], rows)
 
@@ -148,7 +154,7 @@ def peers(runs: Runs, details: bool = False) -> Lines:
 
     names = list(runs[0]["records"][0]["contenders"])
     rows = [
-        [f"{r['shown']}, {threads(run['threads'])}", *(shown(r["contenders"][name]) for name in names)]
+        [_on(r["shown"], run), *(shown(r["contenders"][name]) for name in names)]
         for run in runs
         for r in run["records"]
     ]
@@ -181,7 +187,7 @@ def rule(runs: Runs, details: bool = False) -> Lines:
                 served = ", ".join(f"{p}: {' and '.join(rules) or 'none'}" for p, rules in r["rules"].items())
                 times = [time(r["milliseconds"][what]) for what in ("unit", "fisher")]
                 cells = [str(r["pairs"]), *times, f"{r['relative_error']:.1e}", memory, served]
-                rows.append([f"{state}, {threads(run['threads'])}", spread(r["ratio"]), *cells])
+                rows.append([_on(state, run), spread(r["ratio"]), *cells])
     heads = ("pass / unit", "pairs", "unit", "pass", "error", "memory over the unit's", "served")
     return table([runs[0]["records"]["case"], *heads], rows)
 
@@ -190,50 +196,3 @@ TABLES: dict[str, Callable[[Runs, bool], Lines]] = {
     "penalty": penalty, "sweep": sweep, "anchors": anchors, "fisher": fisher, "peers": peers, "scaling": scaling,
     "rule": rule,
 }  # fmt: skip
-
-
-def gpu_record() -> dict[str, Any] | None:
-    """Return the last of the records ``gpu_*.json``, if there is one; rehearsals do not count."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"))]
-    return next((record for record in reversed(found) if not record["quick"]), None)
-
-
-def sections() -> Iterator[tuple[str, Lines]]:
-    """Yield the README's sections: their names and lines."""
-    names = ("two_models_mnist", "penalty_cpu", "fisher_cpu", "anchors_cpu", "peers_cpu", "scaling_cpu")
-    read = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
-    forgetting, of_penalty, of_fisher, of_anchors, of_peers, of_scaling = read
-    curves = image("two_models_mnist.png", "Accuracy of A and B while B is trained")
-    yield "two_models", [*curves, two_models.markdown(forgetting)]
-    place = f"{of_penalty['hardware']['cpu']}, torch {of_penalty['versions']['torch']}"
-    words = f"{place}; medians [quartiles] of interleaved runs, from `python -m benchmarks`."
-    yield "speed", [words, "", *penalty(of_penalty["penalty"]), "", *fisher(of_fisher["fisher"])]
-    yield "gpu", [gpu_section(gpu_record()) or UNMEASURED]
-    sizes = image("penalty_cpu.png", "Time of a penalty against the number of parameters, by number of tensors")
-    yield "sweep", [*sizes, *sweep(of_penalty["sweep"])]
-    yield "anchors", anchors(of_anchors["anchors"])
-    yield "peers", peers(of_peers["peers"])
-    grown = image("scaling_cpu.png", "Time and memory against batch size, length, width, classes and samples")
-    yield "scaling", [*grown, *scaling(of_scaling["scaling"])]
-
-
-def fill(text: str, section: str, content: str) -> str:
-    """Replace what stands between a section's markers.
-
-    Raises:
-        ValueError: if the markers are missing.
-    """
-    begin, end = f"<!-- {section} begin -->", f"<!-- {section} end -->"
-    head, found, rest = text.partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"the README lacks the markers of {section!r}")
-    return "".join((head, begin, "\n", content, "\n", end, tail))
-
-
-def render() -> str:
-    """Return the README with its sections filled in."""
-    text = (ROOT / "README.md").read_text()
-    for name, lines in sections():
-        text = fill(text, name, "\n".join(lines))
-    return text

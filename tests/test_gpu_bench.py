@@ -20,7 +20,7 @@ from benchmarks import (
     layers,
     passes,
     penalty_kernels,
-    report,
+    readme,
     roofs,
     timing,
 )
@@ -85,21 +85,20 @@ def test_a_lost_device_ends_a_part(tmp_path):
 def test_processes_end_with_all_that_they_started():
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     started = time.perf_counter()
-    code, output = gpu._process([sys.executable, "-c", child], 2, {})
+    code, output = gpu._process([sys.executable, "-c", child], 2)
     assert code == 124
     assert "ended after 2 s" in output
     assert time.perf_counter() - started < 20
-    assert gpu._process(["/no/such/program"], 2, {})[0] == 127
-    assert gpu._process([sys.executable, "-c", "print('a'); raise SystemExit(5)"], 30, {}) == (5, "a\n")
+    assert gpu._process(["/no/such/program"], 2)[0] == 127
+    assert gpu._process([sys.executable, "-c", "print('a'); raise SystemExit(5)"], 30) == (5, "a\n")
 
 
 def test_gpu_bench_rehearsal(tmp_path, capfd):
     path = tmp_path / "new" / "gpu.json"
-    options = ("--device", "cpu", "--quick", "--no-build", "--commit", "abc", "--parts", "roofs")
+    options = ("--device", "cpu", "--quick", "--commit", "abc", "--parts", "roofs")
     assert gpu.main(["--json", str(path), *options]) == 0
     record = json.loads(path.read_text())
     assert record["given_commit"] == "abc"
-    assert len(record["sources"]) == 64
     assert record["plan_seconds"] == {"roofs": gpu.PARTS["roofs"][2]}
     roof = record["parts"]["roofs"]
     assert roof["place"]["versions"]["torch"] == torch.__version__
@@ -107,21 +106,17 @@ def test_gpu_bench_rehearsal(tmp_path, capfd):
     assert "TFLOP/s |" in path.with_suffix(".txt").read_text()
     out, _ = capfd.readouterr()
     assert out.startswith("plan, seconds: roofs 15")
-    assert len(out) < 12_000
 
 
 def test_the_plan_of_a_gpu_run_fits():
     assert sum(seconds for part, (_, _, seconds) in gpu.PARTS.items() if part not in gpu.OPTIONAL) <= gpu.TOTAL_SECONDS
-    long = gpu._shortened("x" * 20_000, ["FAILED a / b: words"])
-    assert len(long) < 12_000
-    assert long.endswith("FAILED a / b: words")
 
 
 def test_what_fails_is_said(monkeypatch, tmp_path, capfd):
     found = {"cases": {}, "errors": {"a case": "Traceback\nValueError: words"}, "left_out": {}}
     monkeypatch.setattr(gpu, "_run", lambda *arguments: found)
     monkeypatch.setattr(gpu_report, "section", lambda record: "a table")
-    assert gpu.main(["--json", str(tmp_path / "gpu.json"), "--no-build", "--parts", "linear"]) == 1
+    assert gpu.main(["--json", str(tmp_path / "gpu.json"), "--parts", "linear"]) == 1
     out, _ = capfd.readouterr()
     assert "a table" in out
     assert out.rstrip().endswith("FAILED linear / a case: ValueError: words")
@@ -208,17 +203,18 @@ def test_gpu_record_is_rendered(rehearsed):
 
 
 def test_readme_says_that_gpu_speed_is_unmeasured_until_it_is(tmp_path, monkeypatch):
-    assert ("gpu", [report.UNMEASURED]) in list(report.sections())
-    monkeypatch.setattr(report, "gpu_record", lambda: {"parts": {"roofs": {"place": record_of.environment()}}})
-    monkeypatch.setattr(report, "gpu_section", lambda record: "a GPU")
-    assert ("gpu", ["a GPU"]) in list(report.sections())
+    assert ("gpu", [readme.UNMEASURED]) in list(readme.sections())
+    place = record_of.environment()
+    record = {"quick": False, "parts": {"roofs": parts.EMPTY | {"place": place}}}
+    monkeypatch.setattr(readme, "gpu_record", lambda: record)
+    assert place["hardware"]["cpu"] in dict(readme.sections())["gpu"][0]
     monkeypatch.undo()
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert report.gpu_record() is None
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.gpu_record() is None
     (tmp_path / "gpu_a.json").write_text(json.dumps({"quick": True}))
-    assert report.gpu_record() is None
+    assert readme.gpu_record() is None
     (tmp_path / "gpu_b.json").write_text(json.dumps({"quick": False}))
-    assert report.gpu_record() == {"quick": False}
+    assert readme.gpu_record() == {"quick": False}
 
 
 def test_wrong_kernels_are_recorded_as_wrong(monkeypatch):

@@ -6,6 +6,7 @@ again and goes on after it: the record says what was done, and what was running.
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 from .record import write_json
 
+EMPTY: dict[str, Any] = {"cases": {}, "errors": {}, "left_out": {}, "running": None, "wall_seconds": 0.0}
 Cases = Mapping[str, Callable[[], dict]]
 LATE = "no time was left"
 
@@ -30,8 +32,7 @@ class WrongCaseError(RuntimeError):
 
 def load(path: Path) -> dict[str, Any]:
     """Return a part's record, an empty one where there is none; a case that was running did not end."""
-    empty = {"cases": {}, "errors": {}, "left_out": {}, "running": None, "wall_seconds": 0.0}
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else empty
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else copy.deepcopy(EMPTY)
     if record["running"] is not None:
         record["errors"][record["running"]] = "the process ended, or was ended for lack of time, in this case"
         record["running"] = None
