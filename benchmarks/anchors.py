@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -51,14 +51,20 @@ class Walk:
         """All anchors left behind, by parameter."""
         return [[(hats[i], fishers[i]) for hats, fishers in self.left] for i in range(len(self.theta))]
 
-    def loop(self, count: int) -> Tensor:
-        """Add up the penalties of the first anchors as Avalanche does: a loop over them, and one over parameters."""
-        return sum((formula(self.theta, *anchor) for anchor in self.left[:count]), self.theta[0].new_zeros(()))
+    def apart(self, count: int) -> dict[str, Way]:
+        """Return ways to add up the penalties of the first anchors.
 
-    def foreach(self, count: int) -> Tensor:
-        """Add them up with one list of tensors per anchor, without a graph."""
+        The first is Avalanche's, a loop over anchors and one over parameters; the second uses lists of tensors.
+        """
         grads = [p.grad for p in self.theta]
-        return torch.stack([foreach_value(self.theta, *anchor, grads) for anchor in self.left[:count]]).sum()
+
+        def loop() -> Tensor:
+            return sum((formula(self.theta, *anchor) for anchor in self.left[:count]), self.theta[0].new_zeros(()))
+
+        def foreach() -> Tensor:
+            return torch.stack([foreach_value(self.theta, *anchor, grads) for anchor in self.left[:count]]).sum()
+
+        return {"apart, loop": backward_of(loop), "apart, foreach": foreach}
 
     def part(self, names: Sequence[str]) -> float:
         """Return the share of all elements that some parameters hold."""
@@ -81,29 +87,33 @@ def share_of(walk: Walk, share: float) -> list[str]:
     return [str(i + part) for i in sorted(chosen) for part in (0, 1)]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What is timed over a base, and its errors."""
+class Trials:
+    """What is checked and then timed together, each over another of them or over a base that is not checked itself."""
 
-    run: Callable[[], object]
-    base: str
-    errors: dict[str, float]
+    def __init__(self, walk: Walk, bases: Mapping[str, Callable[[], object]] | None = None) -> None:
+        self.theta, self.runs, self.over, self.errors = walk.theta, dict(bases or {}), {}, {}
 
+    def add(
+        self, name: str, run: Way, over: str, anchors: Anchors, tolerance: float = TOLERANCE, way: Way | None = None
+    ) -> None:
+        """Add a run; ``way`` is what is checked, where that is not the run itself."""
+        self.errors[name] = check(name, self.theta, anchors, way or run, tolerance)
+        self.runs[name], self.over[name] = run, over
 
-def _timed(trials: Mapping[str, Trial], bases: Mapping[str, Callable[[], object]], budget: Budget) -> dict[str, dict]:
-    """Time trials interleaved with their bases; summarise them with their ratio to these, round by round."""
-    cap = 2 * budget.seconds / len(trials | bases)
-    contenders = {name: Contender(trial.run, seconds=cap) for name, trial in trials.items()}
-    times = budget.time(contenders | {name: Contender(run) for name, run in bases.items()})
-    return {
-        name: {
-            "milliseconds": quartiles(times[name], 1e3),
-            "over_base": ratio(times[name], times[trial.base]),
-            "rounds": len(times[name]),
-            "relative_error": trial.errors,
+    def timed(self, budget: Budget) -> dict[str, dict]:
+        """Time all, interleaved, and summarise each with its ratio, round by round."""
+        cap = 2 * budget.seconds / len(self.runs)
+        free = set(self.over.values())  # what others are measured by runs in all rounds
+        times = budget.time({n: Contender(r, seconds=math.inf if n in free else cap) for n, r in self.runs.items()})
+        return {
+            name: {
+                "milliseconds": quartiles(times[name], 1e3),
+                "over_base": ratio(times[name], times[over]),
+                "rounds": len(times[name]),
+                "relative_error": self.errors[name],
+            }
+            for name, over in self.over.items()
         }
-        for name, trial in trials.items()
-    }
 
 
 def merged(walk: Walk, counts: Sequence[int], budget: Budget) -> Iterator[dict]:
@@ -115,36 +125,24 @@ def merged(walk: Walk, counts: Sequence[int], budget: Budget) -> Iterator[dict]:
             whole.consolidate(fisher, theta_hat=theta_hat)
             if not first.n_anchors:
                 first.consolidate(fisher, theta_hat=theta_hat)
-        runs, ones = (
-            {
-                **ways_of(penalty),
-                "apart, loop": backward_of(partial(walk.loop, k)),
-                "apart, foreach": partial(walk.foreach, k),
-            }
-            for penalty, k in ((whole, count), (first, 1))
-        )
-        trials = {
-            name: Trial(run, f"{name}, 1", check(f"{count} anchors, {name}", walk.theta, walk.anchors, run))
-            for name, run in runs.items()
-        }
-        yield {
-            "anchors": count,
-            "results": _timed(trials, {f"{name}, 1": run for name, run in ones.items()}, budget),
-        }
+        runs, ones = ({**ways_of(penalty), **walk.apart(k)} for penalty, k in ((whole, count), (first, 1)))
+        trials = Trials(walk, {f"{name}, 1": run for name, run in ones.items()})
+        for name, run in runs.items():
+            trials.add(name, run, f"{name}, 1", walk.anchors)
+        yield {"anchors": count, "results": trials.timed(budget)}
 
 
 def active(walk: Walk, budget: Budget) -> list[dict]:
     """Measure ``subset(names)`` over the whole penalty with one anchor."""
-    penalty, trials = walk.penalty(), {}
+    penalty = walk.penalty()
     fisher, theta_hat = walk.step()
     penalty.consolidate(fisher, theta_hat=theta_hat)
-    chosen = {share: share_of(walk, share) for share in SHARES}
+    trials, chosen = Trials(walk, ways_of(penalty)), {share: share_of(walk, share) for share in SHARES}
     for share, names in chosen.items():
         anchors = [pairs if name in names else [] for name, pairs in zip(walk.named, walk.anchors, strict=True)]
         for name, way in ways_of(penalty.subset(names)).items():
-            errors = check(f"an active set of {share:.0%}, {name}", walk.theta, anchors, way)
-            trials[f"{name}, {share:.0%}"] = Trial(way, name, errors)
-    results = _timed(trials, ways_of(penalty), budget)
+            trials.add(f"{name}, {share:.0%}", way, name, anchors)
+    results = trials.timed(budget)
     return [
         {
             "share": share,
@@ -158,37 +156,33 @@ def active(walk: Walk, budget: Budget) -> list[dict]:
 
 def consolidation(walk: Walk, budget: Budget) -> dict[str, Any]:
     """Measure a second ``consolidate``, of all parameters and of an active set, over that of all."""
-    (old, old_hat), names, trials = walk.step(), share_of(walk, CONSOLIDATED), {}
+    (old, old_hat), names, trials = walk.step(), share_of(walk, CONSOLIDATED), Trials(walk)
     fisher, theta_hat = walk.step()
-    for how in ("merge", "replace"):
-        for key, which in ((how, None), (f"{how}, active", names)):
-            penalty, options = walk.penalty(), {"theta_hat": theta_hat, "decay": DECAY, "anchor": how, "active": which}
+    new = {
+        "merge": {n: [(old_hat[n], DECAY * old[n]), (theta_hat[n], fisher[n])] for n in walk.named},
+        "replace": {n: [(theta_hat[n], DECAY * old[n] + fisher[n])] for n in walk.named},
+    }
+    for how, anchors in new.items():
+        for name, which in ((how, None), (f"{how}, active", names)):
+            penalty = walk.penalty()
             penalty.consolidate(old, theta_hat=old_hat)
+            options = {"theta_hat": theta_hat, "decay": DECAY, "anchor": how, "active": which}
             run = partial(penalty.consolidate, fisher, **options)
             run()
-            anchors = []
-            for name in walk.named:
-                pairs = [(old_hat[name], old[name])]
-                if which is None or name in which:
-                    pairs = [(old_hat[name], DECAY * old[name]), (theta_hat[name], fisher[name])]
-                    if how == "replace":
-                        pairs = [(theta_hat[name], DECAY * old[name] + fisher[name])]
-                anchors.append(pairs)
-            trials[key] = Trial(run, how, check(f"consolidate, {key}", walk.theta, anchors, penalty.add_grad_))
-    return {"active_elements": walk.part(names), **_timed(trials, {}, budget)}
+            found = [p if which is None or n in which else [(old_hat[n], old[n])] for n, p in anchors.items()]
+            trials.add(name, run, how, found, way=penalty.add_grad_)
+    return {"active_elements": walk.part(names), **trials.timed(budget)}
 
 
 def narrow(walk: Walk, budget: Budget) -> dict[str, dict]:
     """Measure F in bfloat16 over F in float32."""
-    fisher, theta_hat = walk.step()
-    trials = {}
+    (fisher, theta_hat), trials = walk.step(), Trials(walk)
     for dtype, tolerance in (("float32", TOLERANCE), ("bfloat16", NARROW)):
         penalty = walk.penalty(fisher_dtype=getattr(torch, dtype))
         penalty.consolidate(fisher, theta_hat=theta_hat)
         for name, way in ways_of(penalty).items():
-            errors = check(f"{name}, {dtype}", walk.theta, walk.anchors, way, tolerance)
-            trials[f"{name}, {dtype}"] = Trial(way, f"{name}, float32", errors)
-    return _timed(trials, {}, budget)
+            trials.add(f"{name}, {dtype}", way, f"{name}, float32", walk.anchors, tolerance)
+    return trials.timed(budget)
 
 
 def run(budget: Budget) -> dict:

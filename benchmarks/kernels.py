@@ -28,6 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: Largest error relative to the norm: products of half types are exact in float32, and summed in it.
 TOLERANCE = {"bf16x6": 1e-5, "bf16x3": 1e-4, "tf32": 2e-3, "ieee": 1e-5, "half": 5e-5}
 MODE = "WPLFAST_TRITON_FP32"  # how float32 operands are multiplied
+ROUNDS, SECONDS = 25, 0.8
 MATERIALISED = 8 << 30  # bytes of per-sample gradients up to which the way that makes them takes part
 
 Operands = tuple[Tensor, ...]
@@ -44,9 +45,10 @@ class Kernel:
         ours: ``ours(accumulators, *operands)`` adds that to accumulators, or returns what is to be added to the first.
         plain: what PyTorch runs for the plain gradient, from operands.
         n_bytes: that a call must move at least.
-        flops: of one call, of all contenders.
+        flops: of one call.
         tolerance: largest error relative to the norm.
-        others: further contenders, from accumulators and operands.
+        others: further contenders with the arguments of ours, unchecked.
+        variants: other ways of ours, which are checked, and left out where they are wrong or fail.
         mode: how float32 operands are multiplied; None: the library's default.
     """
 
@@ -59,6 +61,7 @@ class Kernel:
     flops: float | None = None
     tolerance: float = 1e-5
     others: dict[str, Callable[..., object]] = field(default_factory=dict)
+    variants: dict[str, Callable[..., object]] = field(default_factory=dict)
     mode: str | None = None
 
 
@@ -81,7 +84,7 @@ def fp32_mode(mode: str | None) -> Iterator[None]:
         os.environ |= {MODE: before} if before else {}
 
 
-def check(kernel: Kernel, run: Callable[..., object], operands: Operands) -> dict:
+def check(kernel: Kernel, run: Callable[..., object], operands: Operands) -> dict[str, Any]:
     """Run what adds to accumulators twice; return its errors and whether both runs gave the same bits."""
     expected = kernel.exact(*operands)
     runs = []
@@ -94,15 +97,11 @@ def check(kernel: Kernel, run: Callable[..., object], operands: Operands) -> dic
     errors = {}
     for name, found, exact in zip(("fisher", "gradient"), runs[0], expected, strict=False):
         errors[name] = ((found.double() - exact - 1).norm() / (exact + 1).norm()).nan_to_num(torch.inf).item()
-    return {
-        "relative_error": errors,
-        "tolerance": kernel.tolerance,
-        "right": all(error <= kernel.tolerance for error in errors.values()),
-        "same_bits_twice": all(map(torch.equal, *runs)),
-    }
+    right, same = all(error <= kernel.tolerance for error in errors.values()), all(map(torch.equal, *runs))
+    return {"relative_error": errors, "tolerance": kernel.tolerance, "right": right, "same_bits_twice": same}
 
 
-def measure(make: Callable[[torch.Generator], Kernel], device: torch.device, quick: bool) -> dict:
+def measure(make: Callable[[torch.Generator], Kernel], device: torch.device, quick: bool) -> dict[str, Any]:
     """Check a kernel and time it on inputs in turn, interleaved with the plain gradient and a copy.
 
     Raises:
@@ -112,27 +111,40 @@ def measure(make: Callable[[torch.Generator], Kernel], device: torch.device, qui
     kernel = make(generator)
     with fp32_mode(kernel.mode):
         operands = kernel.draw()
-        record = {**kernel.about, "seed": seed, **check(kernel, kernel.ours, operands)}
+        record = {**kernel.about, "seed": seed, **check(kernel, kernel.ours, operands), "left_out": {}}
+        runs = {OURS: kernel.ours, PLAIN: lambda _, *operands: kernel.plain(*operands), **kernel.others}
+        for name, variant in kernel.variants.items():
+            try:
+                found = check(kernel, variant, operands)
+                if found["right"] and found["same_bits_twice"]:
+                    runs[name] = variant
+                else:
+                    record["left_out"][name] = f"wrong: {found}"
+            except Exception as error:  # of the compiler or of a launch
+                record["left_out"][name] = f"{type(error).__name__}: {error}"[:200]
         accumulators = [torch.zeros_like(e, dtype=torch.float32) for e in kernel.exact(*operands)]
         n_sets = rotations(sum(x.nbytes for x in operands), device)
         sets = [operands, *(kernel.draw() for _ in range(n_sets - 1))]
-        runs: dict[str, Callable[..., object]] = {OURS: partial(kernel.ours, accumulators), PLAIN: kernel.plain}
-        runs |= {name: partial(other, accumulators) for name, other in kernel.others.items()}
-        contenders = {name: Contender(rotating(run, sets), alone=True) for name, run in runs.items()}
+        contenders = {
+            name: Contender(rotating(partial(run, accumulators), sets), alone=True) for name, run in runs.items()
+        }
         copied = QUICK_COPIED if quick else COPIED
         contenders["copy"] = copy(copied, device)
-        times = Budget(device, 3 if quick else 25, 0.0 if quick else 0.8).time(contenders)
-    median = quartiles(times[OURS])["median"]
-    record |= {"rounds": len(times[OURS]), "times": {}, "bytes": kernel.n_bytes}
-    record["share_of_plain"] = ratio(times[PLAIN], times[OURS])
+        seconds = SECONDS * (1 + len(kernel.variants))
+        times = Budget(device, 3 if quick else ROUNDS, 0.0 if quick else seconds).time(contenders)
+    record |= {"rounds": len(times[OURS]), "bytes": kernel.n_bytes}
     record["share_of_copy"] = ratio(times["copy"], times[OURS], kernel.n_bytes / copied)
     if kernel.flops is not None:
-        record |= {"flops": kernel.flops, "teraflops_per_second": kernel.flops / median / 1e12}
-    for name, taken in times.items():
-        record["times"][name] = {
+        record["teraflops_per_second"] = kernel.flops / quartiles(times[OURS])["median"] / 1e12
+    record["times"] = {
+        name: {
             "milliseconds": quartiles(taken, 1e3),
             "host_microseconds": 1e6 * contenders[name].host,
+            "share_of_plain": ratio(times[PLAIN], taken),
+            "gain": ratio(times[OURS], taken),
         }
+        for name, taken in times.items()
+    }
     if not record["right"]:
         raise WrongCaseError(f"relative error {record['relative_error']}, tolerance {record['tolerance']}", record)
     return record
@@ -201,7 +213,7 @@ def linear(generator: torch.Generator, layer: Layer, dtype: str, mode: str | Non
         layer.n * layer.t * (layer.d_out + layer.d_in) * kind.itemsize + (8 + 8 * with_gradient) * out.numel(),
         2 * layer.n * layer.t * out.numel(),
         TOLERANCE["half" if dtype != "fp32" else mode or "bf16x6"],
-        {"materialised": materialised} if fits else {}, mode,
+        {"materialised": materialised} if fits else {}, mode=mode,
     )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def _measure(workload: Workload, subject: Subject, budget: Budget) -> dict:
     """Check and time all contenders on a model; return its record."""
     expected, limit, samples = subject.oracle(), TOLERANCE, len(subject.batch[1])
     if subject.precision != "fp32":  # a few times the error of a one-sample loop in that precision
-        limit = 4 * errors_of(subject.one_by_one(subject.ordinary, torch.float32), expected)["largest"]
+        limit = 4 * errors_of(subject.one_by_one(subject.ordinary), expected)["largest"]
     runs: dict[str, Run] = {}
     results: dict[str, dict] = {OURS: {}}
     for name, candidates in ways(samples, subject.ordinary).items():
@@ -124,7 +124,7 @@ def _measure(workload: Workload, subject: Subject, budget: Budget) -> dict:
     return {
         "workload": workload.name,
         "shown": workload.shown,
-        "parameters": subject.numel,
+        "parameters": sum(p.numel() for p in subject.ordinary.parameters()),
         "samples": samples,
         "unit": {"milliseconds": quartiles(times["unit"], 1e3), "peak_bytes": peaks["unit"]},
         "one_fisher_bytes": peaks["one_fisher"],

@@ -5,6 +5,8 @@ Kernels run on a GPU, or in the interpreter in a process of their own, as in ``t
 
 from __future__ import annotations
 
+from functools import partial
+
 import interpreter
 import pytest
 
@@ -110,19 +112,26 @@ def test_tiles_of_their_own_and_shared_ones(gradient: bool, t: int, d_in: int, m
     ("layer", "dtype"), [(kernels.Layer(3, 40, 136, 72), "bf16"), (kernels.Layer(3, 16, 72, 136), "fp32")]
 )
 def test_the_sweep_runs(layer: kernels.Layer, dtype: str) -> None:
-    before = fisher_linear.choose_plan
-    record = tiles.case(torch.device(DEVICE), True, layer, dtype)
+    before, device = fisher_linear.choose_plan, torch.device(DEVICE)
+    record = kernels.measure(partial(tiles.tiled, layer=layer, dtype=dtype), device, True)
     assert fisher_linear.choose_plan is before
     assert record["left_out"] == {}
-    assert set(record["tiles"]) > {tiles.DEFAULT, kernels.PLAIN}
-    assert len(record["tiles"]) >= 2 + 4, "every row of the table"
-    assert len(gpu_report.tiles({"a": record})) == 2 + len(record["tiles"])
+    assert set(record["times"]) - {kernels.OURS, kernels.PLAIN, "copy"} == set(
+        tiles.plans(layer, kernels.DTYPES[dtype], device)
+    )
+    assert len(record["times"]) == 3 + 4, "every row of the table"
+    assert len(gpu_report.tiles({"a": record})) == 2 + len(record["times"])
 
 
 @on_device
-def test_a_wrong_tile_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_tiles_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = kernels.Layer(2, 16, 64, 64)
-    monkeypatch.setattr(tiles, "plans", lambda *_: {tiles.DEFAULT: None, "none": object()})
-    record = tiles.case(torch.device(DEVICE), True, layer, "bf16")
-    assert record["left_out"] == {"none": "AttributeError: 'object' object has no attribute 'tile'"}
-    assert set(record["tiles"]) == {tiles.DEFAULT, kernels.PLAIN}
+    kernel = tiles.tiled(torch.Generator(DEVICE).manual_seed(0), layer, "bf16")
+    kernel.variants = {
+        "none": partial(tiles.under, object()),
+        "wrong": lambda accumulators, g, a: accumulators[0].add_(1),
+    }
+    record = kernels.measure(lambda generator: kernel, torch.device(DEVICE), True)
+    assert record["left_out"]["none"] == "AttributeError: 'object' object has no attribute 'tile'"
+    assert record["left_out"]["wrong"].startswith("wrong:")
+    assert set(record["times"]) == {kernels.OURS, kernels.PLAIN, "copy"}
