@@ -7,11 +7,11 @@ kernel is checked against float64, sample by sample, and for equal bits in two r
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ COPIED, QUICK_COPIED = 1 << 30, 1 << 16  # bytes that the copy moves
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: Largest error relative to the norm: products of half types are exact in float32, and summed in it.
 TOLERANCE = {"bf16x6": 1e-5, "bf16x3": 1e-4, "tf32": 2e-3, "ieee": 1e-5, "half": 5e-5}
-MODE = "WPLFAST_TRITON_FP32"  # how float32 operands are multiplied
+MODE, DEFAULT_MODE = "WPLFAST_TRITON_FP32", "bf16x6"  # how float32 operands are multiplied
 ROUNDS, SECONDS = 25, 0.8
 MATERIALISED = 8 << 30  # bytes of per-sample gradients up to which the way that makes them takes part
 
@@ -49,7 +49,7 @@ class Kernel:
         tolerance: largest error relative to the norm.
         others: further contenders with the arguments of ours, unchecked.
         variants: other ways of ours, which are checked, and left out where they are wrong or fail.
-        mode: how float32 operands are multiplied; None: the library's default.
+        mode: how float32 operands are multiplied.
     """
 
     about: dict[str, Any]
@@ -62,26 +62,13 @@ class Kernel:
     tolerance: float = 1e-5
     others: dict[str, Callable[..., object]] = field(default_factory=dict)
     variants: dict[str, Callable[..., object]] = field(default_factory=dict)
-    mode: str | None = None
+    mode: str = DEFAULT_MODE
 
 
 def fresh(device: torch.device) -> tuple[torch.Generator, int]:
     """Return a generator on a device with a seed that no run before had, and the seed."""
     seed = int.from_bytes(os.urandom(4), "little")
     return torch.Generator(device).manual_seed(seed), seed
-
-
-@contextmanager
-def fp32_mode(mode: str | None) -> Iterator[None]:
-    """Choose how float32 operands are multiplied, products of PyTorch without TF32."""
-    before = os.environ.pop(MODE, None)
-    os.environ |= {MODE: mode} if mode else {}
-    try:
-        with tf32(False):
-            yield
-    finally:
-        os.environ.pop(MODE, None)
-        os.environ |= {MODE: before} if before else {}
 
 
 def check(kernel: Kernel, run: Callable[..., object], operands: Operands) -> dict[str, Any]:
@@ -109,7 +96,8 @@ def measure(make: Callable[[torch.Generator], Kernel], device: torch.device, qui
     """
     generator, seed = fresh(device)
     kernel = make(generator)
-    with fp32_mode(kernel.mode):
+    with mock.patch.dict(os.environ), tf32(False):
+        os.environ |= {MODE: kernel.mode}
         operands = kernel.draw()
         record = {**kernel.about, "seed": seed, **check(kernel, kernel.ours, operands), "left_out": {}}
         runs = {OURS: kernel.ours, PLAIN: lambda _, *operands: kernel.plain(*operands), **kernel.others}
@@ -178,7 +166,7 @@ LAYERS = {
 QUICK, QUICK_ROW = Layer(3, 17, 24, 40, 0.5), Layer(5, 1, 24, 40)
 
 
-def linear(generator: torch.Generator, layer: Layer, dtype: str, mode: str | None = None, extras: str = "") -> Kernel:
+def linear(generator: torch.Generator, layer: Layer, dtype: str, mode: str = DEFAULT_MODE, extras: str = "") -> Kernel:
     """Return ``fisher_linear_`` with what ``extras`` names: "", "weights", "gradient" or both."""
     device, kind, with_gradient = generator.device, DTYPES[dtype], "gradient" in extras
     weights = torch.rand(layer.n, device=device, generator=generator) if "weights" in extras else None
@@ -212,23 +200,24 @@ def linear(generator: torch.Generator, layer: Layer, dtype: str, mode: str | Non
         draw, exact, ours, plain,
         layer.n * layer.t * (layer.d_out + layer.d_in) * kind.itemsize + (8 + 8 * with_gradient) * out.numel(),
         2 * layer.n * layer.t * out.numel(),
-        TOLERANCE["half" if dtype != "fp32" else mode or "bf16x6"],
+        TOLERANCE["half" if dtype != "fp32" else mode],
         {"materialised": materialised} if fits else {}, mode=mode,
     )  # fmt: skip
 
 
 def linear_cases(device: torch.device, quick: bool) -> Cases:
     """Return linear layers, the contract's rows first."""
-    rows: list[tuple[str, str, str | None, str]] = [(name, "bf16", None, "") for name in list(LAYERS)[:4]]
-    rows += [(name, "fp32", None, "") for name in ("3072x768", "768x768")]
-    rows += [(name, "bf16", None, "") for name in list(LAYERS)[4:]]
-    rows += [("3072x768", "bf16", None, extras) for extras in ("weights", "gradient", "weights, gradient")]
-    rows += [("3072x768", "fp16", None, ""), ("4096x4096", "fp32", None, "")]
-    rows += [("3072x768", "fp32", mode, "") for mode in ("bf16x3", "tf32", "ieee")]
-    rows += [("MLP 1024x1024 T=1", "fp32", None, ""), ("RNN 1000x1000 T=35", "fp32", None, "")]
+    rows = [(name, "bf16") for name in list(LAYERS)[:4]] + [(name, "fp32") for name in ("3072x768", "768x768")]
+    rows += [(name, "bf16") for name in list(LAYERS)[4:]]
+    made = {f"{name}, {dtype}": (name, {"dtype": dtype}) for name, dtype in rows}
+    for extras in ("weights", "gradient", "weights, gradient"):
+        made[f"3072x768, bf16, {extras}"] = ("3072x768", {"dtype": "bf16", "extras": extras})
+    rows = [("3072x768", "fp16"), ("4096x4096", "fp32"), ("MLP 1024x1024 T=1", "fp32"), ("RNN 1000x1000 T=35", "fp32")]
+    made |= {f"{name}, {dtype}": (name, {"dtype": dtype}) for name, dtype in rows}
+    for mode in ("bf16x3", "tf32", "ieee"):
+        made[f"3072x768, fp32, {mode}"] = ("3072x768", {"dtype": "fp32", "mode": mode})
     found = {}
-    for name, dtype, mode, extras in rows:
+    for shown, (name, options) in made.items():
         layer = LAYERS[name] if not quick else QUICK if LAYERS[name].t > 1 else QUICK_ROW
-        make = partial(linear, layer=layer, dtype=dtype, mode=mode, extras=extras)
-        found[", ".join(filter(None, (name, dtype, mode, extras)))] = partial(measure, make, device, quick)
+        found[shown] = partial(measure, partial(linear, layer=layer, **options), device, quick)
     return found

@@ -12,9 +12,8 @@ from __future__ import annotations
 import copy
 import importlib
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from unittest import mock
 
 import torch
 
@@ -41,17 +40,6 @@ def find(name: str) -> tuple[str, Case]:
         return name, getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError):
         raise ValueError(f"expected MODULE:CASE or one of {', '.join(CASES)}, got {name!r}") from None
-
-
-@contextmanager
-def without(names: Collection[str]) -> Iterator[None]:
-    """Take rules out of the list that calls are matched with; the generic rule stays."""
-    before = list(capture_rules.RULES)
-    capture_rules.RULES[:] = [r for r in before if r.name not in names or r is capture_rules.GENERIC]
-    try:
-        yield
-    finally:
-        capture_rules.RULES[:] = before
 
 
 def measure(subject: Subject, budget: Budget) -> dict:
@@ -85,8 +73,9 @@ def run(named: tuple[str, Case], budget: Budget) -> dict:
     model, batch = model.to(budget.device), tuple(part.to(budget.device) for part in batch)
     half = replace(budget, seconds=budget.seconds / 2)
     found = {"on": measure(Subject(copy.deepcopy(model), [batch], loss_fn, name), half)}
-    served = {rule for rules in found["on"]["rules"].values() for rule in rules}
-    if served - {capture_rules.GENERIC.name}:
-        with without(served):
+    generic, served = capture_rules.GENERIC, {rule for rules in found["on"]["rules"].values() for rule in rules}
+    if served - {generic.name}:
+        rest = [rule for rule in capture_rules.RULES if rule.name not in served or rule is generic]
+        with mock.patch.object(capture_rules, "RULES", rest):
             found["off"] = measure(Subject(model, [batch], loss_fn, name), half)
     return {"case": name, **found}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +16,8 @@ from wplfast.losses import cross_entropy
 from .fisher import Subject, peak_bytes, steady, subject_of
 from .models import Decoder, mlp
 from .plumbing.progress import progress
-from .timing import Budget, Contender, measure, quartiles, ratio
-from .workloads import Batch, Draw, Workload, rows, text
+from .timing import Budget, Contender, quartiles, ratio
+from .workloads import Draw, Workload, rows, text
 
 SAMPLES = 32  # of each batch where classes or the number of batches grow
 FITTED = 3  # last points that a slope is fitted to
@@ -84,32 +82,29 @@ def timed(series: Series, size: int, budget: Budget) -> dict:
     """Time one size: the steady pass, checked against float64 as always, and the unit."""
     subject = series.at(size, budget.device)
     with steady(subject) as fisher_pass:
-        runs = {"unit": subject.unit, "fisher": fisher_pass}
-        return _point(size, budget.time({name: Contender(run, subject.clear) for name, run in runs.items()}))
+        return _timed(size, budget, subject, {"unit": subject.unit, "fisher": fisher_pass})
 
 
 def exact(series: Series, size: int, budget: Budget) -> dict:
-    """Time the batches of one call with ``fisher_type="exact"``, and a unit between each and the next.
+    """Time a call with ``fisher_type="exact"`` over two batches, without verification, and as many units."""
+    subject = series.at(size, budget.device)
 
-    The first batch measures and verifies; its time does not count.
-    """
-    subject, device = series.at(size, budget.device), budget.device
-    times: dict[str, list[float]] = {"unit": [], "fisher": []}
-    unit, started = Contender(subject.unit, subject.clear), time.perf_counter()
+    def call() -> None:
+        batches = subject.batches[:2]
+        wplfast.fisher_diagonal(subject.watched, batches, cross_entropy, fisher_type="exact", verify=False)
 
-    def batches() -> Iterator[Batch]:
-        for done, batch in enumerate(islice(cycle(subject.batches), budget.rounds + 1)):
-            asked = _now(device)
-            yield batch
-            if done:
-                times["fisher"].append(_now(device) - asked)
-                times["unit"].append(measure(unit, 1, device))
-            if done >= 3 and time.perf_counter() - started > budget.seconds:
-                break
+    return _timed(size, budget, subject, {"unit": lambda: subject.units(2), "fisher": call})
 
-    measure(unit, 1, device)
-    wplfast.fisher_diagonal(subject.watched, batches(), cross_entropy, fisher_type="exact")
-    return _point(size, times)
+
+def _timed(size: int, budget: Budget, subject: Subject, runs: Mapping[str, Callable[[], None]]) -> dict:
+    """Time a unit and a pass, interleaved, and summarise them."""
+    times = budget.time({name: Contender(run, subject.clear) for name, run in runs.items()})
+    return {
+        "size": size,
+        "pairs": len(times["unit"]),
+        "milliseconds": {name: quartiles(taken, 1e3) for name, taken in times.items()},
+        "ratio": ratio(times["fisher"], times["unit"]),
+    }
 
 
 def held(series: Series, size: int, budget: Budget) -> dict:
@@ -127,29 +122,10 @@ def held(series: Series, size: int, budget: Budget) -> dict:
     return {"size": size, "peak_bytes": {"unit": unit, "fisher": call}}
 
 
-def _now(device: torch.device) -> float:
-    """Return the time when all work so far is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _point(size: int, times: Mapping[str, Sequence[float]]) -> dict:
-    """Summarise the times of one size."""
-    spreads = {name: quartiles(taken, 1e3) for name, taken in times.items()}
-    found = {"size": size, "pairs": len(times["unit"]), "milliseconds": spreads}
-    return found | {"ratio": ratio(times["fisher"], times["unit"])}
-
-
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
     """Return the exponent of the power law through the last points: least squares in logarithms."""
     logs = ([math.log(value) for value in part[-FITTED:]] for part in (sizes, values))
     return statistics.linear_regression(*logs).slope
-
-
-def value(point: dict, name: str) -> float:
-    """Return a point's median time in ms, or its peak memory in bytes."""
-    return point["milliseconds"][name]["median"] if "milliseconds" in point else point["peak_bytes"][name]
 
 
 def run(budget: Budget) -> list[dict]:
@@ -159,6 +135,9 @@ def run(budget: Budget) -> list[dict]:
         sizes = series.quick if budget.quick else series.sizes
         one = held if series is HELD else exact if series is CLASSES else timed
         points = [one(series, size, budget) for size in sizes]
-        slopes = {name: slope(sizes, [value(point, name) for point in points]) for name in ("unit", "fisher")}
+        slopes = {}
+        for name in ("unit", "fisher"):
+            values = [p["peak_bytes"][name] if series is HELD else p["milliseconds"][name]["median"] for p in points]
+            slopes[name] = slope(sizes, values)
         records.append({"name": series.name, "shown": series.shown, "points": points, "slopes": slopes})
     return records

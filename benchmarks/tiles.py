@@ -9,9 +9,9 @@ If a tile wins by more than the quartiles on all layers of its kind, change the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,19 +20,6 @@ from .kernels import DTYPES, LAYERS, QUICK, Kernel, Layer, linear, measure
 from .plumbing.parts import Cases
 
 NAMES = ("3072x768", "768x3072", "4096x4096", "768x768", "1024x1024 T=16", "RNN 1000x1000 T=35", "ViT 768x768")
-
-
-@contextmanager
-def planned(plan: object) -> Iterator[Callable[..., None]]:
-    """Yield the linear layer's launcher, which takes a plan meanwhile."""
-    from wplfast.backends.triton import fisher_linear
-
-    before = fisher_linear.choose_plan
-    fisher_linear.choose_plan = lambda *_: plan
-    try:
-        yield fisher_linear.fisher_linear_
-    finally:
-        fisher_linear.choose_plan = before
 
 
 def plans(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
@@ -48,10 +35,12 @@ def plans(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, o
     return found
 
 
-def under(plan: object, accumulators: Sequence[Tensor], g: Tensor, a: Tensor) -> None:
-    """Run the kernel under a plan."""
-    with planned(plan) as launcher:
-        launcher(accumulators[0], a, g, None, None)
+def under(plan: object, accumulators: Sequence[Tensor], g: Tensor, a: Tensor, *more: Tensor | None) -> None:
+    """Run the kernel under a plan; ``more``: weights and the accumulator of the gradient."""
+    from wplfast.backends.triton import fisher_linear
+
+    with mock.patch.object(fisher_linear, "choose_plan", return_value=plan):
+        fisher_linear.fisher_linear_(accumulators[0], a, g, *(more or (None, None)))
 
 
 def tiled(generator: torch.Generator, layer: Layer, dtype: str) -> Kernel:

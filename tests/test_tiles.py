@@ -100,8 +100,7 @@ def test_tiles_of_their_own_and_shared_ones(gradient: bool, t: int, d_in: int, m
     monkeypatch.setattr(fisher_linear, "MAX_PARTIALS", 1 << 17)  # at most 8 partial tiles: several launches
     for whole, splits in cuts:
         fisher, mean = (x.clone().to(DEVICE) for x in start)
-        with tiles.planned(Plan(tile, whole, splits)) as launcher:
-            launcher(fisher, a, g, weights, mean if gradient else None)
+        tiles.under(Plan(tile, whole, splits), [fisher], g, a, weights, mean if gradient else None)
         assert (fisher - expected[0]).norm() <= 1e-5 * expected[0].norm()
         assert (mean - expected[1]).norm() <= 1e-5 * expected[1].norm()
 
