@@ -217,9 +217,7 @@ def errors_of(theta: Sequence[Tensor], anchors: Anchors, way: Way) -> dict[str, 
     return {"gradient": worst} if value is None else {"gradient": worst, "value": abs(value.item() / expected - 1)}
 
 
-def check(
-    what: str, theta: Sequence[Tensor], anchors: Anchors, way: Way, tolerance: float = TOLERANCE
-) -> dict[str, float]:
+def check(what: str, theta: Sequence[Tensor], anchors: Anchors, way: Way, tolerance: float = TOLERANCE) -> dict:
     """Return the errors of a way to add a penalty's gradient.
 
     Raises:
