@@ -23,7 +23,7 @@ SHARES = (0.1, 0.25, 0.5, 1.0)
 CONSOLIDATED = 0.1  # share of the parameters of the smaller consolidations
 DECAY = 0.5  # of what was there: F stays bounded in repetitions
 STEP = 0.1  # how far parameters walk from anchor to anchor, in standard deviations of their own
-NARROW = 2.0**-8  # what F in bfloat16 may cost: 8 bits, rounded
+NARROW = dict.fromkeys(("gradient", "value"), 2.0**-8)  # what F in bfloat16 may cost: 8 bits, rounded
 
 
 class Walk:
@@ -31,7 +31,7 @@ class Walk:
 
     def __init__(self, numel: int, device: torch.device) -> None:
         """Draw the parameters."""
-        self.theta = Case.of("anchors", net_shapes(numel, TENSORS), device).theta
+        self.theta = Case("anchors", net_shapes(numel, TENSORS), device).theta
         self.named = by_name(self.theta)
         self.left: list[tuple[list[Tensor], list[Tensor]]] = []  # theta_hat and F
         self._generator = torch.Generator(device).manual_seed(2)
@@ -94,7 +94,13 @@ class Trials:
         self.theta, self.runs, self.over, self.errors = walk.theta, dict(bases or {}), {}, {}
 
     def add(
-        self, name: str, run: Way, over: str, anchors: Anchors, tolerance: float = TOLERANCE, way: Way | None = None
+        self,
+        name: str,
+        run: Callable[[], object],
+        over: str,
+        anchors: Anchors,
+        tolerance: Mapping[str, float] = TOLERANCE,
+        way: Way | None = None,
     ) -> None:
         """Add a run; ``way`` is what is checked, where that is not the run itself."""
         self.errors[name] = check(name, self.theta, anchors, way or run, tolerance)

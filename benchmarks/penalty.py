@@ -14,10 +14,12 @@ from .plumbing.malloc import available, give_back
 from .plumbing.progress import progress
 from .roofs import ROOFS
 from .timing import Budget, Contender, quartiles, ratio
-from .ways import BYTES, MAKERS, Case, check, net_shapes
+from .ways import KERNELS, MAKERS, Case, check, net_shapes
 
 TENSORS = 160  # of a network
 LARGE, LARGE_CUDA, QUICK = 10**7, 64 * 10**6, 10**5  # parameters of a network
+PLAIN = ("ours", "functional", "plain", "flat")  # what makes the ways, but for the compiler
+SMALL = [(64, 64), (64,)] * 4
 BASELINES = ("eager", "foreach", "cat", "compile")
 SIZES, COUNTS = tuple(round(10 ** (k / 2)) for k in range(6, 17)), (1, 10, 100, 1000)
 QUICK_SIZES, QUICK_COUNTS = (1000, 10000), (1, 10)
@@ -26,36 +28,41 @@ COMPILED = 100  # tensors of the sweep up to which the compiler takes part: it u
 NEEDED = 110  # bytes a parameter that a case takes with all its ways
 
 
-def measure_case(case: Case, budget: Budget, compiled: bool, roofs: Sequence[str] = tuple(ROOFS)) -> dict:
-    """Check and time all ways on one case, beside roofs that move the bytes of ``add_grad_``; return its record."""
-    ways, seconds = {}, None
-    for name, make in MAKERS.items():
-        if name != "compiled" or compiled:
-            started = time.perf_counter()
-            ways |= make(case)
-            seconds = time.perf_counter() - started  # the last one's
-    errors = {name: check(f"{case.name}, {name}", case.theta, case.anchors, way) for name, way in ways.items()}
-    moved = BYTES["add_grad_"] * case.numel
-    contenders = {name: Contender(way) for name, way in ways.items()}
+def measure_case(
+    case: Case, budget: Budget, makers: Sequence[str] = PLAIN, roofs: Sequence[str] = tuple(ROOFS)
+) -> dict:
+    """Check and time ways on one case, beside roofs that move the bytes of ``add_grad_``; return its record."""
+    record: dict = {"case": case.name, "tensors": len(case.theta), "parameters": case.numel}
+    ways = {}
+    for maker in makers:
+        started = time.perf_counter()
+        ways |= MAKERS[maker](case)
+        if maker == "compiled":
+            record["compile_seconds"] = time.perf_counter() - started
+    errors = {
+        name: check(f"{case.name}, {name}", case.theta, case.anchors, way, case.kind.tolerance)
+        for name, way in ways.items()
+        if name not in KERNELS
+    }
+    moved = case.kind.bytes("add_grad_") * case.numel
+    contenders = {name: Contender(way, alone=name in KERNELS) for name, way in ways.items()}
     contenders |= {name: ROOFS[name](moved, budget.device) for name in roofs}
     times = budget.time(contenders)
-    results: dict[str, dict] = {}
+    record |= {"rounds": min(map(len, times.values())), "results": {}}
     for name, taken in times.items():
-        n_bytes = BYTES.get(name, BYTES["add_grad_"]) * case.numel
-        spread = quartiles(taken, 1e3)
-        results[name] = {"milliseconds": spread, "bytes": n_bytes}
-        results[name]["gigabytes_per_second"] = n_bytes / spread["median"] / 1e6
-        if name not in errors:
+        n_bytes, spread = case.kind.bytes(name) * case.numel, quartiles(taken, 1e3)
+        result = {"milliseconds": spread, "bytes": n_bytes, "gigabytes_per_second": n_bytes / spread["median"] / 1e6}
+        record["results"][name] = result
+        if name in roofs:
             continue
-        results[name] |= {"relative_error": errors[name], "computes_value": "value" in errors[name]}
-        for baseline in BASELINES:
-            if baseline in times and baseline != name:
-                results[name][f"{baseline}_over_it"] = ratio(times[baseline], taken)
+        result |= {f"{other}_over_it": ratio(times[other], taken) for other in BASELINES if other in times}
         for roof in roofs:
-            results[name][f"share_of_{roof.replace(' ', '_')}"] = ratio(times[roof], taken, n_bytes / moved)
-    record = {"case": case.name, "tensors": len(case.theta), "parameters": case.numel}
-    record |= {"rounds": len(times["eager"]), "results": results}
-    return record | {"compile_seconds": seconds} if compiled else record
+            result[f"share_of_{roof.replace(' ', '_')}"] = ratio(times[roof], taken, n_bytes / moved)
+        if name in errors:
+            result |= {"relative_error": errors[name], "computes_value": "value" in errors[name]}
+        else:
+            result["host_microseconds"] = 1e6 * contenders[name].host
+    return record
 
 
 def run(budget: Budget, compiled: bool = False) -> list[dict]:
@@ -63,12 +70,12 @@ def run(budget: Budget, compiled: bool = False) -> list[dict]:
     size = QUICK if budget.quick else LARGE_CUDA if budget.device.type == "cuda" else LARGE
     cases = {
         f"{size / 1e6:g} M in {TENSORS} tensors": net_shapes(size, TENSORS),
-        "8 small tensors": [(64, 64), (64,)] * 4,
+        "8 small tensors": SMALL,
         "4 tensors of 64": [(64,)] * 4,
         "28 tensors of 1,000": [(1000,)] * 28,
     }
     return [
-        measure_case(Case.of(name, shapes, budget.device), budget, compiled)
+        measure_case(Case(name, shapes, budget.device), budget, (*PLAIN, "compiled") if compiled else PLAIN)
         for name, shapes in progress(cases.items(), "penalty")
     ]
 
@@ -87,6 +94,7 @@ def sweep(budget: Budget, sizes: Sequence[int] = (), counts: Sequence[int] = (),
         if NEEDED * size > available(budget.device.type):
             print(f"left out for lack of memory: {size:,} parameters", file=sys.stderr)
             continue
-        case = Case.of(f"{size:,} parameters in {count:,} tensors", net_shapes(size, count), budget.device)
-        records.append(measure_case(case, budget, compiled and count <= COMPILED, ("triad",)))
+        case = Case(f"{size:,} parameters in {count:,} tensors", net_shapes(size, count), budget.device)
+        makers = (*PLAIN, "compiled") if compiled and count <= COMPILED else PLAIN
+        records.append(measure_case(case, budget, makers, ("triad",)))
     return records

@@ -19,10 +19,12 @@ from benchmarks import (
     kernels,
     layers,
     passes,
+    penalty,
     penalty_kernels,
     readme,
     roofs,
     timing,
+    ways,
 )
 from benchmarks.plumbing import parts
 from benchmarks.plumbing import record as record_of
@@ -172,9 +174,11 @@ def test_gpu_cases_are_right(rehearsed):
     assert found["linear"]["3072x768, fp32, bf16x3"]["tolerance"] == kernels.TOLERANCE["bf16x3"]
     results = {name.removeprefix("256 M in 160, "): r["results"] for name, r in found["penalty"].items()}
     parameters = found["penalty"]["256 M in 160, fp32"]["parameters"]
-    assert results["fp32"]["add_grad_"]["bytes"] == 20 * parameters
+    assert results["fp32"]["add_grad_"]["bytes"] == results["fp32"]["accumulate"]["bytes"] == 20 * parameters
+    assert results["fp32"]["autograd"]["bytes"] == 28 * parameters
+    assert results["fp32"]["copy"]["bytes"] == 20 * parameters
     assert results["fp32"]["value and gradient"]["bytes"] == 16 * parameters
-    assert results["bf16, F in bf16"]["add_grad_"]["bytes"] == 10 * parameters
+    assert results["bf16, F in bf16"]["accumulate"]["bytes"] == 10 * parameters
     assert results["fp32, 2 anchors"]["value"]["bytes"] == 16 * parameters
     gpt2 = found["fisher"]["gpt2"]["errors"]
     assert 0 < gpt2["fisher"]["whole"] <= fisher.LOOPS * gpt2["loop"]["whole"]
@@ -223,15 +227,19 @@ def test_wrong_kernels_are_recorded_as_wrong(monkeypatch):
         kernels.linear_cases(CPU, True)["3072x768, bf16"]()
     assert raised.value.record["right"] is False
     assert "**wrong**" in "\n".join(gpu_report.linear({"a": raised.value.record}))
-    monkeypatch.setattr(penalty_kernels.wplfast.WeightPlasticityLoss, "add_grad_", lambda self: self())
-    with pytest.raises(parts.WrongCaseError, match="errors"):
-        penalty_kernels.case(CPU, True, [(1000,)], penalty_kernels.FP32, baselines=False)
+    monkeypatch.setattr(ways.wplfast.WeightPlasticityLoss, "add_grad_", lambda self: self())
+    with pytest.raises(ways.WrongResultError, match="fp32, add_grad_: relative errors"):
+        penalty_kernels.case(CPU, True, [(1000,)])
 
 
 def test_penalties_beside_the_compiler(monkeypatch):
-    monkeypatch.setattr(penalty_kernels, "measure_case", lambda case, _, compiled: {"case": case.name, "c": compiled})
+    def loop(case):
+        return {"compile": ways.backward_of(lambda: ways.formula(case.theta, case.theta_hat, case.fisher))}
+
+    monkeypatch.setattr(penalty, "MAKERS", ways.MAKERS | {"compiled": loop})
     found = {name: case() for name, case in penalty_kernels.compiled_cases(CPU, True).items()}
-    assert found == {name: {"case": name, "c": True} for name in ("64 M in 1", "8 small tensors", "64 M in 160")}
+    assert list(found) == ["64 M in 1", "8 small tensors", "64 M in 160"]
+    assert len(gpu_report.compiled(found)) == 2 + 3
 
 
 def test_wrong_fisher_in_a_lower_precision_is_recorded(monkeypatch):
