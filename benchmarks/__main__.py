@@ -142,8 +142,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     if options.peers and "fisher" not in PARTS[options.what]:
         parser.error(f"--peers goes with fisher or all, not with {options.what}")
-    if options.plot is not None and not set(PARTS[options.what]) & set(figures.DRAWERS):
-        parser.error(f"--plot draws {', '.join(figures.DRAWERS)}, not {options.what}")
+    if options.plot is not None and not set(PARTS[options.what]) & set(figures.DRAWN):
+        parser.error(f"--plot draws {', '.join(figures.DRAWN)}, not {options.what}")
     return options
 
 

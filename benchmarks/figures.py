@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from .plumbing import plots
 from .plumbing.markdown import threads
 from .plumbing.record import write_bytes
 
-LINE = {"marker": "o", "markersize": 2.5, "linewidth": 1.2}
 WAYS = {
     "eager": {"color": plots.GREY, "label": "loop over tensors"},
     "cat": {"color": plots.PURPLE, "label": "flat vector (cat)"},
@@ -24,8 +23,13 @@ WAYS = {
     "add_grad_": {"color": plots.BLUE, "linewidth": 2.2, "label": "wplfast: wpl.add_grad_()"},
     "triad": {"color": plots.BLACK, "linestyle": "--", "marker": "", "label": "triad of 20 bytes a parameter"},
 }
+PASSES = {
+    "fisher": {"color": plots.BLUE, "label": "Fisher pass"},
+    "unit": {"color": plots.VERMILLION, "label": "ordinary forward and backward pass"},
+}
 
-Runs = list[dict[str, Any]]
+Lines = dict[str, tuple[Sequence[float], Sequence[float]]]  # name of a look -> sizes and values
+Panel = tuple[str, str, str, Lines]  # title, label of the sizes, label of the values, lines
 
 
 def draw(record: dict[str, Any]) -> bytes:
@@ -34,71 +38,59 @@ def draw(record: dict[str, Any]) -> bytes:
     Raises:
         ValueError: if it has neither.
     """
-    place = f"{record['hardware'].get('gpu') or record['hardware']['cpu']}, torch {record['versions']['torch']}"
-    for part, drawer in DRAWERS.items():
-        if record.get(part):
-            return drawer(record[part], place)
-    raise ValueError(f"expected a record of {' or '.join(DRAWERS)}, found {', '.join(record)}")
-
-
-def scaling(runs: Runs, place: str) -> bytes:
-    """Draw a panel for each series of the last run: the Fisher pass and the unit, with quartiles and fitted powers."""
-    plt, run = plots.pyplot(), runs[-1]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), layout="constrained")
-    for letter, axis, record in zip("abcdef", axes.flat, run["records"], strict=False):
-        sizes, timed = [point["size"] for point in record["points"]], "milliseconds" in record["points"][0]
-        for name, colour, marker in (("fisher", plots.BLUE, "o"), ("unit", plots.VERMILLION, "s")):
-            power = f"$\\mathrm{{{record['name']}}}^{{{record['slopes'][name]:.2f}}}$"
-            label = f"{'Fisher pass' if name == 'fisher' else 'unit'}: {power}"
-            if timed:
-                spreads = [point["milliseconds"][name] for point in record["points"]]
-                quartiles = ([s[q] for s in spreads] for q in ("q1", "q3"))
-                axis.fill_between(sizes, *quartiles, color=colour, alpha=0.2, linewidth=0)
-                values = [spread["median"] for spread in spreads]
-            else:
-                values = [point["peak_bytes"][name] / 1e6 for point in record["points"]]
-            axis.plot(sizes, values, color=colour, marker=marker, markersize=4, label=label)
-        axis.set(xscale="log", yscale="log", xlabel=record["name"], ylabel="ms per batch" if timed else "peak MB")
-        if not timed:
-            largest = max(point["peak_bytes"]["fisher"] for point in record["points"]) / 1e6
-            axis.set_ylim(0.5 * min(values), 2 * largest)
-        axis.set_title(f"({letter}) {record['shown']}", loc="left", fontsize=8)
-        axis.legend(frameon=False)
-    axes.flat[-1].set_axis_off()
-    words = f"unit: one ordinary forward and\nbackward pass of the same batch\n\n{place}, {threads(run['threads'])}"
-    axes.flat[-1].text(0, 0.5, words, va="center")
-    figure.suptitle("How a Fisher pass grows; powers fitted to the last three points", fontsize=11)
-    return plots.png(figure)
-
-
-def sweep(runs: Runs, place: str) -> bytes:
-    """Draw a row of panels for each number of threads: time per call over parameters, by number of tensors."""
     plt = plots.pyplot()
-    counts = sorted({record["tensors"] for run in runs for record in run["records"]})
-    size = (1 + 2.9 * len(counts), 1.1 + 2.8 * len(runs))
-    shape = {"nrows": len(runs), "ncols": len(counts), "squeeze": False, "sharex": True, "sharey": True}
-    figure, axes = plt.subplots(figsize=size, layout="constrained", **shape)
-    lines: dict[str, Any] = {}
-    for row, run in zip(axes, runs, strict=True):
-        for axis, count in zip(row, counts, strict=True):
-            records = [record for record in run["records"] if record["tensors"] == count]
-            for name, look in WAYS.items():
-                points = [r for r in records if name in r["results"]]
-                if points:
-                    sizes = [r["parameters"] for r in points]
-                    times = [r["results"][name]["milliseconds"]["median"] for r in points]
-                    lines[look["label"]] = axis.plot(sizes, times, **(LINE | look))[0]
+    for part, (title, columns, looks, panels) in DRAWN.items():
+        if not record.get(part):
+            continue
+        found = list(panels(record[part]))
+        rows = -(-len(found) // columns)
+        size = (1 + 2.9 * columns, 1.1 + 2.8 * rows)
+        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        legend: dict[str, Any] = {}
+        for axis, (name, xlabel, ylabel, lines) in zip(axes.flat, found, strict=False):
+            for key, (sizes, values) in lines.items():
+                look = {"marker": "o", "markersize": 2.5, "linewidth": 1.2} | looks[key]
+                legend[looks[key]["label"]] = axis.plot(sizes, values, **look)[0]
+            axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+            axis.set_title(name, fontsize=8)
+        for axis in axes.flat[len(found) :]:
+            axis.set_axis_off()
+        figure.legend(legend.values(), legend, loc="outside lower center", ncols=min(4, len(legend)), frameon=False)
+        place = f"{record['hardware'].get('gpu') or record['hardware']['cpu']}, torch {record['versions']['torch']}"
+        figure.suptitle(f"{title}\n{place}", fontsize=10)
+        return plots.png(figure)
+    raise ValueError(f"expected a record of {' or '.join(DRAWN)}, found {', '.join(record)}")
+
+
+def scaling(runs: Sequence[dict[str, Any]]) -> Iterator[Panel]:
+    """Yield a panel for each series of the last run."""
+    for r in runs[-1]["records"]:
+        points, sizes = r["points"], [point["size"] for point in r["points"]]
+        if timed := "milliseconds" in points[0]:
+            lines = {way: (sizes, [p["milliseconds"][way]["median"] for p in points]) for way in PASSES}
+        else:
+            lines = {way: (sizes, [p["peak_bytes"][way] / 1e6 for p in points]) for way in PASSES}
+        powers = ", ".join(f"{r['name']}^{r['slopes'][way]:.2f}" for way in PASSES)
+        yield f"{r['shown']}\n{powers}", r["name"], "ms per batch" if timed else "peak MB", lines
+
+
+def sweep(runs: Sequence[dict[str, Any]]) -> Iterator[Panel]:
+    """Yield a panel for each number of threads and of tensors: time per call over parameters."""
+    for run in runs:
+        for count in sorted({r["tensors"] for r in run["records"]}):
+            lines: Lines = {}
+            for way in WAYS:
+                found = [r for r in run["records"] if r["tensors"] == count and way in r["results"]]
+                times = [r["results"][way]["milliseconds"]["median"] for r in found]
+                lines[way] = ([r["parameters"] for r in found], times)
             title = f"{count:,} tensor{'s' * (count > 1)}, {threads(run['threads'])}"
-            axis.set(xscale="log", yscale="log", title=title, xlabel="parameters")
-            axis.xaxis.set_major_locator(plt.LogLocator(numticks=10))
-            axis.label_outer()
-        row[0].set_ylabel("ms per call")
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(4, len(lines)), frameon=False)
-    figure.suptitle(f"The penalty's value and gradient, added to .grad\n{place}", fontsize=10)
-    return plots.png(figure)
+            yield title, "parameters", "ms per call", {way: line for way, line in lines.items() if line[0]}
 
 
-DRAWERS: dict[str, Callable[[Runs, str], bytes]] = {"scaling": scaling, "sweep": sweep}
+DRAWN: dict[str, tuple[str, int, dict[str, Any], Callable[..., Iterator[Panel]]]] = {
+    "scaling": ("How a Fisher pass grows; powers of both, fitted to the last three points", 3, PASSES, scaling),
+    "sweep": ("The penalty's value and gradient, added to .grad", 4, WAYS, sweep),
+}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from wplfast.losses import cross_entropy
 from .plumbing.parts import Cases, WrongCaseError
 from .plumbing.progress import progress
 from .roofs import tf32
-from .timing import Budget, Contender, measure, quartiles, ratio
+from .timing import Budget, Contender, Quartiles, measure, quartiles, ratio
 from .ways import WrongResultError
 from .workloads import KNOWN, Batch, Loss, Workload
 
@@ -196,6 +197,17 @@ def memory(subject: Subject, fisher_pass: Callable[[], None], device: torch.devi
     return {"unit": unit, "fisher_pass": peak_bytes(fisher_pass, device) + one_fisher, "one_fisher": one_fisher}
 
 
+def timed(subject: Subject, fisher_pass: Callable[[], object], budget: Budget, n: int = 1) -> dict[str, Any]:
+    """Time a pass beside ``n`` units, interleaved, and summarise both and the ratio of the first to the second."""
+    runs = {"unit": subject.unit if n == 1 else lambda: subject.units(n), "fisher": fisher_pass}
+    times = budget.time({name: Contender(run, subject.clear) for name, run in runs.items()})
+    return {
+        "pairs": len(times["unit"]),
+        "milliseconds": {name: quartiles(taken, 1e3) for name, taken in times.items()},
+        "ratio": ratio(times["fisher"], times["unit"]),
+    }
+
+
 def measure_workload(workload: Workload, budget: Budget, seed: int = 0, strict: bool = True) -> dict:
     """Check and time one workload; return its record. Where not ``strict``, a wrong result is timed all the same."""
     device = budget.device
@@ -204,10 +216,9 @@ def measure_workload(workload: Workload, budget: Budget, seed: int = 0, strict: 
         with FlopCounterMode(display=False) as flops:
             subject.unit()
         with steady(subject, strict) as fisher_pass:
-            unit, steady_pass = (Contender(run, subject.clear) for run in (subject.unit, fisher_pass))
-            times = budget.time({"unit": unit, "fisher": steady_pass})
+            found = timed(subject, fisher_pass, budget)
             peaks = memory(subject, fisher_pass, device)
-        whole = whole_calls(subject, times, budget)
+        whole = whole_calls(subject, found["milliseconds"], budget)
         peaks["fisher_diagonal"] = peak_bytes(lambda: subject.whole(min(2, len(subject.batches))), device)
     return {
         "workload": workload.name,
@@ -220,38 +231,28 @@ def measure_workload(workload: Workload, budget: Budget, seed: int = 0, strict: 
         "errors": subject.errors,
         "right": not subject.wrong,
         "unit_flops": flops.get_total_flops(),
-        "pairs": len(times["unit"]),
-        "milliseconds": {name: quartiles(taken, 1e3) for name, taken in times.items()},
-        "ratio": ratio(times["fisher"], times["unit"]),
+        **found,
         "target": workload.target,
         "whole": whole | {"target": workload.target + WHOLE_EXTRA},
         "peak_bytes": peaks,
     }
 
 
-def whole_calls(subject: Subject, times: Mapping[str, Sequence[float]], budget: Budget) -> dict:
+def whole_calls(subject: Subject, steady_ms: Mapping[str, Quartiles], budget: Budget) -> dict[str, Any]:
     """Time ``fisher_diagonal`` over all batches and as many units; over fewer batches where there is no time for all.
 
     What more batches would have cost is then projected from the steady passes that were timed before.
     """
-    unit, fisher = (quartiles(times[name])["median"] for name in ("unit", "fisher"))
+    unit, fisher = (steady_ms[name]["median"] / 1e3 for name in ("unit", "fisher"))
     first = measure(Contender(lambda: subject.whole(1), subject.clear), 1, budget.device)
     of = len(subject.batches)
     n = min(of, max(2, int((budget.seconds / 3 - first) / (unit + fisher))))
     rounds = max(3, min(11, int(budget.seconds / (first + n * (unit + fisher)))))
-    calls = {"units": lambda: subject.units(n), "call": lambda: subject.whole(n)}
-    contenders = {name: Contender(call, subject.clear) for name, call in calls.items()}
-    found = replace(budget, rounds=rounds, seconds=2 * budget.seconds).time(contenders)
-    units, call = (quartiles(found[name])["median"] for name in ("units", "call"))
-    return {
-        "batches": n,
-        "of": of,
-        "capped": n < of,
-        "pairs": len(found["call"]),
-        "milliseconds": {name: quartiles(taken, 1e3) for name, taken in found.items()},
-        "ratio": ratio(found["call"], found["units"]),
-        "projected_ratio": (call + (of - n) * fisher) / (units + (of - n) * unit),
-    }
+    longer = replace(budget, rounds=rounds, seconds=2 * budget.seconds)
+    found = timed(subject, lambda: subject.whole(n), longer, n)
+    units, call = (found["milliseconds"][name]["median"] / 1e3 for name in ("unit", "fisher"))
+    projected = (call + (of - n) * fisher) / (units + (of - n) * unit)
+    return {"batches": n, "of": of, "capped": n < of, **found, "projected_ratio": projected}
 
 
 def run(budget: Budget, names: Sequence[str], batches: int | None = None) -> list[dict]:

@@ -19,9 +19,9 @@ import torch
 
 from wplfast.capture import rules as capture_rules
 
-from .fisher import Subject, memory, steady
+from .fisher import Subject, memory, steady, timed
 from .rules import CASES, Case
-from .timing import Budget, Contender, quartiles, ratio
+from .timing import Budget
 
 SECONDS = 20.0  # for all of it
 SLOW = 8  # a pass that takes more than this part of the time is not repeated
@@ -49,16 +49,13 @@ def measure(subject: Subject, budget: Budget) -> dict:
         warm = time.perf_counter()
         fisher_pass()
         once = time.perf_counter() - warm
-        runs = {"unit": subject.unit, "fisher": fisher_pass}
         left = budget.seconds - (time.perf_counter() - started)
-        few = replace(budget, rounds=budget.rounds if SLOW * once < left else 1, seconds=left)
-        times = few.time({name: Contender(run, subject.clear) for name, run in runs.items()})
+        rounds = budget.rounds if SLOW * once < left else 1
+        found = timed(subject, fisher_pass, replace(budget, rounds=rounds, seconds=left))
         peaks = memory(subject, fisher_pass, budget.device)
     return {
         "rules": {name: list(served) for name, served in subject.report.rules.items()},
-        "milliseconds": {name: quartiles(taken, 1e3) for name, taken in times.items()},
-        "ratio": ratio(times["fisher"], times["unit"]),
-        "pairs": len(times["unit"]),
+        **found,
         "relative_error": subject.error,
         "extra_bytes": peaks["fisher_pass"] - peaks["unit"],
         "one_fisher_bytes": peaks["one_fisher"],

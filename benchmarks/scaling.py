@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import wplfast
 from wplfast.losses import cross_entropy
 
-from .fisher import Subject, peak_bytes, steady, subject_of
+from .fisher import Subject, peak_bytes, steady, subject_of, timed
 from .models import Decoder, mlp
 from .plumbing.progress import progress
-from .timing import Budget, Contender, quartiles, ratio
+from .timing import Budget
 from .workloads import Draw, Workload, rows, text
 
 SAMPLES = 32  # of each batch where classes or the number of batches grow
@@ -78,11 +78,11 @@ HELD = Series(
 )  # fmt: skip
 
 
-def timed(series: Series, size: int, budget: Budget) -> dict:
+def steadily(series: Series, size: int, budget: Budget) -> dict:
     """Time one size: the steady pass, checked against float64 as always, and the unit."""
     subject = series.at(size, budget.device)
     with steady(subject) as fisher_pass:
-        return _timed(size, budget, subject, {"unit": subject.unit, "fisher": fisher_pass})
+        return {"size": size, **timed(subject, fisher_pass, budget)}
 
 
 def exact(series: Series, size: int, budget: Budget) -> dict:
@@ -93,18 +93,7 @@ def exact(series: Series, size: int, budget: Budget) -> dict:
         batches = subject.batches[:2]
         wplfast.fisher_diagonal(subject.watched, batches, cross_entropy, fisher_type="exact", verify=False)
 
-    return _timed(size, budget, subject, {"unit": lambda: subject.units(2), "fisher": call})
-
-
-def _timed(size: int, budget: Budget, subject: Subject, runs: Mapping[str, Callable[[], None]]) -> dict:
-    """Time a unit and a pass, interleaved, and summarise them."""
-    times = budget.time({name: Contender(run, subject.clear) for name, run in runs.items()})
-    return {
-        "size": size,
-        "pairs": len(times["unit"]),
-        "milliseconds": {name: quartiles(taken, 1e3) for name, taken in times.items()},
-        "ratio": ratio(times["fisher"], times["unit"]),
-    }
+    return {"size": size, **timed(subject, call, budget, len(subject.batches[:2]))}
 
 
 def held(series: Series, size: int, budget: Budget) -> dict:
@@ -133,7 +122,7 @@ def run(budget: Budget) -> list[dict]:
     records = []
     for series in progress((*TIMED, CLASSES, HELD), "scaling"):
         sizes = series.quick if budget.quick else series.sizes
-        one = held if series is HELD else exact if series is CLASSES else timed
+        one = held if series is HELD else exact if series is CLASSES else steadily
         points = [one(series, size, budget) for size in sizes]
         slopes = {}
         for name in ("unit", "fisher"):
