@@ -16,7 +16,20 @@ from .penalty import LARGE, QUICK, TENSORS
 from .plumbing.malloc import give_back
 from .plumbing.progress import progress
 from .timing import Budget, Contender, quartiles, ratio
-from .ways import ALPHA, TOLERANCE, Anchors, Case, Way, backward_of, by_name, check, foreach_value, formula, net_shapes
+from .ways import (
+    ALPHA,
+    TOLERANCE,
+    Anchors,
+    Case,
+    Way,
+    backward_of,
+    by_name,
+    check,
+    foreach_value,
+    formula,
+    net_shapes,
+    ways_of,
+)
 
 COUNTS, QUICK_COUNTS = (1, 2, 5, 10, 20, 50), (1, 2, 3)
 SHARES = (0.1, 0.25, 0.5, 1.0)
@@ -73,11 +86,6 @@ class Walk:
     def penalty(self, **options: object) -> wplfast.WeightPlasticityLoss:
         """Return a penalty over the parameters without an anchor."""
         return wplfast.WeightPlasticityLoss(self.named, alpha=ALPHA, **options)
-
-
-def ways_of(penalty: wplfast.WeightPlasticityLoss) -> dict[str, Way]:
-    """Return both ways to evaluate a penalty, or an active set of one."""
-    return {"add_grad_": penalty.add_grad_, "autograd": backward_of(penalty)}
 
 
 def share_of(walk: Walk, share: float) -> list[str]:

@@ -23,7 +23,7 @@ KINDS = (
     Kind("bf16, F in bf16", theta=torch.bfloat16, fisher=torch.bfloat16),
     Kind("bf16, F in bf16, 2 anchors", theta=torch.bfloat16, fisher=torch.bfloat16, anchors=2),
 )
-OURS = ("kernels", "ours")
+OURS = ("kernels",)
 Shapes = Sequence[tuple[int, ...]]
 
 

@@ -127,7 +127,11 @@ def backward_of(penalty: Callable[[], Tensor]) -> Way:
 
 def ours(case: Case) -> dict[str, Way]:
     """Return wplfast's two ways of a penalty with state: in place, and through autograd."""
-    penalty = case.penalty()
+    return ways_of(case.penalty())
+
+
+def ways_of(penalty: wplfast.WeightPlasticityLoss) -> dict[str, Way]:
+    """Return both ways to evaluate a penalty, or an active set of one."""
     return {"add_grad_": penalty.add_grad_, "autograd": backward_of(penalty)}
 
 
@@ -138,9 +142,14 @@ def functional(case: Case) -> dict[str, Way]:
 
 
 def kernels(case: Case) -> dict[str, Way]:
-    """Return what is launched for a penalty's value, for its gradient left in the graph, and for ``add_grad_``."""
+    """Return them with what is launched for a value, for a gradient left in the graph, and for ``add_grad_``."""
     penalty = case.penalty()
-    return {"value": torch.no_grad()(lambda: penalty()), "value and gradient": penalty, "accumulate": penalty.add_grad_}
+    alone = {
+        "value": torch.no_grad()(lambda: penalty()),
+        "value and gradient": penalty,
+        "accumulate": penalty.add_grad_,
+    }
+    return ways_of(penalty) | alone
 
 
 def graph(case: Case) -> dict[str, Way]:
