@@ -1,9 +1,8 @@
-"""Where the time of one Fisher pass and one ordinary pass goes: kernels, the host, and gaps between kernels."""
+"""Where the time of one Fisher pass and one ordinary pass goes: kernels, and the host."""
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -52,35 +51,22 @@ def profiled(run: Callable[[], object], device: torch.device) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
         run()
         wait()
-    spans, by_name = [], defaultdict(list)
-    for event in profiler.profiler.kineto_results.events():
-        if event.device_type() == kind and event.duration_ns() > 0 and not event.name().startswith(("Profiler", "[")):
-            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
-            by_name[event.name()].append(event.duration_ns() / 1e3)
-    total = sum(map(sum, by_name.values())) or 1.0
-    kernels = [
-        {"name": name[:120], "calls": len(times), "us": sum(times), "share": sum(times) / total}
-        for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    rows = [
+        {"name": row.key[:120], "calls": row.count, "host_us": row.self_cpu_time_total, "kind": row.device_type}
+        | {"us": row.self_device_time_total if on_gpu else row.self_cpu_time_total}
+        for row in profiler.key_averages()
     ]
-    operators = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)[:ROWS]
+    kernels = [row for row in rows if row.pop("kind") == kind and row["us"] > 0]
+    total = sum(row["us"] for row in kernels) or 1.0
     return {
         "wall_ms": 1e3 * wall,
         "host_ms": 1e3 * enqueued,
-        "busy_ms": union(spans) / 1e6,
-        "kernels": len(spans),
-        "share_of_ours": sum(kernel["share"] for kernel in kernels if kernel["name"].startswith(OURS)),
-        "top": kernels[:ROWS],
-        "operators": [{"name": row.key[:90], "host_us": row.self_cpu_time_total} for row in operators],
+        "busy_ms": total / 1e3,
+        "kernels": sum(row["calls"] for row in kernels),
+        "share_of_ours": sum(row["us"] for row in kernels if row["name"].startswith(OURS)) / total,
+        "top": [row | {"share": row["us"] / total} for row in sorted(kernels, key=lambda row: -row["us"])[:ROWS]],
+        "operators": sorted(rows, key=lambda row: -row["host_us"])[:ROWS],
     }
-
-
-def union(spans: list[tuple[int, int]]) -> int:
-    """Return the length that intervals cover together."""
-    covered, end = 0, -1
-    for start, stop in sorted(spans):
-        covered += max(0, stop - max(start, end))
-        end = max(end, stop)
-    return covered
 
 
 def cases(device: torch.device, quick: bool) -> Cases:

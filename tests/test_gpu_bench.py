@@ -264,11 +264,6 @@ def test_large_models_have_the_sizes_they_are_named_for():
     assert sorted(fisher.ORDER) == sorted(KNOWN)
 
 
-def test_union_of_spans():
-    assert passes.union([(0, 4), (2, 6), (10, 11), (3, 5)]) == 7
-    assert passes.union([]) == 0
-
-
 def test_inputs_go_round():
     seen = []
     run = timing.rotating(lambda a, b: seen.append((a, b)), [(1, 2), (3, 4)])
