@@ -51,12 +51,13 @@ def profiled(run: Callable[[], object], device: torch.device) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
         run()
         wait()
-    rows = [
-        {"name": row.key[:120], "calls": row.count, "host_us": row.self_cpu_time_total, "kind": row.device_type}
-        | {"us": row.self_device_time_total if on_gpu else row.self_cpu_time_total}
-        for row in profiler.key_averages()
+    averages = profiler.key_averages()
+    kernels = [
+        {"name": row.key[:120], "calls": row.count, "us": row.self_device_time_total or row.self_cpu_time_total}
+        for row in averages
+        if row.device_type == kind
     ]
-    kernels = [row for row in rows if row.pop("kind") == kind and row["us"] > 0]
+    hosts = [{"name": row.key[:90], "calls": row.count, "host_us": row.self_cpu_time_total} for row in averages]
     total = sum(row["us"] for row in kernels) or 1.0
     return {
         "wall_ms": 1e3 * wall,
@@ -65,7 +66,7 @@ def profiled(run: Callable[[], object], device: torch.device) -> dict[str, Any]:
         "kernels": sum(row["calls"] for row in kernels),
         "share_of_ours": sum(row["us"] for row in kernels if row["name"].startswith(OURS)) / total,
         "top": [row | {"share": row["us"] / total} for row in sorted(kernels, key=lambda row: -row["us"])[:ROWS]],
-        "operators": sorted(rows, key=lambda row: -row["host_us"])[:ROWS],
+        "operators": sorted(hosts, key=lambda row: -row["host_us"])[:ROWS],
     }
 
 
