@@ -51,6 +51,7 @@ bench: $(VENV)/.installed
 # Without the virtual environment: a machine with a GPU has its own torch, and may have no network. GPU_BENCH: options,
 # such as "--parts linear profile".
 gpu-bench:
+	$(PYTHON) setup.py -q build_ext --inplace || echo "the C++ extension was not built: PyTorch stands in for it on the CPU"
 	$(PYTHON) -m benchmarks.gpu --json $(OUT)/gpu.json --commit "$(COMMIT)" $(GPU_BENCH)
 
 # WPLFAST_CUDA_ARCHS="80;90;100" adds kernels compiled for these GPU architectures; torch and triton compile them.

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import wplfast
 
-from .contenders import ALPHA, TOLERANCE, Case, Way, by_name, foreach_value, formula, net_shapes
-from .penalty import TENSORS
-from .plumbing.exact import Exact
+from .penalty import LARGE, QUICK, TENSORS
 from .plumbing.malloc import give_back
 from .plumbing.progress import progress
-from .timing import Contender, Spread, interleave, ratio
+from .timing import Budget, Contender, quartiles, ratio
+from .ways import (
+    ALPHA,
+    TOLERANCE,
+    Anchors,
+    Case,
+    Way,
+    backward_of,
+    by_name,
+    check,
+    foreach_value,
+    formula,
+    net_shapes,
+    ways_of,
+)
 
-COUNTS = (1, 2, 5, 10, 20, 50)
-QUICK_COUNTS = (1, 2, 3)
+COUNTS, QUICK_COUNTS = (1, 2, 5, 10, 20, 50), (1, 2, 3)
 SHARES = (0.1, 0.25, 0.5, 1.0)
 CONSOLIDATED = 0.1  # share of the parameters of the smaller consolidations
+DECAY = 0.5  # of what was there: F stays bounded in repetitions
 STEP = 0.1  # how far parameters walk from anchor to anchor, in standard deviations of their own
-NARROW = 2.0**-8  # what F in bfloat16 may cost: 8 bits, rounded
+NARROW = dict.fromkeys(("gradient", "value"), 2.0**-8)  # what F in bfloat16 may cost: 8 bits, rounded
 
 
 class Walk:
@@ -33,10 +44,9 @@ class Walk:
 
     def __init__(self, numel: int, device: torch.device) -> None:
         """Draw the parameters."""
-        self.theta = Case.of("anchors", net_shapes(numel, TENSORS), device).theta
+        self.theta = Case("anchors", net_shapes(numel, TENSORS), device).theta
         self.named = by_name(self.theta)
-        self.grads = [p.grad for p in self.theta]
-        self.anchors: list[tuple[list[Tensor], list[Tensor]]] = []  # theta_hat and F
+        self.left: list[tuple[list[Tensor], list[Tensor]]] = []  # theta_hat and F
         self._generator = torch.Generator(device).manual_seed(2)
 
     @torch.no_grad()
@@ -46,35 +56,36 @@ class Walk:
         fisher = [torch.empty_like(p).uniform_(generator=self._generator) for p in self.theta]
         for p in self.theta:
             p.add_(torch.empty_like(p).normal_(0, STEP, generator=self._generator))
-        self.anchors.append((theta_hat, fisher))
+        self.left.append((theta_hat, fisher))
         return by_name(fisher), by_name(theta_hat)
 
-    def loop(self, count: int) -> Tensor:
-        """Add up the penalties of the first anchors as Avalanche does: a loop over them, and one over parameters."""
-        value = torch.zeros((), device=self.theta[0].device)
-        for theta_hat, fisher in self.anchors[:count]:
-            value = value + formula(self.theta, theta_hat, fisher)
-        value.backward()
-        return value
+    @property
+    def anchors(self) -> Anchors:
+        """All anchors left behind, by parameter."""
+        return [[(hats[i], fishers[i]) for hats, fishers in self.left] for i in range(len(self.theta))]
 
-    def foreach(self, count: int) -> Tensor:
-        """Add them up with one list of tensors per anchor, without a graph."""
-        return torch.stack([foreach_value(self.theta, *anchor, self.grads) for anchor in self.anchors[:count]]).sum()
+    def apart(self, count: int) -> dict[str, Way]:
+        """Return ways to add up the penalties of the first anchors.
+
+        The first is Avalanche's, a loop over anchors and one over parameters; the second uses lists of tensors.
+        """
+        grads = [p.grad for p in self.theta]
+
+        def loop() -> Tensor:
+            return sum((formula(self.theta, *anchor) for anchor in self.left[:count]), self.theta[0].new_zeros(()))
+
+        def foreach() -> Tensor:
+            return torch.stack([foreach_value(self.theta, *anchor, grads) for anchor in self.left[:count]]).sum()
+
+        return {"apart, loop": backward_of(loop), "apart, foreach": foreach}
+
+    def part(self, names: Sequence[str]) -> float:
+        """Return the share of all elements that some parameters hold."""
+        return sum(self.named[name].numel() for name in names) / sum(p.numel() for p in self.theta)
 
     def penalty(self, **options: object) -> wplfast.WeightPlasticityLoss:
         """Return a penalty over the parameters without an anchor."""
         return wplfast.WeightPlasticityLoss(self.named, alpha=ALPHA, **options)
-
-
-def backward_of(penalty: Callable[[], Tensor]) -> Way:
-    """Return what evaluates a penalty and runs backward."""
-
-    def run() -> Tensor:
-        value = penalty()
-        value.backward()
-        return value
-
-    return run
 
 
 def share_of(walk: Walk, share: float) -> list[str]:
@@ -84,164 +95,118 @@ def share_of(walk: Walk, share: float) -> list[str]:
     return [str(i + part) for i in sorted(chosen) for part in (0, 1)]
 
 
-def _timed(
-    runs: Mapping[str, Callable[[], object]],
-    bases: Mapping[str, str],
-    device: torch.device,
-    rounds: int,
-    seconds: float,
-) -> dict[str, dict]:
-    """Time runs interleaved, and summarise those that have a base with their ratio to it, round by round."""
-    cap = 2 * seconds / len(runs)
-    contenders = {n: Contender(run, seconds=math.inf if n in bases.values() else cap) for n, run in runs.items()}
-    times = interleave(contenders, rounds, seconds, device)
-    return {
-        name: {
-            "milliseconds": asdict(Spread.of(times[name], 1e3)),
-            "over_base": asdict(ratio(times[name], times[base][: len(times[name])])),
-            "rounds": len(times[name]),
+class Trials:
+    """What is checked and then timed together, each over another of them or over a base that is not checked itself."""
+
+    def __init__(self, walk: Walk, bases: Mapping[str, Callable[[], object]] | None = None) -> None:
+        self.theta, self.runs, self.over, self.errors = walk.theta, dict(bases or {}), {}, {}
+
+    def add(
+        self,
+        name: str,
+        run: Callable[[], object],
+        over: str,
+        anchors: Anchors,
+        tolerance: Mapping[str, float] = TOLERANCE,
+        way: Way | None = None,
+    ) -> None:
+        """Add a run; ``way`` is what is checked, where that is not the run itself."""
+        self.errors[name] = check(name, self.theta, anchors, way or run, tolerance)
+        self.runs[name], self.over[name] = run, over
+
+    def timed(self, budget: Budget) -> dict[str, dict]:
+        """Time all, interleaved, and summarise each with its ratio, round by round."""
+        cap = 2 * budget.seconds / len(self.runs)
+        free = set(self.over.values())  # what others are measured by runs in all rounds
+        times = budget.time({n: Contender(r, seconds=math.inf if n in free else cap) for n, r in self.runs.items()})
+        return {
+            name: {
+                "milliseconds": quartiles(times[name], 1e3),
+                "over_base": ratio(times[name], times[over]),
+                "rounds": len(times[name]),
+                "relative_error": self.errors[name],
+            }
+            for name, over in self.over.items()
         }
-        for name, base in bases.items()
-    }
 
 
-def merged(walk: Walk, counts: Sequence[int], device: torch.device, rounds: int, seconds: float) -> Iterator[dict]:
+def merged(walk: Walk, counts: Sequence[int], budget: Budget) -> Iterator[dict]:
     """Measure K anchors, merged into one and kept apart; each over the same way with K = 1."""
-    exact, whole, first = Exact(walk.named), walk.penalty(), walk.penalty()
+    whole, first = walk.penalty(), walk.penalty()
     for count in counts:
-        while len(walk.anchors) < count:
+        while len(walk.left) < count:
             fisher, theta_hat = walk.step()
             whole.consolidate(fisher, theta_hat=theta_hat)
-            exact.add(fisher, theta_hat)
             if not first.n_anchors:
                 first.consolidate(fisher, theta_hat=theta_hat)
-        runs = {
-            "add_grad_": (whole.add_grad_, first.add_grad_),
-            "autograd": (backward_of(whole), backward_of(first)),
-            "apart, loop": (partial(walk.loop, count), partial(walk.loop, 1)),
-            "apart, foreach": (partial(walk.foreach, count), partial(walk.foreach, 1)),
-        }
-        errors = {name: exact.check(f"{count} anchors, {name}", run) for name, (run, _) in runs.items()}
-        both = {name: run for name, (run, _) in runs.items()} | {f"{name}, 1": one for name, (_, one) in runs.items()}
-        results = _timed(both, {name: f"{name}, 1" for name in runs}, device, rounds, seconds)
-        yield {
-            "anchors": count,
-            "results": {name: {**result, "relative_error": errors[name]} for name, result in results.items()},
-        }
+        runs, ones = ({**ways_of(penalty), **walk.apart(k)} for penalty, k in ((whole, count), (first, 1)))
+        trials = Trials(walk, {f"{name}, 1": run for name, run in ones.items()})
+        for name, run in runs.items():
+            trials.add(name, run, f"{name}, 1", walk.anchors)
+        yield {"anchors": count, "results": trials.timed(budget)}
 
 
-def active(walk: Walk, device: torch.device, rounds: int, seconds: float) -> list[dict]:
+def active(walk: Walk, budget: Budget) -> list[dict]:
     """Measure ``subset(names)`` over the whole penalty with one anchor."""
-    penalty, exact = walk.penalty(), Exact(walk.named)
+    penalty = walk.penalty()
     fisher, theta_hat = walk.step()
     penalty.consolidate(fisher, theta_hat=theta_hat)
-    exact.add(fisher, theta_hat)
-    chosen = {share: share_of(walk, share) for share in SHARES}
-    runs: dict[str, Way] = {"add_grad_": penalty.add_grad_, "autograd": backward_of(penalty)}
-    bases, errors = {}, {}
+    trials, chosen = Trials(walk, ways_of(penalty)), {share: share_of(walk, share) for share in SHARES}
     for share, names in chosen.items():
-        subset = penalty.subset(names)
-        for name, run in (("add_grad_", subset.add_grad_), ("autograd", backward_of(subset))):
-            key = f"{name}, {share:.0%}"
-            runs[key], bases[key] = run, name
-            errors[key] = exact.check(f"an active set of {share:.0%}, {name}", run, names)
-    results = _timed(runs, bases, device, rounds, seconds)
-    total = sum(p.numel() for p in walk.theta)
+        anchors = [pairs if name in names else [] for name, pairs in zip(walk.named, walk.anchors, strict=True)]
+        for name, way in ways_of(penalty.subset(names)).items():
+            trials.add(f"{name}, {share:.0%}", way, name, anchors)
+    results = trials.timed(budget)
     return [
         {
             "share": share,
-            "elements": sum(walk.named[name].numel() for name in names) / total,
+            "elements": walk.part(names),
             "tensors": len(names) / len(walk.theta),
-            "results": {
-                name: {**results[key], "relative_error": errors[key]}
-                for name in ("add_grad_", "autograd")
-                for key in [f"{name}, {share:.0%}"]
-            },
+            "results": {name: results[f"{name}, {share:.0%}"] for name in ways_of(penalty)},
         }
         for share, names in chosen.items()
     ]
 
 
-def consolidation(walk: Walk, device: torch.device, rounds: int, seconds: float) -> dict[str, dict]:
+def consolidation(walk: Walk, budget: Budget) -> dict[str, Any]:
     """Measure a second ``consolidate``, of all parameters and of an active set, over that of all."""
-    (old, old_hat), names = walk.step(), share_of(walk, CONSOLIDATED)
+    (old, old_hat), names, trials = walk.step(), share_of(walk, CONSOLIDATED), Trials(walk)
     fisher, theta_hat = walk.step()
-    runs, bases, errors = {}, {}, {}
-    for how in ("merge", "replace"):
-        for key, which in ((how, None), (f"{how}, active", names)):
-            penalty, exact = walk.penalty(), Exact(walk.named)
-            runs[key] = partial(
-                penalty.consolidate, fisher, theta_hat=theta_hat, decay=0.5, anchor=how, active=which
-            )  # F stays bounded in repetitions, as each one halves what was there
-            penalty.consolidate(old, theta_hat=old_hat)
-            exact.add(old, old_hat)
-            runs[key]()
-            exact.add({name: fisher[name] for name in which or fisher}, theta_hat, 0.5, how == "replace")
-            errors[key] = exact.check(f"consolidate, {key}", penalty.add_grad_)
-            bases[key] = how
-    results = _timed(runs, bases, device, rounds, seconds)
-    share = sum(walk.named[name].numel() for name in names) / sum(p.numel() for p in walk.theta)
-    return {"active_elements": share} | {
-        name: {**result, "relative_error": errors[name]} for name, result in results.items()
+    new = {
+        "merge": {n: [(old_hat[n], DECAY * old[n]), (theta_hat[n], fisher[n])] for n in walk.named},
+        "replace": {n: [(theta_hat[n], DECAY * old[n] + fisher[n])] for n in walk.named},
     }
+    for how, anchors in new.items():
+        for name, which in ((how, None), (f"{how}, active", names)):
+            penalty = walk.penalty()
+            penalty.consolidate(old, theta_hat=old_hat)
+            options = {"theta_hat": theta_hat, "decay": DECAY, "anchor": how, "active": which}
+            run = partial(penalty.consolidate, fisher, **options)
+            run()
+            found = [p if which is None or n in which else [(old_hat[n], old[n])] for n, p in anchors.items()]
+            trials.add(name, run, how, found, way=penalty.add_grad_)
+    return {"active_elements": walk.part(names), **trials.timed(budget)}
 
 
-def narrow(walk: Walk, device: torch.device, rounds: int, seconds: float) -> dict[str, dict] | None:
-    """Measure F in bfloat16 over F in float32; None where the installed penalty has no such option."""
-    if "fisher_dtype" not in inspect.signature(wplfast.WeightPlasticityLoss).parameters:
-        return None
-    exact = Exact(walk.named)
-    fisher, theta_hat = walk.step()
-    exact.add(fisher, theta_hat)
-    runs, bases, errors = {}, {}, {}
-    for kind, options in (("float32", {}), ("bfloat16", {"fisher_dtype": torch.bfloat16})):
-        penalty = walk.penalty(**options)
+def narrow(walk: Walk, budget: Budget) -> dict[str, dict]:
+    """Measure F in bfloat16 over F in float32."""
+    (fisher, theta_hat), trials = walk.step(), Trials(walk)
+    for dtype, tolerance in (("float32", TOLERANCE), ("bfloat16", NARROW)):
+        penalty = walk.penalty(fisher_dtype=getattr(torch, dtype))
         penalty.consolidate(fisher, theta_hat=theta_hat)
-        for name, run in (("add_grad_", penalty.add_grad_), ("autograd", backward_of(penalty))):
-            key = f"{name}, {kind}"
-            runs[key], bases[key] = run, f"{name}, float32"
-            errors[key] = exact.check(key, run, tolerance=NARROW if options else TOLERANCE)
-    results = _timed(runs, bases, device, rounds, seconds)
-    return {name: {**result, "relative_error": errors[name]} for name, result in results.items()}
+        for name, way in ways_of(penalty).items():
+            trials.add(f"{name}, {dtype}", way, f"{name}, float32", walk.anchors, tolerance)
+    return trials.timed(budget)
 
 
-def run(device: torch.device, quick: bool, rounds: int, seconds: float) -> dict:
-    """Measure all four; ``seconds`` caps each case."""
-    walk = Walk(10**5 if quick else 10**7, device)
+def run(budget: Budget) -> dict:
+    """Measure all four."""
+    walk = Walk(QUICK if budget.quick else LARGE, budget.device)
     record: dict = {"parameters": sum(p.numel() for p in walk.theta), "tensors": len(walk.theta)}
-    counts = QUICK_COUNTS if quick else COUNTS
-    bar = progress(range(len(counts) + 3), "anchors")
-    record["merged"] = [row for row, _ in zip(merged(walk, counts, device, rounds, seconds), bar, strict=False)]
+    counts = QUICK_COUNTS if budget.quick else COUNTS
+    record["merged"] = list(progress(merged(walk, counts, budget), "anchors"))
     for key, part in (("active", active), ("consolidate", consolidation), ("fisher_dtype", narrow)):
-        walk.anchors.clear()
+        walk.left.clear()
         give_back()
-        record[key] = part(walk, device, rounds, seconds)
-        next(bar)
+        record[key] = part(walk, budget)
     return record
-
-
-def table(record: dict) -> str:
-    """Return tables for people: medians, with quartiles in brackets."""
-    head = f"{'ms':>24} {'over base':>24} {'rel. error':>10} {'of value':>10} {'rounds':>6}"
-    lines = [f"{record['parameters']:,} parameters in {record['tensors']} tensors", f"{'K anchors':28}{head}"]
-    for row in record["merged"]:
-        lines += [_row(f"{row['anchors']:3} {name}", result) for name, result in row["results"].items()]
-    lines += ["", f"{'active set, over the whole':28}{head}"]
-    for row in record["active"]:
-        lines += [_row(f"{row['elements']:.1%} {name}", result) for name, result in row["results"].items()]
-    share = record["consolidate"]["active_elements"]
-    lines += ["", f"{f'consolidate; active: {share:.1%}':28}{head}"]
-    lines += [_row(name, result) for name, result in record["consolidate"].items() if name != "active_elements"]
-    if record["fisher_dtype"] is None:
-        lines += ["", "F in bfloat16: left out, the installed WeightPlasticityLoss has no option fisher_dtype"]
-    else:
-        lines += ["", f"{'dtype of F':28}{head}"]
-        lines += [_row(name, result) for name, result in record["fisher_dtype"].items()]
-    return "\n".join(lines)
-
-
-def _row(name: str, result: dict) -> str:
-    """Return one way's line."""
-    time, over, errors = Spread(**result["milliseconds"]), Spread(**result["over_base"]), result["relative_error"]
-    shown = f"{errors['gradient']:10.1e} {errors['value']:10.1e} {result['rounds']:6}"
-    return f"{name:28}{time!s:>24} {over!s:>24} {shown}"

@@ -1,51 +1,48 @@
 """Everything that is measured on a GPU, in one call of less than eight minutes: ``make gpu-bench``.
 
-    python -m benchmarks.gpu --json out/gpu.json                          # build, measure, print a short table last
-    python -m benchmarks.gpu --json out/gpu.json --parts linear profile  # some parts
+    python -m benchmarks.gpu --json out/gpu.json                          # measure, print tables last
+    python -m benchmarks.gpu --json out/gpu.json --parts linear profile   # some parts
+    python -m benchmarks.gpu --json out/gpu.json --parts tiles            # for tuning: every tile of linear layers
     python -m benchmarks.gpu --json out/gpu.json --device cpu --quick     # a rehearsal without a GPU, not a measurement
 
 Each part runs in a process of its own with a time cap, so that none can stop another; what fails is recorded with its
-traceback, and the exit code says so. The record is written after every case, long tables go beside it as text.
+traceback, and the exit code says so. The record is written after every case, the tables go beside it as text.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .plumbing import parts
 from .plumbing.record import write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-#: part -> (module, what makes its table, seconds after which no further case begins). In the order in which they run.
+#: part -> (module, what makes its cases, seconds after which no further case begins). In the order in which they run.
 PARTS: dict[str, tuple[str, str, float]] = {
-    "roofs": ("roofs", "table", 15),
-    "linear": ("linear", "table", 50),
-    "fisher": ("models", "table", 110),
-    "penalty": ("bandwidth", "table", 45),
-    "layers": ("layers", "table", 45),
-    "profile": ("passes", "table", 30),
-    "launches": ("launches", "table", 35),
-    "peers": ("peers", "short_table", 35),
-    "compiled": ("compiled", "table", 60),
-    "tiles": ("tiles", "table", 60),
+    "roofs": ("roofs", "cases", 15),
+    "linear": ("kernels", "linear_cases", 50),
+    "fisher": ("fisher", "cases", 110),
+    "penalty": ("penalty_kernels", "cases", 45),
+    "layers": ("layers", "cases", 45),
+    "profile": ("passes", "cases", 30),
+    "peers": ("peers", "cases", 35),
+    "compiled": ("penalty_kernels", "compiled_cases", 60),
+    "tiles": ("tiles", "cases", 60),
 }
 OPTIONAL = ("tiles",)  # part of a run only where asked for
-WHOLE = ("launches", "tiles")  # measured in one piece, by ``run``
-BUILD_SECONDS, TOTAL_SECONDS = 150, 450
+TOTAL_SECONDS = 450
 GRACE = 25  # seconds that a case may run on after its part's time, before its process is ended
 STARTS = 3  # processes for one part: each ends at most one case that did not work
-SHOWN = 11000  # characters of the table at the end, of the 12,000 that a reader may see
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,87 +50,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.worker:
         return _work(options)
-    started = time.monotonic()
-    folder = options.json.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    plan = {part: options.seconds or PARTS[part][2] for part in options.parts}
+    from .gpu_report import section
+
+    started, plan = time.monotonic(), {part: options.seconds or PARTS[part][2] for part in options.parts}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     print("plan, seconds:", ", ".join(f"{part} {seconds:g}" for part, seconds in plan.items()), flush=True)
     record: dict[str, Any] = {"plan_seconds": plan, "quick": options.quick, "device": options.device, "parts": {}}
-    record |= {"given_commit": options.commit, "sources": digest(), "build": None if options.no_build else _build()}
+    record["given_commit"] = options.commit
     for part, seconds in plan.items():
         left = TOTAL_SECONDS - (time.monotonic() - started)
-        path = folder / f"{options.json.stem}_{part}.json"
-        path.unlink(missing_ok=True)
-        if left < 10:
-            record["parts"][part] = {"cases": {}, "errors": {}, "left_out": {"all": "no time was left"}}
-        else:
-            record["parts"][part] = _run(part, path, min(seconds, left), options)
+        late = parts.EMPTY | {"left_out": {"all": parts.LATE}}
+        record["parts"][part] = found = late if left < 10 else _run(part, min(seconds, left), options)
+        record["wall_seconds"] = round(time.monotonic() - started, 1)
         write_json(options.json, record)
-        print(f"{part}: {_state(record['parts'][part])}", flush=True)
-    record["wall_seconds"] = round(time.monotonic() - started, 1)
-    write_json(options.json, record)
-    tables = "\n\n".join(filter(None, (record["parts"][part].get("table") for part in plan)))
+        words = f"; FAILED: {', '.join(found['errors'])}" if found["errors"] else ""
+        print(f"{part}: {len(found['cases'])} cases, {len(found['left_out'])} left out{words}", flush=True)
+    tables, failures = section(record), list(_failures(record))
     write_bytes(options.json.with_suffix(".txt"), (tables + "\n").encode())
-    failures = _failures(record)
-    print(_shortened(tables, failures))
+    print("", tables, "", *failures, sep="\n")
     return 1 if failures else 0
 
 
-def digest() -> str:
-    """Return a hash of the sources, which says what was measured where no git tells."""
-    total = hashlib.sha256()
-    for folder, pattern in (("wplfast", "**/*.py"), ("csrc", "*"), ("benchmarks", "**/*.py")):
-        for path in sorted((ROOT / folder).glob(pattern)):
-            if path.is_file():
-                total.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    return total.hexdigest()
-
-
-def _build() -> dict[str, Any]:
-    """Build the extension in place, without a look at what is installed or could be downloaded."""
-    started = time.monotonic()
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", f"-j{os.cpu_count() or 1}"]
-    code, output = _process(command, BUILD_SECONDS, dict(os.environ))
-    seconds = round(time.monotonic() - started, 1)
-    print(f"build: {'done' if code == 0 else f'exit code {code}'} in {seconds} s", flush=True)
-    return {"code": code, "seconds": seconds, "output": output[-4000:]}
-
-
-def _run(part: str, path: Path, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
+def _run(part: str, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
     """Run one part in processes of its own, a new one after each that ended early; return its record."""
+    path = options.json.parent / f"{options.json.stem}_{part}.json"
+    path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--worker", "--parts", part, "--device", options.device]
     command += ["--json", str(path)] + ["--quick"] * options.quick
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    started, outputs, code = time.monotonic(), [], 0
+    started, output, code = time.monotonic(), "", 0
     for _ in range(STARTS):
         left = seconds - (time.monotonic() - started)
-        if outputs and left < 5:
+        if output and left < 5:
             break
-        code, output = _process([*command, "--seconds", f"{left:.0f}"], left + GRACE, environment)
-        outputs.append(output)
+        code, words = _process([*command, "--seconds", f"{left:.0f}"], left + GRACE)
+        output += words
         if code == 0 or not path.exists():  # done, or nothing was even begun: another start would do no better
             break
-    record = _read(path)
+    record = parts.load(path)
     if code and not record["errors"]:
-        record["errors"]["the process"] = f"exit code {code}"
-    record |= {"code": code, "seconds": round(time.monotonic() - started, 1)}
-    if code or record["errors"]:
-        record["output"] = "\n".join(outputs)[-4000:]
-    return record
+        record["errors"]["the process"] = f"exit code {code}: {output[-400:]}"
+    return record | {"code": code, "seconds": round(time.monotonic() - started, 1), "output": output[-4000:]}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return a part's record; a case that was running when its process ended is an error."""
-    empty: dict[str, Any] = {"cases": {}, "errors": {}, "left_out": {}, "running": None}
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else empty
-    if record.get("running"):
-        record["errors"][record["running"]] = "the process ended, or was ended for lack of time, in this case"
-    return record
-
-
-def _process(command: Sequence[str], seconds: float, environment: dict[str, str]) -> tuple[int, str]:
+def _process(command: Sequence[str], seconds: float) -> tuple[int, str]:
     """Run a program in the checkout; return its exit code, 124 where it took too long, and what it wrote."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as any process of its own lives
         try:
             process = subprocess.Popen(
@@ -148,100 +110,54 @@ def _process(command: Sequence[str], seconds: float, environment: dict[str, str]
         except subprocess.TimeoutExpired:
             code, words = 124, f"\nended after {seconds:.0f} s"
         finally:
-            _end(process)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its session is its own: this ends what it started too
+                process.wait()
         output.seek(0)
         return code, output.read().decode(errors="replace") + words
 
 
-def _end(process: subprocess.Popen) -> None:
-    """End a process that still runs, with those that it started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)  # its session is its own
-        process.wait()
-
-
 def _work(options: argparse.Namespace) -> int:
-    """Run one part in this process; what is not there is no failure of ours."""
+    """Run one part in this process; return 3 where it lost the device."""
     import torch
 
-    from .plumbing import parts
     from .plumbing.record import environment
 
-    (part,) = options.parts
-    name, shown, seconds = PARTS[part]
+    module, maker, seconds = PARTS[options.parts[0]]
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
-    record = parts.load(options.json)
-    try:
-        module = importlib.import_module(f".{name}", __package__)
-    except ModuleNotFoundError as error:
-        if error.name != f"{__package__}.{name}":
-            raise
-        write_json(options.json, record | {"left_out": {"all": f"there is no benchmarks/{name}.py"}})
-        return 0
-    record["place"] = environment(options.device)
-    write_json(options.json, record)
-    seconds, table = options.seconds or seconds, getattr(module, shown)
-    if part in WHOLE:
-        arguments = (device, seconds, options.quick) if part == "tiles" else (options.device,)
-        cases: parts.Cases = {"all": lambda: module.run(*arguments)}
-        record = parts.run(cases, options.json, seconds, device, lambda found: table(found["all"]))
-    else:
-        cases = module.cases(device, options.quick)
-        record = parts.run(cases, options.json, seconds, device, table)
-    if hasattr(module, "log"):
-        write_bytes(options.json.with_suffix(".txt"), module.log(record["cases"]).encode())
-    return 3 if "lost" in record else 0
+    write_json(options.json, parts.load(options.json) | {"place": environment(options.device)})
+
+    def works() -> bool:  # after an illegal access nothing of its process does
+        try:
+            torch.cuda.empty_cache()
+            return torch.ones(2, device=device).sum().item() == 2
+        except Exception:  # any: errors of CUDA have several types
+            return False
+
+    cases = getattr(importlib.import_module(f".{module}", __package__), maker)(device, options.quick)
+    return 3 if "lost" in parts.run(cases, options.json, options.seconds or seconds, works) else 0
 
 
-def _state(record: dict[str, Any]) -> str:
-    """Return a line about a part: what was done, what not."""
-    words = f"{len(record['cases'])} cases in {record.get('seconds', 0)} s"
-    if record["errors"]:
-        words += f"; FAILED: {', '.join(record['errors'])}"
-    if record["left_out"]:
-        words += f"; left out: {len(record['left_out'])} ({next(iter(record['left_out'].values()))})"
-    return words
-
-
-def _failures(record: dict[str, Any]) -> list[str]:
-    """Return a line for everything that failed: the end of its traceback."""
-    lines = []
-    if record["build"] and record["build"]["code"]:
-        lines.append(f"build: {record['build']['output'].strip()[-300:]}")
+def _failures(record: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for everything that failed: the end of its traceback."""
     for part, found in record["parts"].items():
         for case, words in found["errors"].items():
-            last = words.strip().splitlines()[-1] if words.strip() else "no message"
-            lines.append(f"FAILED {part} / {case}: {last[:240]}")
-        if set(found["errors"]) == {"the process"}:
-            lines.append(found.get("output", "").strip()[-400:])
-    return lines
-
-
-def _shortened(tables: str, failures: list[str]) -> str:
-    """Return tables and failures, cut where a reader would not see the beginning."""
-    ending = "\n".join(failures)[-3500:]
-    room = SHOWN - len(ending)
-    cut = tables if len(tables) <= room else tables[:room] + "\n... (the rest is in the text file beside the record)"
-    return f"\n{cut}\n\n{ending}" if ending else f"\n{cut}"
+            yield f"FAILED {part} / {case}: {words.strip().splitlines()[-1][:240]}"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__, formatter_class=form)
-    parser.add_argument("--json", type=Path, required=True, metavar="PATH", help="write the record here")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument(
-        "--parts", nargs="+", choices=list(PARTS), default=[part for part in PARTS if part not in OPTIONAL]
-    )
-    parser.add_argument("--seconds", type=float, help="each part's time cap instead of the plan's")
-    parser.add_argument("--commit", default="", help="the commit, for a copy of the checkout without git")
-    parser.add_argument("--no-build", action="store_true", help="take the extension as it is")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: a test of these programs, not a measurement")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.json = options.json.resolve()
-    return options
+    add = parser.add_argument
+    add("--json", type=lambda path: Path(path).resolve(), required=True, metavar="PATH", help="write the record here")
+    add("--device", choices=("cpu", "cuda"), default="cuda")
+    add("--parts", nargs="+", choices=list(PARTS), default=[part for part in PARTS if part not in OPTIONAL])
+    add("--seconds", type=float, help="each part's time cap instead of the plan's")
+    add("--commit", default="", help="the commit, for a copy of the checkout without git")
+    add("--quick", action="store_true", help="tiny sizes: a test of these programs, not a measurement")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

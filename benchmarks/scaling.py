@@ -4,90 +4,111 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from itertools import cycle, islice
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import wplfast
 from wplfast.losses import cross_entropy
 
-from .fisher import peak_bytes, steady
+from .fisher import Subject, peak_bytes, steady, subject_of, timed
+from .models import Decoder, mlp
 from .plumbing.progress import progress
-from .plumbing.series import CLASSES, HELD, SAMPLES, TIMED, Series
-from .timing import Contender, Spread, interleave, measure, ratio
-from .workloads import Batch
+from .timing import Budget
+from .workloads import Draw, Workload, rows, text
 
+SAMPLES = 32  # of each batch where classes or the number of batches grow
 FITTED = 3  # last points that a slope is fitted to
 
 
-def timed(series: Series, size: int, device: torch.device, rounds: int, seconds: float) -> dict:
-    """Time one size: the steady pass, checked against float64 as always, and the unit."""
-    model = series.at(size, device)
-    with steady(model) as fisher_pass:
-        contenders = {"unit": Contender(model.unit, model.clear), "fisher": Contender(fisher_pass, model.clear)}
-        return _point(size, interleave(contenders, rounds, seconds, device))
+@dataclass(frozen=True)
+class Series:
+    """Models and batches of growing size.
 
-
-def exact(series: Series, size: int, device: torch.device, rounds: int, seconds: float) -> dict:
-    """Time the batches of one call with ``fisher_type="exact"``, and a unit between each and the next.
-
-    The first batch measures and verifies; its time does not count.
+    Args:
+        name: what grows.
+        shown: of what.
+        sizes: measured ones.
+        quick: tiny ones.
+        model: makes the model of a size.
+        draw: makes what draws batches for it.
     """
-    model = series.at(size, device)
-    times: dict[str, list[float]] = {"unit": [], "fisher": []}
-    unit, started = Contender(model.unit, model.clear), time.perf_counter()
 
-    def batches() -> Iterator[Batch]:
-        for done, batch in enumerate(islice(cycle(model.batches), rounds + 1)):
-            asked = _now(device)
-            yield batch
-            if done:
-                times["fisher"].append(_now(device) - asked)
-                times["unit"].append(measure(unit, 1, device))
-            if done >= 3 and time.perf_counter() - started > seconds:
-                break
+    name: str
+    shown: str
+    sizes: Sequence[int]
+    quick: Sequence[int]
+    model: Callable[[int], nn.Module]
+    draw: Callable[[int], Draw]
 
-    measure(unit, 1, device)
-    wplfast.fisher_diagonal(model.watched, batches(), cross_entropy, fisher_type="exact")
-    return _point(size, times)
+    def at(self, size: int, device: torch.device) -> Subject:
+        """Make model and batches of one size."""
+        name = f"{self.name}={size}"
+        workload = Workload(name, self.shown, math.nan, lambda _: self.model(size), self.draw(size))
+        return subject_of(workload, device, quick=False)
 
 
-def held(series: Series, size: int, device: torch.device) -> dict:
+def _powers(first: int, last: int) -> list[int]:
+    return [2**k for k in range(first, last + 1)]
+
+
+TIMED = (
+    Series(
+        "N", "MLP 784-512-512-10, batch size N", _powers(3, 10), (2, 4, 8),
+        lambda n: mlp(784, 512, 512, 10), lambda n: rows(n, 784),
+    ),
+    Series(
+        "T", "decoder d=64, 2 layers, V=200, batch of 4, length T", _powers(4, 10), (4, 8, 16),
+        lambda t: Decoder(200, t, 64, 2, tied=False), lambda t: text(4, t, 200),
+    ),
+    Series(
+        "D", "MLP D-D-D-10, batch of 64, width D", _powers(5, 11), (8, 16, 32),
+        lambda d: mlp(d, d, d, 10), lambda d: rows(64, d),
+    ),
+)  # fmt: skip
+CLASSES = Series(
+    "C", "MLP 256-256-256-C, batch of 32, exact over C classes", _powers(1, 8), (2, 3, 4),
+    lambda c: mlp(256, 256, 256, c), lambda c: rows(SAMPLES, 256, classes=c),
+)  # fmt: skip
+HELD = Series(
+    "samples", "MLP 256-256-256-10, batches of 32, samples in all", [SAMPLES * k for k in _powers(0, 6)],
+    [SAMPLES * k for k in (1, 2, 3)], lambda _: mlp(256, 256, 256, 10), lambda _: rows(SAMPLES, 256),
+)  # fmt: skip
+
+
+def steadily(series: Series, size: int, budget: Budget) -> dict:
+    """Time one size: the steady pass, checked against float64 as always, and the unit."""
+    subject = series.at(size, budget.device)
+    with steady(subject) as fisher_pass:
+        return {"size": size, **timed(subject, fisher_pass, budget)}
+
+
+def exact(series: Series, size: int, budget: Budget) -> dict:
+    """Time a call with ``fisher_type="exact"`` over two batches, without verification, and as many units."""
+    subject = series.at(size, budget.device)
+
+    def call() -> None:
+        batches = subject.batches[:2]
+        wplfast.fisher_diagonal(subject.watched, batches, cross_entropy, fisher_type="exact", verify=False)
+
+    return {"size": size, **timed(subject, call, budget, len(subject.batches[:2]))}
+
+
+def held(series: Series, size: int, budget: Budget) -> dict:
     """Return the peak memory of one call, whose batches are made as it asks for them, and of a unit."""
-    model = series.at(size, device)
-    generator = torch.Generator().manual_seed(0)
+    subject, draw, generator = series.at(size, budget.device), series.draw(size), torch.Generator().manual_seed(0)
 
     def batches() -> Iterator[tuple[Tensor, ...]]:
         for _ in range(size // SAMPLES):
-            yield tuple(part.to(device) for part in series.batch(size, generator))
+            yield tuple(part.to(budget.device) for part in draw(False, generator))
 
-    model.clear()
-    unit = peak_bytes(model.unit, device)
-    model.clear()
-    call = peak_bytes(lambda: wplfast.fisher_diagonal(model.watched, batches(), cross_entropy), device)
+    subject.clear()
+    unit = peak_bytes(subject.unit, budget.device)
+    subject.clear()
+    call = peak_bytes(lambda: wplfast.fisher_diagonal(subject.watched, batches(), cross_entropy), budget.device)
     return {"size": size, "peak_bytes": {"unit": unit, "fisher": call}}
-
-
-def _now(device: torch.device) -> float:
-    """Return the time when all work so far is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _point(size: int, times: dict[str, list[float]]) -> dict:
-    """Summarise the times of one size."""
-    spreads = {name: asdict(Spread.of(measured, 1e3)) for name, measured in times.items()}
-    return {
-        "size": size,
-        "pairs": len(times["unit"]),
-        "milliseconds": spreads,
-        "ratio": asdict(ratio(times["fisher"], times["unit"])),
-    }
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -96,44 +117,16 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
     return statistics.linear_regression(*logs).slope
 
 
-def run(device: torch.device, quick: bool, rounds: int, seconds: float) -> list[dict]:
-    """Measure all series; ``seconds`` caps each point."""
+def run(budget: Budget) -> list[dict]:
+    """Measure all series; the budget is that of each point."""
     records = []
     for series in progress((*TIMED, CLASSES, HELD), "scaling"):
-        points = []
-        for size in series.quick if quick else series.sizes:
-            if series is HELD:
-                points.append(held(series, size, device))
-            else:
-                points.append((exact if series is CLASSES else timed)(series, size, device, rounds, seconds))
-        records.append({"name": series.name, "shown": series.shown, "points": points, "slopes": _slopes(points)})
+        sizes = series.quick if budget.quick else series.sizes
+        one = held if series is HELD else exact if series is CLASSES else steadily
+        points = [one(series, size, budget) for size in sizes]
+        slopes = {}
+        for name in ("unit", "fisher"):
+            values = [p["peak_bytes"][name] if series is HELD else p["milliseconds"][name]["median"] for p in points]
+            slopes[name] = slope(sizes, values)
+        records.append({"name": series.name, "shown": series.shown, "points": points, "slopes": slopes})
     return records
-
-
-def _slopes(points: Sequence[dict]) -> dict[str, float]:
-    """Return the exponents of unit and Fisher pass."""
-    sizes = [point["size"] for point in points]
-    return {name: slope(sizes, [value(point, name) for point in points]) for name in ("unit", "fisher")}
-
-
-def value(point: dict, name: str) -> float:
-    """Return a point's median time in ms, or its peak memory in bytes."""
-    return point["milliseconds"][name]["median"] if "milliseconds" in point else point["peak_bytes"][name]
-
-
-def table(records: Sequence[dict]) -> str:
-    """Return a table for people."""
-    lines = []
-    for record in records:
-        lines += ["", record["shown"]]
-        for point in record["points"]:
-            if "ratio" not in point:
-                peaks = (f"{name} {point['peak_bytes'][name] / 1e6:8.3f} MB" for name in ("unit", "fisher"))
-                lines.append(f"{record['name']:>8} {point['size']:5} {', '.join(peaks)}")
-                continue
-            unit, fisher = (Spread(**point["milliseconds"][name]) for name in ("unit", "fisher"))
-            shown = f"unit {unit!s:>24} ms, Fisher {fisher!s:>24} ms"
-            lines.append(f"{record['name']:>8} {point['size']:5} {shown}, ratio {Spread(**point['ratio'])}")
-        shown = ", ".join(f"{name} {record['name']}^{power:.2f}" for name, power in record["slopes"].items())
-        lines.append(f"{'':8} last {FITTED} points: {shown}")
-    return "\n".join(lines[1:])

@@ -1,147 +1,62 @@
-"""Try candidates for the GPU kernels' tiles, blocks and plans, beside what the library takes by itself.
+"""Every tile that the library's table has for a linear layer, beside the one that the library takes: for tuning.
 
-    python -m benchmarks.tiles --device cuda --seconds 120 --json tiles.json
-    TRITON_INTERPRET=1 python -m benchmarks.tiles --quick     # a test of this program on a CPU, no measurement
+    python -m benchmarks.gpu --json out/tiles.json --parts tiles
 
-Each candidate is checked against float64 and for equal bits in two runs; one that fails is recorded and left out. All
-candidates of a case are timed in every round, beside a yardstick: cuBLAS's plain product of the same operands, cuDNN's
-weight gradient, or a copy of as many bytes. ``NOTES.md`` says what each was expected to gain, and how a result becomes
-the default.
+Each tile gets the plan that the library would make for it, is checked as kernels are, and left out where it cannot run.
+If a tile wins by more than the quartiles on all layers of its kind, change the order or the row in
+``fisher_config.py``; if the plan takes the wrong one, ``_PRODUCTS_PER_BYTE`` and ``_CLOSE`` in ``fisher_plan.py``.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from unittest import mock
 
 import torch
+from torch import Tensor
 
-from .plumbing.record import environment, write_json
+from .kernels import DTYPES, LAYERS, QUICK, Kernel, Layer, linear, measure
+from .plumbing.parts import Cases
 
-#: Cases of the kernels that wait for memory get this share of a matrix case's time.
-STREAM_SHARE = 0.5
-ROUNDS = 40
-
-
-def cases(device: torch.device, quick: bool) -> list[tuple[float, Callable[[], object]]]:
-    """Return what makes each case, with its share of the time."""
-    from .candidates import matrices, streams
-
-    if quick:
-        shapes = [(136, 72, 3, 40, torch.bfloat16), (72, 136, 3, 16, torch.float32)]
-        made: list[Callable[[], object]] = [partial(matrices.linear, *shape, device) for shape in shapes]
-        made += [partial(matrices.convolution, 16, 5, 2, device)]
-        small = [(streams.penalty, (5000,)), (streams.embedding, (11, 40, 2, 9)), (streams.scaled, (40, 2, 9))]
-    else:
-        made = [partial(matrices.linear, *shape, device) for shape in matrices.LINEAR]
-        made += [partial(matrices.convolution, *shape, 64, device) for shape in matrices.CONVOLUTIONS]
-        small = [
-            (streams.penalty, (64 * 10**6,)), (streams.penalty, (10**9,)), (streams.embedding, (50304, 768, 8, 512)),
-            (streams.scaled, (768, 8, 512)), (streams.scaled, (768, 64, 512)),
-        ]  # fmt: skip
-    return [(1.0, make) for make in made] + [(STREAM_SHARE, partial(make, *shape, device)) for make, shape in small]
+NAMES = ("3072x768", "768x3072", "4096x4096", "768x768", "1024x1024 T=16", "RNN 1000x1000 T=35", "ViT 768x768")
 
 
-def run(device: torch.device, seconds: float, quick: bool = False) -> dict:
-    """Measure all cases in about so many seconds and return the record; a case that cannot run says why."""
-    import triton
+def plans(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
+    """Return the plan of each tile that a layer may get."""
+    from wplfast.backends.triton import fisher_config, fisher_plan
+    from wplfast.backends.triton.launch import n_processors
 
+    operands, gpu = fisher_config.choose_operands(dtype), (fisher_config.generation(device), n_processors(device))
+    form, found = fisher_plan.Layer(layer.d_out, layer.d_in, layer.n, layer.t, in_place=layer.d_in % 8 == 0), {}
+    for t in fisher_config.tiles_of(gpu[0], operands, layer.t, False):
+        plan = fisher_plan.plan_for(t, form, operands, False, gpu)[1]
+        found[f"{t.m}x{t.n}x{t.k}-w{t.warps}-s{t.stages}-{plan.whole}+{plan.splits}"] = plan
+    return found
+
+
+def under(plan: object, accumulators: Sequence[Tensor], g: Tensor, a: Tensor, *more: Tensor | None) -> None:
+    """Run the kernel under a plan; ``more``: weights and the accumulator of the gradient."""
     from wplfast.backends.triton import fisher_linear
-    from wplfast.backends.triton.conv_taps import add_taps
 
-    from .candidates.contest import compile_all, hold
-    from .candidates.overrides import installed
-
-    conv_taps = sys.modules[add_taps.__module__]
-    started, found = time.perf_counter(), cases(device, quick)
-    weights = sum(share for share, _ in found)
-    records = []
-    places = [(fisher_linear, "choose_plan"), (fisher_linear, "choose_operands"), (conv_taps, "choose_plan")]
-    with installed(*places):
-        for share, make in found:
-            torch.manual_seed(len(records))
-            begun = time.perf_counter()
-            try:
-                contest = make()
-                if quick:  # the first, one with tensor descriptors if there is one, and the default
-                    few = [*list(contest.ways)[:2], *[name for name in contest.ways if name.endswith("tma")][:1]]
-                    contest.ways = {name: contest.ways[name] for name in few}
-                compile_all(contest)
-                compiled = time.perf_counter() - begun
-                left = max(0.0, seconds - (begun - started))
-                record = hold(contest, 3 if quick else ROUNDS, max(0.0, share * left / weights - compiled))
-                record["seconds"] = {"compiling": round(compiled, 1), "all": round(time.perf_counter() - begun, 1)}
-            except Exception as problem:
-                record = {"case": str(getattr(make, "args", "")), "problem": f"{type(problem).__name__}: {problem}"}
-            contest = None
-            weights -= share
-            records.append(record)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            print(table({"cases": [record]}), flush=True)
-    place = environment(device.type)
-    place["versions"]["triton"] = triton.__version__
-    return {**place, "seconds": seconds, "wall_seconds": round(time.perf_counter() - started, 1), "cases": records}
+    with mock.patch.object(fisher_linear, "choose_plan", return_value=plan):
+        fisher_linear.fisher_linear_(accumulators[0], a, g, *(more or (None, None)))
 
 
-def table(record: dict) -> str:
-    """Return the best candidates of each case beside the default: time, share of the yardstick's rate, gain."""
-    from .candidates.contest import DEFAULT
+def tiled(generator: torch.Generator, layer: Layer, dtype: str) -> Kernel:
+    """Return a linear layer's kernel with a variant for each tile."""
+    kernel, found = linear(generator, layer, dtype), plans(layer, DTYPES[dtype], generator.device)
+    kernel.others.clear()
+    kernel.variants = {name: partial(under, plan) for name, plan in found.items()}
+    return kernel
 
-    lines = []
-    for case in record["cases"]:
-        if "problem" in case:
-            lines.append(f"{case['case']}: {case['problem'][:300]}")
-            continue
-        results = case["results"]
-        ways = sorted(
-            (name for name in results if "relative_error" in results[name]),
-            key=lambda name: results[name]["microseconds"]["median"],
+
+def cases(device: torch.device, quick: bool) -> Cases:
+    """Return the layers, in bfloat16 and as float32."""
+    rows = [(name, "bf16") for name in NAMES] + [(name, "fp32") for name in ("3072x768", "768x768")]
+    return {
+        f"{name}, {dtype}": partial(
+            measure, partial(tiled, layer=QUICK if quick else LAYERS[name], dtype=dtype), device, quick
         )
-        lines.append(f"{case['case']}: {len(ways)} right, {len(case['left_out'])} left out")
-        for name in dict.fromkeys([*ways[:3], *(name for name in ways if name == DEFAULT), case["yardstick"]]):
-            if name not in results:
-                continue
-            result = results[name]
-            spread = result["microseconds"]
-            text = f"  {name:44} {spread['median']:9.1f} us [{spread['q1']:.1f}, {spread['q3']:.1f}]"
-            if name in ways:
-                text += f"  {result['share_of_yardstick']:6.1%} of the {case['yardstick']}"
-                text += f", {result['gain_over_default']:.2f}x the default" if "gain_over_default" in result else ""
-            lines.append(text)
-        for name, reason in list(case["left_out"].items())[:3]:
-            lines.append(f"  left out: {name}: {reason[:120]}")
-    return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; return the exit code."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks.tiles", description=__doc__, formatter_class=form)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=120.0, help="for all cases together (default 120)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the record here")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: a test of this program, not a measurement")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("error: no CUDA device is available", file=sys.stderr)
-        return 2
-    if options.device == "cpu" and not options.quick:
-        print("error: on a CPU there is nothing to measure; --quick tests the program", file=sys.stderr)
-        return 2
-    record = run(torch.device(options.device), options.seconds, options.quick)
-    print(f"{record['wall_seconds']} s in all")
-    if options.json is not None:
-        write_json(options.json, record)
-    problems = [case for case in record["cases"] if "problem" in case or not case["results"]]
-    return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        for name, dtype in rows[: 1 if quick else None]
+    }

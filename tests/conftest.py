@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 #: Files whose tests run on the CPU whatever the device.
 ABOUT_THE_CPU = {
     "test_cpp.py": "the C++ backend",
-    "test_fused_step.py": "a prototype in C++",
     "test_benchmarks.py": "the benchmarks' own code",
     "test_gpu_bench.py": "the benchmarks' own code",
     "test_triton_aot.py": "compilation without a device",

@@ -10,10 +10,10 @@ import os
 import sys
 import threading
 
+import fake_cuda
 import torch
 import triton
 
-from benchmarks.plumbing import fake_cuda
 from wplfast.backends.triton import kernel, launch, prepared, scale_unless_one, squares
 from wplfast.backends.triton.packs import cases as precompile_cases
 

@@ -15,21 +15,15 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
-from benchmarks import (
-    anchors,
-    contenders,
-    figures,
-    fisher,
-    peers,
-    readme,
-    scaling,
-    sweep,
-    timing,
-)
+from benchmarks import anchors, fisher, peer_libraries, peers, penalty, report, rule, scaling, timing, ways
 from benchmarks.__main__ import main
-from benchmarks.plumbing import exact, peer_libraries, penalty_report
+from benchmarks.plumbing.markdown import aligned
+from benchmarks.timing import Budget
+from benchmarks.workloads import WORKLOADS
+from wplfast.capture import rules as capture_rules
 
 CPU = torch.device("cpu")
+QUICK = Budget(CPU, 3, 0.0, quick=True)
 
 pytestmark = pytest.mark.usefixtures("usual_malloc")
 
@@ -46,9 +40,10 @@ def test_all_quick(tmp_path, capfd):
     assert set(record) >= {"penalty", "sweep", "fisher", "anchors"}
     (penalties,), (fishers,) = record["penalty"], record["fisher"]
     assert penalties["threads"] == fishers["threads"] == 1
-    large, small = penalties["records"]
+    large, small, few, many = penalties["records"]
     assert large["tensors"] == 160
-    assert small["tensors"] == 8
+    assert [r["tensors"] for r in (small, few, many)] == [8, 4, 28]
+    assert "eager_over_it" in few["results"]["functional"]
     ours = large["results"]["add_grad_"]
     assert ours["bytes"] == 20 * large["parameters"]
     assert {"eager_over_it", "foreach_over_it", "cat_over_it", "share_of_triad", "share_of_triad_in_place"} <= set(ours)
@@ -58,17 +53,19 @@ def test_all_quick(tmp_path, capfd):
         assert min(r["peak_bytes"].values()) > 0
         assert r["ratio"]["q1"] <= r["ratio"]["median"] <= r["ratio"]["q3"]
     out, err = capfd.readouterr()
-    assert "pass / unit" in out
+    assert "pass, 1 thread" in out
+    assert "linear 6" in out
     assert not err
-    shown = readme.speed(record, record)
+    shown = "\n".join([*report.penalty(record["penalty"]), *report.fisher(record["fisher"])])
     assert "| flat vector (`torch.cat`) |" in shown
     assert "| pass, 1 thread |" in shown
     assert "| 0.1 M in 160 tensors, 1 thread |" in shown
+    assert "4 tensors of 64" not in shown
 
 
 @pytest.mark.parametrize(("numel", "n_tensors"), [(100_000, 160), (10_000_000, 160), (10_000, 100), (31_623, 1000)])
 def test_net_shapes_have_the_size_asked_for(numel, n_tensors):
-    shapes = contenders.net_shapes(numel, n_tensors)
+    shapes = ways.net_shapes(numel, n_tensors)
     total = sum(torch.Size(shape).numel() for shape in shapes)
     assert len(shapes) == n_tensors
     assert abs(total / numel - 1) < 0.05
@@ -93,151 +90,125 @@ class CountedBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("maker", ["plain", "flat"])
 def test_bytes_are_as_counted(maker):
-    case = contenders.Case.of("counted", [(300, 300), (90_000,)], CPU)
-    for name, way in contenders.MAKERS[maker](case).items():
+    case = ways.Case("counted", [(300, 300), (90_000,)], CPU)
+    for name, way in ways.MAKERS[maker](case).items():
         with CountedBytes() as counted:
             way()
-        assert counted.total == pytest.approx(contenders.BYTES[name] * case.numel, rel=1e-3), name
+        assert counted.total == pytest.approx(ways.BYTES[name] * case.numel, rel=1e-3), name
 
 
 def test_wrong_results_are_not_timed(monkeypatch, capsys):
-    monkeypatch.setattr(contenders.wplfast.WeightPlasticityLoss, "add_grad_", lambda self: self())
+    monkeypatch.setattr(ways.wplfast.WeightPlasticityLoss, "add_grad_", lambda self: self())
     assert main(["penalty", "--quick"]) == 1
     out, err = capsys.readouterr()
     assert not out
     assert "add_grad_" in err
     assert "nothing was timed" in err
-    with pytest.raises(contenders.WrongResultError, match="1 anchors, add_grad_"):
-        anchors.run(CPU, True, 3, 0.0)
+    with pytest.raises(ways.WrongResultError, match="add_grad_: relative errors"):
+        anchors.run(QUICK)
 
 
 @pytest.mark.parametrize("factor", [2.0, float("nan")])
 def test_wrong_contenders_of_a_sweep_are_refused(monkeypatch, factor):
     def wrong(case):
-        def run():
-            value = factor * contenders.formula(case.theta, case.theta_hat, case.fisher)
-            value.backward()
-            return value
+        return {"cat": ways.backward_of(lambda: factor * ways.formula(case.theta, case.theta_hat, case.fisher))}
 
-        return {"cat": run}
+    monkeypatch.setattr(penalty, "MAKERS", {**ways.MAKERS, "flat": wrong})
+    with pytest.raises(ways.WrongResultError, match="1,000 parameters in 1 tensors, cat"):
+        penalty.sweep(QUICK, (1000,), (1,))
 
-    monkeypatch.setattr(contenders, "MAKERS", {**contenders.MAKERS, "flat": wrong})
-    with pytest.raises(contenders.WrongResultError, match="1,000 parameters in 1 tensors, cat"):
-        sweep.measure_case(1000, 1, CPU, 3, 0.0, compiled=False)
+
+def test_penalties_are_what_the_formula_says_by_hand():
+    theta = [torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)]
+    for p in theta:
+        p.grad = torch.zeros_like(p)
+    pairs = [[(torch.zeros(2), torch.tensor([1.0, 0.5])), (torch.ones(2), torch.ones(2))], []]
+
+    def run():
+        theta[0].grad += ways.ALPHA * torch.tensor([1.0, 2.0])  # F d: 1 + 0 and 1 + 1
+        return torch.tensor(ways.ALPHA / 2 * 4.0)  # F d^2: 1 + 2 and 0 + 1
+
+    assert ways.errors_of(theta, pairs, run) == {"gradient": 0.0, "value": 0.0}
+    assert ways.errors_of(theta, [pairs[0][:1], []], run)["value"] == pytest.approx(1 / 3)
+    assert ways.errors_of(theta, [[], pairs[0][:0]], lambda: None) == {"gradient": 0.0}
 
 
 def test_gradients_outside_an_active_set_are_wrong():
     walk = anchors.Walk(10_000, CPU)
-    penalty, expected = walk.penalty(), exact.Exact(walk.named)
+    wpl = walk.penalty()
     fisher_, theta_hat = walk.step()
-    penalty.consolidate(fisher_, theta_hat=theta_hat)
-    expected.add(fisher_, theta_hat)
+    wpl.consolidate(fisher_, theta_hat=theta_hat)
     names = anchors.share_of(walk, 0.25)
     assert len(names) == 40
-    expected.check("right", penalty.subset(names).add_grad_, names)
-    with pytest.raises(contenders.WrongResultError, match="wrong: relative errors"):
-        expected.check("wrong", penalty.add_grad_, names)
+    active = [pairs if name in names else [] for name, pairs in zip(walk.named, walk.anchors, strict=True)]
+    ways.check("right", walk.theta, active, wpl.subset(names).add_grad_)
+    with pytest.raises(ways.WrongResultError, match="wrong: relative errors"):
+        ways.check("wrong", walk.theta, active, wpl.add_grad_)
 
 
-def test_a_sweep_says_what_it_left_out(monkeypatch):
-    monkeypatch.setattr(
-        contenders, "MAKERS", contenders.MAKERS | {"compiled": lambda case: {"compile": loop_over(case)}}
-    )
-    pairs = sweep.cases_of((1000, 10_000), (1, 10, 100, 1000))
+def test_a_sweep_leaves_out_what_it_cannot_measure(monkeypatch, capsys):
+    def loop(case):
+        return {"compile": ways.backward_of(lambda: ways.formula(case.theta, case.theta_hat, case.fisher))}
+
+    monkeypatch.setattr(penalty, "MAKERS", ways.MAKERS | {"compiled": loop})
+    pairs = penalty.pairs_of((1000, 10_000), (1, 10, 100, 1000))
     assert pairs == [(1000, 1), (1000, 10), (10_000, 1), (10_000, 10), (10_000, 100)]
-    few = sweep.measure_case(5000, 10, CPU, 3, 0.0, compiled=True)
-    many = sweep.measure_case(5000, 200, CPU, 3, 0.0, compiled=True, apart=0)
-    assert few["interleaved"]
-    assert not many["interleaved"]
+    few, many = penalty.sweep(QUICK, (5000,), (10, 200), compiled=True)
     assert few["compile_seconds"] > 0
     assert set(few["results"]) - set(many["results"]) == {"compile"}
-    assert "unrolls" in many["left_out"]["compile"]
     for record in (few, many):
         results = record["results"]
         assert record["rounds"] == 3
         for name, result in results.items():
-            assert result["bytes"] == contenders.BYTES.get(name, 20) * record["parameters"]
+            assert result["bytes"] == ways.FP32.bytes(name) * record["parameters"]
             rate = result["bytes"] / result["milliseconds"]["median"] / 1e6
             assert result["gigabytes_per_second"] == pytest.approx(rate)
-            assert result["share_of_triad"] == pytest.approx(rate / results["triad"]["gigabytes_per_second"])
-    monkeypatch.setattr(sweep, "available", lambda device: 0.0)
-    short = sweep.measure_case(5000, 10, CPU, 3, 0.0, compiled=False, apart=0)
-    assert set(short["results"]) == {"triad"}
-    assert "GB at" in short["left_out"]["cat"]
-    between = sweep.measure_case(50_000, 20, CPU, 3, 0.0, compiled=True)
-    assert "whole decades" in between["left_out"]["compile"]
-    shown = sweep.table([few, many])
-    assert "compile, 200 tensors: unrolls the loop over tensors: left out beyond 100" in shown
-    assert "one after another" in shown
-
-
-def loop_over(case):
-    def run():
-        value = contenders.formula(case.theta, case.theta_hat, case.fisher)
-        value.backward()
-        return value
-
-    return run
+        assert results["add_grad_"]["share_of_triad"]["median"] > 0
+    monkeypatch.setattr(penalty, "available", lambda device: 0.0)
+    assert penalty.sweep(QUICK, (5000,), (10,)) == []
+    assert "left out for lack of memory: 5,000 parameters" in capsys.readouterr().err
 
 
 def test_sweep_is_drawn_and_rendered(tmp_path):
     pytest.importorskip("matplotlib")
     path, image = tmp_path / "record.json", tmp_path / "figure.png"
-    sizes = ("--sizes", "1e3", "2e3", "--tensors", "1", "10")
-    assert main(["penalty", "--quick", *sizes, "--threads", "1", "2", "--json", str(path), "--plot", str(image)]) == 0
+    assert main(["penalty", "--quick", "--threads", "1", "2", "--json", str(path), "--plot", str(image)]) == 0
     record = json.loads(path.read_text())
     assert [run["threads"] for run in record["sweep"]] == [1, 2]
     assert [(r["parameters"] // 1000, r["tensors"]) for r in record["sweep"][0]["records"]] == [
         (1, 1),
         (1, 10),
-        (2, 1),
-        (1, 10),
+        (10, 1),
+        (10, 10),
     ]
     assert image.read_bytes().startswith(b"\x89PNG")
-    shown = penalty_report.sweep(record)
-    assert "| 1,000 | 1 |" in shown
-    assert "| triad |" in shown
-    assert penalty_report.sweep({key: part for key, part in record.items() if key != "sweep"}) == ""
-    assert penalty_report.sweep(None) == penalty_report.anchors(None) == ""
+    shown = report.sweep(record["sweep"])
+    assert any(line.startswith("| 1,000 | 1 |") for line in shown)
+    assert shown[0].endswith("| triad |")
+    assert len(report.sweep(record["sweep"], details=True)) == 2 + 4
 
 
-@pytest.mark.parametrize("option", [False, True])
-def test_anchors_are_recorded_and_rendered(monkeypatch, option):
-    class Narrow(anchors.wplfast.WeightPlasticityLoss):
-        """A penalty that rounds F."""
-
-        def __init__(self, params, alpha=1.0, *, l2=0.0, fisher_dtype=torch.float32):
-            super().__init__(params, alpha, l2=l2)
-            self.fisher_dtype = fisher_dtype
-
-        def consolidate(self, fisher, **options):
-            super().consolidate({name: f.to(self.fisher_dtype).float() for name, f in fisher.items()}, **options)
-
-    class Plain(anchors.wplfast.WeightPlasticityLoss):
-        """A penalty without the option."""
-
-        def __init__(self, params, alpha=1.0):
-            super().__init__(params, alpha)
-
-    monkeypatch.setattr(anchors.wplfast, "WeightPlasticityLoss", Narrow if option else Plain)
-    found = anchors.run(CPU, True, 3, 0.0)
+def test_anchors_are_recorded_and_rendered(monkeypatch):
+    found = anchors.run(QUICK)
     assert [line["anchors"] for line in found["merged"]] == list(anchors.QUICK_COUNTS)
     for line in found["merged"]:
         assert set(line["results"]) == {"add_grad_", "autograd", "apart, loop", "apart, foreach"}
-        assert all(max(r["relative_error"].values()) < contenders.TOLERANCE for r in line["results"].values())
+        assert all(max(r["relative_error"].values()) < 1e-5 for r in line["results"].values())
     for line in found["active"]:
         assert line["elements"] == pytest.approx(line["share"], abs=0.03)
         assert line["tensors"] == pytest.approx(line["share"], abs=0.02)
     assert set(found["consolidate"]) == {"active_elements", "merge", "merge, active", "replace", "replace, active"}
-    shown = penalty_report.anchors({"anchors": [{"threads": 1, "records": found}]})
-    assert "| K | `wpl.add_grad_()` |" in shown
-    assert "% of the parameters (`wpl.subset(names)`) takes" in shown
-    assert "to merge a second anchor" in shown
-    assert ("bfloat16" in shown) is option
-    assert ("F in bfloat16: left out" in anchors.table(found)) is not option
-    if option:
-        error = found["fisher_dtype"]["add_grad_, bfloat16"]["relative_error"]["gradient"]
-        assert contenders.TOLERANCE < error < anchors.NARROW
+    error = found["fisher_dtype"]["add_grad_, bfloat16"]["relative_error"]["gradient"]
+    assert ways.TOLERANCE["gradient"] < error < anchors.NARROW["gradient"]
+    shown = "\n".join(report.anchors([{"threads": 1, "records": found}]))
+    for words in (
+        "| K | `wpl.add_grad_()` |",
+        "| `wpl.subset`, 100 % |",
+        "| F in bfloat16 |",
+        "| merge |",
+        "| replace |",
+    ):
+        assert words in shown
 
 
 def test_malloc_keeps_freed_memory():
@@ -248,9 +219,9 @@ def test_malloc_keeps_freed_memory():
 
 
 def test_wrong_fisher_is_refused(monkeypatch):
-    monkeypatch.setattr(fisher, "oracle", lambda model, batch: {k: p + 1 for k, p in model.named_parameters()})
-    model = fisher.Model(fisher.WORKLOADS["mlp"], CPU, quick=True)
-    with pytest.raises(contenders.WrongResultError, match="mlp: relative error"), fisher.steady(model):
+    monkeypatch.setattr(fisher.Subject, "oracle", lambda self: {k: p + 1 for k, p in self.ordinary.named_parameters()})
+    subject = fisher.subject_of(WORKLOADS["mlp"], CPU, quick=True)
+    with pytest.raises(ways.WrongResultError, match="mlp: relative error"), fisher.steady(subject):
         pass
 
 
@@ -264,28 +235,27 @@ def test_peak_bytes_counts_what_is_held_at_once():
     assert fisher.peak_bytes(work, CPU) == pytest.approx(8000, abs=256)
 
 
-def test_interleave_prepares_and_keeps_rounds_together():
+def test_rounds_prepare_and_keep_contenders_together():
     calls = []
     contenders = {
         "a": timing.Contender(lambda: calls.append("a"), lambda: calls.append("prepare")),
         "b": timing.Contender(lambda: calls.append("b"), lambda: None),
     }
-    times = timing.interleave(contenders, rounds=5, seconds=60, device=CPU)
+    times = Budget(CPU, 5, 60).time(contenders)
     assert [len(measured) for measured in times.values()] == [5, 5]
     assert calls.count("a") == calls.count("prepare") == 6  # once to warm up
-    assert timing.interleave(contenders, rounds=5, seconds=0, device=CPU)["a"][2:]
-    assert len(timing.interleave(contenders, rounds=5, seconds=0, device=CPU)["a"]) == 3
+    assert len(Budget(CPU, 5, 0).time(contenders)["a"]) == 3
 
 
 def test_ratio_goes_round_by_round():
-    found = timing.ratio([2.0, 40.0, 9.0], [1.0, 20.0, 3.0])
-    assert (found.median, found.best) == (2.0, 2.0)
-    assert found.q3 == 2.5
+    found = timing.ratio([2.0, 40.0, 9.0], [1.0, 20.0, 3.0, 7.0])
+    assert (found["median"], found["best"]) == (2.0, 2.0)
+    assert found["q3"] == 2.5
 
 
 def test_a_contender_sits_out_after_its_time():
     slow = timing.Contender(lambda: None, lambda: None, seconds=0.0)
-    times = timing.interleave({"slow": slow, "b": timing.Contender(lambda: None)}, rounds=6, seconds=60, device=CPU)
+    times = Budget(CPU, 6, 60).time({"slow": slow, "b": timing.Contender(lambda: None)})
     assert [len(times["slow"]), len(times["b"])] == [3, 6]
 
 
@@ -297,10 +267,10 @@ def test_peers_compute_the_same_fisher(peer, workload):
         pytest.importorskip(peers.PACKAGES[peer][0])
         if peer == "BackPACK" and workload not in ("mlp", "cnn"):
             pytest.skip("BackPACK has no rules for it")
-    model = fisher.Model(fisher.WORKLOADS[workload], CPU, quick=True)
-    expected = fisher.oracle(model.ordinary, model.batch)
+    model = fisher.subject_of(WORKLOADS[workload], CPU, quick=True)
+    expected = model.oracle()
     errors = []
-    for way in peer_libraries.ways(len(model.batch[1]), peers.has_attention(model))[peer]:
+    for way in peer_libraries.ways(len(model.batch[1]), model.ordinary)[peer]:
         try:
             run = way.over(model.ordinary, *model.batch)
             for _ in range(2):  # nothing is left over from a call before
@@ -329,7 +299,7 @@ def test_peers_and_scaling_quick(tmp_path, capfd):
         assert result["ratio"]["median"] > 0
     assert record["fisher"][0]["records"]
     assert "one sample at a time" in capfd.readouterr().out
-    assert "| one-sample loop |" in readme.peers(record)
+    assert "| one-sample loop |" in report.peers(record["peers"])[0]
     assert main(["scaling", "--quick", "--threads", "1", "--json", str(path), "--plot", str(image)]) == 0
     record = json.loads(path.read_text())
     *timed, held = record["scaling"][0]["records"]
@@ -337,8 +307,7 @@ def test_peers_and_scaling_quick(tmp_path, capfd):
     peaks = [point["peak_bytes"]["fisher"] for point in held["points"]]
     assert max(peaks) < 1.05 * min(peaks), "memory does not grow with the number of samples"
     assert image.read_bytes().startswith(b"\x89PNG")
-    assert "| C^" in readme.scaling(record)
-    assert readme.peers(record) == ""
+    assert any("| C^" in line for line in report.scaling(record["scaling"]))
 
 
 def test_peers_that_fail_are_shown(monkeypatch):
@@ -349,25 +318,19 @@ def test_peers_that_fail_are_shown(monkeypatch):
     wrong = peer_libraries.Way("wrong", lambda model: lambda x, y: [torch.zeros_like(p) for p in model.parameters()])
     found = {"torch.func": [peer_libraries.Way("broken", broken)], "loop": [wrong, late]}
     found |= {"BackPACK": [wrong], "Opacus": [wrong]}
-    monkeypatch.setattr(peers, "ways", lambda n, attention: found)
+    monkeypatch.setattr(peers, "ways", lambda n, model: found)
     monkeypatch.setattr(peers, "PACKAGES", {"BackPACK": ("no_such_package", "no-such-package")})
-    records = peers.run(CPU, ["mlp"], True, 3, 0.0)
+    records = peers.run(QUICK, ["mlp"])
     (row,) = records
     assert row["contenders"]["torch.func"]["error"] == "NotImplementedError: no rule for this"
     assert row["contenders"]["loop"]["right"] is False
     assert row["contenders"]["loop"]["relative_error"] == pytest.approx(1)
     assert row["contenders"]["BackPACK"]["error"] == "not installed"
-    shown = peers.table(records)
-    assert "WRONG, wrong (1 not tried for lack of time)" in shown
-    assert "no rule for this" in shown
-    text = readme.peers(
-        {"versions": dict.fromkeys(("backpack-for-pytorch", "opacus")), "peers": [{"threads": 1, "records": records}]}
-    )
+    tried = {way["setting"]: way for way in row["contenders"]["loop"]["tried"]}
+    assert tried["late"]["error"] == peers.NOT_TRIED
+    text = "\n".join(report.peers([{"threads": 1, "records": records}]))
     assert "fails: no rule for this" in text
     assert "**wrong** by 1" in text
-    pytest.importorskip("matplotlib")
-    place = {"hardware": {"cpu": "a"}, "versions": {"torch": "b"}}
-    assert figures.draw({**place, "peers": [{"threads": 1, "records": records}]}).startswith(b"\x89PNG")
 
 
 def test_slope_is_the_exponent():
@@ -378,3 +341,58 @@ def test_plot_is_refused_where_nothing_is_drawn(capsys):
     with pytest.raises(SystemExit):
         main(["fisher", "--quick", "--plot", "a.png"])
     assert "not fisher" in capsys.readouterr().err
+
+
+def test_whole_calls_of_one_batch():
+    (record,) = fisher.run(QUICK, ["mlp"], batches=1)
+    assert (record["whole"]["batches"], record["whole"]["of"], record["whole"]["capped"]) == (1, 1, False)
+
+
+def scaled():
+    """A case of one's own: a scale."""
+    return torch.nn.LayerNorm(6), (torch.randn(5, 3, 6), torch.zeros(5)), lambda y, _: y.square().sum((1, 2))
+
+
+def test_a_rule_is_measured_on_and_off(tmp_path, capsys):
+    path, before = tmp_path / "record.json", list(capture_rules.RULES)
+    options = ("--quick", "--threads", "1", "--json", str(path))
+    sys.modules["case_of_a_test"] = sys.modules[__name__]
+    assert main(["rule", "case_of_a_test:scaled", *options]) == 0
+    assert before == capture_rules.RULES
+    record = json.loads(path.read_text())["rule"][0]["records"]
+    assert record["on"]["rules"] == {"weight": ["norm"], "bias": ["norm"]}
+    assert record["off"]["rules"] == {"weight": ["generic"], "bias": ["generic"]}
+    for found in (record["on"], record["off"]):
+        assert found["relative_error"] < fisher.TOLERANCE
+        assert found["ratio"]["q1"] <= found["ratio"]["median"] <= found["ratio"]["q3"]
+    out, _ = capsys.readouterr()
+    assert "weight: norm, bias: norm" in out
+    for arguments, words in ((["no_such_case"], "expected MODULE:CASE or one of linear,"), ([], "rule needs one")):
+        with pytest.raises(SystemExit):
+            main(["rule", *arguments])
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in rule.CASES if name not in ("linear", "conv")])
+def test_cases_of_rules_are_right(name, one_thread):
+    model, batch, loss_fn = rule.CASES[name]()
+    subject = fisher.Subject(model, [tuple(part[:3] for part in batch)], loss_fn, name)
+    with fisher.steady(subject):
+        served = {rule_ for rules in subject.report.rules.values() for rule_ in rules}
+    if name not in ("bags", "experts", "fft"):  # which are right, whatever serves them
+        assert served == {{"small": "linear"}.get(name, name)}
+
+
+def test_tables_are_aligned_on_the_console():
+    shown = aligned(["words", "| a | b |", "|---|---|", "| 1\\* | long |", "", "end"])
+    assert shown == "words\na   b\n--  ----\n1*  long\n\nend"
+
+
+def test_a_slow_rule_is_not_repeated():
+    subject = fisher.Subject(*_as_subject(rule.CASES["small"]()))
+    assert rule.measure(subject, Budget(CPU, 40, 0.0))["pairs"] == 1
+
+
+def _as_subject(case):
+    model, batch, loss_fn = case
+    return model, [batch], loss_fn

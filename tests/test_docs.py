@@ -63,4 +63,4 @@ def test_unknown_or_missing_backends_are_errors():
 def test_readme_says_what_the_records_say():
     from benchmarks import readme
 
-    assert (ROOT / "README.md").read_text() == readme.render(), "run python -m benchmarks.readme"
+    assert (ROOT / "README.md").read_text() == readme.render(), "run python -m benchmarks readme"

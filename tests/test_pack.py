@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import fake_cuda
 import pytest
 
 triton = pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
 import wplfast  # noqa: E402
-from benchmarks.plumbing import fake_cuda  # noqa: E402
 from wplfast.backends.triton import kernel, launch, penalty_kernel, scale, squares  # noqa: E402
 from wplfast.backends.triton.packs import archives as packs  # noqa: E402
 from wplfast.backends.triton.packs import precompile  # noqa: E402

@@ -1,11 +1,11 @@
-"""How the Fisher kernels' work is cut up, candidates that do it otherwise, and the page about what the compiler makes.
+"""How the Fisher kernels' work is cut up, and the sweep over tiles.
 
 Kernels run on a GPU, or in the interpreter in a process of their own, as in ``triton_cases.py``.
 """
 
 from __future__ import annotations
 
-import json
+from functools import partial
 
 import interpreter
 import pytest
@@ -13,9 +13,7 @@ import pytest
 triton = pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
-from benchmarks import resources, tiles  # noqa: E402
-from benchmarks.candidates import tma  # noqa: E402
-from benchmarks.candidates.overrides import given, installed  # noqa: E402
+from benchmarks import gpu_report, kernels, tiles  # noqa: E402
 from wplfast.backends import reference  # noqa: E402
 from wplfast.backends.triton import fisher_config, fisher_linear, fisher_plan, launch  # noqa: E402
 from wplfast.backends.triton.fisher_config import MAX_PARTIALS, Operands, Tile  # noqa: E402
@@ -24,8 +22,13 @@ from wplfast.backends.triton.fisher_plan import Layer, Plan, n_tiles  # noqa: E4
 DEVICE = "cuda" if torch.cuda.is_available() and not launch.INTERPRETED else "cpu"
 RUNS_HERE = DEVICE == "cuda" or launch.INTERPRETED
 on_device = pytest.mark.skipif(not RUNS_HERE, reason="test_under_interpreter runs it")
-compiles = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter compiles nothing")
 HALF = Operands(1, torch.bfloat16)
+KINDS = {
+    "bf16": HALF,
+    "fp32 as bf16x6": Operands(3, torch.bfloat16),
+    "tf32": Operands(1, torch.float32, "tf32"),
+    "ieee": Operands(1, torch.float32, "ieee"),
+}
 
 
 @pytest.mark.slow
@@ -58,7 +61,7 @@ def test_plans(layer: Layer, tile: tuple[int, int], whole: int, splits: int, mon
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("operands", resources.KINDS.values(), ids=resources.KINDS.keys())
+@pytest.mark.parametrize("operands", KINDS.values(), ids=KINDS.keys())
 def test_plans_keep_their_limits(operands: Operands, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for d_out in (1, 70, 768, 5000):
         for d_in in (8, 129, 3072):
@@ -95,71 +98,39 @@ def test_tiles_of_their_own_and_shared_ones(gradient: bool, t: int, d_in: int, m
     tile = Tile(64, 64, 16, 4, 2, 1)  # 3 x 2 tiles
     cuts = [(4, 3), (0, 2), (0, 1), (6, 1)] if d_in % 8 == 0 else [(0, 2), (0, 1)]
     monkeypatch.setattr(fisher_linear, "MAX_PARTIALS", 1 << 17)  # at most 8 partial tiles: several launches
-    with installed((fisher_linear, "choose_plan")):
-        for whole, splits in cuts:
-            fisher, mean = (x.clone().to(DEVICE) for x in start)
-            with given(choose_plan=Plan(tile, whole, splits)):
-                fisher_linear.fisher_linear_(fisher, a, g, weights, mean if gradient else None)
-            assert (fisher - expected[0]).norm() <= 1e-5 * expected[0].norm()
-            assert (mean - expected[1]).norm() <= 1e-5 * expected[1].norm()
-
-
-@on_device
-@pytest.mark.skipif(DEVICE == "cuda" and launch.capability(torch.device("cuda")) < 90, reason="needs TMA")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("t", [9, 40])
-def test_tensor_descriptors(t: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    n, d_out, d_in = 5, 136, 72
-    g, a = (torch.randn(n, t, d, device=DEVICE).to(dtype) for d in (d_out, d_in))
-    expected = torch.ones(d_out, d_in, dtype=torch.float64, device=DEVICE)
-    reference.fisher_linear_(expected, a.double(), g.double(), None, None)
-    with installed((fisher_linear, "choose_plan")):
-        for whole, splits in ((4, 3), (0, 2), (6, 1)):
-            fisher = torch.ones(d_out, d_in, device=DEVICE)
-            with given(choose_plan=Plan(Tile(64, 64, 16, 4, 2, 1), whole, splits)):
-                tma.fisher_tma_(fisher, a, g)
-            assert (fisher - expected).norm() <= 1e-5 * expected.norm()
+    for whole, splits in cuts:
+        fisher, mean = (x.clone().to(DEVICE) for x in start)
+        tiles.under(Plan(tile, whole, splits), [fisher], g, a, weights, mean if gradient else None)
+        assert (fisher - expected[0]).norm() <= 1e-5 * expected[0].norm()
+        assert (mean - expected[1]).norm() <= 1e-5 * expected[1].norm()
 
 
 @on_device
 @pytest.mark.slow
-def test_the_sweep_runs() -> None:
-    record = tiles.run(torch.device(DEVICE), 1.0, quick=True)
-    for case in record["cases"]:
-        assert "problem" not in case, case
-        assert case["left_out"] == {}, case
-        assert "default" in case["results"]
-        assert tiles.table({"cases": [case]}).startswith(case["case"])
+@pytest.mark.parametrize(
+    ("layer", "dtype"), [(kernels.Layer(3, 40, 136, 72), "bf16"), (kernels.Layer(3, 16, 72, 136), "fp32")]
+)
+def test_the_sweep_runs(layer: kernels.Layer, dtype: str) -> None:
+    before, device = fisher_linear.choose_plan, torch.device(DEVICE)
+    record = kernels.measure(partial(tiles.tiled, layer=layer, dtype=dtype), device, True)
+    assert fisher_linear.choose_plan is before
+    assert record["left_out"] == {}
+    assert set(record["times"]) - {kernels.OURS, kernels.PLAIN, "copy"} == set(
+        tiles.plans(layer, kernels.DTYPES[dtype], device)
+    )
+    assert len(record["times"]) == 3 + 4, "every row of the table"
+    assert len(gpu_report.tiles({"a": record})) == 2 + len(record["times"])
 
 
-def records() -> dict[str, dict]:
-    """Return the committed record, by version of Triton."""
-    return json.loads(resources.RECORD.read_text())
-
-
-def test_the_page_is_made_from_the_record() -> None:
-    assert resources.PAGE.read_text() == resources.page(records())
-
-
-def test_no_kernel_of_the_record_spills_or_does_without_tensor_cores() -> None:
-    for version, record in records().items():
-        for name, row in record.items():
-            if "candidate" in name:
-                continue
-            assert row["spills"] == 0, (version, name)
-            assert row["programs"] >= 1, (version, name)
-            assert row["tensor_core"] > 0 or " ieee " in name, (version, name)
-            assert set(row["stores"]) == {"16"}, (version, name)
-
-
-@compiles
-@pytest.mark.slow
-def test_the_record_is_what_the_compiler_makes() -> None:
-    record = records().get(triton.__version__)
-    if record is None:
-        pytest.skip(f"the record is of Triton {', '.join(records())}, not {triton.__version__}")
-    found = list(resources.cases())
-    assert [case.name for case in found] == list(record)
-    for case in found[::11]:  # every kind of row; all take minutes
-        assert resources.measure(case) == record[case.name], case.name
+@on_device
+def test_wrong_tiles_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = kernels.Layer(2, 16, 64, 64)
+    kernel = tiles.tiled(torch.Generator(DEVICE).manual_seed(0), layer, "bf16")
+    kernel.variants = {
+        "none": partial(tiles.under, object()),
+        "wrong": lambda accumulators, g, a: accumulators[0].add_(1),
+    }
+    record = kernels.measure(lambda generator: kernel, torch.device(DEVICE), True)
+    assert record["left_out"]["none"] == "AttributeError: 'object' object has no attribute 'tile'"
+    assert record["left_out"]["wrong"].startswith("wrong:")
+    assert set(record["times"]) == {kernels.OURS, kernels.PLAIN, "copy"}

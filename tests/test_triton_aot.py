@@ -13,18 +13,19 @@ import pytest
 triton = pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-
-from benchmarks.plumbing.ahead import (  # noqa: E402
+from ahead import (  # noqa: E402
     SHARED,
     TENSOR_CORES,
     asynchronous_copies,
     compile_kernel,
+    compile_linear,
     product_loop,
+    programs_per_processor,
     resources,
     vector_widths,
 )
-from benchmarks.resources import compile_linear  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
 from wplfast.backends.triton import (  # noqa: E402
     conv_depthwise,
     conv_taps,
@@ -124,6 +125,7 @@ def test_fisher_linear_resources(kind: str, steps: int, gradient: bool, arch: in
         assert used["spills"] <= FEW_BYTES
         assert not [line for line in product_loop(compiled) if re.search(r"\b(LDL|STL)\b", line)]
         assert used["shared"] <= SHARED[arch]
+        assert programs_per_processor(arch, used["registers"], used["shared"], tile.warps) >= 1
         assert products > 0 or kind == "ieee"
         # Both kinds of stores, as wide as they go.
         assert set(vector_widths(ptx, "st")) == {16}

@@ -6,6 +6,7 @@ again and goes on after it: the record says what was done, and what was running.
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import time
@@ -14,10 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .record import write_json
 
+EMPTY: dict[str, Any] = {"cases": {}, "errors": {}, "left_out": {}, "running": None, "wall_seconds": 0.0}
 Cases = Mapping[str, Callable[[], dict]]
 LATE = "no time was left"
 
@@ -32,28 +32,25 @@ class WrongCaseError(RuntimeError):
 
 def load(path: Path) -> dict[str, Any]:
     """Return a part's record, an empty one where there is none; a case that was running did not end."""
-    empty = {"cases": {}, "errors": {}, "left_out": {}, "running": None, "wall_seconds": 0.0}
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else empty
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else copy.deepcopy(EMPTY)
     if record["running"] is not None:
         record["errors"][record["running"]] = "the process ended, or was ended for lack of time, in this case"
         record["running"] = None
     return record
 
 
-def run(
-    cases: Cases, path: Path, seconds: float, device: torch.device, table: Callable[[dict], str] | None = None
-) -> dict[str, Any]:
+def run(cases: Cases, path: Path, seconds: float, works: Callable[[], bool] = lambda: True) -> dict[str, Any]:
     """Run the cases that a record does not hold yet, and write it after each.
 
     Args:
         cases: by name.
         path: where the record is and goes.
         seconds: after that, no further case begins.
-        device: looked at after each case; the part ends where it no longer works.
-        table: renders the cases that were measured; kept in the record.
+        works: tells after each case whether the device still works; the part ends where it does not.
     """
     record, started = load(path), time.perf_counter()
     record["left_out"] = {}
+    record.pop("lost", None)
     for name, case in cases.items():
         if name in record["cases"] or name in record["errors"]:
             continue
@@ -63,16 +60,10 @@ def run(
         record["running"] = name
         write_json(path, record)
         _guarded(name, case, record)
-        record["running"] = None
-        record["wall_seconds"] = round(time.perf_counter() - started, 1)
-        if table is not None and record["cases"]:
-            _tabulate(table, record)
-        write_json(path, record)
-        if not _works(device):
+        record |= {"running": None, "wall_seconds": round(time.perf_counter() - started, 1)}
+        if not works():
             record["lost"] = name  # the next process goes on without it
-            write_json(path, record)
-            return record
-    record.pop("lost", None)
+            break
     write_json(path, record)
     return record
 
@@ -89,22 +80,3 @@ def _guarded(name: str, case: Callable[[], dict], record: dict[str, Any]) -> Non
     if result is not None:
         record["cases"][name] = {**result, "wall_seconds": round(time.perf_counter() - started, 2)}
     gc.collect()
-
-
-def _tabulate(table: Callable[[dict], str], record: dict[str, Any]) -> None:
-    """Render what was measured; a table must not cost what it would show."""
-    try:
-        record["table"] = table(record["cases"])
-    except Exception as error:
-        record["errors"]["the table"] = f"{type(error).__name__}: {error}"
-
-
-def _works(device: torch.device) -> bool:
-    """Tell whether a device still computes; after an illegal access none of its process does."""
-    if device.type != "cuda":
-        return True
-    try:
-        torch.cuda.empty_cache()
-        return torch.ones(2, device=device).sum().item() == 2
-    except Exception:  # any: errors of CUDA have several types
-        return False

@@ -24,7 +24,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         hardware |= _gpu(torch.cuda.get_device_properties(device))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "wplfast": wplfast.__version__}
     if device.startswith("cuda"):
-        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": _version("triton")}
+        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": version("triton")}
         versions["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     backend = wplfast.backends.serving(torch.device(device).type)
     return {"hardware": hardware, "versions": versions, "backend": backend, "commit": _commit()}
@@ -61,8 +61,8 @@ def _gpu(properties: Any) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
-    """Return an installed package's version."""
+def version(package: str) -> str | None:
+    """Return a package's version, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -15,12 +15,15 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .models import Block
 
 Step = Callable[[Tensor, Tensor], list[Tensor]]  # inputs, targets -> the sum of squares of every parameter
 
@@ -54,7 +57,7 @@ class Way:
 
     def __str__(self) -> str:
         """Name the setting."""
-        return ", ".join(filter(None, (self.shown, f"{self.samples} at a time" if self.samples else "")))
+        return f"{self.shown}, {self.samples} at a time" if self.samples else self.shown
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -84,61 +87,49 @@ def loop(model: nn.Module) -> Step:
     return step
 
 
-def torch_func(attention: SDPBackend | None = None) -> Callable[[nn.Module], Step]:
+def torch_func(attention: SDPBackend | None, model: nn.Module) -> Step:
     """Use ``vmap(grad)``; squared part by part: vmap's own ``chunk_size`` keeps the gradients of all samples."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
 
-    def make(model: nn.Module) -> Step:
-        parameters = {name: p.detach() for name, p in model.named_parameters()}
+    def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss_of(functional_call(model, values, (x[None],)), y[None])
 
-        def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return loss_of(functional_call(model, values, (x[None],)), y[None])
+    gradients = vmap(grad(loss), (None, 0, 0))
 
-        gradients = vmap(grad(loss), (None, 0, 0))
+    def step(inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        with nullcontext() if attention is None else sdpa_kernel(attention):
+            return [sum_of_squares(g) for g in gradients(parameters, inputs, targets).values()]
 
-        def step(inputs: Tensor, targets: Tensor) -> list[Tensor]:
-            with nullcontext() if attention is None else sdpa_kernel(attention):
-                return [sum_of_squares(g) for g in gradients(parameters, inputs, targets).values()]
-
-        return step
-
-    return make
+    return step
 
 
-def backpack(extension: str) -> Callable[[nn.Module], Step]:
+def backpack(extension: str, model: nn.Module) -> Step:
     """Use one of BackPACK's extensions, which sums squares itself or gives all gradients."""
+    from backpack import backpack, extend, extensions
 
-    def make(model: nn.Module) -> Step:
-        from backpack import backpack, extend, extensions
+    extended, quantity = extend(model), getattr(extensions, extension)()
+    finish = sum_of_squares if extension == "BatchGrad" else Tensor.detach
 
-        extended, quantity = extend(model), getattr(extensions, extension)()
-        finish = sum_of_squares if extension == "BatchGrad" else Tensor.detach
+    def step(inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        loss = loss_of(extended(inputs), targets)
+        with backpack(quantity):
+            loss.backward()
+        return [finish(taken) for taken in _take(model, quantity.savefield)]
 
-        def step(inputs: Tensor, targets: Tensor) -> list[Tensor]:
-            loss = loss_of(extended(inputs), targets)
-            with backpack(quantity):
-                loss.backward()
-            return [finish(taken) for taken in _take(model, quantity.savefield)]
-
-        return step
-
-    return make
+    return step
 
 
-def opacus(mode: str) -> Callable[[nn.Module], Step]:
+def opacus(mode: str, model: nn.Module) -> Step:
     """Use one of Opacus's modes: rules for layers, ``torch.func`` for each layer, or PyTorch's expanded weights."""
+    from opacus.grad_sample.utils import wrap_model
 
-    def make(model: nn.Module) -> Step:
-        from opacus.grad_sample.utils import wrap_model
+    wrapped = wrap_model(model, mode, loss_reduction="sum")
 
-        wrapped = wrap_model(model, mode, loss_reduction="sum")
+    def step(inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        loss_of(wrapped(inputs), targets).backward()
+        return [sum_of_squares(taken) for taken in _take(model, "grad_sample")]
 
-        def step(inputs: Tensor, targets: Tensor) -> list[Tensor]:
-            loss_of(wrapped(inputs), targets).backward()
-            return [sum_of_squares(taken) for taken in _take(model, "grad_sample")]
-
-        return step
-
-    return make
+    return step
 
 
 def _take(model: nn.Module, attribute: str) -> Iterator[Tensor]:
@@ -155,18 +146,22 @@ def _take(model: nn.Module, attribute: str) -> Iterator[Tensor]:
         yield value
 
 
-def ways(n: int, attention: bool) -> dict[str, list[Way]]:
-    """Return every peer's ways for a batch of ``n`` samples and a model with or without attention.
+def ways(n: int, model: nn.Module) -> dict[str, list[Way]]:
+    """Return every peer's ways for a batch of ``n`` samples of a model.
 
     Libraries that hold the gradients of all samples at once may take fewer at a time, which often is the faster way.
     What has most often been fastest comes first, because there may not be time for all.
     """
     parts = (*dict.fromkeys(max(1, n // k) for k in (16, 64, 4)), None)
-    batch_grad = [Way("BatchGrad", backpack("BatchGrad"), s) for s in parts]
-    math = [Way("vmap(grad), plain attention", torch_func(SDPBackend.MATH), s) for s in parts]
+    kinds: dict[str, SDPBackend | None] = {"vmap(grad)": None}
+    if any(isinstance(module, Block) for module in model.modules()):
+        kinds["vmap(grad), plain attention"] = SDPBackend.MATH
     return {
-        "BackPACK": [Way("SumGradSquared", backpack("SumGradSquared")), *batch_grad],
-        "Opacus": [Way(mode, opacus(mode), s) for s in parts for mode in ("hooks", "ew", "functorch")],
-        "torch.func": [Way("vmap(grad)", torch_func(), s) for s in parts] + (math if attention else []),
+        "BackPACK": [
+            Way("SumGradSquared", partial(backpack, "SumGradSquared")),
+            *(Way("BatchGrad", partial(backpack, "BatchGrad"), s) for s in parts),
+        ],
+        "Opacus": [Way(mode, partial(opacus, mode), s) for s in parts for mode in ("hooks", "ew", "functorch")],
+        "torch.func": [Way(shown, partial(torch_func, kind), s) for shown, kind in kinds.items() for s in parts],
         "loop": [Way("one sample at a time", loop)],
     }

@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from wplfast.backends.triton import fold_tiles
+from wplfast.backends.triton.fisher_config import Operands, Tile
+from wplfast.backends.triton.fisher_linear import fisher_linear_kernel
 from wplfast.backends.triton.launch import OPTIONS
 
 #: Instructions of the tensor cores in PTX.
@@ -39,6 +43,24 @@ def compile_kernel(
     }
     source = ASTSource(kernel, signature, dict(constants), aligned)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**OPTIONS, **options})
+
+
+def compile_linear(arch: int, operands: Operands, tile: Tile, steps: int, gradient: bool, **changes: bool) -> Any:
+    """Compile the linear layer's kernel."""
+    element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[operands.dtype]
+    constants: dict[str, Any] = {
+        "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": fold_tiles.GROUP, "TERMS": operands.terms,
+        "PRECISION": operands.precision, "UPCAST": False, "SQUARE": True, "ONE": steps <= tile.k,
+        "HAS_WEIGHTS": False, "HAS_GRADIENT": gradient,
+    } | changes  # fmt: skip
+    optional = {
+        "fisher": True, "gradient": gradient, "weights": constants["HAS_WEIGHTS"], "partials": True,
+        "mean_partials": gradient,
+    }  # fmt: skip
+    pointers = dict.fromkeys(("grad_outputs", "activations"), f"*{element}")
+    pointers |= {name: "*fp32" for name, present in optional.items() if present}
+    constants |= {name: None for name, present in optional.items() if not present}
+    return compile_kernel(fisher_linear_kernel, arch, pointers, constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def resources(compiled: Any) -> dict[str, int]:

@@ -1,0 +1,64 @@
+"""Models of one operation each, for ``python -m benchmarks rule NAME``.
+
+A case is a function that returns a model, a batch of inputs and targets with the samples on their first axis, and a
+loss function from outputs and targets to one loss per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .workloads import Batch, Loss, rows, text
+
+Case = Callable[[], tuple[nn.Module, Batch, Loss]]
+
+
+class Function(nn.Module):
+    """A function of an input and of one parameter."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.randn(shape) / math.sqrt(shape[-1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the function."""
+        return self.function(x, self.weight)
+
+
+def squared(outputs: Tensor, _: Tensor) -> Tensor:
+    """Return half the sum of each sample's squared outputs."""
+    return outputs.flatten(1).square().sum(1) / 2
+
+
+def _of(model: Callable[[], nn.Module], *shape: int, tokens: int = 0) -> Case:
+    """Return the case of a model on numbers of a shape, or on tokens below a number."""
+    draw = text(*shape, tokens) if tokens else rows(*shape)
+    return lambda: (model(), draw(False, torch.Generator().manual_seed(0)), squared)
+
+
+def _experts(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+
+
+def _fourier(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(weight.view(-1, 2)), x.shape[-1])
+
+
+CASES: dict[str, Case] = {
+    "linear": _of(lambda: nn.Linear(1024, 1024), 256, 1024),
+    "small": _of(lambda: nn.Linear(8, 8), 8, 8),  # what a call site costs by itself
+    "conv": _of(lambda: nn.Conv2d(32, 64, 3, padding=1), 64, 32, 16, 16),
+    "embedding": _of(lambda: nn.Embedding(1000, 256), 16, 128, tokens=1000),
+    "norm": _of(lambda: nn.LayerNorm(256), 16, 128, 256),
+    "scale": _of(lambda: Function(torch.mul, 256), 16, 128, 256),
+    "shift": _of(lambda: Function(torch.add, 256), 16, 128, 256),
+    "matmul": _of(lambda: Function(torch.matmul, 256, 256), 16, 128, 256),
+    "einsum": _of(lambda: Function(lambda x, w: torch.einsum("ntd,de->nte", x, w), 256, 256), 16, 128, 256),
+    "bags": _of(lambda: nn.EmbeddingBag(1000, 64), 64, 16, tokens=1000),
+    "experts": _of(lambda: Function(_experts, 8, 64, 64), 64, 8, 64),  # a weight with a batch axis
+    "fft": _of(lambda: Function(_fourier, 66), 32, 64),
+}
