@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .experiments.ewc import verdicts
-from .experiments.two_models import report as two_models
+from .experiments import page
 from .plumbing import gpu_report, penalty_report
 from .plumbing.markdown import RESULTS, image, threads
 
@@ -27,7 +26,7 @@ def strength(record: dict[str, Any] | None) -> str:
         f"EWC between two tasks on {record['data']['name']}, {seeds} seeds, `python -m benchmarks.experiments.ewc` "
         "([more](benchmarks/RESULTS.md)):",
         "",
-        *(f"- {sentence}" for sentence in verdicts.strengths(record)),
+        page.table("strength", ["ewc_digits"]),
     ]
     return "\n".join(lines)
 
@@ -147,7 +146,7 @@ def render() -> str:
     """Return the README with its sections filled in."""
     record = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in NAMES}
     text = (ROOT / "README.md").read_text()
-    forgetting = [*image("two_models_mnist.png", CURVES), two_models.markdown(record["two_models_mnist"])]
+    forgetting = [*image("two_models_mnist.png", CURVES), page.table("levels", ["two_models_mnist"])]
     text = fill(text, "two_models", "\n".join(forgetting))
     text = fill(text, "strength", strength(_optional("ewc_digits")))
     on_gpu = gpu_record()
@@ -171,7 +170,7 @@ def _optional(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-NAMES = ("two_models_mnist", "penalty_cpu", "fisher_cpu")
+NAMES = ("penalty_cpu", "fisher_cpu")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
+from benchmarks.experiments.data.text import Text
+from benchmarks.experiments.search.controller import Policy
 from benchmarks.experiments.search.loop import Setup
-from benchmarks.experiments.search.plasticity import Schedule
-from benchmarks.experiments.search.reinforce import Policy
+from benchmarks.experiments.search.penalty import Schedule
 from benchmarks.experiments.text_search.cells import Sizes, edges
 from benchmarks.experiments.text_search.problem import Batches, TextProblem
-from benchmarks.plumbing.text import Text
 
 CELL = (0, 0, 1, 0, 3, 1, 2)  # tanh; relu and sigmoid read block 0, identity reads block 1: 2 and 3 are loose
 SHORT = ("--epochs", "3", "--start", "1", "--architectures", "2", "--minibatches", "2", "--controller-steps", "2")

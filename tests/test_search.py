@@ -16,17 +16,12 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
 import wplfast
-from benchmarks.experiments import overview
-from benchmarks.experiments.search import summary
-from benchmarks.experiments.search.controller import Controller
-from benchmarks.experiments.search.forgetting import forgetting
-from benchmarks.experiments.search.loop import Run, search
-from benchmarks.experiments.search.plasticity import Plasticity, Schedule
+from benchmarks.experiments.search import report, summary
+from benchmarks.experiments.search.controller import Controller, Policy, Reinforce
+from benchmarks.experiments.search.loop import Run, forgetting, search
+from benchmarks.experiments.search.penalty import Plasticity, ReferencePenalty, Schedule
 from benchmarks.experiments.search.problem import Decision
-from benchmarks.experiments.search.reference import ReferencePenalty
-from benchmarks.experiments.search.reinforce import Policy, Reinforce
 from benchmarks.experiments.text_search import __main__ as text_search
-from benchmarks.experiments.text_search import report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,7 +95,7 @@ def test_penalty_anchors_what_was_used_and_forgets_on_schedule():
     with torch.no_grad():
         weights["a"].add_(1)
         weights["b"].add_(2)
-    assert plasticity.add_grad_(["a"]).item() == pytest.approx(0.5 * 2 * (1 + 2))  # F = rate * F_new
+    assert plasticity.penalty.add_grad_(active=["a"]).item() == pytest.approx(0.5 * 2 * (1 + 2))  # F = rate * F_new
     assert weights["a"].grad.tolist() == [2.0, 4.0]
     assert weights["b"].grad is None
     plasticity.learn({"a": torch.tensor([2.0, 4.0])}, ["a"])  # F = 0.5 [1, 2] + 0.5 [2, 4], anchored at 2
@@ -109,7 +104,7 @@ def test_penalty_anchors_what_was_used_and_forgets_on_schedule():
     assert plasticity.penalty.theta_hat["b"].tolist() == [1.0, 1.0]
     plasticity.begin_epoch(3)
     assert plasticity.penalty.n_anchors == 0
-    assert plasticity.add_grad_(["b"]).item() == 0
+    assert plasticity.penalty.add_grad_(active=["b"]).item() == 0
 
 
 def test_published_way_agrees_where_a_batch_is_one_sample():
@@ -124,7 +119,7 @@ def test_published_way_agrees_where_a_batch_is_one_sample():
     with torch.no_grad():
         for weight in one.weights.values():
             weight.add_(0.1)
-    assert ours.add_grad_(active).item() == pytest.approx(published.value(active).item(), rel=1e-4)
+    assert ours.penalty.add_grad_(active=active).item() == pytest.approx(published.value(active).item(), rel=1e-4)
     for name, gradient in zip(active, published.gradients(active), strict=True):
         torch.testing.assert_close(one.weights[name].grad, gradient, rtol=1e-4, atol=1e-9)
 
@@ -164,7 +159,7 @@ def test_strong_penalty_holds_the_weights():
             one._train.position = 0  # the same gradient over and over
             one.train_loss(CELL).backward()
             if plasticity.on:
-                plasticity.add_grad_(active)
+                plasticity.penalty.add_grad_(active=active)
             with torch.no_grad():
                 for name in active:
                     one.weights[name] -= 0.1 * one.weights[name].grad
@@ -240,59 +235,47 @@ def test_runs_that_diverge_leave_both_arms_and_score_nothing():
     assert "NaN" not in json.dumps(everything)
 
 
-def test_report_names_verdicts_times_and_divergence():
-    ce, wpl = [curves(0, None, [9, 4, 2], 1.0)], [curves(0, 1.0, [9, 1, 1], 0.5)]
-    record = {
+def record_of(ce, wpl, cover="cells", layer_norm=False):
+    return {
         "summary": summary.summarise({"ce": ce, "wpl": wpl}, 1),
         "words": text_search.WORDS,
-        "data": {"name": "NAME", "train": 1234},
-        "settings": {"task": {"cover": "cells"}, "minibatches": 2, "epochs": 3, "architectures": 4, "device": "cpu"},
-        "hardware": {"cpu": "CPU"},
+        "data": {"name": "NAME"},
+        "settings": {"task": {"cover": cover, "sizes": {"layer_norm": layer_norm}}, "minibatches": 2},
         "workers": 1,
-        "wall_seconds": 3.0,
-        "chosen_by": "REWARD",
         "tuning": {"lr": summary.grid(ce, "lr"), "alpha": summary.grid(wpl, "alpha")},
     }
-    table, section = report.table(record), report.markdown(record)
-    for text in (table, section):
-        assert "75 % less; goal 60 % less: reached" in text
-        assert "goal: not lower: not reached" in text
-        assert "penalty 17 %, Fisher 8.3 % and anchor 8.3 %" in text  # 1, 1/2, 1/2 of 4 + 2
-    assert "1,234" in section
-    assert "the cells' weights alone" in section
-    assert "at the edge" in section
-    assert report.figure(record).startswith(b"\x89PNG")
-    record["summary"] = summary.summarise({"ce": ce, "wpl": [replace(wpl[0], diverged=True)]}, 1)
-    assert "all runs diverged" in report.table(record)
-    assert "Diverged, and left out in both arms: 1 with WPL" in report.markdown(record)
-    assert report.figure(record).startswith(b"\x89PNG")
 
 
-def test_overview_by_hand():
-    def record(name, wpl, cover, layer_norm=False):
-        ce = [curves(seed, None, [9, 4 + seed, 2], 1.0 + seed) for seed in range(2)]
-        return {
-            "experiment": "image_search",
-            "summary": summary.summarise({"ce": ce, "wpl": wpl}, 1),
-            "data": {"name": name},
-            "settings": {"task": {"cover": cover, "sizes": {"layer_norm": layer_norm}}},
-            "tuning": {"lr": {"chosen": 0.1}, "alpha": {"chosen": wpl[0].alpha}},
-        }
+def test_tables_by_hand():
+    ce, wpl = [curves(0, None, [9, 4, 2], 1.0)], [curves(0, 1.0, [9, 1, 1], 0.5)]
+    record = record_of(ce, wpl)
+    tables = report.tables(record)
+    results = {row[0]: row[1:] for row in tables["results"].rows}
+    assert results["mean difference, epoch 2"] == ["4.00 ± 0.00", "1.00 ± 0.00"]
+    assert results["best-5 mean difference, epochs 2 on"] == ["6.00 ± 0.00", "2.00 ± 0.00"]
+    assert results["mean reward, last epochs"] == ["1.00 ± 0.00", "0.50 ± 0.00"]
+    assert results["test perplexity, chosen at the end"] == ["6.00 ± 0.00", "6.00 ± 0.00"]
+    goals = ["4 to 1 (75 % less) *", "8 to 2 (75 % less) *", "12 to 3 (75 % less) *", "1 to 0.5"]
+    assert tables["goals"].rows == [["recurrent cells, NAME", "cells, alpha 1", *goals]]
+    tried = ["1 (edge)", "1 (1, 5)", "1 (edge)", "1 (0.5, 3.67)"]
+    assert tables["tuning"].rows == [["recurrent cells, NAME", "cells, alpha 1", *tried]]
+    # 1, 1/2, 1/2 of 4 + 2
+    assert tables["times"].rows[0][2:] == ["4 ms", "6 ms", "17 %", "8.3 %", "8.3 %", "1 ms", "1", ""]
+    assert report.figures(record)[""].startswith(b"\x89PNG")
 
-    good = [curves(seed, 2.0, [9, 1, 1], 1.5 + seed) for seed in range(2)]
-    bad = [curves(seed, 1.0, [9, 9, 4], 0.5 + seed) for seed in range(2)]
-    lost = [curves(seed, 1.0, [9], 1.0, diverged=True) for seed in range(2)]
-    records = {
-        "image_search_digits": record("USED", good, "used"),
-        "image_search_digits_cells": record("CELLS", bad, "cells"),
-        "image_search_mnist": record("LOST", lost, "used"),
-    }
-    text = "\n".join(overview.overview(records))
-    assert "60, 40, 40 % less" in text
-    used = "| convolution cells, USED | all in use, alpha 2 | **4.5 to 1 (78 % less)** | **9 to 2 (78 % less)** |"
-    assert f"{used} **13.5 to 3 (78 % less)** | **1.5 to 2** |" in text
-    cells = "| convolution cells, CELLS | cells, alpha 1 | 4.5 to 9 (100 % more) | 9 to 18 (100 % more) |"
-    assert f"{cells} 13.5 to 27 (100 % more) | 1.5 to 1 |" in text
-    assert "| 0.1 | 1 to 2 | 6.5 to 1.0 (-5.5 ± 0.0) | 1.00 to 2.00 (+1.00 ± 0.00) |" in text
-    assert "LOST" not in text
-    assert "EWC" not in text
+
+def test_tables_name_what_differs_and_what_got_worse():
+    ce = [curves(seed, None, [9, 4 + seed, 2], 1.0 + seed) for seed in range(2)]
+    bad = [curves(seed, 1.0, [9, 9, 4], 1.5 + seed) for seed in range(2)]
+    (row,) = report.tables(record_of(ce, bad, "used", True))["goals"].rows
+    assert row[:3] == ["recurrent cells, NAME, outputs normalised", "all in use, alpha 1", "4.5 to 9 (100 % more)"]
+    assert row[-1] == "1.5 to 2 *"
+
+
+def test_tables_of_runs_that_diverged():
+    ce, lost = [curves(0, None, [9, 4, 2], 1.0)], [curves(0, 1.0, [9, 1, 1], 0.5, diverged=True)]
+    record = record_of(ce, lost)
+    tables = report.tables(record)
+    assert tables["results"].rows == [["runs that diverged, left out in both arms", "0", "1"]]
+    assert tables.keys() == {"results", "tuning"}
+    assert report.figures(record)[""].startswith(b"\x89PNG")

@@ -9,12 +9,12 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import wplfast
 
-from ...plumbing.training import batches
-from .fishers import estimate
+from ..data.digits import Split
+from ..harness.training import accuracy, batch_squared, batches
 from .scenarios import SCENARIOS, Network, Setup, Task, network, tasks
 
 #: what earlier tasks leave behind for later ones, and what each is called in tables and figures
@@ -27,6 +27,13 @@ ARMS = {
 }
 TUNED = ("ewc", "online", "l2")
 FISHER_BATCH = 64
+#: how F is computed, and what each is called in tables and figures
+KINDS = {
+    "empirical": "right: empirical",
+    "exact": "right: exact over classes",
+    "mc": "right: labels drawn from the model",
+    "squared": "batch-squared",
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def run(job: tuple[Setup, str, int, str, float | None]) -> Run:
 def first_task(setup: Setup, scenario: str, seed: int) -> Network:
     """Return the network after the first task, which is the same for all arms: copy it before you change it."""
     task = tasks(setup, scenario, seed)[0]
-    net = network(setup, scenario, task.split.n_features, seed)
+    net = network(setup, scenario, *task.split.shape, seed)
     train(net, [task], setup, seed_of(seed, 0))
     return net
 
@@ -86,6 +93,22 @@ def anchor(wpl: wplfast.WeightPlasticityLoss, net: Network, setup: Setup, scenar
         wpl.consolidate(fisher, active=list(params), anchor="replace", decay=setup.gamma)
     else:
         wpl.consolidate(fisher, active=list(params))
+
+
+def estimate(
+    kind: str,
+    model: nn.Module,
+    params: Mapping[str, nn.Parameter],
+    split: Split,
+    batch_size: int,
+    max_samples: int | None = None,
+) -> Mapping[str, Tensor]:
+    """Return F of a model over (the first of) its training data, read in batches of one size."""
+    images, labels = (part[:max_samples] for part in split.train)
+    loader = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    if kind == "squared":
+        return {name: total / len(loader) for name, total in batch_squared(model, params, loader, 1).items()}
+    return wplfast.fisher_diagonal(model, loader, wplfast.losses.cross_entropy, params=params, fisher_type=kind)
 
 
 def train(
@@ -115,11 +138,8 @@ def train(
 @torch.no_grad()
 def accuracies(net: Network, seen: Sequence[Task], part: str) -> list[float]:
     """Return the share of right answers on a part of each task's data."""
-    found = []
-    for task in seen:
-        images, labels = getattr(task.split, part)
-        found.append((net.path(task.head)(images).argmax(1) == labels).double().mean().item())
-    return found
+    data = [(net.path(task.head), *getattr(task.split, part)) for task in seen]
+    return [accuracy(path(images), labels) for path, images, labels in data]
 
 
 def seed_of(seed: int, index: int) -> int:

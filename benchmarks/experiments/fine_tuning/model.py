@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..harness.training import hidden_layers
+
 #: kinds of networks, and their usual widths
 WIDTHS = {"mlp": 64, "cnn": 8}
 
@@ -28,7 +30,9 @@ class GrowingNet(nn.Module):
         self._seed = seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.features = _convolutions(math.isqrt(n_pixels), width) if kind == "cnn" else _hidden(n_pixels, width)
+            self.features = (
+                _convolutions(math.isqrt(n_pixels), width) if kind == "cnn" else hidden_layers(n_pixels, width, 2)
+            )
             n_features = self.features(torch.zeros(1, n_pixels)).shape[1]
             self.head = nn.Linear(n_features, n_classes)
 
@@ -51,11 +55,6 @@ class GrowingNet(nn.Module):
             new[: old.out_features] = before
         self.head = head
         return True
-
-
-def _hidden(n_pixels: int, width: int) -> nn.Sequential:
-    """Return two hidden layers."""
-    return nn.Sequential(nn.Linear(n_pixels, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
 
 
 def _convolutions(side: int, width: int) -> nn.Sequential:

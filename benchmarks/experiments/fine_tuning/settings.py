@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ..data.digits import DIGITS
+from ..harness.options import option, positive
 from .model import WIDTHS
 from .stream import Sizes
 
@@ -15,17 +17,17 @@ UNCHANGED = "unchanged"  # the model of the start, never trained again
 class Setup:
     """Settings that all runs have in common; optimizer and minibatch as in the paper."""
 
-    sizes: Sizes
-    data: str | None = None
+    sizes: Sizes = field(default_factory=Sizes)
+    data: str | None = option(None, str, DIGITS, metavar="DIR")
     device: str = "cpu"
-    model: str = "mlp"
+    model: str = option("mlp", str, choices=WIDTHS)
     width: int = WIDTHS["mlp"]
     batch_size: int = 64
     momentum: float = 0.9
     weight_decay: float = 0.0005
     lr_start: float = 0.02
-    start_iterations: int = 300
-    n_updates: int = 10
+    start_iterations: int = option(300, positive, "SGD steps before the first update", flag="start")
+    n_updates: int = option(10, positive, "update sets: one of each class, or two of each new one", flag="updates")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ class Condition:
     share_old: float = 0.5
     noise: float = 0.0
     memory: int | None = None
+
+    @property
+    def title(self) -> str:
+        """What the record calls it."""
+        memory = "all old data" if self.memory is None else f"{self.memory} old samples of a class"
+        return f"{self.steps:g} {self.unit}, lambda {self.share_old:g}, noise {self.noise:g}, {memory}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...plumbing.data import DataError
+from ..data.digits import DataError
 
 #: what an update set brings
 SCENARIOS = {"known": "known classes", "new": "new classes"}
@@ -25,9 +25,9 @@ class Sizes:
         start_new: of each class at the start, where half of them are to come.
     """
 
-    update: int
-    start_known: int
-    start_new: int
+    update: int = 30
+    start_known: int = 20
+    start_new: int = 60
 
 
 @dataclass(frozen=True)
@@ -128,3 +128,18 @@ def remembered(seen: Tensor, labels: Tensor, key: Tensor, per_class: int) -> Ten
         same = seen[labels[seen] == label]
         kept.append(same[key[same].argsort()[:per_class]])
     return torch.cat(kept)
+
+
+def draw(old: Tensor, new: Tensor, share_old: float, n: int, generator: torch.Generator) -> Tensor:
+    """Draw indices [n], each independently: from the old part with probability lambda, else from the new one.
+
+    Within a part draws are uniform and with replacement, so a minibatch of B holds Binomial(B, lambda) old samples,
+    whatever the sizes of the parts. lambda = 0 trains on new data alone; lambda = 1 lets them wait until they are old.
+    """
+    # Always both draws, so that the place within a part does not depend on which part was drawn before.
+    is_old = torch.rand(n, generator=generator, dtype=torch.float64) < share_old
+    place = torch.rand(n, generator=generator, dtype=torch.float64)
+    drawn = torch.empty(n, dtype=torch.int64)
+    for part, chosen in ((old, is_old), (new, ~is_old)):
+        drawn[chosen] = part[(place[chosen] * len(part)).long()]
+    return drawn

@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 import wplfast
 
-from .clock import Clock
-from .controller import Controller
-from .forgetting import forgetting
-from .plasticity import Plasticity, Schedule
+from ..harness.options import option, positive, strength
+from ..harness.statistics import five_digits
+from .controller import Controller, Policy, Reinforce
+from .penalty import Plasticity, ReferencePenalty, Schedule
 from .problem import Choices, Problem
-from .reference import ReferencePenalty
-from .reinforce import Policy, Reinforce
+
+#: how forgetting is measured, and what each is called
+MEASURES = {"mean": "mean difference", "best5": "best-5 mean difference", "max": "max difference"}
+
+
+def forgetting(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+    """Return what architectures lost between their own training and the end of the epoch.
+
+    Args:
+        before: errors of n >= 1 architectures, each right after its own training.
+        after: of the same ones, after all others of the epoch were trained too.
+
+    Returns:
+        Mean and maximum of after - before, and its mean over the five architectures that were best before.
+    """
+    first = np.asarray(before, float)
+    difference = np.asarray(after, float) - first
+    best = np.argsort(first, kind="stable")[:5]
+    return {"mean": float(difference.mean()), "best5": float(difference[best].mean()), "max": float(difference.max())}
 
 
 @dataclass(frozen=True)
@@ -26,10 +48,6 @@ class Setup:
     """Settings that a search with the penalty and one without have in common.
 
     Args:
-        epochs: number of them.
-        architectures: sampled and trained in each.
-        minibatches: that each is trained on.
-        clip: the most that the norm of all gradients together may be.
         lr_decay: of the learning rate, after every epoch ...
         lr_decay_after: ... from this one on.
         weight_decay: plain L2 decay of all weights in use.
@@ -41,10 +59,10 @@ class Setup:
         device: where the models are.
     """
 
-    epochs: int = 12
-    architectures: int = 10
-    minibatches: int = 5
-    clip: float = 0.25
+    epochs: int = option(12, positive)
+    architectures: int = option(10, positive, "per epoch")
+    minibatches: int = option(5, positive, "per architecture")
+    clip: float = option(0.25, strength, "norm of all gradients")
     lr_decay: float = 0.96
     lr_decay_after: int = 15
     weight_decay: float = 1e-7
@@ -108,7 +126,7 @@ class _Search:
         self.plasticity = Plasticity(problem.weights, alpha, setup.schedule)
         compared = setup.compare and alpha is not None
         self.published = ReferencePenalty(problem.weights, alpha or 0.0, setup.schedule.rate) if compared else None
-        self.clock = Clock(setup.device)
+        self.clock = _Clock(setup.device)
         self.verified = False
 
     def run(self) -> Run:
@@ -119,14 +137,14 @@ class _Search:
             measured = self._epoch(epoch)
             if measured is None:
                 return Run(self.seed, self.lr, self.alpha, True, epochs, self.clock.milliseconds(), {})
-            epochs.append({key: _rounded(value) for key, value in measured.items()})
+            epochs.append({key: five_digits(value) for key, value in measured.items()})
         return Run(self.seed, self.lr, self.alpha, False, epochs, self.clock.milliseconds(), self._derive())
 
     def _epoch(self, epoch: int) -> dict[str, float] | None:
         """Train architectures, measure what they forgot, train the controller; None if a loss was not finite."""
         setup = self.setup
         if epoch == setup.schedule.start:
-            self.clock = Clock(setup.device)  # both arms are timed over the same epochs
+            self.clock = _Clock(setup.device)  # both arms are timed over the same epochs
         self.plasticity.begin_epoch(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * setup.lr_decay ** max(0, epoch - setup.lr_decay_after)
@@ -175,7 +193,7 @@ class _Search:
                     with self.clock.part("penalty, as published"):
                         self.published.gradients(active)
                 with self.clock.part("penalty"):
-                    self.plasticity.add_grad_(active)
+                    self.plasticity.penalty.add_grad_(active=active)
             with self.clock.part("clipping and step"):
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.setup.clip)
                 self.optimizer.step()
@@ -187,8 +205,8 @@ class _Search:
 
         The first estimate is verified; the cells that follow are made of the same operations.
         """
-        active, penalty = self.problem.active(choices), self.plasticity.penalty
-        if penalty is None or not active:
+        active = self.problem.active(choices)
+        if not active:
             return True
         given = self.problem.fisher_pass(choices)
         if self.published is not None:
@@ -196,13 +214,8 @@ class _Search:
                 self.published.learn(given, active)
         try:
             with self.clock.part("Fisher" if self.verified else "Fisher, verified"):
-                fisher = wplfast.fisher_diagonal(
-                    given.model,
-                    [given.batch],
-                    given.loss_fn,
-                    params=penalty.subset(active),
-                    verify=not self.verified,
-                )
+                more = {"params": self.plasticity.penalty.subset(active), "verify": not self.verified}
+                fisher = wplfast.fisher_diagonal(given.model, [given.batch], given.loss_fn, **more)
             self.verified = True
             with self.clock.part("anchor"):
                 self.plasticity.learn(fisher, active)
@@ -217,9 +230,27 @@ class _Search:
         errors = [self.problem.error(choices) for choices in found]
         best = min(range(len(found)), key=errors.__getitem__)
         test = self.problem.test_error(found[best])
-        return {"validation": _rounded(errors[best]), "test": _rounded(test), "choices": list(found[best])}
+        return {"validation": five_digits(errors[best]), "test": five_digits(test), "choices": list(found[best])}
 
 
-def _rounded(value: float) -> float:
-    """Keep five digits."""
-    return float(f"{value:.5g}")
+class _Clock:
+    """Adds up times by part; on a GPU a part ends when its kernels have."""
+
+    def __init__(self, device: str) -> None:
+        """Start at zero."""
+        self._wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what is done inside."""
+        self._wait()
+        started = time.perf_counter()
+        yield
+        self._wait()
+        self._seconds[name].append(time.perf_counter() - started)
+
+    def milliseconds(self) -> dict[str, dict[str, float]]:
+        """Return the mean time of one, and how many there were, by part."""
+        parts = self._seconds.items()
+        return {name: {"milliseconds": round(1e3 * sum(s) / len(s), 4), "count": len(s)} for name, s in parts}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor, nn
 
 #: one architecture: what was chosen at every decision
@@ -42,7 +43,13 @@ class Problem(ABC):
     model: nn.Module
     decisions: tuple[Decision, ...]
     weights: dict[str, Tensor]
-    _common: tuple[str, ...]
+
+    def __init__(self, make: Callable[[], nn.Module], seed: int, device: str) -> None:
+        """Make the shared weights; the seed decides their initial values."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = make()
+        self.model.to(device)
 
     def cover(self, cells: Mapping[str, Tensor], cover: Cover) -> None:
         """Say which weights the penalty covers.
@@ -84,6 +91,20 @@ class Problem(ABC):
     @abstractmethod
     def test_error(self, choices: Choices) -> float:
         """Return the error on the test part."""
+
+
+class Child(nn.Module):
+    """One architecture, for passes that call a model with data alone."""
+
+    def __init__(self, shared: nn.Module, choices: Choices) -> None:
+        """Refer to the shared weights."""
+        super().__init__()
+        self.shared, self.choices = shared, choices
+
+    def forward(self, *data: Tensor) -> Tensor:
+        """Return logits."""
+        found = self.shared(self.choices, *data)
+        return found[0] if isinstance(found, tuple) else found  # without a state
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the runs of a search say: the choice of alpha, curves over seeds, verdicts, times."""
+"""What the runs of a search say: the choice of a setting, curves over seeds, the worst epoch, times."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .forgetting import MEASURES
-from .loop import Run
+from ..harness.statistics import at_edge, best, deviation, five_digits, grouped, spread
+from .loop import MEASURES, Run
 
 #: the paper's curves fall by this much in percent, or more, where cross-entropy alone forgets most
 GOALS = {"mean": 60.0, "best5": 40.0, "max": 40.0}
@@ -21,28 +21,20 @@ def score(run: Run) -> float:
     return 0.0 if run.diverged else float(np.mean([epoch["reward"] for epoch in run.epochs[-_END:]]))
 
 
-def best(runs: Sequence[Run], setting: str) -> float:
-    """Return the setting ("lr" or "alpha") whose runs score best on the mean; the smaller one of equals."""
-    values = sorted({getattr(run, setting) for run in runs})
-    means = [np.mean([score(run) for run in runs if getattr(run, setting) == value]) for value in values]
-    return float(values[int(np.argmax(means))])
-
-
 def grid(runs: Sequence[Run], setting: str, start: int = 0) -> dict[str, Any]:
-    """Return the scores of a grid, the choice by :func:`best`, and whether it lies at the grid's edge.
+    """Return the scores of a grid, the best of its values (the smaller of equals), and whether it lies at the edge.
 
     What was forgotten on the mean, from epoch ``start`` on, stands beside each score; it has no say in the choice.
     """
-    values = sorted({getattr(run, setting) for run in runs})
-    chosen = best(runs, setting)
+    groups = dict(sorted(grouped(runs, lambda run: getattr(run, setting)).items()))
+    chosen = best({value: np.mean([score(run) for run in same]) for value, same in groups.items()})
     rows = []
-    for value in values:
-        same = [run for run in runs if getattr(run, setting) == value]
+    for value, same in groups.items():
         scores = [score(run) for run in same]
         lost = [epoch["mean"] for run in same if not run.diverged for epoch in run.epochs[start:]]
         rows.append({setting: value, "reward": round(float(np.mean(scores)), 5), "seeds": _rounded(scores)})
-        rows[-1]["forgetting"] = float(f"{np.mean(lost):.5g}") if lost else None
-    return {"values": rows, "chosen": chosen, "at_edge": chosen in (values[0], values[-1])}
+        rows[-1]["forgetting"] = five_digits(np.mean(lost)) if lost else None
+    return {"values": rows, "chosen": chosen, "at_edge": at_edge(chosen, list(groups))}
 
 
 def summarise(runs: Mapping[str, Sequence[Run]], start: int) -> dict[str, Any]:
@@ -60,14 +52,18 @@ def summarise(runs: Mapping[str, Sequence[Run]], start: int) -> dict[str, Any]:
     arms: dict[str, Any] = {}
     for arm, all_runs in runs.items():
         chosen = [all_runs[i] for i in kept]
-        keys = list(chosen[0].epochs[0]) if chosen else []
+        keys = chosen[0].epochs[0] if chosen else ()
         stacked = {key: np.array([[epoch[key] for epoch in run.epochs] for run in chosen]) for key in keys}
+        finals = {part: [run.final[part] for run in chosen] for part in ("validation", "test")}
         arms[arm] = {
             "diverged": sum(run.diverged for run in all_runs),
-            "curves": {key: _curve(values) for key, values in stacked.items()},
-            "after_start": {key: _spread(values[:, start:].mean(1)) for key, values in stacked.items()},
-            "end": {key: _spread(values[:, -_END:].mean(1)) for key, values in stacked.items()},
-            "final": {part: _spread([run.final[part] for run in chosen]) for part in ("validation", "test")},
+            "curves": {
+                key: {"mean": _rounded(values.mean(0)), "std": _rounded(deviation(values))}
+                for key, values in stacked.items()
+            },
+            "after_start": {key: spread(values[:, start:].mean(1), five_digits) for key, values in stacked.items()},
+            "end": {key: spread(values[:, -_END:].mean(1), five_digits) for key, values in stacked.items()},
+            "final": {part: spread(values, five_digits) for part, values in finals.items()},
             "times": _times(chosen),
         }
     result: dict[str, Any] = {"seeds": len(kept), "start": start, "arms": arms}
@@ -83,14 +79,13 @@ def _verdicts(arms: dict[str, Any], start: int) -> dict[str, Any]:
     verdicts = {}
     for measure in MEASURES:
         without, with_it = (curves[arm][measure]["mean"][worst] for arm in ("ce", "wpl"))
-        reduction = 100 * (1 - with_it / without) if without > 0 else None
-        met = None if reduction is None else reduction >= GOALS[measure]
+        cut = 100 * (1 - with_it / without) if without > 0 else None
         verdicts[measure] = {
             "ce": without,
             "wpl": with_it,
-            "reduction_percent": None if reduction is None else round(reduction, 1),
+            "reduction_percent": None if cut is None else round(cut, 1),
             "goal_percent": GOALS[measure],
-            "reached": met,
+            "reached": None if cut is None else cut >= GOALS[measure],
         }
     rewards = {arm: values["end"]["reward"]["mean"] for arm, values in arms.items()}
     verdicts["reward"] = {**rewards, "reached": rewards["wpl"] >= rewards["ce"]}
@@ -100,25 +95,10 @@ def _verdicts(arms: dict[str, Any], start: int) -> dict[str, Any]:
 def _times(runs: Sequence[Run]) -> dict[str, float]:
     """Return the milliseconds of one of each part, the median over runs."""
     parts = runs[0].times if runs else {}
-    return {
-        part: round(float(np.median([run.times[part]["milliseconds"] for run in runs if part in run.times])), 4)
-        for part in parts
-    }
-
-
-def _curve(values: np.ndarray) -> dict[str, list[float]]:
-    """Return mean and standard deviation over seeds, by epoch."""
-    std = values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
-    return {"mean": _rounded(values.mean(0)), "std": _rounded(std)}
-
-
-def _spread(values: Any) -> dict[str, Any]:
-    """Return mean, standard deviation and the single values, to five digits; a mean of None where there are none."""
-    array = np.asarray(values, float)
-    std = float(array.std(ddof=1)) if len(array) > 1 else 0.0
-    return {"mean": float(array.mean()) if len(array) else None, "std": std, "seeds": _rounded(array)}
+    times = {part: [run.times[part]["milliseconds"] for run in runs if part in run.times] for part in parts}
+    return {part: round(float(np.median(values)), 4) for part, values in times.items()}
 
 
 def _rounded(values: Any) -> list[float]:
-    """Keep five digits."""
-    return [float(f"{value:.5g}") for value in values]
+    """Keep five digits of each."""
+    return [five_digits(value) for value in values]

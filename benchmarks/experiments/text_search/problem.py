@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -12,27 +12,38 @@ from torch import Tensor
 
 import wplfast
 
-from ...plumbing.data import DataError
-from ...plumbing.text import Text, columns
-from ..search.problem import Choices, Cover, FisherPass, Problem
-from .cells import Child, SharedCells, Sizes, decisions, edges
+from ..data.digits import DataError
+from ..data.text import Files, Text, columns, load_text
+from ..harness.options import option, positive
+from ..search.problem import Child, Choices, Cover, FisherPass, Problem
+from .cells import SharedCells, Sizes, decisions, edges
 
 
 @dataclass(frozen=True)
 class Batches:
-    """How the text is cut.
+    """How the text is cut; the reward is a constant over the perplexity."""
 
-    Args:
-        size: rows of a minibatch.
-        length: words of a row, over which gradients flow.
-        evaluate: minibatches that an error is measured on.
-        reward: the constant c of the reward c / perplexity.
-    """
-
-    size: int = 32
-    length: int = 20
-    evaluate: int = 2
+    size: int = option(32, positive, "rows of a minibatch", flag="batch_size")
+    length: int = option(16, positive, "words that gradients flow over")
+    evaluate: int = option(2, positive, "minibatches that errors are measured on")
     reward: float = 80.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a problem is made from besides its seed."""
+
+    files: Files = field(default_factory=Files)
+    vocabulary: int = option(1000, positive, "words that are kept")
+    sizes: Sizes = field(default_factory=Sizes)
+    batches: Batches = field(default_factory=Batches)
+    device: str = "cpu"
+    cover: Cover = "cells"
+
+    def problem(self, seed: int) -> TextProblem:
+        """Make the problem of one run; raises DataError if the text cannot be read, or is too short."""
+        text = load_text(self.files, self.vocabulary)
+        return TextProblem(text, self.sizes, self.batches, seed, self.device, self.cover)
 
 
 class Stream:
@@ -84,10 +95,7 @@ class TextProblem(Problem):
         self, text: Text, sizes: Sizes, batches: Batches, seed: int, device: str = "cpu", cover: Cover = "used"
     ) -> None:
         """Make the shared weights."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model: SharedCells = SharedCells(sizes)
-        self.model.to(device)
+        super().__init__(partial(SharedCells, sizes), seed, device)
         self.decisions = decisions(sizes.blocks)
         self.cover({name: self.model.edges.get_parameter(f"{name}.weight") for name in self.model.edges}, cover)
         parts = {"train": text.train, "validation": text.validation, "test": text.test}

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .data import DataError
+from ..harness.options import option
+from .digits import DataError
 
 UNKNOWN, END = "<unk>", "<eos>"
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -20,22 +21,19 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 @dataclass(frozen=True)
 class Files:
-    """Where the parts of a text are.
+    """Where the parts of a text are: files of one sentence a line, words apart by blanks, as Penn Treebank's are.
 
-    Args:
-        folder: of the files; None: the help texts of Python's ``pydoc_data.topics``, in alphabetical order, the ninth
-            tenth of the words for validation and the last for the test.
-        train: one sentence a line, words apart by blanks, as Penn Treebank's files are.
-        validation: likewise.
-        test: likewise.
-        held_out: one file instead of the latter two: its first half for validation, its second for the test.
+    Without a folder it is the help texts of Python's ``pydoc_data.topics``, in alphabetical order, the ninth tenth of
+    the words for validation and the last for the test.
     """
 
-    folder: str | None = None
-    train: str = "train.txt"
-    validation: str = "valid.txt"
-    test: str = "test.txt"
-    held_out: str | None = None
+    folder: str | None = option(None, str, "of text files; default: Python's help texts", flag="data", metavar="DIR")
+    train: str = option("train.txt", str, "in the folder", metavar="FILE")
+    validation: str = option("valid.txt", str, metavar="FILE")
+    test: str = option("test.txt", str, metavar="FILE")
+    held_out: str | None = option(
+        None, str, "one file for both: its halves are validation and test part", metavar="FILE"
+    )
 
 
 @dataclass(frozen=True)
