@@ -20,7 +20,7 @@ from benchmarks.experiments.data.digits import DataError, Split
 from benchmarks.experiments.data.images import load_images, read_cifar
 from benchmarks.experiments.image_search import __main__ as image_search
 from benchmarks.experiments.image_search.cells import SharedCells, Sizes, decisions, describe, edges
-from benchmarks.experiments.image_search.problem import Batches, ImageProblem
+from benchmarks.experiments.image_search.problem import Batches, ImageProblem, Task
 from benchmarks.experiments.search import report
 from benchmarks.experiments.search.controller import Policy
 from benchmarks.experiments.search.loop import Setup, search
@@ -44,7 +44,7 @@ def problem(batch=8, cover="used"):
         (torch.randn(n, 1, 8, 8, generator=generator), torch.randint(10, (n,), generator=generator))
         for n in (40, 20, 20)
     ]
-    return ImageProblem(Split(*parts, name="noise"), SIZES, Batches(batch, 20), 0, cover=cover)
+    return ImageProblem(Task(None, SIZES, Batches(batch, 20), cover=cover), Split(*parts, name="noise"), 0)
 
 
 def test_decisions_and_edges_of_a_cell():

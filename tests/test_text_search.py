@@ -245,18 +245,18 @@ def folder(tmp_path):
 def test_text_by_hand(folder):
     text = load_text(Files(str(folder)), 4)
     assert text.words == ("<unk>", "a", "<eos>", "b")  # by counts, equal ones by the alphabet; c does not fit
-    assert text.train.tolist() == [1, 3, 1, 0, 2, 0, 1, 3, 2]
-    assert text.validation.tolist() == [1, 0, 2]
+    assert text.parts["train"].tolist() == [1, 3, 1, 0, 2, 0, 1, 3, 2]
+    assert text.parts["validation"].tolist() == [1, 0, 2]
     assert text.sizes == {"train": 9, "validation": 3, "test": 4, "vocabulary": 4}
     halves = load_text(Files(str(folder), train="valid.txt", held_out="train.txt"), 9)
-    assert (len(halves.train), len(halves.validation), len(halves.test)) == (3, 4, 5)
+    assert [len(part) for part in halves.parts.values()] == [3, 4, 5]
 
 
 def test_python_ships_a_text():
     text = load_text(Files(), 500)
     assert len(text.words) == 500
-    assert len(text.train) > 50_000
-    assert min(len(text.validation), len(text.test)) > 5_000
+    assert text.sizes["train"] > 50_000
+    assert min(text.sizes["validation"], text.sizes["test"]) > 5_000
 
 
 def test_columns_and_segments_by_hand():

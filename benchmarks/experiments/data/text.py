@@ -38,18 +38,15 @@ class Files:
 
 @dataclass(frozen=True)
 class Text:
-    """Word indices [L] int64 of the three parts, and the words."""
+    """Word indices [L] int64 of the parts "train", "validation" and "test", and the words."""
 
-    train: Tensor
-    validation: Tensor
-    test: Tensor
+    parts: dict[str, Tensor]
     words: tuple[str, ...]
 
     @property
     def sizes(self) -> dict[str, int]:
         """Number of words of each part and of the vocabulary."""
-        parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {**{name: len(part) for name, part in parts.items()}, "vocabulary": len(self.words)}
+        return {**{name: len(part) for name, part in self.parts.items()}, "vocabulary": len(self.words)}
 
 
 @lru_cache(maxsize=2)
@@ -63,14 +60,13 @@ def load_text(files: Files, vocabulary: int) -> Text:
     Raises:
         DataError: if a file is missing, is no UTF-8, or has no words.
     """
-    train, validation, test = _builtin() if files.folder is None else _read(files)
-    counts = Counter(train)
+    parts = _builtin() if files.folder is None else _read(files, Path(files.folder))
+    counts = Counter(parts["train"])
     counts.pop(UNKNOWN, None)
     ranked = sorted(counts, key=lambda word: (-counts[word], word))  # equal counts must not depend on the reading order
     words = (UNKNOWN, *ranked[: vocabulary - 1])
     index = {word: i for i, word in enumerate(words)}
-    parts = [torch.tensor([index.get(word, 0) for word in part]) for part in (train, validation, test)]
-    return Text(parts[0], parts[1], parts[2], words)
+    return Text({name: torch.tensor([index.get(w, 0) for w in part]) for name, part in parts.items()}, words)
 
 
 def columns(words: Tensor, count: int) -> Tensor:
@@ -78,61 +74,46 @@ def columns(words: Tensor, count: int) -> Tensor:
     return words[: len(words) // count * count].view(count, -1)
 
 
-def _read(files: Files) -> tuple[list[str], list[str], list[str]]:
+def _read(files: Files, root: Path) -> dict[str, list[str]]:
     """Return the words of the parts."""
-    assert files.folder is not None
-    root = Path(files.folder)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
     train = _words(root / files.train)
     if files.held_out is None:
-        return train, _words(root / files.validation), _words(root / files.test)
+        return {"train": train, "validation": _words(root / files.validation), "test": _words(root / files.test)}
     held_out = _words(root / files.held_out)
-    return train, held_out[: len(held_out) // 2], held_out[len(held_out) // 2 :]
+    half = len(held_out) // 2
+    return {"train": train, "validation": held_out[:half], "test": held_out[half:]}
 
 
 def _words(path: Path) -> list[str]:
-    """Return the words of a file, every line closed by ``<eos>``.
-
-    Raises:
-        DataError: if there is no such file, or it is no text.
-    """
+    """Return the words of a file, every line closed by ``<eos>``."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: expected UTF-8, got byte 0x{error.object[error.start]:02x} at {error.start}"
-        ) from None
+        byte, place = error.object[error.start], error.start
+        raise DataError(f"{path}: expected UTF-8, got byte 0x{byte:02x} at {place}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    return _closed((line.split() for line in lines), str(path))
-
-
-def _closed(sentences: Iterable[list[str]], where: str) -> list[str]:
-    """Join the sentences that have words.
-
-    Raises:
-        DataError: if there are none.
-    """
-    words = [word for sentence in sentences if sentence for word in (*sentence, END)]
+    words = _closed(line.split() for line in lines)
     if not words:
-        raise DataError(f"{where}: expected text, got no words")
+        raise DataError(f"{path}: expected text, got no words")
     return words
 
 
-def _builtin() -> tuple[list[str], list[str], list[str]]:
-    """Return Python's help texts, cut at eight and nine tenths.
+def _closed(sentences: Iterable[list[str]]) -> list[str]:
+    """Join the sentences that have words."""
+    return [word for sentence in sentences if sentence for word in (*sentence, END)]
 
-    Raises:
-        DataError: if this Python came without them.
-    """
+
+def _builtin() -> dict[str, list[str]]:
+    """Return Python's help texts, cut at eight and nine tenths."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise DataError("this Python has no pydoc_data.topics; give a folder of text files with --data") from None
-    lines = (line for name in sorted(topics) for line in topics[name].lower().splitlines())
-    words = _closed((_WORD.findall(line) for line in lines), "pydoc_data.topics")
+    words = _closed(_WORD.findall(line) for name in sorted(topics) for line in topics[name].lower().splitlines())
     cuts = 8 * len(words) // 10, 9 * len(words) // 10
-    return words[: cuts[0]], words[cuts[0] : cuts[1]], words[cuts[1] :]
+    return {"train": words[: cuts[0]], "validation": words[cuts[0] : cuts[1]], "test": words[cuts[1] :]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -45,42 +44,35 @@ class Task:
 
         All seeds have one split, so that no test image of one is a validation image of the seed that chooses settings.
         """
-        return ImageProblem(load_images(self.folder, 0), self.sizes, self.batches, seed, self.device, self.cover)
+        return ImageProblem(self, load_images(self.folder, 0), seed)
 
 
 class ImageProblem(Problem):
-    """Convolution cells that classify images.
+    """Convolution cells that classify images; the seed decides the initial weights and all orders.
 
-    Args:
-        split: images and labels of the three parts.
-        sizes: of the models.
-        batches: how many images are used at once.
-        seed: decides the initial weights and all orders.
-        device: where the models are.
-        cover: whether the penalty covers the first convolution and the classifier beside the cells' operations.
+    Beside the cells' operations there are the first convolution and the classifier, which all cells use.
 
     Raises:
         DataError: if the images are too small to be halved as often as sizes say.
     """
 
-    def __init__(
-        self, split: Split, sizes: Sizes, batches: Batches, seed: int, device: str = "cpu", cover: Cover = "used"
-    ) -> None:
+    def __init__(self, task: Task, split: Split, seed: int) -> None:
         """Make the shared weights."""
-        least = sizes.stride * 2 ** (sizes.stages - 1)
-        if min(split.shape[1:]) < 2 * least:
+        sizes, batches, split = task.sizes, task.batches, split.to(task.device)
+        if min(split.shape[1:]) < 2 * sizes.stride * 2 ** (sizes.stages - 1):
             raise DataError(f"images of {list(split.shape)} are too small for {sizes.stages} stages")
-        super().__init__(partial(SharedCells, sizes), seed, device)
-        self.decisions = decisions(sizes.nodes)
-        cells = dict(self.model.operations.named_parameters())
-        self.cover(cells, cover)
-        self._names = {key: [name for name in cells if name.startswith(f"{key}.")] for key in self.model.operations}
-        split = split.to(device)
+        super().__init__(task, seed, SharedCells, decisions(sizes.nodes))
+        keys = self.model.operations
+        self._names = {key: [name for name in self.cells() if name.startswith(f"{key}.")] for key in keys}
         self._train = shuffled(split.train, batches.size, seed)
         self._fisher = shuffled(split.validation, batches.size, seed + 1)
         self._rewards = shuffled(split.validation, batches.size, seed + 2)
         self._measured = tuple(part[: batches.evaluate] for part in split.validation)
         self._test = split.test
+
+    def cells(self) -> dict[str, Tensor]:
+        """Return the weights of the cells' operations."""
+        return dict(self.model.operations.named_parameters())
 
     def of_cell(self, choices: Choices) -> list[str]:
         """Return the names of the weights of a cell's convolutions and their normalisations, in all cells."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +12,13 @@ from torch import Tensor, nn
 from ..harness.options import count, option, strength
 from .problem import Choices, Decision
 
-_INIT = 0.1
 
-
-@dataclass(frozen=True)
-class Sample:
-    """Architectures, and how likely they were.
-
-    Args:
-        architectures: n of them.
-        log_probabilities: [n], summed over the decisions of each.
-        entropies: [n], of the distributions that were drawn from, summed likewise; in nats.
-    """
+class Sample(NamedTuple):
+    """Architectures, and how likely they were."""
 
     architectures: list[Choices]
-    log_probabilities: Tensor
-    entropies: Tensor
+    log_probabilities: Tensor  # [n], summed over the decisions of each
+    entropies: Tensor  # [n], of the distributions that were drawn from, summed over decisions; in nats
 
 
 class Controller(nn.Module):
@@ -55,11 +47,10 @@ class Controller(nn.Module):
         self.offsets = [tables[decision.kind] for decision in decisions]
         self.embedding = nn.Embedding(total, hidden)
         self.lstm = nn.LSTMCell(hidden, hidden)
-        heads = [nn.Linear(hidden, decision.options) for decision in decisions]
-        self.heads = nn.ModuleList(heads)
+        self.heads = nn.ModuleList(nn.Linear(hidden, decision.options) for decision in decisions)
         for parameter in self.parameters():
-            nn.init.uniform_(parameter, -_INIT, _INIT)
-        for head in heads:
+            nn.init.uniform_(parameter, -0.1, 0.1)
+        for head in self.heads:
             nn.init.zeros_(head.bias)
 
     def sample(self, n: int, generator: torch.Generator) -> Sample:
@@ -81,19 +72,13 @@ class Controller(nn.Module):
 
 @dataclass(frozen=True)
 class Policy:
-    """Settings of the controller's training.
-
-    Args:
-        batch: architectures per step.
-        baseline_decay: of the moving average of rewards.
-        entropy: weight of the bonus.
-    """
+    """Settings of the controller's training."""
 
     lr: float = option(3.5e-4, strength, "of Adam", flag="controller_lr")
     steps: int = option(2000, count, "per epoch", flag="controller_steps")
-    batch: int = 1
-    baseline_decay: float = 0.95
-    entropy: float = 1e-4
+    batch: int = 1  # architectures per step
+    baseline_decay: float = 0.95  # of the moving average of rewards
+    entropy: float = 1e-4  # weight of the bonus
 
 
 class Reinforce:
@@ -101,11 +86,6 @@ class Reinforce:
 
     The loss of one step is ``-mean_k((R_k - b) log p_k + entropy * H_k)`` over the architectures k of the step, with b
     the average before them (their own mean at the very first step).
-
-    Args:
-        controller: to train.
-        policy: how.
-        generator: draws the architectures.
     """
 
     def __init__(self, controller: Controller, policy: Policy, generator: torch.Generator) -> None:

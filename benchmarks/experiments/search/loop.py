@@ -28,14 +28,11 @@ MEASURES = {"mean": "mean difference", "best5": "best-5 mean difference", "max":
 
 
 def forgetting(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
-    """Return what architectures lost between their own training and the end of the epoch.
+    """Return mean and maximum of after - before, and its mean over the five architectures that were best before.
 
     Args:
         before: errors of n >= 1 architectures, each right after its own training.
         after: of the same ones, after all others of the epoch were trained too.
-
-    Returns:
-        Mean and maximum of after - before, and its mean over the five architectures that were best before.
     """
     first = np.asarray(before, float)
     difference = np.asarray(after, float) - first
@@ -48,15 +45,10 @@ class Setup:
     """Settings that a search with the penalty and one without have in common.
 
     Args:
-        lr_decay: of the learning rate, after every epoch ...
-        lr_decay_after: ... from this one on.
+        lr_decay: of the learning rate, after every epoch from ``lr_decay_after`` on.
         weight_decay: plain L2 decay of all weights in use.
-        momentum: of SGD.
         derive: architectures that the final one is chosen from, by validation error.
-        policy: of the controller.
-        schedule: of the penalty.
         compare: time the published way beside the penalty.
-        device: where the models are.
     """
 
     epochs: int = option(12, positive)
@@ -98,15 +90,7 @@ class Run:
 
 
 def search(problem: Problem, setup: Setup, seed: int, lr: float, alpha: float | None) -> Run:
-    """Search; nothing but the penalty differs between runs of one seed and learning rate.
-
-    Args:
-        problem: made with the same seed.
-        setup: settings.
-        seed: of the controller, of what it samples, and of dropout.
-        lr: learning rate of the shared weights.
-        alpha: strength of the penalty; None: cross-entropy alone.
-    """
+    """Search; nothing but the penalty differs between runs of one seed, also the problem's, and learning rate."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _Search(problem, setup, seed, lr, alpha).run()
@@ -124,8 +108,9 @@ class _Search:
         self.parameters = list(problem.model.parameters())
         self.optimizer = torch.optim.SGD(self.parameters, lr, setup.momentum, weight_decay=setup.weight_decay)
         self.plasticity = Plasticity(problem.weights, alpha, setup.schedule)
-        compared = setup.compare and alpha is not None
-        self.published = ReferencePenalty(problem.weights, alpha or 0.0, setup.schedule.rate) if compared else None
+        self.published = None
+        if setup.compare and alpha is not None:
+            self.published = ReferencePenalty(problem.weights, alpha, setup.schedule.rate)
         self.clock = _Clock(setup.device)
         self.verified = False
 

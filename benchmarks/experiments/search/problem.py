@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,55 +17,42 @@ Cover: TypeAlias = Literal["used", "cells"]
 COVERS: tuple[Cover, ...] = get_args(Cover)
 
 
-@dataclass(frozen=True)
-class Decision:
-    """One choice that the controller makes.
-
-    Args:
-        kind: decisions of one kind share the embedding that tells the controller what was chosen before.
-        options: number of them.
-    """
+class Decision(NamedTuple):
+    """One choice that the controller makes; decisions of one kind share an embedding of what was chosen before."""
 
     kind: str
-    options: int
+    options: int  # number of them
 
 
 class Problem(ABC):
     """Data and one set of shared weights from which architectures are made.
 
     Attributes:
-        model: holds all shared weights.
+        model: holds all shared weights; the seed decides their initial values.
         decisions: what makes up an architecture.
-        weights: the weights that the penalty covers, by name.
+        weights: the weights that the penalty covers, by name: those of the cells, of which an architecture uses some,
+            and where the task says so the rest of the model, which all architectures use.
     """
 
-    model: nn.Module
-    decisions: tuple[Decision, ...]
-    weights: dict[str, Tensor]
-
-    def __init__(self, make: Callable[[], nn.Module], seed: int, device: str) -> None:
-        """Make the shared weights; the seed decides their initial values."""
+    def __init__(self, task: Any, seed: int, make: Callable[[Any], nn.Module], decisions: Sequence[Decision]) -> None:
+        """Make the shared weights of the task's sizes."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = make()
-        self.model.to(device)
-
-    def cover(self, cells: Mapping[str, Tensor], cover: Cover) -> None:
-        """Say which weights the penalty covers.
-
-        Args:
-            cells: weights that cells are made of, by name: an architecture uses some of them.
-            cover: whether the rest of the model, which all architectures use, is covered too.
-        """
+            self.model = make(task.sizes)
+        self.model.to(task.device)
+        self.decisions, cells = decisions, self.cells()
         own = {id(weight) for weight in cells.values()}
-        named = self.model.named_parameters()
-        common = {name: p for name, p in named if id(p) not in own} if cover == "used" else {}
+        common = {name: p for name, p in self.model.named_parameters() if id(p) not in own and task.cover == "used"}
         self.weights = {**cells, **common}
         self._common = tuple(common)
 
     def active(self, choices: Choices) -> list[str]:
         """Return the names of the covered weights that an architecture uses."""
         return [*self.of_cell(choices), *self._common]
+
+    @abstractmethod
+    def cells(self) -> dict[str, Tensor]:
+        """Return the weights that cells are made of, by name."""
 
     @abstractmethod
     def of_cell(self, choices: Choices) -> list[str]:
@@ -107,8 +93,7 @@ class Child(nn.Module):
         return found[0] if isinstance(found, tuple) else found  # without a state
 
 
-@dataclass(frozen=True)
-class FisherPass:
+class FisherPass(NamedTuple):
     """A model, one minibatch ``(inputs, targets)`` and a loss per sample, as ``wplfast.fisher_diagonal`` takes them."""
 
     model: nn.Module

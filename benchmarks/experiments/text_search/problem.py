@@ -42,20 +42,14 @@ class Task:
 
     def problem(self, seed: int) -> TextProblem:
         """Make the problem of one run; raises DataError if the text cannot be read, or is too short."""
-        text = load_text(self.files, self.vocabulary)
-        return TextProblem(text, self.sizes, self.batches, seed, self.device, self.cover)
+        return TextProblem(self, load_text(self.files, self.vocabulary), seed)
 
 
 class Stream:
-    """The segments of one part of a text, in order and over again.
-
-    Args:
-        words: [L] int64.
-        batches: how they are cut.
-        part: its name, for messages.
+    """The segments of one part of a text, words [L] int64, in order and over again.
 
     Raises:
-        DataError: if there is not one segment.
+        DataError: if there are less than two.
     """
 
     def __init__(self, words: Tensor, batches: Batches, part: str) -> None:
@@ -80,32 +74,27 @@ class Stream:
 
 
 class TextProblem(Problem):
-    """Recurrent cells that model text.
+    """Recurrent cells that model text; the seed decides the initial weights, and which minibatches give rewards.
 
-    Args:
-        text: word indices of the three parts.
-        sizes: of the models.
-        batches: how the text is cut.
-        seed: decides the initial weights and which validation minibatches give rewards.
-        device: where the models are.
-        cover: whether the penalty covers embedding, recurrent matrix and biases beside the cells' edges.
+    Beside the cells' edges there are the embedding, the recurrent matrix and biases, which all cells use.
     """
 
-    def __init__(
-        self, text: Text, sizes: Sizes, batches: Batches, seed: int, device: str = "cpu", cover: Cover = "used"
-    ) -> None:
+    def __init__(self, task: Task, text: Text, seed: int) -> None:
         """Make the shared weights."""
-        super().__init__(partial(SharedCells, sizes), seed, device)
-        self.decisions = decisions(sizes.blocks)
-        self.cover({name: self.model.edges.get_parameter(f"{name}.weight") for name in self.model.edges}, cover)
-        parts = {"train": text.train, "validation": text.validation, "test": text.test}
-        streams = {name: Stream(part.to(device), batches, name) for name, part in parts.items()}
-        self._train, self._validation, self._test = streams.values()
-        self._fisher = Stream(text.validation.to(device), batches, "validation")
-        self._batches = batches
-        self._zero = torch.zeros(batches.size, sizes.hidden, device=device)
-        self._state = self._zero
+        super().__init__(task, seed, SharedCells, decisions(task.sizes.blocks))
+
+        def stream(part: str) -> Stream:
+            return Stream(text.parts[part].to(task.device), task.batches, part)
+
+        self._train, self._validation, self._test = stream("train"), stream("validation"), stream("test")
+        self._fisher = stream("validation")
+        self._batches = task.batches
+        self._state = self._zero = torch.zeros(task.batches.size, task.sizes.hidden, device=task.device)
         self._generator = torch.Generator().manual_seed(seed)
+
+    def cells(self) -> dict[str, Tensor]:
+        """Return the cells' edges."""
+        return {name: edge.weight for name, edge in self.model.edges.items()}
 
     def of_cell(self, choices: Choices) -> list[str]:
         """Return the names of a cell's edges."""
