@@ -177,7 +177,7 @@ def test_without_updates_only_old_classes_are_right():
     run = training.train((SETUP, NEW, Arm(UNCHANGED, 0.0), 0))
     assert run.iterations == 0
     assert run.test[0] > run.test[1] == run.test[2] > run.test[3]
-    known = training.train((SETUP, replace(NEW, scenario="known"), Arm(UNCHANGED, 0.0), 0))
+    known = training.train((SETUP, NEW._replace(scenario="known"), Arm(UNCHANGED, 0.0), 0))
     assert len(set(known.test)) == 1
 
 
@@ -201,12 +201,12 @@ def test_lambda_zero_does_not_touch_old_data(monkeypatch):
     training._start.cache_clear()
     monkeypatch.setattr(training, "draw", spy)
     stream = training._data(SETUP, "new", 0.0, 0)[1]
-    training.train((SETUP, replace(NEW, share_old=0.0), Arm("none", 0.01), 0))
+    training.train((SETUP, NEW._replace(share_old=0.0), Arm("none", 0.01), 0))
     assert asked[0][1] <= set(stream.start.tolist())
     for update, (_, drawn) in zip(stream.updates, asked[1:], strict=True):
         assert drawn <= set(update.index.tolist())
     asked.clear()
-    training.train((SETUP, replace(NEW, memory=4), Arm("none", 0.01), 0))
+    training.train((SETUP, NEW._replace(memory=4), Arm("none", 0.01), 0))
     assert [n_old for n_old, _ in asked] == [20, 24, 24]  # 4 of each of 5, then of 6 classes
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -44,28 +45,23 @@ class Setup:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A sequence of tasks: what changes from one to the next, what is anchored, how fast later tasks are learnt."""
+    """A sequence of tasks: for one model, all of which is anchored (EWC), or for a new one that shares layers (WPL)."""
 
     title: str
-    model: str
-    data: str
-    anchored: str = "all parameters"
     method: str = "EWC"
     rate: float = 1.0  # of all tasks but the first, over the common one
 
 
-_WPL = ("A, then B", "the same", "shared layers", "WPL")
 SCENARIOS = {
-    "split2": Scenario("halves of the digits, task-incremental", "one, new output layer", "new classes"),
-    "split5": Scenario("pairs of digits, task-incremental", "one, new output layer", "new classes"),
-    "permuted": Scenario("permuted pixels, domain-incremental", "one", "pixels permuted anew"),
-    "models": Scenario("two models", *_WPL),
-    "models10": Scenario("two models, B at 10 x the rate", *_WPL, rate=10.0),  # two_models' rate, which forgets more
+    "split2": Scenario("halves of the digits, task-incremental"),
+    "split5": Scenario("pairs of digits, task-incremental"),
+    "permuted": Scenario("permuted pixels, domain-incremental"),
+    "models": Scenario("two models", "WPL"),
+    "models10": Scenario("two models, B at 10 x the rate", "WPL", 10.0),  # two_models' rate, which forgets more
 }
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """Data, and the number of the output layers that they are classified with."""
 
     split: Split

@@ -33,17 +33,6 @@ def forgetting(matrix: Matrix) -> list[float]:
     return values
 
 
-def backward_transfer(matrix: Matrix) -> list[float]:
-    """Return after each task the mean over earlier tasks of accuracy now minus right after that task.
-
-    Lopez-Paz and Ranzato 2017, arXiv:1706.08840; 0 after the first task.
-    """
-    values = [0.0]
-    for k in range(1, len(matrix)):
-        values.append(float(np.mean([matrix[k][j] - matrix[j][j] for j in range(k)])))
-    return values
-
-
 def new_task_accuracy(matrix: Matrix) -> float:
     """Return the mean over all tasks but the first of their accuracy right after they were learnt."""
     return float(np.mean([matrix[k][k] for k in range(1, len(matrix))]))
@@ -72,7 +61,6 @@ def summarise(scenario: str, runs: Sequence[Run]) -> dict[str, Any]:
             "at_edge_of_grid": at_edge(alphas[arm], [row["alpha"] for row in grid]),
             "accuracy": _stages(accuracy),
             "forgetting": _stages(100 * measured(arm, forgetting)),
-            "backward_transfer": _stages(100 * measured(arm, backward_transfer)),
             "new_task_accuracy": spread(100 * new),
             "cost": spread(100 * (measured("none", new_task_accuracy) - new)),
             "gap": spread((100 * measured("joint", average_accuracy) - accuracy)[:, -1]),

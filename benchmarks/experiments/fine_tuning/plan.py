@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -31,24 +30,22 @@ PULLS = {"wpl": (0.1, 1.0), "l2": (0.003, 0.1)}
 def studies(scenario: str, iterations: int, epochs: float) -> dict[str, list[Condition]]:
     """Return the conditions of each study; one condition may be part of several.
 
-    Args:
-        scenario: "known" or "new".
-        iterations: of an update, unless the study is about them.
-        epochs: the longest training, that of the study of noise.
+    Updates have so many iterations unless the study is about them; the longest ones, of that many epochs, are those of
+    the study of noise.
     """
     usual = Condition(scenario, iterations)
     longest = Condition(scenario, epochs, "epochs")
-    share = [replace(usual, share_old=value) for value in SHARES]
+    share = [usual._replace(share_old=value) for value in SHARES]
     constants = sorted({iterations, *(value for value in CONSTANTS if value < iterations)}, reverse=True)
     return {
         "steps": [
             longest,
             *(Condition(scenario, value, "epochs") for value in EPOCHS if value < epochs),
-            *(replace(usual, steps=value) for value in constants),
+            *(usual._replace(steps=value) for value in constants),
         ],
         "share": share,
-        "noise": [replace(longest, noise=value) for value in NOISES],
-        "memory": [share[0], *(replace(usual, memory=value) for value in MEMORIES), usual],
+        "noise": [longest._replace(noise=value) for value in NOISES],
+        "memory": [share[0], *(usual._replace(memory=value) for value in MEMORIES), usual],
     }
 
 
@@ -67,12 +64,7 @@ def run(
     WPL is compared with the L2 anchor where it may replace old data. With wrong labels a method keeps what was chosen
     without: the validation data of a user would have them too.
 
-    Args:
-        setup: settings of all runs.
-        plan: the studies of one scenario.
-        n_seeds: seeds 0 to n_seeds - 1.
-        n_tuning: how many of them the choice is made on.
-        runner: runs the jobs.
+    The choice is made on the first ``n_tuning`` of all ``n_seeds`` seeds.
 
     Returns:
         What the record says of the scenario: the conditions of each study by title, the model that is never updated,
@@ -88,19 +80,19 @@ def run(
         (c, method): {arm: _score([done[c, arm, seed] for seed in range(n_tuning)]) for arm in grid(method)}
         for c, method in tuned
     }
-    chosen = {(c, method): best(tried[replace(c, noise=0.0), method]) for c, method in pairs}
+    chosen = {(c, method): best(tried[c._replace(noise=0.0), method]) for c, method in pairs}
     unchanged = (pairs[0][0], Arm(UNCHANGED, 0.0))
     wanted = [(*what, seed) for seed in range(n_seeds) for what in (unchanged, *((c, chosen[c, m]) for c, m in pairs))]
     done |= _train(words, setup, [job for job in wanted if job not in done], runner)
     results: dict[str, Any] = {}
     for (c, method), arm in chosen.items():
         runs = [done[c, arm, seed] for seed in range(n_seeds)]
-        row = results.setdefault(c.title, {"condition": asdict(c), "methods": {}})
+        row = results.setdefault(c.title, {"condition": c._asdict(), "methods": {}})
         row["iterations_per_update"] = round(max(run.iterations for run in runs) / (len(runs[0].test) - 1), 1)
         scores = tried.get((c, method), {})
         edge = {"lr_at_edge": at_edge(arm.lr, [one.lr for one in scores])} if scores else {}
-        trials = [{**asdict(one), "validation": round(100 * score, 2)} for one, score in scores.items()]
-        row["methods"][method] = {**asdict(arm), **edge, "grid": trials, **_accuracies(runs)}
+        trials = [{**one._asdict(), "validation": round(100 * score, 2)} for one, score in scores.items()]
+        row["methods"][method] = {**arm._asdict(), **edge, "grid": trials, **_accuracies(runs)}
     part = {
         "studies": {study: [condition.title for condition in of] for study, of in plan.items()},
         "unchanged": _accuracies([done[(*unchanged, seed)] for seed in range(n_seeds)]),

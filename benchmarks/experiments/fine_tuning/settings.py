@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..data.digits import DIGITS
 from ..harness.options import option, positive
@@ -30,25 +31,15 @@ class Setup:
     n_updates: int = option(10, positive, "update sets: one of each class, or two of each new one", flag="updates")
 
 
-@dataclass(frozen=True)
-class Condition:
-    """What is varied.
+class Condition(NamedTuple):
+    """What is varied."""
 
-    Args:
-        scenario: "known" or "new".
-        steps: SGD steps of an update, counted in ``unit``.
-        unit: "epochs" of all data in reach, old and new, or "iterations".
-        share_old: lambda.
-        noise: share of wrong labels.
-        memory: most old samples of a class that are kept; None: all.
-    """
-
-    scenario: str
-    steps: float
-    unit: str = "iterations"
-    share_old: float = 0.5
-    noise: float = 0.0
-    memory: int | None = None
+    scenario: str  # "known" or "new"
+    steps: float  # SGD steps of an update, counted in ...
+    unit: str = "iterations"  # ... or in "epochs" of all data in reach, old and new
+    share_old: float = 0.5  # lambda
+    noise: float = 0.0  # share of wrong labels
+    memory: int | None = None  # most old samples of a class that are kept; None: all
 
     @property
     def title(self) -> str:
@@ -57,23 +48,15 @@ class Condition:
         return f"{self.steps:g} {self.unit}, lambda {self.share_old:g}, noise {self.noise:g}, {memory}"
 
 
-@dataclass(frozen=True)
-class Arm:
-    """How a run is trained.
+class Arm(NamedTuple):
+    """How a run is trained."""
 
-    Args:
-        method: of :data:`METHODS`, or :data:`UNCHANGED`.
-        lr: learning rate of the updates.
-        strength: of the penalty, alpha * max(F) with the F of the start.
-    """
-
-    method: str
-    lr: float
-    strength: float | None = None
+    method: str  # of METHODS, or UNCHANGED
+    lr: float  # of the updates
+    strength: float | None = None  # of the penalty: alpha * max(F) with the F of the start
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Accuracies on all classes so far: after the start, then after every update."""
 
     seed: int

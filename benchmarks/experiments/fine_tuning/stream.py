@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,46 +18,29 @@ START_CLASSES = 5  # that the model knows when new ones are to come; with known 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of samples.
+    """Numbers of samples."""
 
-    Args:
-        update: of an update set.
-        start_known: of each class at the start, where all are known.
-        start_new: of each class at the start, where half of them are to come.
-    """
-
-    update: int = 30
-    start_known: int = 20
-    start_new: int = 60
+    update: int = 30  # of an update set
+    start_known: int = 20  # of each class at the start, where all are known
+    start_new: int = 60  # of each class at the start, where half of them are to come
 
 
-@dataclass(frozen=True)
-class UpdateSet:
+class UpdateSet(NamedTuple):
     """Samples of one class that arrive together."""
 
     index: Tensor  # [U] into the training part
     n_classes: int  # known from now on
 
 
-@dataclass(frozen=True)
-class Stream:
-    """All that arrives. Classes are numbered in the order of their arrival, so that a grown head keeps its rows.
+class Stream(NamedTuple):
+    """All that arrives. Classes are numbered in the order of their arrival, so that a grown head keeps its rows."""
 
-    Attributes:
-        rank: [10] the number of each digit.
-        labels: [N] of the training part, so numbered, some of the update sets' wrong.
-        start: [S] indices of the start's samples.
-        start_classes: number of classes at the start.
-        updates: the update sets in order.
-        key: [N] random; what a limited memory keeps of a class is what has the smallest keys.
-    """
-
-    rank: Tensor
-    labels: Tensor
-    start: Tensor
+    rank: Tensor  # [10] the number of each digit
+    labels: Tensor  # [N] of the training part, so numbered, some of the update sets' wrong
+    start: Tensor  # [S] indices of the start's samples
     start_classes: int
     updates: list[UpdateSet]
-    key: Tensor
+    key: Tensor  # [N] random; what a limited memory keeps of a class is what has the smallest keys
 
 
 def make_stream(labels: Tensor, scenario: str, sizes: Sizes, noise: float, n_updates: int, seed: int) -> Stream:
@@ -113,15 +97,9 @@ def make_stream(labels: Tensor, scenario: str, sizes: Sizes, noise: float, n_upd
 
 
 def remembered(seen: Tensor, labels: Tensor, key: Tensor, per_class: int) -> Tensor:
-    """Return what a memory of limited size keeps: of each class that was seen a random choice.
+    """Return what a memory of limited size keeps of the indices seen so far: of each class a random choice.
 
     Keeping the smallest random keys is a reservoir: what is dropped now would not be kept later either.
-
-    Args:
-        seen: [M] indices of all samples so far.
-        labels: [N] by which they are kept.
-        key: [N] random numbers.
-        per_class: most samples of a class.
     """
     kept = [torch.empty(0, dtype=torch.int64)]
     for label in labels[seen].unique():

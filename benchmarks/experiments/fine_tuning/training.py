@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -55,7 +54,7 @@ def train(job: tuple[Setup, Condition, Arm, int]) -> Run:
                 return _diverged(run, len(stream.updates), done)
             wpl.update(fisher, rate=len(update.index) / (len(seen) + len(update.index)))
         seen = torch.cat((seen, update.index))
-    return replace(run, iterations=done)
+    return run._replace(iterations=done)
 
 
 def iterations(condition: Condition, n_samples: int, batch_size: int) -> int:

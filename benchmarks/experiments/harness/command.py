@@ -21,26 +21,17 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the command needs to know of an experiment.
+    """What the command needs to know of an experiment."""
 
-    Args:
-        name: of its package, its record and its figures.
-        prepare: makes settings from the command line, and what the record says of the data; raises DataError or
-            OptionError where it could not run.
-        run: runs jobs for settings, and returns what goes into the record beside where and when it ran.
-        tables: makes named tables from a record.
-        figures: makes PNG images from a record, by what their files' names have behind the experiment's.
-        notes: say what the numbers in the tables are.
-        printed: names of the tables that the command prints; None: all.
-    """
-
-    name: str
+    name: str  # of its package, its record and its figures
+    #: makes settings of the options, and what the record says of the data; DataError or OptionError: it could not run
     prepare: Callable[[argparse.Namespace], tuple[Any, dict[str, Any]]]
+    #: runs jobs for settings, and returns what goes into the record beside where and when it ran
     run: Callable[[Any, argparse.Namespace, Runner], Record]
-    tables: Callable[[Record], dict[str, Table]]
-    figures: Callable[[Record], dict[str, bytes]]
-    notes: str
-    printed: tuple[str, ...] | None = None
+    tables: Callable[[Record], dict[str, Table]]  # makes named tables from a record
+    figures: Callable[[Record], dict[str, bytes]]  # makes PNG images, by what their names have behind the experiment's
+    notes: str  # say what the numbers in the tables are
+    printed: tuple[str, ...] | None = None  # names of the tables that the command prints; None: all
 
 
 def main(experiment: Experiment, options: argparse.Namespace) -> int:

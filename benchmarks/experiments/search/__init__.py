@@ -5,8 +5,7 @@
 ``controller.py``  the controller that samples architectures, and its training by validation rewards
 ``penalty.py``     the penalty over an epoch: its schedule, its running Fisher; and the way it was published
 ``loop.py``        one search: train the sampled architectures in turn, then the controller; time of its parts
-``summary.py``     what the runs say: the choice of a setting, curves over seeds, the worst epoch, times
-``report.py``      the tables and the figure
+``report.py``      what the runs say: the choice of a setting, curves over seeds, times; the tables and the figure
 ``command.py``     what the commands share: options, tuning, the comparison
 =================  =====================================================================================
 """

@@ -12,7 +12,7 @@ from typing import Any
 from ..harness import command
 from ..harness.options import OptionError, add_options, make_parser, positive, read, strength
 from ..harness.runner import Runner
-from . import report, summary
+from . import report
 from .loop import Run, Setup, search
 from .problem import COVERS, Choices
 
@@ -22,32 +22,18 @@ TUNING_SEED = 1000
 
 @dataclass(frozen=True)
 class Space:
-    """One kind of search, as its command describes it.
+    """One kind of search, as its command describes it."""
 
-    Args:
-        name: of the experiment.
-        defaults: settings of the search.
-        rates: learning rates to choose from by default.
-        alphas: strengths to choose from by default.
-        paper: options that ``--paper`` stands for.
-        words: what the report calls things: "title", "error", "reward".
-        describe: renders an architecture.
-        task: defaults of what problems are made from: a dataclass with parts, ``device``, ``cover`` and
-            ``problem(seed)``.
-        extend: adds options that are no fields of the task or its parts.
-        prepare: completes a task as the command line has it, and says what the record says of the data.
-    """
-
-    name: str
+    name: str  # of the experiment
     defaults: Setup
-    rates: Sequence[float]
-    alphas: Sequence[float]
-    paper: dict[str, Any]
-    words: dict[str, str]
-    describe: Callable[[Choices], str]
-    task: Any
-    extend: Callable[[Any], None]
-    prepare: Callable[[Any, argparse.Namespace], tuple[Any, dict[str, Any]]]
+    rates: Sequence[float]  # learning rates to choose from by default
+    alphas: Sequence[float]  # strengths to choose from by default
+    paper: dict[str, Any]  # options that --paper stands for
+    words: dict[str, str]  # what the report calls things: "title", "error", "reward"
+    describe: Callable[[Choices], str]  # renders an architecture
+    task: Any  # defaults of what problems are made from: a dataclass with ``device``, ``cover``, ``problem(seed)``
+    extend: Callable[[Any], None]  # adds options that are no fields of the task or its parts
+    prepare: Callable[[Any, argparse.Namespace], tuple[Any, dict[str, Any]]]  # completes the task; describes the data
 
 
 @dataclass(frozen=True)
@@ -121,7 +107,7 @@ def _run(space: Space, prepared: tuple[Any, Setup], options: argparse.Namespace,
         if len(values) == 1:
             return {"values": [], "chosen": values[0], "at_edge": False}
         jobs = [make(value, seed) for value in values for seed in seeds]
-        return summary.grid(runner.map(f"tuning {setting}", do, jobs), setting, setup.schedule.start)
+        return report.grid(runner.map(f"tuning {setting}", do, jobs), setting, setup.schedule.start)
 
     lr = choose("lr", rates, lambda value, seed: Job(task, setup, seed, value, None))
     rate = lr["chosen"]
@@ -135,10 +121,8 @@ def _run(space: Space, prepared: tuple[Any, Setup], options: argparse.Namespace,
     return {
         "words": space.words,
         "settings": {"task": portable(asdict(task)), **asdict(setup), "seeds": options.seeds, "tuning_seeds": seeds},
-        "chosen_by": f"mean validation reward of the last epochs over {len(seeds)} tuning seeds; {len(rates)} learning "
-        f"rates, {len(alphas)} alphas are tried",
         "tuning": {"lr": lr, "alpha": alpha},
-        "summary": summary.summarise(arms, setup.schedule.start),
+        "summary": report.summarise(arms, setup.schedule.start),
         "runs": {arm: [asdict(run) for run in of] for arm, of in arms.items()},
     }
 

@@ -42,51 +42,34 @@ def forgetting(before: Sequence[float], after: Sequence[float]) -> dict[str, flo
 
 @dataclass(frozen=True)
 class Setup:
-    """Settings that a search with the penalty and one without have in common.
-
-    Args:
-        lr_decay: of the learning rate, after every epoch from ``lr_decay_after`` on.
-        weight_decay: plain L2 decay of all weights in use.
-        derive: architectures that the final one is chosen from, by validation error.
-        compare: time the published way beside the penalty.
-    """
+    """Settings that a search with the penalty and one without have in common."""
 
     epochs: int = option(12, positive)
     architectures: int = option(10, positive, "per epoch")
     minibatches: int = option(5, positive, "per architecture")
     clip: float = option(0.25, strength, "norm of all gradients")
-    lr_decay: float = 0.96
-    lr_decay_after: int = 15
-    weight_decay: float = 1e-7
+    lr_decay: float = 0.96  # factor of the learning rate after every epoch ...
+    lr_decay_after: int = 15  # ... from this one on
+    weight_decay: float = 1e-7  # plain L2 decay of all weights in use
     momentum: float = 0.0
-    derive: int = 10
+    derive: int = 10  # architectures that the final one is chosen from, by validation error
     policy: Policy = field(default_factory=Policy)
     schedule: Schedule = field(default_factory=Schedule)
-    compare: bool = False
+    compare: bool = False  # time the published way beside the penalty
     device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one search did.
-
-    Args:
-        seed: of everything that was drawn.
-        lr: learning rate of the shared weights.
-        alpha: strength of the penalty; None without it.
-        diverged: whether a loss was no longer finite, which ended it.
-        epochs: what was measured in each.
-        times: milliseconds and counts by part, of the epochs in which the penalty may act.
-        final: validation and test error of the architecture that was chosen in the end, and its choices.
-    """
+    """What one search did."""
 
     seed: int
     lr: float
     alpha: float | None
-    diverged: bool
-    epochs: list[dict[str, float]]
-    times: dict[str, dict[str, float]]
-    final: dict[str, Any]
+    diverged: bool  # a loss was no longer finite, which ended it
+    epochs: list[dict[str, float]]  # what was measured in each
+    times: dict[str, dict[str, float]]  # milliseconds and counts by part, of the epochs in which the penalty may act
+    final: dict[str, Any]  # validation and test error of the architecture that was chosen in the end, and its choices
 
 
 def search(problem: Problem, setup: Setup, seed: int, lr: float, alpha: float | None) -> Run:

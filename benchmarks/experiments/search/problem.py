@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -24,14 +23,18 @@ class Decision(NamedTuple):
     options: int  # number of them
 
 
-class Problem(ABC):
-    """Data and one set of shared weights from which architectures are made.
+class Problem:
+    """Data and one set of shared weights from which architectures are made; the seed decides their initial values.
 
-    Attributes:
-        model: holds all shared weights; the seed decides their initial values.
-        decisions: what makes up an architecture.
-        weights: the weights that the penalty covers, by name: those of the cells, of which an architecture uses some,
-            and where the task says so the rest of the model, which all architectures use.
+    The penalty covers ``weights``, by name: those of the cells, of which an architecture uses some, and where the task
+    says so the rest of the model, which all architectures use. A kind of problem has
+
+    - ``cells()``: the weights that cells are made of, by name; ``of_cell(choices)``: the names of those of one;
+    - ``train_loss(choices)``: the mean loss of the next training minibatch, with a graph;
+    - ``fisher_pass(choices)``: what the Fisher is estimated with, of the next held-out minibatch;
+    - ``error(choices)``: the validation error, on the same minibatches at every call;
+    - ``reward(choices)``: the reward of one validation minibatch, another one at every call;
+    - ``test_error(choices)``: the error on the test part.
     """
 
     def __init__(self, task: Any, seed: int, make: Callable[[Any], nn.Module], decisions: Sequence[Decision]) -> None:
@@ -49,34 +52,6 @@ class Problem(ABC):
     def active(self, choices: Choices) -> list[str]:
         """Return the names of the covered weights that an architecture uses."""
         return [*self.of_cell(choices), *self._common]
-
-    @abstractmethod
-    def cells(self) -> dict[str, Tensor]:
-        """Return the weights that cells are made of, by name."""
-
-    @abstractmethod
-    def of_cell(self, choices: Choices) -> list[str]:
-        """Return the names of the weights that an architecture's cell is made of."""
-
-    @abstractmethod
-    def train_loss(self, choices: Choices) -> Tensor:
-        """Return the mean loss of the next training minibatch, with a graph."""
-
-    @abstractmethod
-    def fisher_pass(self, choices: Choices) -> FisherPass:
-        """Return what the Fisher is estimated with: a model and the next held-out minibatch."""
-
-    @abstractmethod
-    def error(self, choices: Choices) -> float:
-        """Return the validation error, on the same minibatches at every call."""
-
-    @abstractmethod
-    def reward(self, choices: Choices) -> float:
-        """Return the reward of one validation minibatch, another one at every call."""
-
-    @abstractmethod
-    def test_error(self, choices: Choices) -> float:
-        """Return the error on the test part."""
 
 
 class Child(nn.Module):

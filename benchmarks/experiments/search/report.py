@@ -1,55 +1,109 @@
-"""A search's record as tables and as a figure in four panels."""
+"""What the runs of a search say: the choice of a setting, curves over seeds, times; the tables and the figure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from ...plumbing import plots
 from ..harness import drawing
-from ..harness.statistics import points, seeds_of
+from ..harness.statistics import at_edge, best, deviation, five_digits, grouped, points, seeds_of, spread
 from ..harness.tables import Table
-from .loop import MEASURES
-from .summary import ARMS
+from .loop import MEASURES, Run
 
+#: the paper's curves fall by this much in percent, or more, where cross-entropy alone forgets most
+GOALS = {"mean": 60.0, "best5": 40.0, "max": 40.0}
+ARMS = {"ce": "cross-entropy alone", "wpl": "with WPL"}
 NOTES = """Differences: the validation error at the end of an epoch minus right after an architecture's own training;
 mean ± standard deviation over seeds. Goals (60, 40, 40 % less, a reward that is not lower; *: reached) are somewhat
 below the paper's reductions, and about the epoch in which cross-entropy alone forgets most; since that epoch is picked
-by what one arm did, chance favours the other one in it, and not in the rows over all epochs."""
+by what one arm did, chance favours the other one in it, and not in the rows over all epochs. Times: milliseconds of
+one; there is one Fisher for each architecture, the rest for each of its minibatches."""
 
-_LOOKS = {
-    "ce": {"color": plots.VERMILLION, "linestyle": (0, (4, 1.6))},
-    "wpl": {"color": plots.BLUE, "linestyle": "-"},
-}
-_GOAL_COLUMNS = ("", "penalty on", "mean difference", "best five", "largest", "reward")
-_TUNING_COLUMNS = (
-    "",
-    "penalty on",
-    "learning rate",
-    "tried (reward, difference)",
-    "alpha",
-    "tried (reward, difference)",
-)
-_TIME_COLUMNS = ("", "penalty on", "step", "with WPL", "penalty", "Fisher", "anchor", "one Fisher")
-_TIME_COLUMNS += ("at a time", "as published: penalty, Fisher")
+_END = 3  # epochs that "in the end" means
+_PARTS = ("cross-entropy", "clipping and step", "penalty", "Fisher", "anchor")
+_PARTS += ("penalty, as published", "Fisher, as published")
+_LOOKS = {"ce": {"color": plots.VERMILLION, "linestyle": (0, (4, 1.6))}, "wpl": {"color": plots.BLUE, "linestyle": "-"}}
+
+
+def score(run: Run) -> float:
+    """Return what settings are chosen by: the mean validation reward of the last epochs; 0 if the run diverged."""
+    return 0.0 if run.diverged else float(np.mean([epoch["reward"] for epoch in run.epochs[-_END:]]))
+
+
+def grid(runs: Sequence[Run], setting: str, start: int = 0) -> dict[str, Any]:
+    """Return the scores of a grid, the best of its values (the smaller of equals), and whether it lies at the edge.
+
+    What was forgotten on the mean, from epoch ``start`` on, stands beside each score; it has no say in the choice.
+    """
+    groups = dict(sorted(grouped(runs, lambda run: getattr(run, setting)).items()))
+    scores = {value: [score(run) for run in same] for value, same in groups.items()}
+    chosen = best({value: np.mean(found) for value, found in scores.items()})
+    rows = []
+    for value, same in groups.items():
+        lost = [epoch["mean"] for run in same if not run.diverged for epoch in run.epochs[start:]]
+        row = {"reward": round(float(np.mean(scores[value])), 5), "seeds": _rounded(scores[value])}
+        rows.append({setting: value, **row, "forgetting": five_digits(np.mean(lost)) if lost else None})
+    return {"values": rows, "chosen": chosen, "at_edge": at_edge(chosen, list(groups))}
+
+
+def summarise(runs: Mapping[str, Sequence[Run]], start: int) -> dict[str, Any]:
+    """Compare the arms.
+
+    Forgetting is an error at the end of an epoch minus the error right after an architecture's training. The worst
+    epoch is the one from ``start`` on in which the mean difference of cross-entropy alone, averaged over seeds, is
+    largest; before ``start`` the arms are the same.
+
+    Args:
+        runs: by arm, seeds in the same order; runs that diverged are counted and left out, in both arms.
+        start: epoch from which on the penalty acts.
+    """
+    kept = [i for i in range(len(runs["ce"])) if not any(arm[i].diverged for arm in runs.values())]
+    arms: dict[str, Any] = {}
+    for arm, all_runs in runs.items():
+        chosen = [all_runs[i] for i in kept]
+        keys, parts = (chosen[0].epochs[0], chosen[0].times) if chosen else ((), ())
+        stacked = {key: np.array([[epoch[key] for epoch in run.epochs] for run in chosen]) for key in keys}
+        times = {part: [r.times[part]["milliseconds"] for r in chosen if part in r.times] for part in parts}
+        arms[arm] = {
+            "diverged": sum(run.diverged for run in all_runs),
+            "curves": {k: {"mean": _rounded(v.mean(0)), "std": _rounded(deviation(v))} for k, v in stacked.items()},
+            "after_start": {key: spread(values[:, start:].mean(1), five_digits) for key, values in stacked.items()},
+            "end": {key: spread(values[:, -_END:].mean(1), five_digits) for key, values in stacked.items()},
+            "final": {part: spread([r.final[part] for r in chosen], five_digits) for part in ("validation", "test")},
+            "times": {part: round(float(np.median(found)), 4) for part, found in times.items()},
+        }
+    result: dict[str, Any] = {"seeds": len(kept), "start": start, "arms": arms}
+    if kept:
+        result["worst_epoch"] = start + int(np.argmax(arms["ce"]["curves"]["mean"]["mean"][start:]))
+    return result
+
+
+def _rounded(values: Any) -> list[float]:
+    """Keep five digits of each."""
+    return [five_digits(value) for value in values]
 
 
 def tables(record: dict[str, Any]) -> dict[str, Table]:
     """Return what was measured; and in one row each the goals, what was tuned, and times."""
     summary, tuning = record["summary"], record["tuning"]
-    task = record["settings"]["task"]
     name = record["words"]["title"].removeprefix("Search for ") + f", {record['data']['name']}"
     name += ", outputs normalised" * _normalised(record)
-    row = [name, f"{'all in use' if task['cover'] == 'used' else 'cells'}, alpha {tuning['alpha']['chosen']:g}"]
+    covered = "all in use" if record["settings"]["task"]["cover"] == "used" else "cells"
+    row, columns = [name, f"{covered}, alpha {tuning['alpha']['chosen']:g}"], ["", "penalty on"]
     tried = [cell for setting in ("lr", "alpha") for cell in _tried(tuning[setting], setting)]
+    heads = ("learning rate", "tried (reward, difference)", "alpha", "tried (reward, difference)")
     found = {
         "results": Table(("", *ARMS.values()), _results(record)),
-        "tuning": Table(_TUNING_COLUMNS, [[*row, *tried]]),
+        "tuning": Table([*columns, *heads], [[*row, *tried]]),
     }
-    if "verdicts" in summary:
-        found["goals"] = Table(_GOAL_COLUMNS, [[*row, *_goals(summary["verdicts"])]])
-    if "penalty" in summary["arms"]["wpl"]["times"]:
-        found["times"] = Table(_TIME_COLUMNS, [[*row, *_times(record)]])
+    if "worst_epoch" in summary:
+        times = summary["arms"]["wpl"]["times"]
+        cells = [f"{times[part]:.3g}" if part in times else "" for part in _PARTS]
+        goals = Table([*columns, "mean difference", "best five", "largest", "reward"], [[*row, *_goals(summary)]])
+        found |= {"goals": goals, "times": Table([*columns, *_PARTS], [[*row, *cells]])}
     return found
 
 
@@ -58,7 +112,7 @@ def _results(record: dict[str, Any]) -> list[list[str]]:
     summary, error = record["summary"], record["words"]["error"]
     arms = [summary["arms"][arm] for arm in ARMS]
     rows = []
-    if "verdicts" in summary:
+    if "worst_epoch" in summary:
         worst = summary["worst_epoch"]
         for measure, name in MEASURES.items():
             curves = [arm["curves"][measure] for arm in arms]
@@ -75,18 +129,16 @@ def _results(record: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _goals(verdicts: Mapping[str, Any]) -> list[str]:
+def _goals(summary: Mapping[str, Any]) -> list[str]:
     """Return what became of forgetting in the worst epoch and of the reward; marked where the goal was reached."""
     cells = []
-    for measure in (*MEASURES, "reward"):
-        one = verdicts[measure]
-        change = f"{one['ce']:.3g} to {one['wpl']:.3g}"
-        if measure != "reward":
-            cut = one["reduction_percent"]
-            words = "nothing forgotten" if cut is None else f"{abs(cut):.0f} % {'less' if cut >= 0 else 'more'}"
-            change += f" ({words})"
-        cells.append(f"{change}{' *' * bool(one['reached'])}")
-    return cells
+    for measure, goal in GOALS.items():
+        a, b = (summary["arms"][arm]["curves"][measure]["mean"][summary["worst_epoch"]] for arm in ARMS)
+        cut = 100 * (1 - b / a) if a > 0 else None
+        words = "nothing forgotten" if cut is None else f"{abs(cut):.0f} % {'less' if cut >= 0 else 'more'}"
+        cells.append(f"{a:.3g} to {b:.3g} ({words}){' *' * (cut is not None and cut >= goal)}")
+    a, b = (summary["arms"][arm]["end"]["reward"]["mean"] for arm in ARMS)
+    return [*cells, f"{a:.3g} to {b:.3g}{' *' * (b >= a)}"]
 
 
 def _tried(found: Mapping[str, Any], setting: str) -> list[str]:
@@ -96,24 +148,6 @@ def _tried(found: Mapping[str, Any], setting: str) -> list[str]:
         lost = row.get("forgetting")
         tried.append(f"{row[setting]:g} ({row['reward']:.3g}{f', {lost:.3g}' if lost is not None else ''})")
     return [f"{found['chosen']:g}{' (edge)' * found['at_edge']}", ", ".join(tried) or "given"]
-
-
-def _times(record: dict[str, Any]) -> list[str]:
-    """Return what a training step takes, and which share of it the penalty, the Fisher and the anchors have."""
-    times, settings = record["summary"]["arms"]["wpl"]["times"], record["settings"]
-    step = times["cross-entropy"] + times["clipping and step"]
-    per_architecture = {part: times.get(part, 0.0) / settings["minibatches"] for part in ("Fisher", "anchor")}
-    parts = {"penalty": times["penalty"], **per_architecture}
-    total = step + sum(parts.values())
-    published = [times.get(f"{part}, as published") for part in ("penalty", "Fisher")]
-    return [
-        f"{step:.3g} ms",
-        f"{total:.3g} ms",
-        *(f"{100 * value / total:.2g} %" for value in parts.values()),
-        f"{times.get('Fisher', 0.0):.3g} ms",
-        str(record["workers"] or 1),
-        "" if None in published else f"{published[0]:.3g} ({times['penalty']:.3g}), {published[1]:.3g} ms",
-    ]
 
 
 def figures(record: dict[str, Any]) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ the same data, which changes the trunk; A keeps its own layers, is never trained
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import wplfast
 
-from ..data.digits import DIGITS, Split, load_split
+from ..data.digits import DIGITS, load_split
 from ..harness.options import option, positive
 from ..harness.training import accuracy, batch_squared, batches, hidden_layers, step
 
@@ -69,17 +69,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Run:
-    """One training of B. Curves start at iteration 0; ends are means over the last evaluations."""
+    """One training of B. Curves start at iteration 0; validation accuracies are means over the last evaluations."""
 
     method: str
     seed: int
     strength: float | None
     alpha: float | None
-    iterations: list[int] = field(default_factory=list)
-    accuracy_a: list[float] = field(default_factory=list)
-    accuracy_b: list[float] = field(default_factory=list)
-    validation_a: float = 0.0
-    validation_b: float = 0.0
+    iterations: list[int]
+    accuracy_a: list[float]
+    accuracy_b: list[float]
+    validation_a: float
+    validation_b: float
 
 
 class Model(nn.Module):
@@ -146,19 +146,19 @@ def train_b(job: tuple[Setup, Trained, str, float | None]) -> Run:
     model_b.trunk.requires_grad_(method != "frozen")
     optimizer = torch.optim.Adam([p for p in model_b.parameters() if p.requires_grad], lr=setup.lr_b, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, setup.iterations_b)
-    run = Run(method, trained.seed, strength, wpl.alpha.item() if wpl else None)
-    validation = []
-    _evaluate(run, 0, model_a, model_b, split)
+    iterations, test, validation = [0], [_both(model_a, model_b, split.test)], []
     drawn = islice(batches(split.train, setup.batch_size, trained.seed + 1_000_000), setup.iterations_b)
     for iteration, (images, labels) in enumerate(drawn, start=1):
         step(model_b, optimizer, images, labels, wpl)
         decay.step()
         if iteration % setup.evaluate_every == 0 or iteration == setup.iterations_b:
-            _evaluate(run, iteration, model_a, model_b, split)
+            iterations.append(iteration)
+            test.append(_both(model_a, model_b, split.test))
             if iteration > setup.iterations_b - setup.end_evaluations * setup.evaluate_every:
                 validation.append(_both(model_a, model_b, split.validation))
-    validation_a, validation_b = (float(np.mean(values)) for values in zip(*validation, strict=True))
-    return replace(run, validation_a=validation_a, validation_b=validation_b)
+    curves = (list(curve) for curve in zip(*test, strict=True))
+    ends = (float(np.mean(values)) for values in zip(*validation, strict=True))
+    return Run(method, trained.seed, strength, wpl.alpha.item() if wpl else None, iterations, *curves, *ends)
 
 
 def _models(setup: Setup, n_features: int, seed: int) -> tuple[Model, Model]:
@@ -179,11 +179,3 @@ def _both(model_a: Model, model_b: Model, part: tuple[Tensor, Tensor]) -> tuple[
     images, labels = part
     features = model_a.trunk(images)
     return accuracy(model_a.own(features), labels), accuracy(model_b.own(features), labels)
-
-
-def _evaluate(run: Run, iteration: int, model_a: Model, model_b: Model, split: Split) -> None:
-    """Append a point to the curves."""
-    accuracy_a, accuracy_b = _both(model_a, model_b, split.test)
-    run.iterations.append(iteration)
-    run.accuracy_a.append(accuracy_a)
-    run.accuracy_b.append(accuracy_b)
