@@ -75,7 +75,7 @@ def test_a_part_without_a_share_may_be_empty_and_seeds_decide():
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_split(None, 0).train[1]
+    return load_split(None, 0)
 
 
 @pytest.mark.parametrize(("scenario", "start", "classes"), [("known", 10, [10] * 10), ("new", 5, [6, 6, 7, 7, 8, 8])])
@@ -85,10 +85,12 @@ def test_stream_brings_each_sample_once_and_one_class_at_a_time(digits, scenario
     per_class = {"known": 20, "new": 60}[scenario]
     assert stream.labels[stream.start].bincount().tolist() == [per_class] * start
     assert [update.n_classes for update in stream.updates][: len(classes)] == classes
-    assert all(len(update.index) == 30 and len(digits[update.index].unique()) == 1 for update in stream.updates)
+    assert all(
+        len(update.index) == 30 and len(digits.train[1][update.index].unique()) == 1 for update in stream.updates
+    )
     arrived = torch.cat([stream.start, *(update.index for update in stream.updates)])
     assert len(arrived.unique()) == len(arrived)
-    assert torch.equal(stream.labels, stream.rank[digits])
+    assert torch.equal(stream.labels, stream.rank[digits.train[1]])
     brought = [int(stream.labels[update.index[0]]) for update in stream.updates]
     assert sorted(brought) == (list(range(10)) if scenario == "known" else sorted([*range(5, 10)] * 2))
 
@@ -200,7 +202,7 @@ def test_lambda_zero_does_not_touch_old_data(monkeypatch):
 
     training._start.cache_clear()
     monkeypatch.setattr(training, "draw", spy)
-    stream = training._data(SETUP, "new", 0.0, 0)[1]
+    stream = training._stream(SETUP, "new", 0.0, 0)
     training.train((SETUP, NEW._replace(share_old=0.0), Arm("none", 0.01), 0))
     assert asked[0][1] <= set(stream.start.tolist())
     for update, (_, drawn) in zip(stream.updates, asked[1:], strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ ARMS = {
 }
 TUNED = ("ewc", "online", "l2")
 FISHER_BATCH = 64
+Params: TypeAlias = Mapping[str, Tensor]
+Penalty: TypeAlias = wplfast.WeightPlasticityLoss
 #: how F is computed, and what each is called in tables and figures
 KINDS = {
     "empirical": "right: empirical",
@@ -83,10 +86,10 @@ def first_task(setup: Setup, scenario: str, seed: int) -> Network:
     return net
 
 
-def anchor(wpl: wplfast.WeightPlasticityLoss, net: Network, setup: Setup, scenario: str, task: Task, arm: str) -> None:
+def anchor(wpl: Penalty, net: Network, setup: Setup, scenario: str, task: Task, arm: str) -> None:
     """Anchor what the task was learnt with where it is now."""
     params = net.anchored(scenario, [task.head])
-    fisher: Mapping[str, Tensor] = {name: torch.ones_like(p) for name, p in params.items()}
+    fisher: Params = {name: torch.ones_like(p) for name, p in params.items()}
     if arm != "l2":
         fisher = estimate(setup.fisher_type, net.path(task.head), params, task.split, FISHER_BATCH)
     if arm == "online":
@@ -96,13 +99,8 @@ def anchor(wpl: wplfast.WeightPlasticityLoss, net: Network, setup: Setup, scenar
 
 
 def estimate(
-    kind: str,
-    model: nn.Module,
-    params: Mapping[str, nn.Parameter],
-    split: Split,
-    batch_size: int,
-    max_samples: int | None = None,
-) -> Mapping[str, Tensor]:
+    kind: str, model: nn.Module, params: Params, split: Split, batch_size: int, max_samples: int | None = None
+) -> Params:
     """Return F of a model over (the first of) its training data, read in batches of one size."""
     images, labels = (part[:max_samples] for part in split.train)
     loader = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
@@ -112,12 +110,7 @@ def estimate(
 
 
 def train(
-    net: Network,
-    learnt: Sequence[Task],
-    setup: Setup,
-    seed: int,
-    wpl: wplfast.WeightPlasticityLoss | None = None,
-    rate: float = 1.0,
+    net: Network, learnt: Sequence[Task], setup: Setup, seed: int, wpl: Penalty | None = None, rate: float = 1.0
 ) -> None:
     """Learn a task, or several at once: each step then takes its share of the batch from every one of them."""
     paths = [net.path(task.head) for task in learnt]

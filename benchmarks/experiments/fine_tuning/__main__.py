@@ -53,7 +53,7 @@ def prepare(options: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
     for seed in range(options.seeds):
         split = load_split(setup.data, seed)
         for scenario in options.scenarios:
-            make_stream(split.train[1], scenario, setup.sizes, 0.0, setup.n_updates, seed)
+            make_stream(split, scenario, setup.sizes, 0.0, setup.n_updates, seed)
     return setup, {"name": split.name, **split.sizes}
 
 

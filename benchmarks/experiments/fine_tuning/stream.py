@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.digits import DataError
+from ..data.digits import DataError, Part, Split
 
 #: what an update set brings
 SCENARIOS = {"known": "known classes", "new": "new classes"}
@@ -35,6 +35,7 @@ class UpdateSet(NamedTuple):
 class Stream(NamedTuple):
     """All that arrives. Classes are numbered in the order of their arrival, so that a grown head keeps its rows."""
 
+    split: Split  # digits
     rank: Tensor  # [10] the number of each digit
     labels: Tensor  # [N] of the training part, so numbered, some of the update sets' wrong
     start: Tensor  # [S] indices of the start's samples
@@ -42,8 +43,13 @@ class Stream(NamedTuple):
     updates: list[UpdateSet]
     key: Tensor  # [N] random; what a limited memory keeps of a class is what has the smallest keys
 
+    def samples(self, index: Tensor) -> Part:
+        """Return images and labels, perhaps wrong ones, of samples of the training part."""
+        images = self.split.train[0]
+        return images[index.to(images.device)], self.labels[index].to(images.device)
 
-def make_stream(labels: Tensor, scenario: str, sizes: Sizes, noise: float, n_updates: int, seed: int) -> Stream:
+
+def make_stream(split: Split, scenario: str, sizes: Sizes, noise: float, n_updates: int, seed: int) -> Stream:
     """Divide the training part into a start and update sets.
 
     With known classes, the model starts with all ten, and each brings one update set, in random order. With new ones,
@@ -51,7 +57,7 @@ def make_stream(labels: Tensor, scenario: str, sizes: Sizes, noise: float, n_upd
     no other draw: the same samples arrive in the same order whatever its level.
 
     Args:
-        labels: [N] digits of the training part.
+        split: the digits.
         scenario: "known" or "new".
         sizes: of the start and of update sets.
         noise: share of each update set's labels that is replaced by another of the classes known then.
@@ -64,12 +70,12 @@ def make_stream(labels: Tensor, scenario: str, sizes: Sizes, noise: float, n_upd
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(N_CLASSES, generator=generator)
     rank = order.argsort()
-    numbered = rank[labels]
+    numbered = rank[split.train[1].cpu()]
     of_class = []
     for number in range(N_CLASSES):
         index = (numbered == number).nonzero().flatten()
         of_class.append(index[torch.randperm(len(index), generator=generator)])
-    key = torch.rand(len(labels), generator=generator)
+    key = torch.rand(len(numbered), generator=generator)
     if scenario == "known":
         start_classes, per_class = N_CLASSES, sizes.start_known
         arriving = torch.randperm(N_CLASSES, generator=generator).tolist()
@@ -93,7 +99,7 @@ def make_stream(labels: Tensor, scenario: str, sizes: Sizes, noise: float, n_upd
         hit = torch.randperm(len(index), generator=generator)[: round(noise * len(index))]
         wrong[index[hit]] = (number + shift[hit]) % n_classes
         updates.append(UpdateSet(index, n_classes))
-    return Stream(rank, wrong, start, start_classes, updates, key)
+    return Stream(split, rank, wrong, start, start_classes, updates, key)
 
 
 def remembered(seen: Tensor, labels: Tensor, key: Tensor, per_class: int) -> Tensor:

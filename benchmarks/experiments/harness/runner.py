@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import pickle
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,13 +50,10 @@ class Runner(AbstractContextManager["Runner"]):
             jobs: its picklable arguments; their ``repr`` tells them apart.
         """
         call = function if self._kept is None else Kept(function, self._kept, self._version)
-
-        def bar(steps: Iterable[Any]) -> tqdm:
-            return tqdm(steps, words, total=len(jobs), unit="run")
-
+        bar = partial(tqdm, desc=words, total=len(jobs), unit="run")
         if self._pool is None:
             return [call(job) for job in bar(jobs)]
-        futures: list[Future[Result]] = [self._pool.submit(call, job) for job in jobs]
+        futures = [self._pool.submit(call, job) for job in jobs]
         for future in bar(as_completed(futures)):
             future.result()  # so that the first error ends all
         return [future.result() for future in futures]
