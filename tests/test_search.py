@@ -19,7 +19,7 @@ import wplfast
 from benchmarks.experiments.search import report
 from benchmarks.experiments.search.controller import Controller, Policy, Reinforce
 from benchmarks.experiments.search.loop import Run, forgetting, search
-from benchmarks.experiments.search.penalty import Plasticity, ReferencePenalty, Schedule
+from benchmarks.experiments.search.penalty import ReferencePenalty, Schedule
 from benchmarks.experiments.search.problem import Decision
 from benchmarks.experiments.text_search import __main__ as text_search
 
@@ -85,41 +85,39 @@ def test_schedule_by_hand():
 
 def test_penalty_anchors_what_was_used_and_forgets_on_schedule():
     weights = {name: torch.ones(2, requires_grad=True) for name in "ab"}
-    plasticity = Plasticity(weights, 2.0, Schedule(start=1, rate=0.5, reset_every=2, normalize=None))
-    plasticity.begin_epoch(0)
-    assert not plasticity.on
-    plasticity.begin_epoch(1)
-    assert plasticity.on
-    plasticity.learn({"a": torch.tensor([2.0, 4.0])}, ["a"])
-    plasticity.learn({"b": torch.tensor([8.0, 8.0])}, ["b"])
+    wpl, schedule = wplfast.WeightPlasticityLoss(weights, 2.0), Schedule(1, 0.5, 2, None)
+    assert [schedule.begin_epoch(wpl, 2.0, epoch) for epoch in (0, 1)] == [0, 2]
+    assert wpl.alpha.item() == 2
+    schedule.learn(wpl, {"a": torch.tensor([2.0, 4.0])}, ["a"])
+    schedule.learn(wpl, {"b": torch.tensor([8.0, 8.0])}, ["b"])
     with torch.no_grad():
         weights["a"].add_(1)
         weights["b"].add_(2)
-    assert plasticity.penalty.add_grad_(active=["a"]).item() == pytest.approx(0.5 * 2 * (1 + 2))  # F = rate * F_new
+    assert wpl.add_grad_(active=["a"]).item() == pytest.approx(0.5 * 2 * (1 + 2))  # F = rate * F_new
     assert weights["a"].grad.tolist() == [2.0, 4.0]
     assert weights["b"].grad is None
-    plasticity.learn({"a": torch.tensor([2.0, 4.0])}, ["a"])  # F = 0.5 [1, 2] + 0.5 [2, 4], anchored at 2
-    assert plasticity.penalty.fisher["a"].tolist() == [1.5, 3.0]
-    assert plasticity.penalty.theta_hat["a"].tolist() == [2.0, 2.0]
-    assert plasticity.penalty.theta_hat["b"].tolist() == [1.0, 1.0]
-    plasticity.begin_epoch(3)
-    assert plasticity.penalty.n_anchors == 0
-    assert plasticity.penalty.add_grad_(active=["b"]).item() == 0
+    schedule.learn(wpl, {"a": torch.tensor([2.0, 4.0])}, ["a"])  # F = 0.5 [1, 2] + 0.5 [2, 4], anchored at 2
+    assert wpl.fisher["a"].tolist() == [1.5, 3.0]
+    assert wpl.theta_hat["a"].tolist() == [2.0, 2.0]
+    assert wpl.theta_hat["b"].tolist() == [1.0, 1.0]
+    schedule.begin_epoch(wpl, 2.0, 3)
+    assert wpl.n_anchors == 0
+    assert wpl.add_grad_(active=["b"]).item() == 0
 
 
 def test_published_way_agrees_where_a_batch_is_one_sample():
     one = problem(batch=1)
     active = one.active(CELL)
-    ours, published = Plasticity(one.weights, 3.0, Schedule(0, normalize=None)), ReferencePenalty(one.weights, 3.0, 0.9)
-    ours.begin_epoch(0)
+    ours, published = wplfast.WeightPlasticityLoss(one.weights, 3.0), ReferencePenalty(one.weights, 3.0, 0.9)
     given = one.fisher_pass(CELL)
     published.learn(given, active)
     weights = {name: one.weights[name] for name in active}
-    ours.learn(wplfast.fisher_diagonal(given.model, [given.batch], given.loss_fn, params=weights), active)
+    fisher = wplfast.fisher_diagonal(given.model, [given.batch], given.loss_fn, params=weights)
+    Schedule(0, normalize=None).learn(ours, fisher, active)
     with torch.no_grad():
         for weight in one.weights.values():
             weight.add_(0.1)
-    assert ours.penalty.add_grad_(active=active).item() == pytest.approx(published.value(active).item(), rel=1e-4)
+    assert ours.add_grad_(active=active).item() == pytest.approx(published.value(active).item(), rel=1e-4)
     for name, gradient in zip(active, published.gradients(active), strict=True):
         torch.testing.assert_close(one.weights[name].grad, gradient, rtol=1e-4, atol=1e-9)
 
@@ -148,18 +146,15 @@ def test_timing_the_published_way_changes_nothing():
 
 def test_strong_penalty_holds_the_weights():
     moved = []
-    for alpha in (None, 10.0):
+    for alpha in (0.0, 10.0):
         one, active = problem(), edges_in_use()
         before = {name: one.weights[name].detach().clone() for name in active}
-        plasticity = Plasticity(one.weights, alpha, Schedule(0))
-        plasticity.begin_epoch(0)
-        if plasticity.on:
-            plasticity.learn({name: torch.ones_like(before[name]) for name in active}, active)
+        wpl = wplfast.WeightPlasticityLoss(one.weights, alpha)
+        Schedule(0).learn(wpl, {name: torch.ones_like(before[name]) for name in active}, active)
         for _ in range(20):
             one._train.position = 0  # the same gradient over and over
             one.train_loss(CELL).backward()
-            if plasticity.on:
-                plasticity.penalty.add_grad_(active=active)
+            wpl.add_grad_(active=active)
             with torch.no_grad():
                 for name in active:
                     one.weights[name] -= 0.1 * one.weights[name].grad

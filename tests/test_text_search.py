@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not install
 
 import wplfast
 from benchmarks.experiments.data.digits import DataError
-from benchmarks.experiments.data.text import Files, columns, load_text
-from benchmarks.experiments.harness.runner import Kept, Runner
+from benchmarks.experiments.data.text import Files, load_text
+from benchmarks.experiments.harness.runner import Runner, run_kept
 from benchmarks.experiments.search import command, report
 from benchmarks.experiments.search.loop import search
 from benchmarks.experiments.text_search import __main__ as text_search
@@ -171,7 +171,7 @@ def test_finished_runs_are_taken_over(tmp_path):
     Runner(0, tmp_path, "1").map("", function, [4])
     Runner(0, tmp_path, "2").map("", function, [3])
     assert calls == [3, 4, 3]
-    assert Kept(len, tmp_path, "1")("abc") == 3  # another function's job
+    assert run_kept(len, tmp_path, "1", "abc") == 3  # another function's job
 
 
 def test_processes_return_results_in_order():
@@ -261,8 +261,8 @@ def test_python_ships_a_text():
 
 def test_columns_and_segments_by_hand():
     words = torch.arange(23)
-    assert columns(words, 2).tolist() == [list(range(11)), list(range(11, 22))]
     stream = Stream(words, Batches(2, 4), "train")
+    assert stream._rows.tolist() == [list(range(11)), list(range(11, 22))]
     assert stream.count == 2
     assert [stream.next()[0] for _ in range(3)] == [0, 1, 0]
     inputs, targets = stream.segment(1)

@@ -69,11 +69,6 @@ def load_text(files: Files, vocabulary: int) -> Text:
     return Text({name: torch.tensor([index.get(w, 0) for w in part]) for name, part in parts.items()}, words)
 
 
-def columns(words: Tensor, count: int) -> Tensor:
-    """Cut a text into ``count`` rows of equal length, [count, L // count]; the rest is left out."""
-    return words[: len(words) // count * count].view(count, -1)
-
-
 def _read(files: Files, root: Path) -> dict[str, list[str]]:
     """Return the words of the parts."""
     if not root.is_dir():

@@ -16,12 +16,8 @@ WIDTHS = {"mlp": 64, "cnn": 8}
 class GrowingNet(nn.Module):
     """A linear layer on two hidden ones, or on two convolutions of 3 x 3.
 
-    Args:
-        kind: "mlp" or "cnn".
-        n_pixels: of the images, which come flattened; square for a "cnn".
-        n_classes: at the beginning.
-        width: units of the hidden layers, or channels of the first convolution; the second has twice as many.
-        seed: decides all initial values, those of later classes too.
+    Images come flattened, square ones for a "cnn". The width is the units of the hidden layers ("mlp"), or the channels
+    of the first convolution; the second has twice as many. The seed decides the initial values of later classes too.
     """
 
     def __init__(self, kind: str, n_pixels: int, n_classes: int, width: int, seed: int) -> None:

@@ -60,13 +60,7 @@ def read(settings: Settings, options: argparse.Namespace, **more: Any) -> Settin
 
 
 def make_parser(name: str, words: str, seeds: int) -> argparse.ArgumentParser:
-    """Return the parser of an experiment's command, with the options that every experiment has.
-
-    Args:
-        name: of the experiment.
-        words: describes it; the first line is shown.
-        seeds: how many there are by default.
-    """
+    """Return the parser of an experiment's command, described by words' first line, with the options that all have."""
     parser = argparse.ArgumentParser(prog=f"benchmarks.experiments.{name}", description=words.split("\n", 1)[0])
     add = parser.add_argument
     add("--seeds", type=positive, default=seeds, metavar="N", help="seeds 0 to N - 1; default: %(default)s")

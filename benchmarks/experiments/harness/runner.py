@@ -8,7 +8,6 @@ import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,7 +48,7 @@ class Runner(AbstractContextManager["Runner"]):
             function: a module-level function, so that spawned processes can import it.
             jobs: its picklable arguments; their ``repr`` tells them apart.
         """
-        call = function if self._kept is None else Kept(function, self._kept, self._version)
+        call = function if self._kept is None else partial(run_kept, function, self._kept, self._version)
         bar = partial(tqdm, desc=words, total=len(jobs), unit="run")
         if self._pool is None:
             return [call(job) for job in bar(jobs)]
@@ -59,23 +58,15 @@ class Runner(AbstractContextManager["Runner"]):
         return [future.result() for future in futures]
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A function of jobs whose results are kept, one file for each job; arguments are those of :class:`Runner`."""
-
-    function: Callable[[Any], Any]
-    folder: Path
-    version: str
-
-    def __call__(self, job: Any) -> Any:
-        """Return the result of an equal job if there is one, else run it."""
-        called = f"{self.version}\n{self.function.__module__}.{self.function.__qualname__}\n{job!r}"
-        path = self.folder / f"{hashlib.sha256(called.encode()).hexdigest()[:16]}.pickle"
-        if path.is_file():
-            return pickle.loads(path.read_bytes())
-        result = self.function(job)
-        write_bytes(path, pickle.dumps(result))
-        return result
+def run_kept(function: Callable[[Any], Any], folder: Path, version: str, job: Any) -> Any:
+    """Return the kept result of an equal job if there is one, else run it and keep what comes out."""
+    called = f"{version}\n{function.__module__}.{function.__qualname__}\n{job!r}"
+    path = folder / f"{hashlib.sha256(called.encode()).hexdigest()[:16]}.pickle"
+    if path.is_file():
+        return pickle.loads(path.read_bytes())
+    result = function(job)
+    write_bytes(path, pickle.dumps(result))
+    return result
 
 
 def _one_thread() -> None:

@@ -36,17 +36,6 @@ class Space:
     prepare: Callable[[Any, argparse.Namespace], tuple[Any, dict[str, Any]]]  # completes the task; describes the data
 
 
-@dataclass(frozen=True)
-class Job:
-    """One search; alpha is None without the penalty."""
-
-    task: Any
-    setup: Setup
-    seed: int
-    lr: float
-    alpha: float | None
-
-
 def main(space: Space, words: str, arguments: Sequence[str] | None) -> int:
     """Run a search's command and write its results; return the exit code."""
     prepare, run = partial(_prepare, space), partial(_run, space)
@@ -74,9 +63,10 @@ def parse(space: Space, words: str, arguments: Sequence[str] | None) -> argparse
     return parser.parse_args(arguments)
 
 
-def do(job: Job) -> Run:
-    """Do one job."""
-    return search(job.task.problem(job.seed), job.setup, job.seed, job.lr, job.alpha)
+def do(job: tuple[Any, Setup, int, float, float | None]) -> Run:
+    """Do one search: of a task, with settings, a seed, a learning rate and alpha (None: without the penalty)."""
+    task, setup, seed, lr, alpha = job
+    return search(task.problem(seed), setup, seed, lr, alpha)
 
 
 def _prepare(space: Space, options: argparse.Namespace) -> tuple[tuple[Any, Setup], dict[str, Any]]:
@@ -103,17 +93,18 @@ def _run(space: Space, prepared: tuple[Any, Setup], options: argparse.Namespace,
     seeds = [TUNING_SEED + i for i in range(options.tuning_seeds)]
     rates, alphas = (sorted(set(values)) for values in (options.lr, options.alpha))
 
-    def choose(setting: str, values: Sequence[float], make: Callable[[float, int], Job]) -> dict[str, Any]:
-        if len(values) == 1:
-            return {"values": [], "chosen": values[0], "at_edge": False}
-        jobs = [make(value, seed) for value in values for seed in seeds]
-        return report.grid(runner.map(f"tuning {setting}", do, jobs), setting, setup.schedule.start)
+    def searches(words: str, settings: Sequence[tuple[float, float | None]], seeds: Sequence[int]) -> list[Run]:
+        return runner.map(words, do, [(task, setup, seed, *one) for one in settings for seed in seeds])
 
-    lr = choose("lr", rates, lambda value, seed: Job(task, setup, seed, value, None))
-    rate = lr["chosen"]
-    alpha = choose("alpha", alphas, lambda value, seed: Job(task, setup, seed, rate, value))
-    jobs = [Job(task, setup, seed, rate, a) for a in (None, alpha["chosen"]) for seed in range(options.seeds)]
-    runs = runner.map("comparing", do, jobs)
+    def choose(setting: str, settings: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
+        if len(settings) == 1:
+            return {"values": [], "chosen": settings[0][setting == "alpha"], "at_edge": False}
+        return report.grid(searches(f"tuning {setting}", settings, seeds), setting, setup.schedule.start)
+
+    lr = choose("lr", [(value, None) for value in rates])
+    alpha = choose("alpha", [(lr["chosen"], value) for value in alphas])
+    settings = [(lr["chosen"], None), (lr["chosen"], alpha["chosen"])]
+    runs = searches("comparing", settings, range(options.seeds))
     for one in runs:
         if one.final:
             one.final["architecture"] = space.describe(one.final["choices"])

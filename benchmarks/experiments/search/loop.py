@@ -20,7 +20,7 @@ import wplfast
 from ..harness.options import option, positive, strength
 from ..harness.statistics import five_digits
 from .controller import Controller, Policy, Reinforce
-from .penalty import Plasticity, ReferencePenalty, Schedule
+from .penalty import ReferencePenalty, Schedule
 from .problem import Choices, Problem
 
 #: how forgetting is measured, and what each is called
@@ -90,10 +90,12 @@ class _Search:
         self.reinforce = Reinforce(self.controller, setup.policy, self.generator)
         self.parameters = list(problem.model.parameters())
         self.optimizer = torch.optim.SGD(self.parameters, lr, setup.momentum, weight_decay=setup.weight_decay)
-        self.plasticity = Plasticity(problem.weights, alpha, setup.schedule)
-        self.published = None
-        if setup.compare and alpha is not None:
-            self.published = ReferencePenalty(problem.weights, alpha, setup.schedule.rate)
+        self.wpl = self.published = None
+        self.strength = 0.0  # alpha in the present epoch
+        if alpha is not None:
+            self.wpl = wplfast.WeightPlasticityLoss(problem.weights, alpha)
+            if setup.compare:
+                self.published = ReferencePenalty(problem.weights, alpha, setup.schedule.rate)
         self.clock = _Clock(setup.device)
         self.verified = False
 
@@ -113,7 +115,8 @@ class _Search:
         setup = self.setup
         if epoch == setup.schedule.start:
             self.clock = _Clock(setup.device)  # both arms are timed over the same epochs
-        self.plasticity.begin_epoch(epoch)
+        if self.wpl is not None:
+            self.strength = setup.schedule.begin_epoch(self.wpl, self.alpha, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * setup.lr_decay ** max(0, epoch - setup.lr_decay_after)
         trained: list[Choices] = []
@@ -128,14 +131,14 @@ class _Search:
             losses.append(loss)
             with self.clock.part("evaluation"):
                 before.append(self.problem.error(choices))
-            if self.plasticity.on and not self._consolidate(choices):
+            if self.strength and not self._consolidate(choices):
                 return None
         with self.clock.part("evaluations at the epoch's end"):
             after = [self.problem.error(choices) for choices in trained]
         with self.clock.part("controller"):
             rewards = [r for _ in range(setup.policy.steps) for r in self.reinforce.step(self.problem.reward)]
         return {
-            "alpha": self.plasticity.alpha,
+            "alpha": self.strength,
             "loss": sum(losses) / len(losses),
             "error_before": sum(before) / len(before),
             "error_after": sum(after) / len(after),
@@ -156,12 +159,12 @@ class _Search:
                 self.optimizer.zero_grad()
                 loss = self.problem.train_loss(choices)
                 loss.backward()
-            if self.plasticity.on and active:
+            if self.strength and active:
                 if self.published is not None:
                     with self.clock.part("penalty, as published"):
                         self.published.gradients(active)
                 with self.clock.part("penalty"):
-                    self.plasticity.penalty.add_grad_(active=active)
+                    self.wpl.add_grad_(active=active)
             with self.clock.part("clipping and step"):
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.setup.clip)
                 self.optimizer.step()
@@ -182,11 +185,11 @@ class _Search:
                 self.published.learn(given, active)
         try:
             with self.clock.part("Fisher" if self.verified else "Fisher, verified"):
-                more = {"params": self.plasticity.penalty.subset(active), "verify": not self.verified}
+                more = {"params": self.wpl.subset(active), "verify": not self.verified}
                 fisher = wplfast.fisher_diagonal(given.model, [given.batch], given.loss_fn, **more)
             self.verified = True
             with self.clock.part("anchor"):
-                self.plasticity.learn(fisher, active)
+                self.setup.schedule.learn(self.wpl, fisher, active)
         except wplfast.errors.NonFiniteError:
             return False
         return True

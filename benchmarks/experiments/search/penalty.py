@@ -43,38 +43,16 @@ class Schedule:
         since = epoch - self.start
         return self.reset_every > 0 and since > 0 and since % self.reset_every == 0
 
+    def begin_epoch(self, wpl: wplfast.WeightPlasticityLoss, alpha: float, epoch: int) -> float:
+        """Set the penalty's strength in an epoch, and return it; forget F and anchors where it is time."""
+        wpl.alpha = strength = self.alpha(alpha, epoch)
+        if self.resets(epoch):
+            wpl.reset()
+        return strength
 
-class Plasticity:
-    """The weight plasticity loss of all covered weights, of which each architecture uses some.
-
-    Args:
-        weights: all covered weights by name.
-        alpha: strength; None: no penalty at all.
-        schedule: when and how.
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor], alpha: float | None, schedule: Schedule) -> None:
-        """Anchor nothing yet."""
-        self._alpha, self._schedule = alpha, schedule
-        self.penalty = None if alpha is None else wplfast.WeightPlasticityLoss(weights, alpha)
-        self.alpha = 0.0
-
-    @property
-    def on(self) -> bool:
-        """Whether the penalty acts in this epoch."""
-        return self.penalty is not None and self.alpha > 0
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Set the strength, and forget where the schedule says so."""
-        if self.penalty is not None:
-            self.alpha = self.penalty.alpha = self._schedule.alpha(self._alpha, epoch)
-            if self._schedule.resets(epoch):
-                self.penalty.reset()
-
-    def learn(self, fisher: Mapping[str, Tensor], active: Sequence[str]) -> None:
+    def learn(self, wpl: wplfast.WeightPlasticityLoss, fisher: Mapping[str, Tensor], active: Sequence[str]) -> None:
         """Let the running Fisher take in an architecture's, and anchor its weights, and only these, where they are."""
-        more = {"normalize": self._schedule.normalize, "clip_norm": self._schedule.clip_norm}
-        self.penalty.update(fisher, self._schedule.rate, active=active, **more)
+        wpl.update(fisher, self.rate, active=active, normalize=self.normalize, clip_norm=self.clip_norm)
 
 
 class ReferencePenalty:

@@ -13,7 +13,7 @@ from torch import Tensor
 import wplfast
 
 from ..data.digits import DataError
-from ..data.text import Files, Text, columns, load_text
+from ..data.text import Files, Text, load_text
 from ..harness.options import option, positive
 from ..search.problem import Child, Choices, Cover, FisherPass, Problem
 from .cells import SharedCells, Sizes, decisions, edges
@@ -54,7 +54,7 @@ class Stream:
 
     def __init__(self, words: Tensor, batches: Batches, part: str) -> None:
         """Begin at the first segment."""
-        self._rows = columns(words, batches.size)
+        self._rows = words[: len(words) // batches.size * batches.size].view(batches.size, -1)
         self._length = batches.length
         self.count = (self._rows.shape[1] - 1) // batches.length
         self.position = 0
