@@ -31,10 +31,12 @@ from . import report, summary, sweep, training
 from .scenarios import SCENARIOS, Setup, tasks
 from .training import TUNED
 
+#: what is tried by default, and where
 GRIDS = {
-    "grid": (1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7),  # alphas of both EWC arms
-    "l2_grid": (1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3),  # of the L2 arm, where F = 1, not about 1e-4
-    "sweep_grid": tuple(float(f"{10 ** (half / 2):.3g}") for half in range(2, 17)),  # 10 to 1e8, two a decade
+    "grid": ((1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7), strength, "alphas of both EWC arms"),
+    "l2_grid": ((1e-3, 1e-2, 1e-1, 1e0, 1e1, 1e2, 1e3), strength, "alphas of the L2 arm"),  # F = 1, not about 1e-4
+    "sweep_grid": (tuple(float(f"{10 ** (half / 2):.3g}") for half in range(2, 17)), strength, "alphas of the sweep"),
+    "batch_sizes": ((1, 8, 64, 512), positive, "of the sweep's F"),
 }
 
 
@@ -73,7 +75,7 @@ def run(setup: Setup, options: argparse.Namespace, runner: Runner) -> dict[str, 
             **asdict(setup),
             "data": load_split(setup.data, 0).name,
             "seeds": options.seeds,
-            **{name: getattr(options, name) for name in (*GRIDS, "batch_sizes")},
+            **{name: getattr(options, name) for name in GRIDS},
             "fisher_batch": training.FISHER_BATCH,
         },
         "scenarios": {name: summary.summarise(name, [r for r in learnt if r.scenario == name]) for name in SCENARIOS},
@@ -85,13 +87,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; argparse exits with 2 and one line on bad options."""
     parser = make_parser("ewc", __doc__, seeds=5)
     add_options(parser, Setup())
-    sizes = (1, 8, 64, 512)
-    add, words = parser.add_argument, "default: %(default)s"
-    add("--batch-sizes", type=positive, nargs="+", default=sizes, help=f"of the sweep's F; {words}")
-    for name, grid in GRIDS.items():
-        add(f"--{name.replace('_', '-')}", type=strength, nargs="+", default=grid, help=f"alphas; {words}")
+    for name, (values, kind, words) in GRIDS.items():
+        words = f"{words}; default: %(default)s"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", default=values, help=words)
     options = parser.parse_args(arguments)
-    for name in (*GRIDS, "batch_sizes"):
+    for name in GRIDS:
         setattr(options, name, sorted(set(getattr(options, name))))
     if len(options.grid) != len(options.l2_grid):
         parser.error(f"--grid and --l2-grid must have as many values, got {len(options.grid)}, {len(options.l2_grid)}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import wplfast
 
-from ..data.digits import DIGITS, load_split
+from ..data.digits import DIGITS, Part, load_split
 from ..harness.options import option, positive
 from ..harness.training import accuracy, batch_squared, batches, hidden_layers, step
 
@@ -82,19 +82,6 @@ class Run:
     validation_b: float
 
 
-class Model(nn.Module):
-    """A shared trunk under layers of one's own."""
-
-    def __init__(self, trunk: nn.Sequential, own: nn.Sequential) -> None:
-        """Put the two together."""
-        super().__init__()
-        self.trunk, self.own = trunk, own
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [N, 10]."""
-        return self.own(self.trunk(images))
-
-
 def train_a(job: tuple[Setup, float | None, int]) -> Trained:
     """Train A to convergence, or until its validation accuracy first reaches a level, and estimate its Fishers.
 
@@ -113,9 +100,9 @@ def train_a(job: tuple[Setup, float | None, int]) -> Trained:
             break
     loader = list(zip(*(part.split(setup.batch_size) for part in split.train), strict=True))
     fishers: dict[str, Mapping[str, Tensor]] = {
-        "wpl": wplfast.fisher_diagonal(model, loader, wplfast.losses.cross_entropy, params=model.trunk),
-        "squared": batch_squared(model, dict(model.trunk.named_parameters()), loader, len(loader)),
-        "l2": {name: torch.ones_like(p) for name, p in model.trunk.named_parameters()},
+        "wpl": wplfast.fisher_diagonal(model, loader, wplfast.losses.cross_entropy, params=model[0]),
+        "squared": batch_squared(model, dict(model[0].named_parameters()), loader, len(loader)),
+        "l2": {name: torch.ones_like(p) for name, p in model[0].named_parameters()},
     }
     return Trained(
         level,
@@ -141,9 +128,9 @@ def train_b(job: tuple[Setup, Trained, str, float | None]) -> Run:
     if strength is not None:
         fisher = {name: torch.from_numpy(value) for name, value in trained.fishers[method].items()}
         scale = torch.cat([value.flatten() for value in fisher.values()]).mean().item()
-        wpl = wplfast.WeightPlasticityLoss(model_b.trunk, strength / scale)
+        wpl = wplfast.WeightPlasticityLoss(model_b[0], strength / scale)
         wpl.consolidate(fisher)
-    model_b.trunk.requires_grad_(method != "frozen")
+    model_b[0].requires_grad_(method != "frozen")
     optimizer = torch.optim.Adam([p for p in model_b.parameters() if p.requires_grad], lr=setup.lr_b, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, setup.iterations_b)
     iterations, test, validation = [0], [_both(model_a, model_b, split.test)], []
@@ -161,8 +148,8 @@ def train_b(job: tuple[Setup, Trained, str, float | None]) -> Run:
     return Run(method, trained.seed, strength, wpl.alpha.item() if wpl else None, iterations, *curves, *ends)
 
 
-def _models(setup: Setup, n_features: int, seed: int) -> tuple[Model, Model]:
-    """Build A and B around one trunk; the seed decides all initial values."""
+def _models(setup: Setup, n_features: int, seed: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """Build A and B, the layers of each's own on one trunk; the seed decides all initial values."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trunk = hidden_layers(n_features, setup.hidden, setup.shared_layers)
@@ -170,12 +157,12 @@ def _models(setup: Setup, n_features: int, seed: int) -> tuple[Model, Model]:
         for depth in (setup.layers_a, setup.layers_b):
             hidden = hidden_layers(setup.hidden, setup.hidden, depth - setup.shared_layers - 1)
             own.append(hidden.append(nn.Linear(setup.hidden, N_CLASSES)))
-    return Model(trunk, own[0]).to(setup.device), Model(trunk, own[1]).to(setup.device)
+    return nn.Sequential(trunk, own[0]).to(setup.device), nn.Sequential(trunk, own[1]).to(setup.device)
 
 
 @torch.no_grad()
-def _both(model_a: Model, model_b: Model, part: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def _both(model_a: nn.Sequential, model_b: nn.Sequential, part: Part) -> tuple[float, float]:
     """Return both accuracies, passing the trunk once."""
     images, labels = part
-    features = model_a.trunk(images)
-    return accuracy(model_a.own(features), labels), accuracy(model_b.own(features), labels)
+    features = model_a[0](images)
+    return accuracy(model_a[1](features), labels), accuracy(model_b[1](features), labels)
