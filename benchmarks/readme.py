@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import gpu_report, report
-from .experiments.two_models import report as two_models
+from .experiments import page
 from .plumbing.markdown import RESULTS, image
 
 PATH = Path(__file__).parent.parent / "README.md"
@@ -23,11 +23,13 @@ def gpu_record() -> dict[str, Any] | None:
 
 def sections() -> Iterator[tuple[str, list[str]]]:
     """Yield the README's sections: their names and lines."""
-    names = ("two_models_mnist", "penalty_cpu", "fisher_cpu", "anchors_cpu", "peers_cpu", "scaling_cpu")
+    names = ("penalty_cpu", "fisher_cpu", "anchors_cpu", "peers_cpu", "scaling_cpu")
     read = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
-    forgetting, of_penalty, of_fisher, of_anchors, of_peers, of_scaling = read
+    of_penalty, of_fisher, of_anchors, of_peers, of_scaling = read
     curves = image("two_models_mnist.png", "Accuracy of A and B while B is trained")
-    yield "two_models", [*curves, two_models.markdown(forgetting)]
+    yield "two_models", [*curves, page.table("levels", ["two_models_mnist"])]
+    alphas = image("ewc_digits.png", "Accuracy against alpha, for Fishers estimated in batches of several sizes")
+    yield "strength", [*alphas, page.table("strength", ["ewc_digits"])]
     place = f"{of_penalty['hardware']['cpu']}, torch {of_penalty['versions']['torch']}"
     words = f"{place}; medians [quartiles] of interleaved runs, from `python -m benchmarks`."
     yield "speed", [words, "", *report.penalty(of_penalty["penalty"]), "", *report.fisher(of_fisher["fisher"])]

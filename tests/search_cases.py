@@ -10,12 +10,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
+from benchmarks.experiments.data.text import Text
+from benchmarks.experiments.search.controller import Policy
 from benchmarks.experiments.search.loop import Setup
-from benchmarks.experiments.search.plasticity import Schedule
-from benchmarks.experiments.search.reinforce import Policy
+from benchmarks.experiments.search.penalty import Schedule
 from benchmarks.experiments.text_search.cells import Sizes, edges
-from benchmarks.experiments.text_search.problem import Batches, TextProblem
-from benchmarks.plumbing.text import Text
+from benchmarks.experiments.text_search.problem import Batches, Task, TextProblem
 
 CELL = (0, 0, 1, 0, 3, 1, 2)  # tanh; relu and sigmoid read block 0, identity reads block 1: 2 and 3 are loose
 SHORT = ("--epochs", "3", "--start", "1", "--architectures", "2", "--minibatches", "2", "--controller-steps", "2")
@@ -26,9 +26,9 @@ TINY += ("--length", "5", "--vocabulary", "40", "--workers", "0")
 
 def problem(seed=0, batch=4, cover="used"):
     generator = torch.Generator().manual_seed(1)
-    parts = (torch.randint(20, (400,), generator=generator) for _ in range(3))
-    text = Text(*parts, words=tuple(map(str, range(20))))
-    return TextProblem(text, Sizes(20, 6, 4), Batches(batch, 5), seed, cover=cover)
+    parts = {name: torch.randint(20, (400,), generator=generator) for name in ("train", "validation", "test")}
+    task = Task(sizes=Sizes(20, 6, 4), batches=Batches(batch, 5), cover=cover)
+    return TextProblem(task, Text(parts, tuple(map(str, range(20)))), seed)
 
 
 def edges_in_use():

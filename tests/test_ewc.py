@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not install
 
 import wplfast
 from benchmarks.experiments.ewc import __main__ as ewc
-from benchmarks.experiments.ewc import fishers, metrics, report, scenarios, summary, sweep, training, verdicts
+from benchmarks.experiments.ewc import report, scenarios, summary, sweep, training
 from benchmarks.experiments.ewc.scenarios import SCENARIOS, Setup
 from benchmarks.experiments.ewc.training import ARMS, TUNED, Run
 
@@ -52,10 +52,10 @@ def test_smoke_run_writes_everything(tmp_path, capsys):
         assert swept["batch_size"]["squared"]["fisher_difference"][1] > 0.1
     out = capsys.readouterr().out
     assert all(out.count(title) >= 5 for title in ("L2 anchor (F = 1)", "joint training"))
-    text = report.markdown(record)
-    assert all(f"- {line}" in text for line in verdicts.verdicts(record))
-    columns = {line.count("|") for line in text.split("\n") if line.startswith("| **")}
-    assert columns == {9, 10}  # arms, sweep
+    tables = report.tables(record)
+    assert all(table.text() in out for table in tables.values())
+    assert all(len(row) in (1, len(table.columns)) for table in tables.values() for row in table.rows)
+    assert [row[0] for row in tables["arms"].rows if len(row) == 1] == [one.title for one in SCENARIOS.values()]
 
 
 def test_runs_repeat_and_arms_start_alike():
@@ -119,30 +119,28 @@ def test_tasks_hold_what_they_are_called():
 
 def test_measures_by_hand():
     matrix = [[0.9], [0.5, 0.8], [0.7, 0.6, 1.0]]
-    assert metrics.average_accuracy(matrix) == pytest.approx([0.9, 0.65, 2.3 / 3])
+    assert summary.average_accuracy(matrix) == pytest.approx([0.9, 0.65, 2.3 / 3])
     # after task 2: best 0.9, now 0.5; after task 3: (0.9 - 0.7) and (0.8 - 0.6)
-    assert metrics.forgetting(matrix) == pytest.approx([0, 0.4, 0.2])
-    assert metrics.backward_transfer(matrix) == pytest.approx([0, -0.4, -0.2])
-    assert metrics.new_task_accuracy(matrix) == pytest.approx(0.9)
-    # forgetting counts from the best accuracy since, backward transfer from the one right after the task
+    assert summary.forgetting(matrix) == pytest.approx([0, 0.4, 0.2])
+    assert summary.new_task_accuracy(matrix) == pytest.approx(0.9)
+    # forgetting counts from the best accuracy since
     improved = [[0.5], [0.9, 0.8], [0.7, 0.8, 1.0]]
-    assert metrics.forgetting(improved)[-1] == pytest.approx(0.1)
-    assert metrics.backward_transfer(improved)[-1] == pytest.approx(0.1)
+    assert summary.forgetting(improved)[-1] == pytest.approx(0.1)
 
 
 def test_good_range_by_hand():
     alphas, scores = [1.0, 10.0, 100.0, 1e3, 1e4], [80.0, 88.0, 90.0, 86.0, 70.0]
-    good = metrics.good_range(alphas, scores, 2.0)
+    good = sweep.good_range(alphas, scores, 2.0)
     assert good["low"] == pytest.approx(10)
     assert good["high"] == pytest.approx(10**2.5, rel=1e-3)  # halfway down from 90 to 86
     assert good["decades"] == pytest.approx(1.5)
     assert not good["open_low"]
     assert not good["open_high"]
-    wide = metrics.good_range(alphas, scores, 10.0)
+    wide = sweep.good_range(alphas, scores, 10.0)
     assert wide["open_low"]
     assert wide["low"] == 1
     assert wide["high"] == pytest.approx(10**3.375, rel=1e-3)  # 80 is 6/16 of the way from 86 to 70
-    two_peaks = metrics.good_range(alphas, [90.0, 80.0, 90.5, 80.0, 90.4], 1.0)
+    two_peaks = sweep.good_range(alphas, [90.0, 80.0, 90.5, 80.0, 90.4], 1.0)
     assert two_peaks["decades"] == pytest.approx(2 / 10.5, abs=1e-3)  # the other peaks do not count
 
 
@@ -152,11 +150,11 @@ def test_shift_finds_a_curve_moved_by_a_known_distance():
     def curve(moved):
         return [80 + 15 * math.exp(-((math.log10(a) - 3 - moved) ** 2)) for a in alphas]
 
-    assert metrics.shift(alphas, curve(0), curve(0)) == 0
+    assert sweep.shift(alphas, curve(0), curve(0)) == 0
     for moved in (-1.5, 0.9, 2.0):
-        assert metrics.shift(alphas, curve(0), curve(moved)) == pytest.approx(moved, abs=0.06)
-    assert metrics.shift(alphas, [5.0] * 17, [5.0] * 17) == 0
-    assert metrics.slope([1, 10, 100], [0.0, 0.9, 1.8]) == pytest.approx(0.9)
+        assert sweep.shift(alphas, curve(0), curve(moved)) == pytest.approx(moved, abs=0.06)
+    assert sweep.shift(alphas, [5.0] * 17, [5.0] * 17) == 0
+    assert sweep.slope([1, 10, 100], [0.0, 0.9, 1.8]) == pytest.approx(0.9)
 
 
 def test_batch_squared_by_hand_and_the_same_as_the_right_fisher_at_batch_size_1():
@@ -167,11 +165,11 @@ def test_batch_squared_by_hand_and_the_same_as_the_right_fisher_at_batch_size_1(
     first, second = torch.tensor([[-0.5, 1.0], [0.5, -1.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     split = scenarios.Split((images, labels), (images, labels), (images, labels))
     params = dict(model.named_parameters())
-    found = fishers.estimate("squared", model, params, split, 2)
+    found = training.estimate("squared", model, params, split, 2)
     torch.testing.assert_close(found["weight"], (first.square() + second.square()) / 2)
-    alone, right = (fishers.estimate(kind, model, params, split, 1) for kind in ("squared", "empirical"))
+    alone, right = (training.estimate(kind, model, params, split, 1) for kind in ("squared", "empirical"))
     torch.testing.assert_close(alone["weight"], right["weight"])
-    assert fishers.estimate("empirical", model, params, split, 2, 2).n_samples == 2
+    assert training.estimate("empirical", model, params, split, 2, 2).n_samples == 2
 
 
 def test_summary_by_hand():
@@ -194,13 +192,11 @@ def test_summary_by_hand():
     assert arms["ewc"]["reduction_percent"] == pytest.approx(90)
     assert arms["ewc"]["cost"]["mean"] == pytest.approx(1)
     assert arms["ewc"]["gap"]["seeds"] == pytest.approx([3, 6])
-    assert arms["ewc"]["backward_transfer"][-1]["mean"] == pytest.approx(-3)
-    assert summary.reaches_goal(arms["ewc"])
-    assert not summary.reaches_goal(arms["l2"])  # it forgets nothing, but new tasks lose 30 points
-    scenario = {"title": "t", "method": "EWC", "arms": arms}
-    assert verdicts._goal(scenario).endswith("90 % (from 30.0 to 3.0) at 1.0 points with EWC, reached.")
+    scenario = {"title": "t", "method": "EWC", "n_tasks": 2, "arms": arms}
+    assert report._arm_cells(scenario, "ewc")[1:3] == ["3.0 ± 1.4", "90 %"]
+    assert report._arm_cells(scenario, "ewc")[-1] == "10 (edge)"
     arms["none"]["forgetting"][-1] = {"mean": 0.6, "std": 1.0}
-    assert "0.6 ± 1.0 points, no more than its seeds scatter" in verdicts._goal(scenario)
+    assert report._arm_cells(scenario, "ewc")[2] == ""  # no more than the seeds scatter: there is nothing to cut
 
 
 def test_sweep_summary_by_hand():
@@ -223,6 +219,18 @@ def test_sweep_summary_by_hand():
     assert squared["shift"] == [0, 1]
     assert squared["shift_per_decade"] == pytest.approx(1)
     assert squared["lost_points"] == pytest.approx(10)
+    cells = list(report._strength_rows(found))
+    assert cells[0] == [
+        "right: empirical",
+        "1 to 10",
+        "0e+00 of its norm",
+        "1/1",
+        "1",
+        "0.00 decades",
+        "0.00",
+        "0.0 points",
+    ]
+    assert cells[1][2:] == ["9e-01 of its norm", "1/10", "1 to 10", "1.00 decades", "1.00", "10.0 points"]
 
 
 def test_bad_data_is_one_line_and_leaves_results_alone(tmp_path, capsys):
@@ -266,6 +274,4 @@ def test_bad_option_exits_with_2(options, capsys):
 
 
 def test_every_arm_has_a_look():
-    from benchmarks.experiments.ewc import figures
-
-    assert figures._ARM_LOOKS.keys() == ARMS.keys()
+    assert report.ARM_LOOKS.keys() == ARMS.keys()

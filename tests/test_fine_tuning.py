@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
 import wplfast
+from benchmarks.experiments.data.digits import DataError, load_split
 from benchmarks.experiments.fine_tuning import __main__ as fine_tuning
-from benchmarks.experiments.fine_tuning import figure, plan, report, training
+from benchmarks.experiments.fine_tuning import plan, report, training
 from benchmarks.experiments.fine_tuning.model import GrowingNet
-from benchmarks.experiments.fine_tuning.results import Scenario, difference
-from benchmarks.experiments.fine_tuning.sampler import OldNewSampler
 from benchmarks.experiments.fine_tuning.settings import METHODS, UNCHANGED, Arm, Condition, Run, Setup
-from benchmarks.experiments.fine_tuning.stream import Sizes, make_stream, remembered
-from benchmarks.experiments.fine_tuning.verdicts import verdicts
-from benchmarks.plumbing.data import DataError, load_split
-from benchmarks.plumbing.spread import spread
+from benchmarks.experiments.fine_tuning.stream import Sizes, draw, make_stream, remembered
+from benchmarks.experiments.harness.statistics import difference, spread
 
 SETUP = Setup(Sizes(30, 20, 60), start_iterations=60, n_updates=3)
 NEW = Condition("new", 3)
@@ -43,14 +37,14 @@ def seeded(seed=0):
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ---- sampler ---------------------------------------------------------------------------------------------------------
+# ---- draws -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize(("n_old", "n_new"), [(1000, 10), (10, 1000)])
 def test_shares_are_binomial_whatever_the_sizes(share, n_old, n_new):
     n = 20_000
-    drawn = torch.tensor(list(OldNewSampler(range(n_old), range(n_old, n_old + n_new), share, n, seeded())))
+    drawn = draw(torch.arange(n_old), torch.arange(n_old, n_old + n_new), share, n, seeded())
     counts = drawn.bincount(minlength=n_old + n_new)
     assert len(drawn) == n == counts.sum()
     for part, expected in (counts[:n_old], share), (counts[n_old:], 1 - share):
@@ -60,70 +54,20 @@ def test_shares_are_binomial_whatever_the_sizes(share, n_old, n_new):
 
 
 def test_draws_are_independent_minibatches():
-    sampler = OldNewSampler([5, 6], [7], 0.25, 64 * 400, seeded(1))
-    old = np.array([sum(index != 7 for index in batch) for batch in BatchSampler(sampler, 64, drop_last=False)])
-    assert len(old) == 400
+    drawn = draw(torch.tensor([5, 6]), torch.tensor([7]), 0.25, 64 * 400, seeded(1))
+    old = (drawn.view(400, 64) != 7).sum(1).double()
     assert old.mean() == pytest.approx(16, abs=5 * math.sqrt(12 / 400))
     assert old.var() == pytest.approx(12, rel=0.4)  # Binomial(64, 1/4), not a fixed 16
 
 
-def test_indices_are_those_given_in_any_form():
-    for old, new in (([3, 9], [4]), (torch.tensor([3, 9]), (4,)), (np.array([3, 9]), range(4, 5))):
-        assert set(OldNewSampler(old, new, 0.5, 100, seeded())) == {3, 4, 9}
-    assert set(OldNewSampler([], [4], 0.0, 100, seeded())) == {4}
-    assert set(OldNewSampler([3], torch.empty(0), 1.0, 100, seeded())) == {3}
-
-
-def test_seeds_decide_and_passes_differ():
-    first, second = (OldNewSampler(range(50), range(50, 60), 0.5, 100, seeded(3)) for _ in range(2))
-    drawn = list(first)
-    assert drawn == list(second)
-    assert drawn != list(first)
-    assert drawn != list(OldNewSampler(range(50), range(50, 60), 0.5, 100, seeded(4)))
-    free = OldNewSampler(range(50), range(50, 60), 0.5, 100)
-    torch.manual_seed(0)
-    passes = list(free), list(free)
-    assert passes[0] != passes[1]
-    torch.manual_seed(0)
-    assert passes == (list(free), list(free))
-
-
-def test_length_is_the_number_of_draws():
-    sampler = OldNewSampler(range(5), range(5, 9), 0.5, 17)
-    assert len(sampler) == len(list(sampler)) == 17
-    assert len(DataLoader(TensorDataset(torch.arange(9)), batch_size=4, sampler=sampler)) == 5
-
-
-def test_workers_do_not_change_the_order():
-    data = TensorDataset(torch.arange(60))
-    loaded = [
-        torch.cat([batch for (batch,) in DataLoader(data, batch_size=8, sampler=sampler, num_workers=workers)])
-        for workers in (0, 2)
-        for sampler in [OldNewSampler(range(50), range(50, 60), 0.5, 64, seeded(5))]
-    ]
-    assert torch.equal(*loaded)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (([0], [1], -0.1, 5), r"share_old must be in \[0, 1\], got -0.1"),
-        (([0], [1], float("nan"), 5), "got nan"),
-        (([0], [1], 0.5, 0), "num_samples must be an integer of at least 1, got 0"),
-        (([0], [1], 0.5, 2.5), "got 2.5"),
-        (([0], [1], 0.5, True), "got True"),
-        (([], [1], 0.5, 5), "old is empty, but share_old=0.5 gives it a share of 0.5"),
-        (([0], [], 0.25, 5), "new is empty, but share_old=0.25 gives it a share of 0.75"),
-    ],
-)
-def test_bad_arguments_of_the_sampler(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        OldNewSampler(*arguments)
-
-
-def test_example_of_the_sampler():
-    module = sys.modules[OldNewSampler.__module__]
-    assert doctest.testmod(module) == (0, 4)
+def test_a_part_without_a_share_may_be_empty_and_seeds_decide():
+    some, none = torch.tensor([3, 9]), torch.empty(0, dtype=torch.int64)
+    assert set(draw(none, some, 0.0, 100, seeded()).tolist()) == {3, 9}
+    assert set(draw(some, none, 1.0, 100, seeded()).tolist()) == {3, 9}
+    generator = seeded(3)
+    first, second = (draw(some, some + 1, 0.5, 100, generator) for _ in range(2))
+    assert torch.equal(first, draw(some, some + 1, 0.5, 100, seeded(3)))
+    assert not torch.equal(first, second)
 
 
 # ---- stream ----------------------------------------------------------------------------------------------------------
@@ -131,7 +75,7 @@ def test_example_of_the_sampler():
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_split(None, 0).train[1]
+    return load_split(None, 0)
 
 
 @pytest.mark.parametrize(("scenario", "start", "classes"), [("known", 10, [10] * 10), ("new", 5, [6, 6, 7, 7, 8, 8])])
@@ -141,10 +85,12 @@ def test_stream_brings_each_sample_once_and_one_class_at_a_time(digits, scenario
     per_class = {"known": 20, "new": 60}[scenario]
     assert stream.labels[stream.start].bincount().tolist() == [per_class] * start
     assert [update.n_classes for update in stream.updates][: len(classes)] == classes
-    assert all(len(update.index) == 30 and len(digits[update.index].unique()) == 1 for update in stream.updates)
+    assert all(
+        len(update.index) == 30 and len(digits.train[1][update.index].unique()) == 1 for update in stream.updates
+    )
     arrived = torch.cat([stream.start, *(update.index for update in stream.updates)])
     assert len(arrived.unique()) == len(arrived)
-    assert torch.equal(stream.labels, stream.rank[digits])
+    assert torch.equal(stream.labels, stream.rank[digits.train[1]])
     brought = [int(stream.labels[update.index[0]]) for update in stream.updates]
     assert sorted(brought) == (list(range(10)) if scenario == "known" else sorted([*range(5, 10)] * 2))
 
@@ -233,7 +179,7 @@ def test_without_updates_only_old_classes_are_right():
     run = training.train((SETUP, NEW, Arm(UNCHANGED, 0.0), 0))
     assert run.iterations == 0
     assert run.test[0] > run.test[1] == run.test[2] > run.test[3]
-    known = training.train((SETUP, replace(NEW, scenario="known"), Arm(UNCHANGED, 0.0), 0))
+    known = training.train((SETUP, NEW._replace(scenario="known"), Arm(UNCHANGED, 0.0), 0))
     assert len(set(known.test)) == 1
 
 
@@ -249,22 +195,21 @@ def test_new_data_wait_where_lambda_is_one():
 def test_lambda_zero_does_not_touch_old_data(monkeypatch):
     asked = []
 
-    class Spy(OldNewSampler):
-        def __iter__(self):
-            drawn = list(super().__iter__())
-            asked.append((self._share_old, len(self._old), set(drawn)))
-            yield from drawn
+    def spy(old, new, share, n, generator):
+        drawn = draw(old, new, share, n, generator)
+        asked.append((len(old), set(drawn.tolist())))
+        return drawn
 
     training._start.cache_clear()
-    monkeypatch.setattr(training, "OldNewSampler", Spy)
-    stream = training._data(SETUP, "new", 0.0, 0)[1]
-    training.train((SETUP, replace(NEW, share_old=0.0), Arm("none", 0.01), 0))
-    assert asked[0][2] <= set(stream.start.tolist())
-    for update, (_, _, drawn) in zip(stream.updates, asked[1:], strict=True):
+    monkeypatch.setattr(training, "draw", spy)
+    stream = training._stream(SETUP, "new", 0.0, 0)
+    training.train((SETUP, NEW._replace(share_old=0.0), Arm("none", 0.01), 0))
+    assert asked[0][1] <= set(stream.start.tolist())
+    for update, (_, drawn) in zip(stream.updates, asked[1:], strict=True):
         assert drawn <= set(update.index.tolist())
     asked.clear()
-    training.train((SETUP, replace(NEW, memory=4), Arm("none", 0.01), 0))
-    assert [n_old for _, n_old, _ in asked] == [20, 24, 24]  # 4 of each of 5, then of 6 classes
+    training.train((SETUP, NEW._replace(memory=4), Arm("none", 0.01), 0))
+    assert [n_old for n_old, _ in asked] == [20, 24, 24]  # 4 of each of 5, then of 6 classes
 
 
 def test_penalty_keeps_old_rows_and_the_model_near_its_anchor(monkeypatch):
@@ -316,12 +261,12 @@ def test_every_method_has_as_many_trials():
 
 
 class Fake:
-    """Stands for the workers: accuracies by arm, no training."""
+    """Stands for the runner: accuracies by arm, no training."""
 
     def __init__(self):
         self.jobs = []
 
-    def map(self, function, jobs):
+    def map(self, words, function, jobs):
         self.jobs += jobs
         return [self._run(*job[1:]) for job in jobs]
 
@@ -332,107 +277,68 @@ class Fake:
         return Run(seed, [0.7, test], [0.7, validation], 30, False)
 
 
+@pytest.fixture
+def record():
+    part, _ = plan.run(SETUP, plan.studies("new", 30, 10.0), 3, 2, Fake())
+    settings = {"sizes": {"update": 30}, "epochs": 10.0, "seeds": 3}
+    return json.loads(json.dumps({"data": {"name": "MNIST"}, "settings": settings, "scenarios": {"new": part}}))
+
+
 def test_choice_is_on_validation_and_jobs_run_once():
-    workers, studies = Fake(), plan.studies("new", 30, 10.0)
-    pairs = plan.keys(studies)
-    outcomes, unchanged = plan.run(SETUP, pairs, 3, 2, workers)
-    assert len(workers.jobs) == len(set(workers.jobs)) == plan.n_runs(pairs, 3, 2)
-    assert len(unchanged) == 3
-    for (condition, method), outcome in outcomes.items():
-        assert outcome.arm.lr == {"none": 0.03, "wpl": 0.01, "l2": 0.0001}[method]
-        assert [run.seed for run in outcome.runs] == [0, 1, 2]
-        assert len(outcome.grid) == (10 if condition.noise == 0 else 0)
+    runner, studies = Fake(), plan.studies("new", 30, 10.0)
+    part, runs = plan.run(SETUP, studies, 3, 2, runner)
+    assert len(runner.jobs) == len(set(runner.jobs)) == runs
+    assert len(part["unchanged"]["curves"]) == 3
+    for row in part["results"].values():
+        for method, found in row["methods"].items():
+            assert found["lr"] == {"none": 0.03, "wpl": 0.01, "l2": 0.0001}[method]
+            assert found["mean"]["seeds"] == pytest.approx(
+                [50 + 10 * (method == "wpl") + seed - 10 * row["condition"]["noise"] for seed in range(3)]
+            )
+            assert len(found["grid"]) == (10 if row["condition"]["noise"] == 0 else 0)
+            assert found.get("lr_at_edge", False) == (method == "l2" and row["condition"]["noise"] == 0)
     shares = [condition.share_old for condition in studies["share"]]
     assert shares == [0.0, 0.1, 0.25, 0.5, 0.75, 1.0]
     assert studies["memory"][0] == studies["share"][0]
+    anchored = {name for name, row in part["results"].items() if "l2" in row["methods"]}
+    assert anchored == {condition.title for condition in studies["memory"]}
 
 
 def test_difference_by_hand():
-    a, b = {"mean": spread([3.0, 5.0, 4.0])}, {"mean": spread([1.0, 2.0, 3.0])}
-    mean, half = difference(a, b)  # 2, 3, 1: mean 2, std 1
+    mean, half = difference(spread([3.0, 5.0, 4.0]), spread([1.0, 2.0, 3.0]))  # 2, 3, 1: mean 2, std 1
     assert mean == pytest.approx(2)
     assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)
-    assert difference({"mean": spread([1.0])}, {"mean": spread([0.5])}) == (0.5, math.inf)
-
-
-@pytest.fixture
-def record():
-    workers, studies = Fake(), plan.studies("new", 30, 10.0)
-    outcomes, unchanged = plan.run(SETUP, plan.keys(studies), 3, 2, workers)
-    settings = {"sizes": {"update": 30}, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 64, "iterations": 30}
-    settings |= {"epochs": 10.0, "seeds": 3, "tuning_seeds": 2, "learning_rates": plan.LEARNING_RATES}
-    part = fine_tuning.summarise(studies, outcomes, unchanged)
-    made = {"data": {"name": "MNIST"}, "settings": settings, "scenarios": {"new": part}}
-    return json.loads(json.dumps(made))
+    assert difference(spread([1.0]), spread([0.5])) == (0.5, math.inf)
 
 
 def shift(record, title, method, points):
     """Move an outcome of the record."""
     found = record["scenarios"]["new"]["results"][title]["methods"][method]
-    for key in ("mean", "final"):
-        found[key] = spread([value + points + 0.01 * i for i, value in enumerate(found[key]["seeds"])])
+    found["mean"] = spread([value + points for value in found["mean"]["seeds"]])
 
 
-def holds(record, words):
-    (found,) = [verdict for verdict in verdicts(Scenario(record, "new")) if words in verdict.claim]
-    return found.holds
-
-
-USUAL = "30 iterations, lambda {}, noise 0, all old data"
-
-
-@pytest.mark.parametrize(
-    ("words", "title", "changes"),
-    [
-        ("small constant", USUAL.format(0.5), {0.0: True, -0.9: True, -1.5: False, 2.0: True}),
-        ("tenth", "0.1 epochs, lambda 0.5, noise 0, all old data", {0.0: False, -0.9: False, -1.5: True}),
-        ("in between", USUAL.format(0.25), {1.0: True}),
-        ("in between", USUAL.format(0), {1.0: False}),
-        ("in between", USUAL.format(1), {1.0: False}),
-        ("lambda = 0 overfits", USUAL.format(0), {0.0: False, -5.0: True}),
-        ("lambda = 1 does", USUAL.format(1), {-1.9: True, -2.5: False}),
-        ("10 % wrong", "10 epochs, lambda 0.5, noise 0.1, all old data", {0.0: True, -1.0: True, -4.0: False}),
-    ],
-)
-def test_verdicts_follow_the_figures(record, words, title, changes):
-    for points, expected in changes.items():
-        moved = json.loads(json.dumps(record))
-        shift(moved, title, "none", points)
-        assert holds(moved, words) is expected, points
-
-
-def test_verdicts_on_replacement(record):
-    title = "WPL with no old data replaces the step to 10 old"
-    assert holds(record, title) is None  # more old data bring nothing here
-    idle = json.loads(json.dumps(record))
-    shift(idle, "30 iterations, lambda 0.5, noise 0, 10 old samples of a class", "none", 5)
-    idle["scenarios"]["new"]["unchanged"]["mean"] = spread([60.0, 62.0, 64.0])
-    assert holds(idle, title) is None  # they do, but a model that is not updated is better
-    (helps,) = [v for v in verdicts(Scenario(idle, "new")) if v.claim == "WPL helps at"]
-    assert "no old data (+10.0 ± 0.0, but is not clearly above no update)" in helps.figures
-    shift(record, "30 iterations, lambda 0.5, noise 0, 10 old samples of a class", "none", 5)
-    assert holds(record, title) is True  # 10 points gained, 5 would do
-    shift(record, "30 iterations, lambda 0.5, noise 0, 10 old samples of a class", "none", 10)
-    assert holds(record, title) is False  # 15 would be needed
-    assert holds(record, "Without old data") is True
-    assert holds(record, "L2 anchor, clearly above in 4 of 4 and clearly below in 0") is None
-    shift(record, USUAL.format(0), "wpl", -12)
-    assert holds(record, title) is False
-    assert holds(record, "L2 anchor, clearly above in 3 of 4 and clearly below in 1") is None
-    assert holds(record, "Without old data") is False
-    (hurts,) = [v for v in verdicts(Scenario(record, "new")) if v.claim == "WPL hurts at"]
-    assert "no old data (-2.0" in hurts.figures
-
-
-def test_report_is_made_from_the_record_alone(record):
-    text, page = report.table(record), report.markdown(record)
-    assert "lambda = 0.25" in text
-    assert "40 % wrong, 10 epochs" in text
-    assert page.startswith("### Incremental fine-tuning: MNIST")
-    assert page.count("\n| ") >= 18
-    assert "confirmed" in page
-    assert "no penalty 0 of 13, WPL 0 of 13, L2 anchor (F = 1) 4 of 4." in page
-    assert figure.draw(record).startswith(b"\x89PNG")
+def test_tables_follow_the_figures(record):
+    usual = "30 iterations, lambda {}, noise 0, {}"
+    shift(record, usual.format(0.5, "all old data"), "none", -3)
+    shift(record, usual.format(0.75, "all old data"), "none", 2)
+    shift(record, usual.format(0.5, "10 old samples of a class"), "none", 5)
+    shift(record, usual.format(0, "all old data"), "wpl", -12)
+    (table,) = report.tables(record).values()
+    assert all(len(row) in (1, len(table.columns)) for row in table.rows)
+    assert table.rows[0] == ["update sets of new classes; never updated: 51.0 ± 1.0 %"]
+    rows = {row[0]: row for row in table.rows if len(row) > 1}
+    even = " ± 0.0"
+    # iterations, three accuracies; change of no penalty; WPL against no penalty, the L2 anchor, no update
+    assert rows["10 epochs"][2:] == ["51.0 ± 1.0", "61.0 ± 1.0", "", "", f"+10.0{even}", "", f"+10.0{even}"]
+    assert rows["30 iterations"][5:] == [f"-3.0{even}", f"+13.0{even}", f"+10.0{even}", f"+10.0{even}"]
+    assert rows["lambda = 0.75"][5:7] == ["", f"+8.0{even}"]  # the best one, which others are compared with
+    assert rows["lambda = 1"][5] == f"-2.0{even}"
+    assert rows["lambda = 0"][5:] == [f"-2.0{even}", f"-2.0{even}", f"-2.0{even}", f"-2.0{even}"]
+    assert rows["40 % wrong, 10 epochs"][5] == f"-4.0{even}"
+    assert [rows[name][5] for name in ("none", "10 of a class", "50 of a class", "all")] == [
+        "", f"+5.0{even}", f"-5.0{even}", f"-3.0{even}",
+    ]  # fmt: skip
+    assert report.figures(record)[""].startswith(b"\x89PNG")
 
 
 # ---- command ---------------------------------------------------------------------------------------------------------
@@ -451,7 +357,8 @@ def test_smoke_run_writes_everything(tmp_path, capsys, monkeypatch):
     rows = record["scenarios"]["new"]["results"].values()
     assert all({"none", "wpl"} <= row["methods"].keys() for row in rows)
     assert all(len(found["curves"]) == 2 for row in rows for found in row["methods"].values())
-    assert report.table(record) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(table.text() in printed for table in report.tables(record).values())
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,15 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
 import wplfast
+from benchmarks.experiments.data.digits import DataError, Split
+from benchmarks.experiments.data.images import load_images, read_cifar
 from benchmarks.experiments.image_search import __main__ as image_search
-from benchmarks.experiments.image_search import report
 from benchmarks.experiments.image_search.cells import SharedCells, Sizes, decisions, describe, edges
-from benchmarks.experiments.image_search.problem import Batches, ImageProblem, Shuffled
+from benchmarks.experiments.image_search.problem import Batches, ImageProblem, Task
+from benchmarks.experiments.search import report
+from benchmarks.experiments.search.controller import Policy
 from benchmarks.experiments.search.loop import Setup, search
-from benchmarks.experiments.search.plasticity import Schedule
-from benchmarks.experiments.search.reinforce import Policy
-from benchmarks.plumbing.data import DataError
-from benchmarks.plumbing.images import ImageSplit, load_images, read_cifar
+from benchmarks.experiments.search.penalty import Schedule
 
 # Node 2: sep3 of input 0 and max3 of input 1; node 3: sep5 of node 2 and identity of input 0. Only node 3 is loose.
 CELL = (0, 0, 1, 3, 2, 1, 0, 4)
@@ -44,7 +44,7 @@ def problem(batch=8, cover="used"):
         (torch.randn(n, 1, 8, 8, generator=generator), torch.randint(10, (n,), generator=generator))
         for n in (40, 20, 20)
     ]
-    return ImageProblem(ImageSplit(*parts, name="noise"), SIZES, Batches(batch, 20), 0, cover=cover)
+    return ImageProblem(Task(None, SIZES, Batches(batch, 20), cover=cover), Split(*parts, name="noise"), 0)
 
 
 def test_decisions_and_edges_of_a_cell():
@@ -133,17 +133,6 @@ def test_error_and_reward_by_hand():
     assert 0 <= one.reward(CELL) <= 1
 
 
-def test_minibatches_cover_a_round():
-    part = torch.arange(10), torch.arange(10)
-    drawn = Shuffled(part, 3, 0)
-    rounds = [torch.cat([drawn.next()[1] for _ in range(3)]).tolist() for _ in range(2)]
-    assert all(len(set(labels)) == 9 for labels in rounds)
-    assert rounds[0] != rounds[1]
-    again = Shuffled(part, 3, 0)
-    assert torch.cat([again.next()[1] for _ in range(3)]).tolist() == rounds[0]
-    assert len(Shuffled(part, 99, 0).next()[1]) == 10
-
-
 def test_smoke_run_writes_everything(tmp_path, capsys):
     assert image_search.main([*TINY, "--baseline", "python", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "image_search.json").read_text())
@@ -153,12 +142,10 @@ def test_smoke_run_writes_everything(tmp_path, capsys):
     assert record["tuning"]["lr"] == {"values": [], "chosen": 0.05, "at_edge": False}
     assert all(0 <= e["reward"] <= 1 for arm in record["runs"].values() for run in arm for e in run["epochs"])
     assert "with WPL" in capsys.readouterr().out
-    assert "Search for convolution cells" in report.markdown(record)
+    assert report.tables(record)["goals"].rows[0][0] == "convolution cells, scikit-learn digits"
 
 
-@pytest.mark.parametrize(
-    "options", [["--channels", "6"], ["--stages", "3"], ["--nodes", "0"], ["--lr", "inf"], ["--baseline", "x"]]
-)
+@pytest.mark.parametrize("options", [["--nodes", "0"], ["--lr", "inf"], ["--baseline", "x"]])
 def test_bad_option_exits_with_2(options, capsys):
     with pytest.raises(SystemExit) as caught:
         image_search.main(options)
@@ -248,7 +235,16 @@ def test_damaged_cifar_is_one_line_and_leaves_results_alone(folder, tmp_path, ca
     assert [path.read_text() for path in out.iterdir()] == ["old"]
 
 
-def test_images_too_small_for_the_stages(tmp_path, capsys):
-    options = [*TINY, "--cells", "4", "--stages", "4", "--out", str(tmp_path)]
-    assert image_search.main(options) == 2
-    assert "too small" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--channels", "6"], "--channels: expected a multiple of 4"),
+        (["--stages", "3"], "--stages: expected at most --cells 2"),
+        (["--cells", "4", "--stages", "4"], "too small"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_one_line(options, words, tmp_path, capsys):
+    assert image_search.main([*TINY, *options, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1

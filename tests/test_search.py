@@ -16,17 +16,12 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
 import wplfast
-from benchmarks.experiments import overview
-from benchmarks.experiments.search import summary
-from benchmarks.experiments.search.controller import Controller
-from benchmarks.experiments.search.forgetting import forgetting
-from benchmarks.experiments.search.loop import Run, search
-from benchmarks.experiments.search.plasticity import Plasticity, Schedule
+from benchmarks.experiments.search import report
+from benchmarks.experiments.search.controller import Controller, Policy, Reinforce
+from benchmarks.experiments.search.loop import Run, forgetting, search
+from benchmarks.experiments.search.penalty import ReferencePenalty, Schedule
 from benchmarks.experiments.search.problem import Decision
-from benchmarks.experiments.search.reference import ReferencePenalty
-from benchmarks.experiments.search.reinforce import Policy, Reinforce
 from benchmarks.experiments.text_search import __main__ as text_search
-from benchmarks.experiments.text_search import report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,41 +85,39 @@ def test_schedule_by_hand():
 
 def test_penalty_anchors_what_was_used_and_forgets_on_schedule():
     weights = {name: torch.ones(2, requires_grad=True) for name in "ab"}
-    plasticity = Plasticity(weights, 2.0, Schedule(start=1, rate=0.5, reset_every=2, normalize=None))
-    plasticity.begin_epoch(0)
-    assert not plasticity.on
-    plasticity.begin_epoch(1)
-    assert plasticity.on
-    plasticity.learn({"a": torch.tensor([2.0, 4.0])}, ["a"])
-    plasticity.learn({"b": torch.tensor([8.0, 8.0])}, ["b"])
+    wpl, schedule = wplfast.WeightPlasticityLoss(weights, 2.0), Schedule(1, 0.5, 2, None)
+    assert [schedule.begin_epoch(wpl, 2.0, epoch) for epoch in (0, 1)] == [0, 2]
+    assert wpl.alpha.item() == 2
+    schedule.learn(wpl, {"a": torch.tensor([2.0, 4.0])}, ["a"])
+    schedule.learn(wpl, {"b": torch.tensor([8.0, 8.0])}, ["b"])
     with torch.no_grad():
         weights["a"].add_(1)
         weights["b"].add_(2)
-    assert plasticity.add_grad_(["a"]).item() == pytest.approx(0.5 * 2 * (1 + 2))  # F = rate * F_new
+    assert wpl.add_grad_(active=["a"]).item() == pytest.approx(0.5 * 2 * (1 + 2))  # F = rate * F_new
     assert weights["a"].grad.tolist() == [2.0, 4.0]
     assert weights["b"].grad is None
-    plasticity.learn({"a": torch.tensor([2.0, 4.0])}, ["a"])  # F = 0.5 [1, 2] + 0.5 [2, 4], anchored at 2
-    assert plasticity.penalty.fisher["a"].tolist() == [1.5, 3.0]
-    assert plasticity.penalty.theta_hat["a"].tolist() == [2.0, 2.0]
-    assert plasticity.penalty.theta_hat["b"].tolist() == [1.0, 1.0]
-    plasticity.begin_epoch(3)
-    assert plasticity.penalty.n_anchors == 0
-    assert plasticity.add_grad_(["b"]).item() == 0
+    schedule.learn(wpl, {"a": torch.tensor([2.0, 4.0])}, ["a"])  # F = 0.5 [1, 2] + 0.5 [2, 4], anchored at 2
+    assert wpl.fisher["a"].tolist() == [1.5, 3.0]
+    assert wpl.theta_hat["a"].tolist() == [2.0, 2.0]
+    assert wpl.theta_hat["b"].tolist() == [1.0, 1.0]
+    schedule.begin_epoch(wpl, 2.0, 3)
+    assert wpl.n_anchors == 0
+    assert wpl.add_grad_(active=["b"]).item() == 0
 
 
 def test_published_way_agrees_where_a_batch_is_one_sample():
     one = problem(batch=1)
     active = one.active(CELL)
-    ours, published = Plasticity(one.weights, 3.0, Schedule(0, normalize=None)), ReferencePenalty(one.weights, 3.0, 0.9)
-    ours.begin_epoch(0)
+    ours, published = wplfast.WeightPlasticityLoss(one.weights, 3.0), ReferencePenalty(one.weights, 3.0, 0.9)
     given = one.fisher_pass(CELL)
     published.learn(given, active)
     weights = {name: one.weights[name] for name in active}
-    ours.learn(wplfast.fisher_diagonal(given.model, [given.batch], given.loss_fn, params=weights), active)
+    fisher = wplfast.fisher_diagonal(given.model, [given.batch], given.loss_fn, params=weights)
+    Schedule(0, normalize=None).learn(ours, fisher, active)
     with torch.no_grad():
         for weight in one.weights.values():
             weight.add_(0.1)
-    assert ours.add_grad_(active).item() == pytest.approx(published.value(active).item(), rel=1e-4)
+    assert ours.add_grad_(active=active).item() == pytest.approx(published.value(active).item(), rel=1e-4)
     for name, gradient in zip(active, published.gradients(active), strict=True):
         torch.testing.assert_close(one.weights[name].grad, gradient, rtol=1e-4, atol=1e-9)
 
@@ -153,18 +146,15 @@ def test_timing_the_published_way_changes_nothing():
 
 def test_strong_penalty_holds_the_weights():
     moved = []
-    for alpha in (None, 10.0):
+    for alpha in (0.0, 10.0):
         one, active = problem(), edges_in_use()
         before = {name: one.weights[name].detach().clone() for name in active}
-        plasticity = Plasticity(one.weights, alpha, Schedule(0))
-        plasticity.begin_epoch(0)
-        if plasticity.on:
-            plasticity.learn({name: torch.ones_like(before[name]) for name in active}, active)
+        wpl = wplfast.WeightPlasticityLoss(one.weights, alpha)
+        Schedule(0).learn(wpl, {name: torch.ones_like(before[name]) for name in active}, active)
         for _ in range(20):
             one._train.position = 0  # the same gradient over and over
             one.train_loss(CELL).backward()
-            if plasticity.on:
-                plasticity.add_grad_(active)
+            wpl.add_grad_(active=active)
             with torch.no_grad():
                 for name in active:
                     one.weights[name] -= 0.1 * one.weights[name].grad
@@ -179,7 +169,7 @@ def test_divergence_ends_a_run():
         one.model.word.bias.fill_(math.nan)
     run = search(one, setup(), 0, 1.0, 1.0)
     assert run.diverged
-    assert (run.epochs, run.final, summary.score(run)) == ([], {}, 0.0)
+    assert (run.epochs, run.final, report.score(run)) == ([], {}, 0.0)
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -202,97 +192,83 @@ def curves(seed, alpha, means, reward, diverged=False, lr=1.0):
     return Run(seed, lr, alpha, diverged, epochs, times, final)
 
 
-def test_verdicts_by_hand():
+def test_goals_by_hand():
     ce = [curves(0, None, [99, 10, 30], 1.0), curves(1, None, [99, 10, 50], 3.0)]
     wpl = [curves(0, 1.0, [99, 5, 18], 1.5), curves(1, 1.0, [99, 5, 2], 2.5)]
-    found = summary.summarise({"ce": ce, "wpl": wpl}, 1)
+    found = report.summarise({"ce": ce, "wpl": wpl}, 1)
     assert found["worst_epoch"] == 2  # epoch 0 is before the penalty
-    assert [found["verdicts"][m]["ce"] for m in ("mean", "best5", "max")] == [40, 80, 120]
-    assert [found["verdicts"][m]["reduction_percent"] for m in ("mean", "best5", "max")] == [75] * 3
-    assert all(found["verdicts"][m]["reached"] for m in ("mean", "best5", "max", "reward"))
+    assert [found["arms"]["ce"]["curves"][m]["mean"][2] for m in ("mean", "best5", "max")] == [40, 80, 120]
+    assert report._goals(found) == [
+        "40 to 10 (75 % less) *", "80 to 20 (75 % less) *", "120 to 30 (75 % less) *", "2 to 2 *",
+    ]  # fmt: skip
     assert found["arms"]["ce"]["after_start"]["mean"] == {"mean": 25, "std": pytest.approx(50**0.5), "seeds": [20, 30]}
-    weak = summary.summarise({"ce": ce, "wpl": [curves(s, 1.0, [99, 5, 20], 1.0) for s in range(2)]}, 1)
-    assert weak["verdicts"]["mean"] == {
-        "ce": 40, "wpl": 20, "reduction_percent": 50, "goal_percent": 60, "reached": False,
-    }  # fmt: skip
-    assert weak["verdicts"]["max"]["reached"]
-    assert not weak["verdicts"]["reward"]["reached"]
-    nothing = summary.summarise({"ce": [curves(0, None, [9, -1, -2], 1)], "wpl": [curves(0, 1.0, [9, -3, 1], 1)]}, 1)
-    assert nothing["verdicts"]["mean"]["reduction_percent"] is None
+    weak = report.summarise({"ce": ce, "wpl": [curves(s, 1.0, [99, 5, 20], 1.0) for s in range(2)]}, 1)
+    assert report._goals(weak) == [
+        "40 to 20 (50 % less)", "80 to 40 (50 % less) *", "120 to 60 (50 % less) *", "2 to 1",
+    ]  # fmt: skip
+    nothing = report.summarise({"ce": [curves(0, None, [9, -1, -2], 1)], "wpl": [curves(0, 1.0, [9, -3, 1], 1)]}, 1)
+    assert report._goals(nothing)[0] == "-1 to -3 (nothing forgotten)"
 
 
 def test_runs_that_diverge_leave_both_arms_and_score_nothing():
     ce = [curves(0, None, [1, 2], 1.0), curves(1, None, [1, 4], 1.0)]
     wpl = [curves(0, 9.0, [1], 1.0, diverged=True), curves(1, 9.0, [1, 1], 1.0)]
-    found = summary.summarise({"ce": ce, "wpl": wpl}, 1)
+    found = report.summarise({"ce": ce, "wpl": wpl}, 1)
     assert found["seeds"] == 1
     assert found["arms"]["wpl"]["diverged"] == 1
-    assert found["verdicts"]["mean"]["ce"] == 4
-    grid = summary.grid([*wpl, curves(0, 1.0, [1, 1], 0.6), curves(1, 1.0, [1, 1], 0.6)], "alpha")
+    assert found["arms"]["ce"]["curves"]["mean"]["mean"][found["worst_epoch"]] == 4
+    grid = report.grid([*wpl, curves(0, 1.0, [1, 1], 0.6), curves(1, 1.0, [1, 1], 0.6)], "alpha")
     assert grid["chosen"] == 1.0  # 0.6 against (0 + 1) / 2
     assert grid["at_edge"]
     assert [row["forgetting"] for row in grid["values"]] == [1.0, 1.0]
-    assert summary.grid([curves(0, 1.0, [50, 3, 5], 1.0), curves(1, 1.0, [9], 1.0, True)], "alpha", 1)["values"] == [
+    assert report.grid([curves(0, 1.0, [50, 3, 5], 1.0), curves(1, 1.0, [9], 1.0, True)], "alpha", 1)["values"] == [
         {"alpha": 1.0, "reward": 0.5, "seeds": [1.0, 0.0], "forgetting": 4.0}
     ]
-    everything = summary.summarise({"ce": ce[:1], "wpl": wpl[:1]}, 1)
-    assert "verdicts" not in everything
+    everything = report.summarise({"ce": ce[:1], "wpl": wpl[:1]}, 1)
+    assert "worst_epoch" not in everything
     assert "NaN" not in json.dumps(everything)
 
 
-def test_report_names_verdicts_times_and_divergence():
-    ce, wpl = [curves(0, None, [9, 4, 2], 1.0)], [curves(0, 1.0, [9, 1, 1], 0.5)]
-    record = {
-        "summary": summary.summarise({"ce": ce, "wpl": wpl}, 1),
+def record_of(ce, wpl, cover="cells", layer_norm=False):
+    return {
+        "summary": report.summarise({"ce": ce, "wpl": wpl}, 1),
         "words": text_search.WORDS,
-        "data": {"name": "NAME", "train": 1234},
-        "settings": {"task": {"cover": "cells"}, "minibatches": 2, "epochs": 3, "architectures": 4, "device": "cpu"},
-        "hardware": {"cpu": "CPU"},
+        "data": {"name": "NAME"},
+        "settings": {"task": {"cover": cover, "sizes": {"layer_norm": layer_norm}}, "minibatches": 2},
         "workers": 1,
-        "wall_seconds": 3.0,
-        "chosen_by": "REWARD",
-        "tuning": {"lr": summary.grid(ce, "lr"), "alpha": summary.grid(wpl, "alpha")},
+        "tuning": {"lr": report.grid(ce, "lr"), "alpha": report.grid(wpl, "alpha")},
     }
-    table, section = report.table(record), report.markdown(record)
-    for text in (table, section):
-        assert "75 % less; goal 60 % less: reached" in text
-        assert "goal: not lower: not reached" in text
-        assert "penalty 17 %, Fisher 8.3 % and anchor 8.3 %" in text  # 1, 1/2, 1/2 of 4 + 2
-    assert "1,234" in section
-    assert "the cells' weights alone" in section
-    assert "at the edge" in section
-    assert report.figure(record).startswith(b"\x89PNG")
-    record["summary"] = summary.summarise({"ce": ce, "wpl": [replace(wpl[0], diverged=True)]}, 1)
-    assert "all runs diverged" in report.table(record)
-    assert "Diverged, and left out in both arms: 1 with WPL" in report.markdown(record)
-    assert report.figure(record).startswith(b"\x89PNG")
 
 
-def test_overview_by_hand():
-    def record(name, wpl, cover, layer_norm=False):
-        ce = [curves(seed, None, [9, 4 + seed, 2], 1.0 + seed) for seed in range(2)]
-        return {
-            "experiment": "image_search",
-            "summary": summary.summarise({"ce": ce, "wpl": wpl}, 1),
-            "data": {"name": name},
-            "settings": {"task": {"cover": cover, "sizes": {"layer_norm": layer_norm}}},
-            "tuning": {"lr": {"chosen": 0.1}, "alpha": {"chosen": wpl[0].alpha}},
-        }
+def test_tables_by_hand():
+    ce, wpl = [curves(0, None, [9, 4, 2], 1.0)], [curves(0, 1.0, [9, 1, 1], 0.5)]
+    record = record_of(ce, wpl)
+    tables = report.tables(record)
+    results = {row[0]: row[1:] for row in tables["results"].rows}
+    assert results["mean difference, epoch 2"] == ["4.00 ± 0.00", "1.00 ± 0.00"]
+    assert results["best-5 mean difference, epochs 2 on"] == ["6.00 ± 0.00", "2.00 ± 0.00"]
+    assert results["mean reward, last epochs"] == ["1.00 ± 0.00", "0.50 ± 0.00"]
+    assert results["test perplexity, chosen at the end"] == ["6.00 ± 0.00", "6.00 ± 0.00"]
+    goals = ["4 to 1 (75 % less) *", "8 to 2 (75 % less) *", "12 to 3 (75 % less) *", "1 to 0.5"]
+    assert tables["goals"].rows == [["recurrent cells, NAME", "cells, alpha 1", *goals]]
+    tried = ["1 (edge)", "1 (1, 5)", "1 (edge)", "1 (0.5, 3.67)"]
+    assert tables["tuning"].rows == [["recurrent cells, NAME", "cells, alpha 1", *tried]]
+    assert tables["times"].rows[0][2:] == ["2", "2", "1", "1", "1", "", ""]
+    assert report.figures(record)[""].startswith(b"\x89PNG")
 
-    good = [curves(seed, 2.0, [9, 1, 1], 1.5 + seed) for seed in range(2)]
-    bad = [curves(seed, 1.0, [9, 9, 4], 0.5 + seed) for seed in range(2)]
-    lost = [curves(seed, 1.0, [9], 1.0, diverged=True) for seed in range(2)]
-    records = {
-        "image_search_digits": record("USED", good, "used"),
-        "image_search_digits_cells": record("CELLS", bad, "cells"),
-        "image_search_mnist": record("LOST", lost, "used"),
-    }
-    text = "\n".join(overview.overview(records))
-    assert "60, 40, 40 % less" in text
-    used = "| convolution cells, USED | all in use, alpha 2 | **4.5 to 1 (78 % less)** | **9 to 2 (78 % less)** |"
-    assert f"{used} **13.5 to 3 (78 % less)** | **1.5 to 2** |" in text
-    cells = "| convolution cells, CELLS | cells, alpha 1 | 4.5 to 9 (100 % more) | 9 to 18 (100 % more) |"
-    assert f"{cells} 13.5 to 27 (100 % more) | 1.5 to 1 |" in text
-    assert "| 0.1 | 1 to 2 | 6.5 to 1.0 (-5.5 ± 0.0) | 1.00 to 2.00 (+1.00 ± 0.00) |" in text
-    assert "LOST" not in text
-    assert "EWC" not in text
+
+def test_tables_name_what_differs_and_what_got_worse():
+    ce = [curves(seed, None, [9, 4 + seed, 2], 1.0 + seed) for seed in range(2)]
+    bad = [curves(seed, 1.0, [9, 9, 4], 1.5 + seed) for seed in range(2)]
+    (row,) = report.tables(record_of(ce, bad, "used", True))["goals"].rows
+    assert row[:3] == ["recurrent cells, NAME, outputs normalised", "all in use, alpha 1", "4.5 to 9 (100 % more)"]
+    assert row[-1] == "1.5 to 2 *"
+
+
+def test_tables_of_runs_that_diverged():
+    ce, lost = [curves(0, None, [9, 4, 2], 1.0)], [curves(0, 1.0, [9, 1, 1], 0.5, diverged=True)]
+    record = record_of(ce, lost)
+    tables = report.tables(record)
+    assert tables["results"].rows == [["runs that diverged, left out in both arms", "0", "1"]]
+    assert tables.keys() == {"results", "tuning"}
+    assert report.figures(record)[""].startswith(b"\x89PNG")

@@ -16,15 +16,14 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
 import wplfast
-from benchmarks.experiments.search import command
-from benchmarks.experiments.search.kept import Kept
+from benchmarks.experiments.data.digits import DataError
+from benchmarks.experiments.data.text import Files, load_text
+from benchmarks.experiments.harness.runner import Runner, run_kept
+from benchmarks.experiments.search import command, report
 from benchmarks.experiments.search.loop import search
 from benchmarks.experiments.text_search import __main__ as text_search
-from benchmarks.experiments.text_search import report
 from benchmarks.experiments.text_search.cells import SharedCells, Sizes, decisions, describe, edges
 from benchmarks.experiments.text_search.problem import Batches, Stream
-from benchmarks.plumbing.data import DataError
-from benchmarks.plumbing.text import Files, columns, load_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,8 +154,8 @@ def test_smoke_run_writes_everything(tmp_path, capsys):
     assert {run["seed"] for arm in record["runs"].values() for run in arm} == {0}
     printed = capsys.readouterr().out
     assert "cross-entropy alone" in printed
-    assert "As published" in printed
-    assert "goal" in report.markdown(record)
+    assert "as published" in printed
+    assert report.tables(record)["results"].text() in printed
 
 
 def test_finished_runs_are_taken_over(tmp_path):
@@ -166,12 +165,18 @@ def test_finished_runs_are_taken_over(tmp_path):
         calls.append(job)
         return search(problem(job), setup(), job, 1.0, 1.0)
 
-    first, again = (Kept(function, tmp_path, "1")(3) for _ in range(2))
+    first, again = (Runner(0, tmp_path, "1").map("", function, [3]) for _ in range(2))
     assert first == again
     assert calls == [3]
-    Kept(function, tmp_path, "1")(4)
-    Kept(function, tmp_path, "2")(3)
+    Runner(0, tmp_path, "1").map("", function, [4])
+    Runner(0, tmp_path, "2").map("", function, [3])
     assert calls == [3, 4, 3]
+    assert run_kept(len, tmp_path, "1", "abc") == 3  # another function's job
+
+
+def test_processes_return_results_in_order():
+    with Runner(2) as runner:
+        assert runner.map("", len, ["a", "bbb", "", "cc"]) == [1, 3, 0, 2]
 
 
 def test_resumed_comparison_gives_the_same_figures(tmp_path, monkeypatch):
@@ -179,23 +184,23 @@ def test_resumed_comparison_gives_the_same_figures(tmp_path, monkeypatch):
     for _ in range(2):
         assert text_search.main([*TINY, "--resume", "--out", str(tmp_path)]) == 0
         records.append(json.loads((tmp_path / "text_search.json").read_text()))
-        monkeypatch.setattr(text_search, "run", lambda job: pytest.fail("all runs are there"))
+        monkeypatch.setattr(command, "search", lambda *job: pytest.fail("all runs are there"))
     assert records[0]["summary"] == records[1]["summary"]
     assert len(list((tmp_path / "runs").iterdir())) == 2 + 2 + 2
 
 
 def test_what_is_given_goes_before_the_papers_sizes():
-    options = text_search._parse(["--paper", "--hidden", "32", "--dropout", "0", "0", "0.1"])
+    options = command.parse(text_search.SPACE, "", ["--paper", "--hidden", "32", "--dropout", "0", "0", "0.1"])
     assert (options.hidden, options.blocks, options.length, options.batch_size) == (32, 12, 35, 64)
     assert (options.dropout, options.epochs, options.controller_steps) == ([0, 0, 0.1], 150, 2000)
-    assert text_search._parse([]).blocks == 4
+    assert command.parse(text_search.SPACE, "", []).blocks == 4
 
 
 @pytest.mark.parametrize(
     "options",
     [
         ["--seeds", "0"], ["--lr", "-1"], ["--alpha", "x"], ["--blocks", "1"], ["--normalize", "sum"],
-        ["--dropout", "0.1"], ["--held-out", "x.txt"], ["--rate", "1.5"], ["--start", "-1"],
+        ["--dropout", "0.1"], ["--rate", "1.5"], ["--start", "-1"],
     ],
 )  # fmt: skip
 def test_bad_option_exits_with_2(options, capsys):
@@ -210,6 +215,7 @@ def test_bad_option_exits_with_2(options, capsys):
     [
         (["--start", "3"], "never act"),
         (["--rate", "0"], "--rate"),
+        (["--held-out", "x.txt"], "--held-out"),
         (["--device", "cuda:99"], "--device"),
         (["--data", "/nonexistent"], "no such folder"),
         (["--length", "100000"], "train part has"),
@@ -239,24 +245,24 @@ def folder(tmp_path):
 def test_text_by_hand(folder):
     text = load_text(Files(str(folder)), 4)
     assert text.words == ("<unk>", "a", "<eos>", "b")  # by counts, equal ones by the alphabet; c does not fit
-    assert text.train.tolist() == [1, 3, 1, 0, 2, 0, 1, 3, 2]
-    assert text.validation.tolist() == [1, 0, 2]
+    assert text.parts["train"].tolist() == [1, 3, 1, 0, 2, 0, 1, 3, 2]
+    assert text.parts["validation"].tolist() == [1, 0, 2]
     assert text.sizes == {"train": 9, "validation": 3, "test": 4, "vocabulary": 4}
     halves = load_text(Files(str(folder), train="valid.txt", held_out="train.txt"), 9)
-    assert (len(halves.train), len(halves.validation), len(halves.test)) == (3, 4, 5)
+    assert [len(part) for part in halves.parts.values()] == [3, 4, 5]
 
 
 def test_python_ships_a_text():
     text = load_text(Files(), 500)
     assert len(text.words) == 500
-    assert len(text.train) > 50_000
-    assert min(len(text.validation), len(text.test)) > 5_000
+    assert text.sizes["train"] > 50_000
+    assert min(text.sizes["validation"], text.sizes["test"]) > 5_000
 
 
 def test_columns_and_segments_by_hand():
     words = torch.arange(23)
-    assert columns(words, 2).tolist() == [list(range(11)), list(range(11, 22))]
     stream = Stream(words, Batches(2, 4), "train")
+    assert stream._rows.tolist() == [list(range(11)), list(range(11, 22))]
     assert stream.count == 2
     assert [stream.next()[0] for _ in range(3)] == [0, 1, 0]
     inputs, targets = stream.segment(1)
@@ -286,9 +292,9 @@ def test_damaged_text(folder, name, content, words):
 
 def test_equal_numbers_are_tried_by_default():
     assert len(text_search.RATES) == len(text_search.ALPHAS)
-    assert command._TUNING_SEED >= 1000
+    assert command.TUNING_SEED >= 1000
 
 
 def test_records_name_folders_without_where_they_lie():
     settings = {"files": {"folder": "/home/someone/ptb", "train": "train.txt"}, "vocabulary": 50}
-    assert command._portable(settings) == {"files": {"folder": "ptb", "train": "train.txt"}, "vocabulary": 50}
+    assert command.portable(settings) == {"files": {"folder": "ptb", "train": "train.txt"}, "vocabulary": 50}

@@ -16,10 +16,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
+from benchmarks.experiments import page
+from benchmarks.experiments.data.digits import DataError, load_split, read_idx
+from benchmarks.experiments.harness.training import batch_squared, batches
 from benchmarks.experiments.two_models import __main__ as two_models
 from benchmarks.experiments.two_models import report, training
 from benchmarks.experiments.two_models.training import METHODS, TUNED, Run, Setup, Trained
-from benchmarks.plumbing.data import DataError, load_split, read_idx
 from benchmarks.plumbing.record import write_bytes
 
 TINY = ("--iterations", "20", "--seeds", "1", "--grid", "0.1", "100", "--workers", "0")
@@ -96,16 +98,25 @@ def test_penalties_scale_by_their_own_fisher():
 
 
 def test_batch_squared_by_hand():
-    trunk, own = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False)), torch.nn.Sequential(torch.nn.Identity())
-    model = training.Model(trunk, own)
-    torch.nn.init.zeros_(trunk[0].weight)
+    model = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.zeros_(model.weight)
     images = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
     loader = [(images, torch.tensor([0, 1])), (images[:1], torch.tensor([1]))]
     # p = 1/2: the gradient of row c is (1/2 - [label = c]) x; batch 1 has the mean of two, batch 2 one sample.
     first = torch.tensor([[-0.5, 1.0], [0.5, -1.0]])
     second = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     expected = (first.square() + second.square()) / 2
-    torch.testing.assert_close(training.batch_squared(model, loader)["0.weight"], expected)
+    torch.testing.assert_close(batch_squared(model, dict(model.named_parameters()), loader, 2)["weight"], expected)
+
+
+def test_batches_cover_an_epoch_in_the_order_of_the_seed():
+    part = torch.arange(10), torch.arange(10)
+    drawn, again = batches(part, 3, 0), batches(part, 3, 0)
+    epochs = [torch.cat([next(drawn)[1] for _ in range(3)]).tolist() for _ in range(2)]
+    assert all(len(set(labels)) == 9 for labels in epochs)
+    assert epochs[0] != epochs[1]
+    assert torch.cat([next(again)[1] for _ in range(3)]).tolist() == epochs[0]
+    assert len(next(batches(part, 99, 0))[1]) == 10
 
 
 def test_summary_by_hand():
@@ -133,7 +144,7 @@ def test_split_is_by_seed_and_disjoint(mnist):
     folder, images, labels = mnist
     split = load_split(str(folder), 3)
     assert split.sizes == {"train": 140, "validation": 20, "test": 40}
-    assert split.n_features == 20
+    assert split.shape == (20,)
     again, other = load_split(str(folder), 3), load_split(str(folder), 4)
     assert torch.equal(split.test[0], again.test[0])
     assert not torch.equal(split.test[0], other.test[0])
@@ -261,7 +272,23 @@ def test_interrupted_write_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_page_of_results_is_made_from_the_records():
-    from benchmarks.experiments import page
+# ---- the page of results ---------------------------------------------------------------------------------------------
 
-    assert page.PAGE.read_text() == page.render(), "run `python -m benchmarks.experiments.page`"
+
+def test_the_tables_on_the_page_are_those_of_the_records():
+    text = page.PAGE.read_text()
+    assert text == page.render(text), "run `python -m benchmarks.experiments.page`"
+    marked = page.MARKED.findall(text)
+    assert text.count("<!-- table") == text.count("<!-- end -->") == len(marked)
+    shown = {record for _, _, records, _ in marked for record in records.split()}
+    experiments = ("two_models", "ewc", "text_search", "image_search", "fine_tuning")
+    assert shown == {path.stem for path in page.RESULTS.glob("*.json") if path.stem.startswith(experiments)}
+    assert all(f"results/{name}.png" in text for name in shown)
+
+
+@pytest.mark.parametrize("name", ["two_models_digits", "ewc_digits", "text_search_help_norm", "fine_tuning_mnist"])
+def test_figures_are_made_from_records(name):
+    record = json.loads((page.RESULTS / f"{name}.json").read_text())
+    images = page.report_of(record).figures(record)
+    assert all(image.startswith(b"\x89PNG") for image in images.values())
+    assert all((page.RESULTS / f"{name}{part}.png").exists() for part in images)

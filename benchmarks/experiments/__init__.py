@@ -6,8 +6,9 @@
 ``text_search``       architecture search over recurrent cells with shared weights, on text
 ``image_search``      architecture search over convolution cells with shared weights, on images
 ``fine_tuning``       small updates with new samples and classes, some old samples, wrong labels
-``page``              not an experiment: writes ``benchmarks/RESULTS.md`` from the records
+``page``              not an experiment: refreshes the tables of ``benchmarks/RESULTS.md`` from the records
 ====================  =================================================================================
 
-Each runs with ``python -m benchmarks.experiments.NAME``, prints a table, and writes a record (JSON) and a figure.
+Each runs with ``python -m benchmarks.experiments.NAME``, prints tables, and writes a record (JSON) and figures.
+``harness`` is what all of them share, ``data`` what they learn from, ``search`` what both searches share.
 """

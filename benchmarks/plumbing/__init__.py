@@ -1,1 +1,1 @@
-"""What the experiments share: data, worker processes, records of runs, plot style, and training in sequence."""
+"""What the benchmarks share: records of runs, the look of plots, tables, and the parts of single benchmarks."""

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...plumbing.data import DataError, Split, load_split
+from ..data.digits import DIGITS, DataError, Part, Split, load_split
+from ..harness.options import option, positive, several, share, strength
+from ..harness.training import hidden_layers
 
 N_CLASSES = 10
-HALVES = (range(5), range(5, 10))
-PAIRS = tuple(range(first, first + 2) for first in range(0, 10, 2))
+_CLASSES = {"split2": (range(5), range(5, 10)), "split5": tuple(range(first, first + 2) for first in range(0, 10, 2))}
+FISHER_TYPES = ("empirical", "exact", "mc")
 
 
 @dataclass(frozen=True)
@@ -27,43 +30,38 @@ class Setup:
     Every task is learnt with a fresh Adam whose rate falls linearly from ``lr`` to 0.
     """
 
-    data: str | None = None
+    data: str | None = option(None, str, DIGITS, metavar="DIR")
     device: str = "cpu"
-    hidden: int = 100
-    layers: int = 2
-    permutations: int = 5
-    batch_size: int = 64
-    iterations: int = 200
-    lr: float = 0.003
-    gamma: float = 0.9
-    fisher_type: str = "empirical"
-    fisher_samples: int = 1024
+    hidden: int = option(100, positive, "width of hidden layers")
+    layers: int = option(2, positive, "hidden layers")
+    permutations: int = option(5, several, "permuted tasks")
+    batch_size: int = option(64, positive, "of training")
+    iterations: int = option(200, positive, "of each task")
+    lr: float = option(0.003, strength, "Adam's rate, falling to 0 in each task")
+    gamma: float = option(0.9, share, "what online EWC keeps of F")
+    fisher_type: str = option("empirical", str, "of the arms", choices=FISHER_TYPES)
+    fisher_samples: int = option(1024, positive, "of the sweep")
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A sequence of tasks: what changes from one to the next, what is anchored, how fast later tasks are learnt."""
+    """A sequence of tasks: for one model, all of which is anchored (EWC), or for a new one that shares layers (WPL)."""
 
     title: str
-    model: str
-    data: str
-    anchored: str = "all parameters"
     method: str = "EWC"
     rate: float = 1.0  # of all tasks but the first, over the common one
 
 
-_WPL = ("A, then B", "the same", "shared layers", "WPL")
 SCENARIOS = {
-    "split2": Scenario("halves of the digits, task-incremental", "one, new output layer", "new classes"),
-    "split5": Scenario("pairs of digits, task-incremental", "one, new output layer", "new classes"),
-    "permuted": Scenario("permuted pixels, domain-incremental", "one", "pixels permuted anew"),
-    "models": Scenario("two models", *_WPL),
-    "models10": Scenario("two models, B at 10 x the rate", *_WPL, rate=10.0),  # two_models' rate, which forgets more
+    "split2": Scenario("halves of the digits, task-incremental"),
+    "split5": Scenario("pairs of digits, task-incremental"),
+    "permuted": Scenario("permuted pixels, domain-incremental"),
+    "models": Scenario("two models", "WPL"),
+    "models10": Scenario("two models, B at 10 x the rate", "WPL", 10.0),  # two_models' rate, which forgets more
 }
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """Data, and the number of the output layers that they are classified with."""
 
     split: Split
@@ -98,22 +96,17 @@ def tasks(setup: Setup, scenario: str, seed: int) -> tuple[Task, ...]:
         DataError: if the data are missing, damaged, or too few.
     """
     split = load_split(setup.data, seed)
-    if scenario == "split2":
-        parts = [Task(_classes(split, classes), head) for head, classes in enumerate(HALVES)]
-    elif scenario == "split5":
-        parts = [Task(_classes(split, classes), head) for head, classes in enumerate(PAIRS)]
+    if scenario in _CLASSES:
+        parts = [split.map(partial(_classes, classes=classes)) for classes in _CLASSES[scenario]]
     elif scenario == "permuted":
         generator = torch.Generator().manual_seed(seed)
-        orders = [torch.arange(split.n_features)]
-        orders += [torch.randperm(split.n_features, generator=generator) for _ in range(setup.permutations - 1)]
-        parts = [Task(_mapped(split, order), 0) for order in orders]
+        orders = [torch.randperm(*split.shape, generator=generator) for _ in range(setup.permutations - 1)]
+        parts = [split, *(split.map(partial(_permuted, order=order)) for order in orders)]
     else:
-        parts = [Task(split, head) for head in range(2)]
-    if not all(
-        len(labels) for task in parts for _, labels in (task.split.train, task.split.validation, task.split.test)
-    ):
+        parts = [split, split]
+    if not all(size for part in parts for size in part.sizes.values()):
         raise DataError(f"{setup.data or 'data'}: too few digits: a task is left without any in one part of the split")
-    return tuple(Task(task.split.to(setup.device), task.head) for task in parts)
+    return tuple(Task(part.to(setup.device), 0 if scenario == "permuted" else head) for head, part in enumerate(parts))
 
 
 def network(setup: Setup, scenario: str, n_features: int, seed: int) -> Network:
@@ -125,33 +118,18 @@ def network(setup: Setup, scenario: str, n_features: int, seed: int) -> Network:
             heads = [hidden_layers(setup.hidden, setup.hidden, depth) for depth in (0, 2)]
             heads = [layers.append(nn.Linear(setup.hidden, N_CLASSES)) for layers in heads]
         else:
-            sizes = {"split2": [5, 5], "split5": [2] * 5}.get(scenario, [N_CLASSES])
+            sizes = [len(classes) for classes in _CLASSES.get(scenario, [range(N_CLASSES)])]
             heads = [nn.Sequential(nn.Linear(setup.hidden, size)) for size in sizes]
         return Network(trunk, heads).to(setup.device)
 
 
-def hidden_layers(n_in: int, width: int, count: int) -> nn.Sequential:
-    """Build hidden layers of one width."""
-    layers = nn.Sequential()
-    for index in range(count):
-        layers.extend((nn.Linear(width if index else n_in, width), nn.ReLU()))
-    return layers
-
-
-def _classes(split: Split, classes: range) -> Split:
+def _classes(part: Part, classes: range) -> Part:
     """Return the samples of some classes; their labels count from the first of them."""
-
-    def chosen(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels = part
-        rows = (labels >= classes.start) & (labels < classes.stop)
-        return images[rows], labels[rows] - classes.start
-
-    return Split(chosen(split.train), chosen(split.validation), chosen(split.test))
+    images, labels = part
+    rows = (labels >= classes.start) & (labels < classes.stop)
+    return images[rows], labels[rows] - classes.start
 
 
-def _mapped(split: Split, order: Tensor) -> Split:
+def _permuted(part: Part, order: torch.Tensor) -> Part:
     """Return the same samples with their pixels in another order."""
-    train, validation, test = (
-        (images[:, order], labels) for images, labels in (split.train, split.validation, split.test)
-    )
-    return Split(train, validation, test)
+    return part[0][:, order], part[1]

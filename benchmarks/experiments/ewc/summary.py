@@ -8,12 +8,34 @@ from typing import Any
 
 import numpy as np
 
-from ...plumbing.spread import spread
-from .metrics import average_accuracy, backward_transfer, forgetting, new_task_accuracy
+from ..harness.statistics import at_edge, best, grouped, spread
 from .scenarios import SCENARIOS
 from .training import TUNED, Run
 
-GOAL_REDUCTION, GOAL_COST = 80.0, 2.0  # forgetting cut by at least (%), at a cost on new tasks of at most (points)
+Matrix = Sequence[Sequence[float]]  # row k: accuracies on tasks 0 to k after task k was learnt
+
+
+def average_accuracy(matrix: Matrix) -> list[float]:
+    """Return the mean accuracy over the tasks seen so far, after each task."""
+    return [float(np.mean(row)) for row in matrix]
+
+
+def forgetting(matrix: Matrix) -> list[float]:
+    """Return the average forgetting after each task (Chaudhry et al. 2018, arXiv:1801.10112), 0 after the first.
+
+    After task k, that of an earlier task j is its best accuracy so far, ``max_{l < k} a_lj``, minus the present one,
+    ``a_kj``; the mean is over j < k. (Tasks are not evaluated before they are learnt.)
+    """
+    values = [0.0]
+    for k in range(1, len(matrix)):
+        best = [max(matrix[past][j] for past in range(j, k)) for j in range(k)]
+        values.append(float(np.mean([best[j] - matrix[k][j] for j in range(k)])))
+    return values
+
+
+def new_task_accuracy(matrix: Matrix) -> float:
+    """Return the mean over all tasks but the first of their accuracy right after they were learnt."""
+    return float(np.mean([matrix[k][k] for k in range(1, len(matrix))]))
 
 
 def summarise(scenario: str, runs: Sequence[Run]) -> dict[str, Any]:
@@ -23,25 +45,25 @@ def summarise(scenario: str, runs: Sequence[Run]) -> dict[str, Any]:
     ``cost`` is how much less accurate the new tasks are right after they were learnt than with fine-tuning, paired by
     seed; ``gap`` how far the average accuracy at the end lies below joint training.
     """
+    tried = {arm: _grid(same) for arm, same in grouped(runs, lambda run: run.arm).items()}
+    alphas = {arm: best({row["alpha"]: row["validation"] for row in rows}) for arm, rows in tried.items()}
+    chosen = {arm: [run for run in runs if (run.arm, run.alpha) == (arm, alpha)] for arm, alpha in alphas.items()}
+
+    def measured(arm: str, measure: Any) -> np.ndarray:
+        return np.array([measure(run.matrix) for run in chosen[arm]])
+
     arms: dict[str, Any] = {}
-    chosen = {arm: _best([run for run in runs if run.arm == arm]) for arm in dict.fromkeys(run.arm for run in runs)}
-    new = {arm: np.array([new_task_accuracy(run.matrix) for run in picked]) for arm, picked in chosen.items()}
-    joint = np.array([average_accuracy(run.matrix)[-1] for run in chosen["joint"]])
     for arm, picked in chosen.items():
-        grid = _grid([run for run in runs if run.arm == arm]) if arm in TUNED else []
-        accuracy, lost, transfer = (
-            100 * np.array([measure(run.matrix) for run in picked])
-            for measure in (average_accuracy, forgetting, backward_transfer)
-        )
+        grid = tried[arm] if arm in TUNED else []
+        accuracy, new = 100 * measured(arm, average_accuracy), measured(arm, new_task_accuracy)
         arms[arm] = {
-            "alpha": picked[0].alpha,
-            "at_edge_of_grid": bool(grid) and picked[0].alpha in (grid[0]["alpha"], grid[-1]["alpha"]),
+            "alpha": alphas[arm],
+            "at_edge_of_grid": at_edge(alphas[arm], [row["alpha"] for row in grid]),
             "accuracy": _stages(accuracy),
-            "forgetting": _stages(lost),
-            "backward_transfer": _stages(transfer),
-            "new_task_accuracy": spread(100 * new[arm]),
-            "cost": spread(100 * (new["none"] - new[arm])),
-            "gap": spread(100 * joint - accuracy[:, -1]),
+            "forgetting": _stages(100 * measured(arm, forgetting)),
+            "new_task_accuracy": spread(100 * new),
+            "cost": spread(100 * (measured("none", new_task_accuracy) - new)),
+            "gap": spread((100 * measured("joint", average_accuracy) - accuracy)[:, -1]),
             "grid": grid,
             "matrices": [[[round(100 * value, 2) for value in row] for row in run.matrix] for run in picked],
         }
@@ -57,24 +79,10 @@ def forgets(scenario: dict[str, Any]) -> bool:
     return bool(lost["mean"] > lost["std"])
 
 
-def reaches_goal(row: dict[str, Any]) -> bool:
-    """Tell whether an arm cuts forgetting enough at a cost that is low enough."""
-    reduction = row["reduction_percent"]
-    return reduction is not None and reduction >= GOAL_REDUCTION and row["cost"]["mean"] <= GOAL_COST
-
-
-def _best(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs, one a seed, at the alpha with the best mean validation accuracy at the end."""
-    grid = _grid(runs)
-    best = max(grid, key=lambda row: row["validation"])["alpha"]
-    return [run for run in runs if run.alpha == best]
-
-
 def _grid(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return the mean over seeds at every alpha of one arm, in the order of the grid."""
     rows = []
-    for alpha in dict.fromkeys(run.alpha for run in runs):
-        same = [run for run in runs if run.alpha == alpha]
+    for alpha, same in grouped(runs, lambda run: run.alpha).items():
         row = {
             "validation": np.mean([run.validation for run in same]),
             "accuracy": np.mean([average_accuracy(run.matrix)[-1] for run in same]),

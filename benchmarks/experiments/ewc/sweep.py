@@ -12,10 +12,9 @@ import torch
 
 import wplfast
 
-from .fishers import KINDS, estimate
-from .metrics import good_range, shift, slope
+from ..harness.statistics import best, deviation, grouped
 from .scenarios import Setup, tasks
-from .training import FISHER_BATCH, accuracies, first_task, seed_of, train
+from .training import FISHER_BATCH, KINDS, accuracies, estimate, first_task, seed_of, train
 
 SWEPT = ("split2", "permuted")
 WITHIN = (1.0, 2.0)  # points below the best score that still count as good
@@ -68,13 +67,10 @@ def summarise(runs: Sequence[Sweep], alphas: Sequence[float]) -> dict[str, Any]:
 
     All choices are made on validation accuracy, averaged over seeds.
     """
-    rows, by_curve = [], {}
-    for kind, size in dict.fromkeys((run.kind, run.batch_size) for run in runs):
-        same = [run for run in runs if (run.kind, run.batch_size) == (kind, size)]
-        by_curve[kind, size] = same
-        validation, test = (np.array([getattr(run, part) for run in same]) for part in ("validation", "test"))
-        scores = validation.mean(0)
-        best = int(scores.argmax())
+    rows, by_curve = [], grouped(runs, lambda run: (run.kind, run.batch_size))
+    for (kind, size), same in by_curve.items():
+        scores, test = np.mean([run.validation for run in same], 0), np.array([run.test for run in same])
+        at = best(dict(enumerate(scores)))
         rows.append(
             {
                 "kind": kind,
@@ -82,10 +78,10 @@ def summarise(runs: Sequence[Sweep], alphas: Sequence[float]) -> dict[str, Any]:
                 "mean_fisher": float(np.mean([run.fisher.mean(dtype=np.float64) for run in same])),
                 "validation": _rounded(scores),
                 "test": _rounded(test.mean(0)),
-                "test_std": _rounded(test.std(0, ddof=int(len(same) > 1))),
-                "best_alpha": alphas[best],
-                "best_validation": round(float(scores[best]), 3),
-                "best_test": round(float(test.mean(0)[best]), 3),
+                "test_std": _rounded(deviation(test)),
+                "best_alpha": alphas[at],
+                "best_validation": round(float(scores[at]), 3),
+                "best_test": round(float(test.mean(0)[at]), 3),
                 "good": {f"{within:g}": good_range(alphas, scores, within) for within in WITHIN},
             }
         )
@@ -102,20 +98,17 @@ def _moves(
     the largest loss of test accuracy when the alpha that is best at one batch size is used at another.
     """
     found = {}
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        same = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["batch_size"])
-        if len(same) < 2:
+    for kind, unsorted in grouped(rows, lambda row: row["kind"]).items():
+        if len(unsorted) < 2:
             continue
+        same = sorted(unsorted, key=lambda row: row["batch_size"])
         sizes = [row["batch_size"] for row in same]
-        first = runs[kind, sizes[0]]
+        pairs = [list(zip(runs[kind, size], runs[kind, sizes[0]], strict=True)) for size in sizes]
         shifts = [shift(alphas, same[0]["validation"], row["validation"]) for row in same]
         lost = [used["best_test"] - used["test"][alphas.index(tuned["best_alpha"])] for tuned in same for used in same]
         found[kind] = {
             "sizes": sizes,
-            "fisher_difference": [
-                max(_difference(a.fisher, b.fisher) for a, b in zip(runs[kind, size], first, strict=True))
-                for size in sizes
-            ],
+            "fisher_difference": [max(_difference(a.fisher, b.fisher) for a, b in pair) for pair in pairs],
             "mean_ratio": [row["mean_fisher"] / same[0]["mean_fisher"] for row in same],
             "shift": shifts,
             "shift_per_decade": slope(sizes, shifts),
@@ -133,3 +126,58 @@ def _difference(fisher: np.ndarray, reference: np.ndarray) -> float:
 def _rounded(values: np.ndarray) -> list[float]:
     """Return values to 3 digits after the point."""
     return [round(float(value), 3) for value in values]
+
+
+def good_range(alphas: Sequence[float], scores: Sequence[float], within: float) -> dict[str, float | bool]:
+    """Return the range of strengths around the best one whose score is at most ``within`` below the best.
+
+    Args:
+        alphas: a grid in ascending order.
+        scores: of each strength, in points; between two of them it is read off a line over log10(alpha).
+        within: in points.
+
+    Returns:
+        ``low``, ``high`` (strengths), ``decades`` (log10 of their ratio), and ``open_low``, ``open_high``: whether the
+        range reaches that end of the grid, so that it may be wider than that.
+    """
+    x, y = np.log10(alphas), np.asarray(scores, float)
+    best, bound = int(y.argmax()), float(y.max()) - within
+    ends, is_open = [], []
+    for step in (-1, 1):
+        at = best
+        while 0 <= at + step < len(y) and y[at + step] >= bound:
+            at += step
+        is_open.append(not 0 <= at + step < len(y))
+        share = 0.0 if is_open[-1] else (y[at] - bound) / (y[at] - y[at + step])
+        ends.append(float(x[at]) if is_open[-1] else float(x[at] + share * (x[at + step] - x[at])))
+    low, high = ends
+    return {
+        "low": float(f"{10**low:.4g}"),
+        "high": float(f"{10**high:.4g}"),
+        "decades": round(high - low, 3),
+        "open_low": is_open[0],
+        "open_high": is_open[1],
+    }
+
+
+def shift(alphas: Sequence[float], reference: Sequence[float], scores: Sequence[float]) -> float:
+    """Return by how many decades of alpha a curve lies to the right of another one that is shaped like it.
+
+    It is the shift in [-5, 5] (at most what leaves half of the grid in common) with the least mean squared difference
+    where both curves are known, in steps of 0.01.
+    """
+    x, y, r = np.log10(alphas), np.asarray(scores, float), np.asarray(reference, float)
+    reach = min(5.0, (x[-1] - x[0]) / 2)
+    steps = np.arange(-int(100 * reach), int(100 * reach) + 1)
+    errors = []
+    for step in steps:
+        moved = x - step / 100
+        inside = (moved >= x[0]) & (moved <= x[-1])
+        errors.append(np.mean((y[inside] - np.interp(moved[inside], x, r)) ** 2))
+    least = np.flatnonzero(np.isclose(errors, np.min(errors), rtol=1e-9, atol=1e-12))
+    return float(steps[least[np.abs(steps[least]).argmin()]] / 100)  # of equally good ones the smallest
+
+
+def slope(batch_sizes: Sequence[int], shifts: Sequence[float]) -> float:
+    """Return b of the least-squares line shift = a + b log10(batch size)."""
+    return float(np.polyfit(np.log10(batch_sizes), shifts, 1)[0])

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import wplfast
 
-from ...plumbing.training import batches
-from .fishers import estimate
+from ..data.digits import Split
+from ..harness.training import accuracy, batch_squared, batches
 from .scenarios import SCENARIOS, Network, Setup, Task, network, tasks
 
 #: what earlier tasks leave behind for later ones, and what each is called in tables and figures
@@ -27,6 +28,15 @@ ARMS = {
 }
 TUNED = ("ewc", "online", "l2")
 FISHER_BATCH = 64
+Params: TypeAlias = Mapping[str, Tensor]
+Penalty: TypeAlias = wplfast.WeightPlasticityLoss
+#: how F is computed, and what each is called in tables and figures
+KINDS = {
+    "empirical": "right: empirical",
+    "exact": "right: exact over classes",
+    "mc": "right: labels drawn from the model",
+    "squared": "batch-squared",
+}
 
 
 @dataclass(frozen=True)
@@ -71,15 +81,15 @@ def run(job: tuple[Setup, str, int, str, float | None]) -> Run:
 def first_task(setup: Setup, scenario: str, seed: int) -> Network:
     """Return the network after the first task, which is the same for all arms: copy it before you change it."""
     task = tasks(setup, scenario, seed)[0]
-    net = network(setup, scenario, task.split.n_features, seed)
+    net = network(setup, scenario, *task.split.shape, seed)
     train(net, [task], setup, seed_of(seed, 0))
     return net
 
 
-def anchor(wpl: wplfast.WeightPlasticityLoss, net: Network, setup: Setup, scenario: str, task: Task, arm: str) -> None:
+def anchor(wpl: Penalty, net: Network, setup: Setup, scenario: str, task: Task, arm: str) -> None:
     """Anchor what the task was learnt with where it is now."""
     params = net.anchored(scenario, [task.head])
-    fisher: Mapping[str, Tensor] = {name: torch.ones_like(p) for name, p in params.items()}
+    fisher: Params = {name: torch.ones_like(p) for name, p in params.items()}
     if arm != "l2":
         fisher = estimate(setup.fisher_type, net.path(task.head), params, task.split, FISHER_BATCH)
     if arm == "online":
@@ -88,13 +98,19 @@ def anchor(wpl: wplfast.WeightPlasticityLoss, net: Network, setup: Setup, scenar
         wpl.consolidate(fisher, active=list(params))
 
 
+def estimate(
+    kind: str, model: nn.Module, params: Params, split: Split, batch_size: int, max_samples: int | None = None
+) -> Params:
+    """Return F of a model over (the first of) its training data, read in batches of one size."""
+    images, labels = (part[:max_samples] for part in split.train)
+    loader = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    if kind == "squared":
+        return {name: total / len(loader) for name, total in batch_squared(model, params, loader, 1).items()}
+    return wplfast.fisher_diagonal(model, loader, wplfast.losses.cross_entropy, params=params, fisher_type=kind)
+
+
 def train(
-    net: Network,
-    learnt: Sequence[Task],
-    setup: Setup,
-    seed: int,
-    wpl: wplfast.WeightPlasticityLoss | None = None,
-    rate: float = 1.0,
+    net: Network, learnt: Sequence[Task], setup: Setup, seed: int, wpl: Penalty | None = None, rate: float = 1.0
 ) -> None:
     """Learn a task, or several at once: each step then takes its share of the batch from every one of them."""
     paths = [net.path(task.head) for task in learnt]
@@ -115,11 +131,8 @@ def train(
 @torch.no_grad()
 def accuracies(net: Network, seen: Sequence[Task], part: str) -> list[float]:
     """Return the share of right answers on a part of each task's data."""
-    found = []
-    for task in seen:
-        images, labels = getattr(task.split, part)
-        found.append((net.path(task.head)(images).argmax(1) == labels).double().mean().item())
-    return found
+    data = [(net.path(task.head), *getattr(task.split, part)) for task in seen]
+    return [accuracy(path(images), labels) for path, images, labels in data]
 
 
 def seed_of(seed: int, index: int) -> int:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..harness.training import hidden_layers
+
 #: kinds of networks, and their usual widths
 WIDTHS = {"mlp": 64, "cnn": 8}
 
@@ -14,12 +16,8 @@ WIDTHS = {"mlp": 64, "cnn": 8}
 class GrowingNet(nn.Module):
     """A linear layer on two hidden ones, or on two convolutions of 3 x 3.
 
-    Args:
-        kind: "mlp" or "cnn".
-        n_pixels: of the images, which come flattened; square for a "cnn".
-        n_classes: at the beginning.
-        width: units of the hidden layers, or channels of the first convolution; the second has twice as many.
-        seed: decides all initial values, those of later classes too.
+    Images come flattened, square ones for a "cnn". The width is the units of the hidden layers ("mlp"), or the channels
+    of the first convolution; the second has twice as many. The seed decides the initial values of later classes too.
     """
 
     def __init__(self, kind: str, n_pixels: int, n_classes: int, width: int, seed: int) -> None:
@@ -28,7 +26,9 @@ class GrowingNet(nn.Module):
         self._seed = seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.features = _convolutions(math.isqrt(n_pixels), width) if kind == "cnn" else _hidden(n_pixels, width)
+            self.features = (
+                _convolutions(math.isqrt(n_pixels), width) if kind == "cnn" else hidden_layers(n_pixels, width, 2)
+            )
             n_features = self.features(torch.zeros(1, n_pixels)).shape[1]
             self.head = nn.Linear(n_features, n_classes)
 
@@ -51,11 +51,6 @@ class GrowingNet(nn.Module):
             new[: old.out_features] = before
         self.head = head
         return True
-
-
-def _hidden(n_pixels: int, width: int) -> nn.Sequential:
-    """Return two hidden layers."""
-    return nn.Sequential(nn.Linear(n_pixels, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
 
 
 def _convolutions(side: int, width: int) -> nn.Sequential:

@@ -1,15 +1,16 @@
-"""What is compared: conditions, the methods of each, the grids, and the choice on validation data."""
+"""What is compared: conditions, the methods of each, the grids, the choice on validation data, and what comes out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
-from ...plumbing.workers import Workers
+from ..harness.runner import Runner
+from ..harness.statistics import at_edge, best, spread
 from .settings import UNCHANGED, Arm, Condition, Run, Setup
+from .stream import SCENARIOS
 from .training import train
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # lambda
@@ -25,54 +26,27 @@ PENALTY_RATES = (0.0001, 0.01, 0.03, 0.1, 0.3)
 #: some 50 to 500 times smaller than its maximum, so the L2 anchor, whose F are all the same, begins lower.
 PULLS = {"wpl": (0.1, 1.0), "l2": (0.003, 0.1)}
 
-Key = tuple[Condition, str]
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One condition with one method: what was tried, what was chosen, and its runs.
-
-    Attributes:
-        arm: the chosen one.
-        grid: each arm that was tried, with its validation accuracy, the mean over updates and tuning seeds; empty
-            where the choice was taken over from the same condition without noise.
-        runs: of the chosen arm, by seed.
-    """
-
-    arm: Arm
-    grid: list[tuple[Arm, float]]
-    runs: list[Run]
-
 
 def studies(scenario: str, iterations: int, epochs: float) -> dict[str, list[Condition]]:
     """Return the conditions of each study; one condition may be part of several.
 
-    Args:
-        scenario: "known" or "new".
-        iterations: of an update, unless the study is about them.
-        epochs: the longest training, that of the study of noise.
+    Updates have so many iterations unless the study is about them; the longest ones, of that many epochs, are those of
+    the study of noise.
     """
     usual = Condition(scenario, iterations)
     longest = Condition(scenario, epochs, "epochs")
-    share = [replace(usual, share_old=value) for value in SHARES]
+    share = [usual._replace(share_old=value) for value in SHARES]
     constants = sorted({iterations, *(value for value in CONSTANTS if value < iterations)}, reverse=True)
     return {
         "steps": [
             longest,
             *(Condition(scenario, value, "epochs") for value in EPOCHS if value < epochs),
-            *(replace(usual, steps=value) for value in constants),
+            *(usual._replace(steps=value) for value in constants),
         ],
         "share": share,
-        "noise": [replace(longest, noise=value) for value in NOISES],
-        "memory": [share[0], *(replace(usual, memory=value) for value in MEMORIES), usual],
+        "noise": [longest._replace(noise=value) for value in NOISES],
+        "memory": [share[0], *(usual._replace(memory=value) for value in MEMORIES), usual],
     }
-
-
-def keys(plan: dict[str, list[Condition]]) -> list[Key]:
-    """Return every pair of a condition and a method, each once: the L2 anchor where WPL may replace old data."""
-    pairs = [(c, method) for conditions in plan.values() for c in conditions for method in ("none", "wpl")]
-    return _unique([*pairs, *((c, "l2") for c in plan["memory"])])
 
 
 def grid(method: str) -> list[Arm]:
@@ -82,51 +56,56 @@ def grid(method: str) -> list[Arm]:
     return [Arm(method, lr, pull / lr) for lr in PENALTY_RATES for pull in PULLS[method]]
 
 
-def n_runs(pairs: Sequence[Key], n_seeds: int, n_tuning: int) -> int:
-    """Return how many trainings :func:`run` takes for one scenario."""
-    tuned = sum(condition.noise == 0 for condition, _ in pairs)
-    trials = tuned * len(LEARNING_RATES) * n_tuning
-    return trials + tuned * (n_seeds - n_tuning) + (len(pairs) - tuned) * n_seeds + n_seeds
-
-
 def run(
-    setup: Setup, pairs: Sequence[Key], n_seeds: int, n_tuning: int, workers: Workers
-) -> tuple[dict[Key, Outcome], list[Run]]:
-    """Tune every pair on the validation data of the first seeds, then run what was chosen on all seeds.
+    setup: Setup, plan: dict[str, list[Condition]], n_seeds: int, n_tuning: int, runner: Runner
+) -> tuple[dict[str, Any], int]:
+    """Tune every condition with every method on the validation data of some seeds, then run what was chosen on all.
 
-    Args:
-        setup: settings of all runs.
-        pairs: of one scenario, from :func:`keys`.
-        n_seeds: seeds 0 to n_seeds - 1.
-        n_tuning: how many of them the choice is made on.
-        workers: to run on.
+    WPL is compared with the L2 anchor where it may replace old data. With wrong labels a method keeps what was chosen
+    without: the validation data of a user would have them too.
+
+    The choice is made on the first ``n_tuning`` of all ``n_seeds`` seeds.
 
     Returns:
-        Outcomes by pair, and the runs of the model that is never updated.
+        What the record says of the scenario: the conditions of each study by title, the model that is never updated,
+        and every outcome, accuracies in %, "mean" over updates first; and the number of runs.
     """
+    conditions = dict.fromkeys(condition for study in plan.values() for condition in study)
+    pairs = [(c, method) for c in conditions for method in ("none", "wpl", "l2")[: 3 if c in plan["memory"] else 2]]
+    words = SCENARIOS[pairs[0][0].scenario]
     tuned = [pair for pair in pairs if pair[0].noise == 0]
     jobs = [(c, arm, seed) for seed in range(n_tuning) for c, method in tuned for arm in grid(method)]
-    done = _train(setup, jobs, workers)
-    grids = {
-        (c, method): [(arm, _score([done[c, arm, seed] for seed in range(n_tuning)])) for arm in grid(method)]
+    done = _train(f"tuning, {words}", setup, jobs, runner)
+    tried = {
+        (c, method): {arm: _score([done[c, arm, seed] for seed in range(n_tuning)]) for arm in grid(method)}
         for c, method in tuned
     }
-    chosen = {pair: max(grids[replace(pair[0], noise=0.0), pair[1]], key=lambda row: row[1])[0] for pair in pairs}
-    unchanged = pairs[0][0], Arm(UNCHANGED, 0.0)
-    wanted = [(*what, s) for s in range(n_seeds) for what in (unchanged, *((c, chosen[c, m]) for c, m in pairs))]
-    done |= _train(setup, [job for job in wanted if job not in done], workers)
-    outcomes = {
-        (c, m): Outcome(chosen[c, m], grids.get((c, m), []), [done[c, chosen[c, m], s] for s in range(n_seeds)])
-        for c, m in pairs
+    chosen = {(c, method): best(tried[c._replace(noise=0.0), method]) for c, method in pairs}
+    unchanged = (pairs[0][0], Arm(UNCHANGED, 0.0))
+    wanted = [(*what, seed) for seed in range(n_seeds) for what in (unchanged, *((c, chosen[c, m]) for c, m in pairs))]
+    done |= _train(words, setup, [job for job in wanted if job not in done], runner)
+    results: dict[str, Any] = {}
+    for (c, method), arm in chosen.items():
+        runs = [done[c, arm, seed] for seed in range(n_seeds)]
+        row = results.setdefault(c.title, {"condition": c._asdict(), "methods": {}})
+        row["iterations_per_update"] = round(max(run.iterations for run in runs) / (len(runs[0].test) - 1), 1)
+        scores = tried.get((c, method), {})
+        edge = {"lr_at_edge": at_edge(arm.lr, [one.lr for one in scores])} if scores else {}
+        trials = [{**one._asdict(), "validation": round(100 * score, 2)} for one, score in scores.items()]
+        row["methods"][method] = {**arm._asdict(), **edge, "grid": trials, **_accuracies(runs)}
+    part = {
+        "studies": {study: [condition.title for condition in of] for study, of in plan.items()},
+        "unchanged": _accuracies([done[(*unchanged, seed)] for seed in range(n_seeds)]),
+        "results": results,
     }
-    return outcomes, [done[unchanged[0], unchanged[1], seed] for seed in range(n_seeds)]
+    return part, len(done)
 
 
 def _train(
-    setup: Setup, jobs: Sequence[tuple[Condition, Arm, int]], workers: Workers
+    words: str, setup: Setup, jobs: Sequence[tuple[Condition, Arm, int]], runner: Runner
 ) -> dict[tuple[Condition, Arm, int], Run]:
     """Run jobs."""
-    return dict(zip(jobs, workers.map(train, [(setup, *job) for job in jobs]), strict=True))
+    return dict(zip(jobs, runner.map(words, train, [(setup, *job) for job in jobs]), strict=True))
 
 
 def _score(runs: Sequence[Run]) -> float:
@@ -134,6 +113,12 @@ def _score(runs: Sequence[Run]) -> float:
     return float(np.mean([run.validation[1:] for run in runs]))
 
 
-def _unique(items: Sequence[Item]) -> list[Item]:
-    """Return the items in order, each once."""
-    return list(dict.fromkeys(items))
+def _accuracies(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the curves of runs, which begin with the model of the start, and what they come to."""
+    curves = 100 * np.array([run.test for run in runs])
+    return {
+        "mean": spread(curves[:, 1:].mean(1)),
+        "final": spread(curves[:, -1]),
+        "diverged": sum(run.diverged for run in runs),
+        "curves": curves.round(2).tolist(),
+    }

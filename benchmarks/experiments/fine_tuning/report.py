@@ -1,111 +1,152 @@
-"""The tables of the experiment, for the terminal and for a page, both made from the record alone."""
+"""The tables of the experiment and its figure of four panels a scenario, made from the record alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...plumbing.markdown import heading, row
-from ...plumbing.spread import points
-from . import figure as _figure
-from .results import Scenario, name
+import numpy as np
+
+from ...plumbing import plots
+from ..harness import drawing
+from ..harness.statistics import difference, points, seeds_of, signed
+from ..harness.tables import Table
 from .settings import METHODS
 from .stream import SCENARIOS
-from .verdicts import verdicts
 
+NOTES = """Test accuracy in % on all classes so far, mean over updates, then mean ± standard deviation over seeds; each
+cell at its best of as many settings (learning rates; for penalties pairs of learning rate and alpha), chosen on
+validation data, those with wrong labels as without. Differences are in points, paired by seed, with 95 % intervals of
+each alone."""
+
+_COLUMNS = ("", "iterations", *METHODS.values(), "no penalty: change")
+_COLUMNS += ("WPL - no penalty", "WPL - L2", "WPL - never updated")
+#: what each study is called; its changes are against its longest updates, best lambda, right labels, the row before
 _STUDIES = {
-    "steps": "steps of an update",
-    "share": "lambda, the share of old data",
-    "noise": "wrong labels",
-    "memory": "old samples that are kept",
+    "steps": "steps of an update (change: from the first row)",
+    "share": "lambda, the share of old data (change: from the best row)",
+    "noise": "wrong labels (change: from the first row)",
+    "memory": "old samples that are kept (change: from the row before)",
 }
-_MISSING = "-"
+
+_LINES = (plots.BLACK, plots.BLUE, plots.SKY, plots.GREEN, plots.ORANGE, plots.VERMILLION, plots.PURPLE)
+_MARKS = ("o", "s", "^", "v", "D", "P", "X")
+_METHODS = {"none": (plots.VERMILLION, "o"), "wpl": (plots.BLUE, "s"), "l2": (plots.ORANGE, "D")}
+_TITLES = ("steps of an update", "share of old data", "wrong labels, {epochs:g} epochs", "mean over updates, with WPL")
 
 
-def figure(record: Mapping[str, Any]) -> bytes:
-    """Draw the record."""
-    return _figure.draw(record)
+def tables(record: Mapping[str, Any]) -> dict[str, Table]:
+    """Return one table for each scenario."""
+    return {name: Table(_COLUMNS, list(_rows(name, part))) for name, part in record["scenarios"].items()}
 
 
-def table(record: Mapping[str, Any]) -> str:
-    """Return tables and verdicts as text."""
-    lines = []
-    for scenario in _scenarios(record):
-        unchanged = points(scenario.unchanged["mean"])
-        lines += [f"Update sets of {SCENARIOS[scenario.name]}; never updated: {unchanged}", ""]
-        head = f"{'':<32}{'iterations':>11}" + "".join(f"{words:>20}" for words in METHODS.values())
-        for study, title in _STUDIES.items():
-            lines += [f"{title}:".ljust(len(head)), head, "-" * len(head)]
-            for words, iterations, cells in _rows(scenario, study):
-                lines.append(f"{words:<32}{iterations:>11}" + "".join(f"{cell:>20}" for cell in cells))
-            lines.append("")
-        lines += [f"- {line}" for line in (*verdicts(scenario), _edges(scenario))]
-        lines.append("")
-    return "\n".join([*lines, _legend(record)])
+def study(part: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return the rows of a study in order, from a scenario's part of a record."""
+    return [part["results"][title] for title in part["studies"][name]]
 
 
-def markdown(record: Mapping[str, Any]) -> str:
-    """Return a section for the page of results: tables, verdicts."""
-    data, settings = record["data"], record["settings"]
-    lines = [
-        f"### Incremental fine-tuning: {data['name']}",
-        "",
-        "After Kaeding, Rodner, Freytag and Denzler (2016). Update sets of "
-        f"{settings['sizes']['update']} samples of one class arrive one after the other. SGD with momentum "
-        f"{settings['momentum']:g}, weight decay {settings['weight_decay']:g} and minibatches of "
-        f"{settings['batch_size']}; {settings['iterations']} steps an update and a share lambda = 0.5 of old data "
-        f"unless said otherwise. {_legend(record)}",
-        "",
-    ]
-    for scenario in _scenarios(record):
-        lines += [f"**Update sets of {SCENARIOS[scenario.name]}** (a model that is never updated has "]
-        lines[-1] += f"{points(scenario.unchanged['mean'])} %)"
-        lines += ["", *heading(["", "iterations", *METHODS.values()])]
-        for study, title in _STUDIES.items():
-            lines.append(row([f"*{title}*", "", *("" for _ in METHODS)]))
-            lines += [row([words, iterations, *cells]) for words, iterations, cells in _rows(scenario, study)]
-        lines += ["", *(f"- {line}" for line in (*verdicts(scenario), _edges(scenario))), ""]
-    return "\n".join(lines)
+def condition_name(study: str, condition: Mapping[str, Any]) -> str:
+    """Name a condition by what its study varies."""
+    unit = condition["unit"].removesuffix("s") if condition["steps"] == 1 else condition["unit"]
+    steps = f"{condition['steps']:g} {unit}"
+    if study == "steps":
+        return steps
+    if study == "noise":
+        return f"{100 * condition['noise']:.0f} % wrong, {steps}"
+    if study == "share":
+        return f"lambda = {condition['share_old']:g}"
+    if condition["memory"] is not None:
+        return f"{condition['memory']} of a class"
+    return "none" if condition["share_old"] == 0 else "all"
 
 
-def _scenarios(record: Mapping[str, Any]) -> list[Scenario]:
-    """Return the scenarios of a record."""
-    return [Scenario(record, name) for name in record["scenarios"]]
+def _rows(name: str, part: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Return the rows of a scenario: each study under its heading."""
+    unchanged = part["unchanged"]
+    yield [f"update sets of {SCENARIOS[name]}; never updated: {points(unchanged['mean'])} %"]
+    for kind, title in _STUDIES.items():
+        rows = study(part, kind)
+        yield [title]
+        best = max(rows, key=lambda row: row["methods"]["none"]["mean"]["mean"])
+        for row, before in zip(rows, [rows[0], *rows], strict=False):
+            found = row["methods"]
+            reference = {"share": best, "memory": before}.get(kind, rows[0])["methods"]
+            yield [
+                condition_name(kind, row["condition"]),
+                f"{row['iterations_per_update']:g}",
+                *(_accuracy(found.get(method)) for method in METHODS),
+                "" if reference is found else _difference(found["none"], reference["none"]),
+                _difference(found["wpl"], found["none"]),
+                _difference(found["wpl"], found.get("l2")),
+                _difference(found["wpl"], unchanged),
+            ]
 
 
-def _rows(scenario: Scenario, study: str) -> list[tuple[str, str, list[str]]]:
-    """Return name, number of iterations and the methods' accuracies of every condition of a study."""
-    rows = []
-    for found in scenario.study(study):
-        cells = [_cell(found["methods"].get(method)) for method in METHODS]
-        rows.append((name(study, found["condition"]), f"{found['iterations_per_update']:g}", cells))
-    return rows
-
-
-def _cell(found: Mapping[str, Any] | None) -> str:
+def _accuracy(found: Mapping[str, Any] | None) -> str:
     """Format an accuracy, and how many runs diverged."""
     if found is None:
-        return _MISSING
-    lost = f" ({found['diverged']} diverged)" if found["diverged"] else ""
-    return f"{points(found['mean'])}{lost}"
+        return ""
+    return points(found["mean"]) + (f" ({found['diverged']} diverged)" if found["diverged"] else "")
 
 
-def _edges(scenario: Scenario) -> str:
-    """Say how many learning rates were chosen at an end of their grid."""
-    parts = []
-    for method, words in METHODS.items():
-        chosen = scenario.chosen(method)
-        parts.append(f"{words} {sum(outcome['lr_at_edge'] for outcome in chosen)} of {len(chosen)}")
-    return f"Learning rates chosen at an end of their grid: {', '.join(parts)}."
+def _difference(a: Mapping[str, Any], b: Mapping[str, Any] | None) -> str:
+    """Format a - b, paired by seed."""
+    return "" if b is None else signed(*difference(a["mean"], b["mean"]))
 
 
-def _legend(record: Mapping[str, Any]) -> str:
-    """Say what the numbers are."""
-    settings = record["settings"]
-    trials, seeds, tuning = len(settings["learning_rates"]), settings["seeds"], settings["tuning_seeds"]
-    return (
-        f"Test accuracy in % on all classes so far, mean over updates, then mean ± standard deviation over {seeds} "
-        f"seeds; each cell at its best of {trials} settings (learning rates; for penalties pairs of learning rate and "
-        f"alpha), chosen on the validation data of {tuning} seeds, those with wrong labels as without. Differences are "
-        "paired by seed, with 95 % intervals of each alone."
-    )
+def figures(record: Mapping[str, Any]) -> dict[str, bytes]:
+    """Draw the curves of three studies without a penalty, and all methods against the old data in reach."""
+    settings, scenarios = record["settings"], record["scenarios"]
+    figure, axes = drawing.panels(len(scenarios), 4, (13.5, 0.9 + 3.5 * len(scenarios)))
+    for line, (name, part) in zip(axes, scenarios.items(), strict=True):
+        for axis, kind in zip(line, ("steps", "share", "noise"), strict=False):
+            _draw_curves(axis, part, kind)
+        _draw_methods(line[3], part)
+        line[0].set_ylabel(f"{SCENARIOS[name].capitalize()}\ntest accuracy (%)")
+    for index, axis in enumerate(axes.flat):
+        drawing.letter(axis, index, _TITLES[index % 4].format(**settings))
+    for column, axis in enumerate(axes[-1]):
+        columns = 3 if column == 3 else 2
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, frameon=False, columnspacing=1.2)
+    words = f"{record['data']['name']}, update sets of {settings['sizes']['update']}, {seeds_of(settings['seeds'])}"
+    with plots.pyplot().rc_context({"savefig.dpi": 160}):
+        return {"": drawing.png(figure, f"Fine-tuning on small update sets of one class  ({words})", 255)}
+
+
+def _draw_curves(axis: Any, part: Mapping[str, Any], kind: str) -> None:
+    """Draw the accuracy after every update without a penalty, for each condition of a study."""
+    lowest = 100.0
+    for index, row in enumerate(study(part, kind)):
+        mean, std = drawing.over_runs(row["methods"]["none"]["curves"])
+        look = {"color": _LINES[index % len(_LINES)], "marker": _MARKS[index % len(_MARKS)]}
+        look |= {"markersize": 3.5, "linewidth": 1.3, "label": condition_name(kind, row["condition"]).split(",")[0]}
+        drawing.band(axis, range(len(mean)), mean, std, 0.1, **look)
+        lowest = min(lowest, mean.min())
+    unchanged = np.array(part["unchanged"]["curves"]).mean(0)
+    axis.plot(range(len(unchanged)), unchanged, color=plots.GREY, linestyle=":", label="never updated")
+    axis.set(xlabel="updates", ylim=(max(0.0, lowest - 5), 101))
+    axis.locator_params(axis="x", integer=True)
+
+
+def _draw_methods(axis: Any, part: Mapping[str, Any]) -> None:
+    """Draw the mean accuracy of every method: at each lambda, and behind a line with some old samples kept."""
+    shares, memories = study(part, "share"), study(part, "memory")[1:-1]
+    split = len(shares) - 0.25  # where the line is
+    groups = [(range(len(shares)), shares), ([len(shares) + 0.5 + i for i in range(len(memories))], memories)]
+    for shift, (method, (colour, mark)) in zip((-0.16, 0.0, 0.16), _METHODS.items(), strict=True):
+        look = {"color": colour, "marker": mark, "markersize": 4.5, "linewidth": 1.1}
+        look["linestyle"] = "none" if method == "l2" else "-"  # it was not run at every lambda
+        for places, rows in groups:
+            found = [(at + shift, row["methods"].get(method)) for at, row in zip(places, rows, strict=True)]
+            x, mean, std = zip(*((at, m["mean"]["mean"], m["mean"]["std"]) for at, m in found if m), strict=True)
+            axis.errorbar(x, mean, yerr=std, label=METHODS[method] if rows is shares else None, **look)
+    axis.axhline(part["unchanged"]["mean"]["mean"], color=plots.GREY, linestyle=":")
+    axis.axvline(split, color=plots.BLACK, linewidth=0.8)
+    names = [f"{row['condition']['share_old']:g}" for row in shares]
+    names += [f"{row['condition']['memory']}" for row in memories]
+    axis.set_xticks([*groups[0][0], *groups[1][0]], names)
+    axis.set_xlabel("\n")  # room for the two names
+    below = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "annotation_clip": False}
+    middle, right = len(shares) / 2 - 0.5, len(shares) + 1
+    for centre, words in ((middle, "lambda, all old data kept"), (right, "kept of a class,\nlambda 0.5")):
+        axis.annotate(words, (centre, 0), (0, -20), ha="center", va="top", **below)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from ..data.digits import DIGITS
+from ..harness.options import option, positive
 from .model import WIDTHS
 from .stream import Sizes
 
@@ -15,57 +18,45 @@ UNCHANGED = "unchanged"  # the model of the start, never trained again
 class Setup:
     """Settings that all runs have in common; optimizer and minibatch as in the paper."""
 
-    sizes: Sizes
-    data: str | None = None
+    sizes: Sizes = field(default_factory=Sizes)
+    data: str | None = option(None, str, DIGITS, metavar="DIR")
     device: str = "cpu"
-    model: str = "mlp"
+    model: str = option("mlp", str, choices=WIDTHS)
     width: int = WIDTHS["mlp"]
     batch_size: int = 64
     momentum: float = 0.9
     weight_decay: float = 0.0005
     lr_start: float = 0.02
-    start_iterations: int = 300
-    n_updates: int = 10
+    start_iterations: int = option(300, positive, "SGD steps before the first update", flag="start")
+    n_updates: int = option(10, positive, "update sets: one of each class, or two of each new one", flag="updates")
 
 
-@dataclass(frozen=True)
-class Condition:
-    """What is varied.
+class Condition(NamedTuple):
+    """What is varied."""
 
-    Args:
-        scenario: "known" or "new".
-        steps: SGD steps of an update, counted in ``unit``.
-        unit: "epochs" of all data in reach, old and new, or "iterations".
-        share_old: lambda.
-        noise: share of wrong labels.
-        memory: most old samples of a class that are kept; None: all.
-    """
+    scenario: str  # "known" or "new"
+    steps: float  # SGD steps of an update, counted in ...
+    unit: str = "iterations"  # ... or in "epochs" of all data in reach, old and new
+    share_old: float = 0.5  # lambda
+    noise: float = 0.0  # share of wrong labels
+    memory: int | None = None  # most old samples of a class that are kept; None: all
 
-    scenario: str
-    steps: float
-    unit: str = "iterations"
-    share_old: float = 0.5
-    noise: float = 0.0
-    memory: int | None = None
+    @property
+    def title(self) -> str:
+        """What the record calls it."""
+        memory = "all old data" if self.memory is None else f"{self.memory} old samples of a class"
+        return f"{self.steps:g} {self.unit}, lambda {self.share_old:g}, noise {self.noise:g}, {memory}"
 
 
-@dataclass(frozen=True)
-class Arm:
-    """How a run is trained.
+class Arm(NamedTuple):
+    """How a run is trained."""
 
-    Args:
-        method: of :data:`METHODS`, or :data:`UNCHANGED`.
-        lr: learning rate of the updates.
-        strength: of the penalty, alpha * max(F) with the F of the start.
-    """
-
-    method: str
-    lr: float
-    strength: float | None = None
+    method: str  # of METHODS, or UNCHANGED
+    lr: float  # of the updates
+    strength: float | None = None  # of the penalty: alpha * max(F) with the F of the start
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Accuracies on all classes so far: after the start, then after every update."""
 
     seed: int

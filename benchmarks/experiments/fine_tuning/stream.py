@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...plumbing.data import DataError
+from ..data.digits import DataError, Part, Split
 
 #: what an update set brings
 SCENARIOS = {"known": "known classes", "new": "new classes"}
@@ -17,49 +18,38 @@ START_CLASSES = 5  # that the model knows when new ones are to come; with known 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of samples.
+    """Numbers of samples."""
 
-    Args:
-        update: of an update set.
-        start_known: of each class at the start, where all are known.
-        start_new: of each class at the start, where half of them are to come.
-    """
-
-    update: int
-    start_known: int
-    start_new: int
+    update: int = 30  # of an update set
+    start_known: int = 20  # of each class at the start, where all are known
+    start_new: int = 60  # of each class at the start, where half of them are to come
 
 
-@dataclass(frozen=True)
-class UpdateSet:
+class UpdateSet(NamedTuple):
     """Samples of one class that arrive together."""
 
     index: Tensor  # [U] into the training part
     n_classes: int  # known from now on
 
 
-@dataclass(frozen=True)
-class Stream:
-    """All that arrives. Classes are numbered in the order of their arrival, so that a grown head keeps its rows.
+class Stream(NamedTuple):
+    """All that arrives. Classes are numbered in the order of their arrival, so that a grown head keeps its rows."""
 
-    Attributes:
-        rank: [10] the number of each digit.
-        labels: [N] of the training part, so numbered, some of the update sets' wrong.
-        start: [S] indices of the start's samples.
-        start_classes: number of classes at the start.
-        updates: the update sets in order.
-        key: [N] random; what a limited memory keeps of a class is what has the smallest keys.
-    """
-
-    rank: Tensor
-    labels: Tensor
-    start: Tensor
+    split: Split  # digits
+    rank: Tensor  # [10] the number of each digit
+    labels: Tensor  # [N] of the training part, so numbered, some of the update sets' wrong
+    start: Tensor  # [S] indices of the start's samples
     start_classes: int
     updates: list[UpdateSet]
-    key: Tensor
+    key: Tensor  # [N] random; what a limited memory keeps of a class is what has the smallest keys
+
+    def samples(self, index: Tensor) -> Part:
+        """Return images and labels, perhaps wrong ones, of samples of the training part."""
+        images = self.split.train[0]
+        return images[index.to(images.device)], self.labels[index].to(images.device)
 
 
-def make_stream(labels: Tensor, scenario: str, sizes: Sizes, noise: float, n_updates: int, seed: int) -> Stream:
+def make_stream(split: Split, scenario: str, sizes: Sizes, noise: float, n_updates: int, seed: int) -> Stream:
     """Divide the training part into a start and update sets.
 
     With known classes, the model starts with all ten, and each brings one update set, in random order. With new ones,
@@ -67,7 +57,7 @@ def make_stream(labels: Tensor, scenario: str, sizes: Sizes, noise: float, n_upd
     no other draw: the same samples arrive in the same order whatever its level.
 
     Args:
-        labels: [N] digits of the training part.
+        split: the digits.
         scenario: "known" or "new".
         sizes: of the start and of update sets.
         noise: share of each update set's labels that is replaced by another of the classes known then.
@@ -80,12 +70,12 @@ def make_stream(labels: Tensor, scenario: str, sizes: Sizes, noise: float, n_upd
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(N_CLASSES, generator=generator)
     rank = order.argsort()
-    numbered = rank[labels]
+    numbered = rank[split.train[1].cpu()]
     of_class = []
     for number in range(N_CLASSES):
         index = (numbered == number).nonzero().flatten()
         of_class.append(index[torch.randperm(len(index), generator=generator)])
-    key = torch.rand(len(labels), generator=generator)
+    key = torch.rand(len(numbered), generator=generator)
     if scenario == "known":
         start_classes, per_class = N_CLASSES, sizes.start_known
         arriving = torch.randperm(N_CLASSES, generator=generator).tolist()
@@ -109,22 +99,31 @@ def make_stream(labels: Tensor, scenario: str, sizes: Sizes, noise: float, n_upd
         hit = torch.randperm(len(index), generator=generator)[: round(noise * len(index))]
         wrong[index[hit]] = (number + shift[hit]) % n_classes
         updates.append(UpdateSet(index, n_classes))
-    return Stream(rank, wrong, start, start_classes, updates, key)
+    return Stream(split, rank, wrong, start, start_classes, updates, key)
 
 
 def remembered(seen: Tensor, labels: Tensor, key: Tensor, per_class: int) -> Tensor:
-    """Return what a memory of limited size keeps: of each class that was seen a random choice.
+    """Return what a memory of limited size keeps of the indices seen so far: of each class a random choice.
 
     Keeping the smallest random keys is a reservoir: what is dropped now would not be kept later either.
-
-    Args:
-        seen: [M] indices of all samples so far.
-        labels: [N] by which they are kept.
-        key: [N] random numbers.
-        per_class: most samples of a class.
     """
     kept = [torch.empty(0, dtype=torch.int64)]
     for label in labels[seen].unique():
         same = seen[labels[seen] == label]
         kept.append(same[key[same].argsort()[:per_class]])
     return torch.cat(kept)
+
+
+def draw(old: Tensor, new: Tensor, share_old: float, n: int, generator: torch.Generator) -> Tensor:
+    """Draw indices [n], each independently: from the old part with probability lambda, else from the new one.
+
+    Within a part draws are uniform and with replacement, so a minibatch of B holds Binomial(B, lambda) old samples,
+    whatever the sizes of the parts. lambda = 0 trains on new data alone; lambda = 1 lets them wait until they are old.
+    """
+    # Always both draws, so that the place within a part does not depend on which part was drawn before.
+    is_old = torch.rand(n, generator=generator, dtype=torch.float64) < share_old
+    place = torch.rand(n, generator=generator, dtype=torch.float64)
+    drawn = torch.empty(n, dtype=torch.int64)
+    for part, chosen in ((old, is_old), (new, ~is_old)):
+        drawn[chosen] = part[(place[chosen] * len(part)).long()]
+    return drawn

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from copy import deepcopy
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler
 
 import wplfast
 
-from ...plumbing.data import Split, load_split
-from ...plumbing.training import step
+from ..data.digits import Split, load_split
+from ..harness.training import accuracy, step
 from .model import GrowingNet
-from .sampler import OldNewSampler
 from .settings import UNCHANGED, Arm, Condition, Run, Setup
-from .stream import Stream, make_stream, remembered
+from .stream import Stream, draw, make_stream, remembered
 
+Penalty: TypeAlias = wplfast.WeightPlasticityLoss
 _FISHER_BATCH = 512  # F does not depend on it; small update sets are one batch
 
 
@@ -33,32 +33,35 @@ def train(job: tuple[Setup, Condition, Arm, int]) -> Run:
         job: settings, condition, arm, seed.
     """
     setup, condition, arm, seed = job
-    split, stream = _data(setup, condition.scenario, condition.noise, seed)
+    stream = _stream(setup, condition.scenario, condition.noise, seed)
     model, wpl = _started(setup, condition.scenario, arm, seed)
     generator = torch.Generator().manual_seed(seed)
-    run = Run(seed, [], [], 0, False)
-    _evaluate(run, model, split, stream, stream.start_classes)
-    seen, done = stream.start, 0
+    points = [_accuracies(model, stream, stream.start_classes)]
+    seen, done, diverged = stream.start, 0, True
     for update in stream.updates:
         if arm.method != UNCHANGED:
             if model.grow(update.n_classes) and wpl is not None:
                 wpl.rebind(model)  # the old classes keep their anchor
             old = seen if condition.memory is None else remembered(seen, stream.labels, stream.key, condition.memory)
             count = iterations(condition, len(old) + len(update.index), setup.batch_size)
-            sampler = OldNewSampler(old, update.index, condition.share_old, count * setup.batch_size, generator)
-            optimizer = _optimizer(setup, model, arm.lr)
-            for images, labels in _batches(split, stream, sampler, setup.batch_size):
-                step(model, optimizer, images, labels, wpl)
+            drawn = draw(old, update.index, condition.share_old, count * setup.batch_size, generator)
+            _learn(setup, model, stream, drawn, arm.lr, wpl)
             done += count
-        if not _evaluate(run, model, split, stream, update.n_classes):
-            return _diverged(run, len(stream.updates), done)
+        point = _accuracies(model, stream, update.n_classes)
+        if point is None:
+            break
+        points.append(point)
         if wpl is not None:
-            fisher = _fisher(setup, model, split, stream, update.index, arm.method)
+            fisher = _fisher(model, stream, update.index, arm.method)
             if fisher is None:
-                return _diverged(run, len(stream.updates), done)
+                break
             wpl.update(fisher, rate=len(update.index) / (len(seen) + len(update.index)))
         seen = torch.cat((seen, update.index))
-    return replace(run, iterations=done)
+    else:
+        diverged = False
+    lost = [(0.0, 0.0)] * (len(stream.updates) + 1 - len(points))  # nothing is right where numbers are not finite
+    test, validation = (list(curve) for curve in zip(*points, *lost, strict=True))
+    return Run(seed, test, validation, done, diverged)
 
 
 def iterations(condition: Condition, n_samples: int, batch_size: int) -> int:
@@ -74,108 +77,70 @@ def _split(setup: Setup, seed: int) -> Split:
     return load_split(setup.data, seed).to(setup.device)
 
 
-def _data(setup: Setup, scenario: str, noise: float, seed: int) -> tuple[Split, Stream]:
-    """Return the parts of the data, and in what order the training part arrives."""
-    split = _split(setup, seed)
-    return split, make_stream(split.train[1].cpu(), scenario, setup.sizes, noise, setup.n_updates, seed)
+def _stream(setup: Setup, scenario: str, noise: float, seed: int) -> Stream:
+    """Return what arrives."""
+    return make_stream(_split(setup, seed), scenario, setup.sizes, noise, setup.n_updates, seed)
 
 
-def _started(
-    setup: Setup, scenario: str, arm: Arm, seed: int
-) -> tuple[GrowingNet, wplfast.WeightPlasticityLoss | None]:
+def _started(setup: Setup, scenario: str, arm: Arm, seed: int) -> tuple[GrowingNet, Penalty | None]:
     """Return the model after the start, and its penalty, anchored there."""
-    model = _model(setup, scenario, seed)
-    model.load_state_dict(_start(setup, scenario, seed))
+    model = deepcopy(_start(setup, scenario, seed))
     if arm.strength is None:
         return model, None
     fisher = _start_fisher(setup, scenario, arm.method, seed)
-    assert fisher is not None, "the model of the start has finite gradients"
-    largest = max(value.max().item() for value in fisher.values())
-    wpl = wplfast.WeightPlasticityLoss(model, arm.strength / largest)
+    wpl = wplfast.WeightPlasticityLoss(model, arm.strength / max(value.max().item() for value in fisher.values()))
     wpl.consolidate(fisher)
     return model, wpl
 
 
-def _model(setup: Setup, scenario: str, seed: int) -> GrowingNet:
-    """Return the model before the start."""
-    split, stream = _data(setup, scenario, 0.0, seed)
-    model = GrowingNet(setup.model, split.n_features, stream.start_classes, setup.width, seed)
-    return model.to(setup.device)
-
-
 @lru_cache(maxsize=64)
-def _start(setup: Setup, scenario: str, seed: int) -> dict[str, Tensor]:
-    """Train on the start; a process does it once."""
-    split, stream = _data(setup, scenario, 0.0, seed)
-    model = _model(setup, scenario, seed)
-    optimizer = _optimizer(setup, model, setup.lr_start)
-    generator = torch.Generator().manual_seed(seed)
-    sampler = OldNewSampler(stream.start, (), 1.0, setup.start_iterations * setup.batch_size, generator)
-    for images, labels in _batches(split, stream, sampler, setup.batch_size):
-        step(model, optimizer, images, labels, None)
-    return model.state_dict()
+def _start(setup: Setup, scenario: str, seed: int) -> GrowingNet:
+    """Return the model that was trained on the start: copy it before you change it."""
+    stream = _stream(setup, scenario, 0.0, seed)
+    model = GrowingNet(setup.model, *stream.split.shape, stream.start_classes, setup.width, seed).to(setup.device)
+    n, generator = setup.start_iterations * setup.batch_size, torch.Generator().manual_seed(seed)
+    _learn(setup, model, stream, draw(stream.start, stream.start[:0], 1.0, n, generator), setup.lr_start, None)
+    return model
 
 
 @lru_cache(maxsize=64)
 def _start_fisher(setup: Setup, scenario: str, method: str, seed: int) -> Mapping[str, Tensor] | None:
     """Return the start's F; a process computes it once."""
-    split, stream = _data(setup, scenario, 0.0, seed)
-    model = _model(setup, scenario, seed)
-    model.load_state_dict(_start(setup, scenario, seed))
-    return _fisher(setup, model, split, stream, stream.start, method)
+    stream = _stream(setup, scenario, 0.0, seed)
+    return _fisher(_start(setup, scenario, seed), stream, stream.start, method)
 
 
-def _fisher(
-    setup: Setup, model: GrowingNet, split: Split, stream: Stream, index: Tensor, method: str
-) -> Mapping[str, Tensor] | None:
+def _learn(setup: Setup, model: GrowingNet, stream: Stream, drawn: Tensor, lr: float, wpl: Penalty | None) -> None:
+    """Train on what was drawn with SGD as in the paper, with no momentum from before."""
+    more = {"momentum": setup.momentum, "weight_decay": setup.weight_decay, "fused": True}
+    optimizer = torch.optim.SGD(model.parameters(), lr, **more)
+    for index in drawn.split(setup.batch_size):
+        step(model, optimizer, *stream.samples(index), wpl)
+
+
+def _fisher(model: GrowingNet, stream: Stream, index: Tensor, method: str) -> Mapping[str, Tensor] | None:
     """Return F over some samples: exact, so that wrong labels have no say; ones for the plain anchor.
 
     None where gradients are beyond float32, as in a model that is about to diverge.
     """
     if method == "l2":
         return {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
-    part = _gather(split, stream, index)
-    loader = list(zip(*(tensor.split(_FISHER_BATCH) for tensor in part), strict=True))
+    loader = [stream.samples(part) for part in index.split(_FISHER_BATCH)]
     try:
         return wplfast.fisher_diagonal(model, loader, wplfast.losses.cross_entropy, fisher_type="exact")
     except wplfast.errors.NonFiniteError:
         return None
 
 
-def _optimizer(setup: Setup, model: GrowingNet, lr: float) -> torch.optim.Optimizer:
-    """Return SGD as in the paper, with no momentum from the update before."""
-    return torch.optim.SGD(model.parameters(), lr, setup.momentum, weight_decay=setup.weight_decay, fused=True)
-
-
-def _batches(split: Split, stream: Stream, sampler: OldNewSampler, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what the sampler draws."""
-    for batch in BatchSampler(sampler, size, drop_last=False):
-        yield _gather(split, stream, torch.tensor(batch))
-
-
-def _gather(split: Split, stream: Stream, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images and labels, perhaps wrong ones, of samples of the training part."""
-    images = split.train[0]
-    return images[index.to(images.device)], stream.labels[index].to(images.device)
-
-
 @torch.no_grad()
-def _evaluate(run: Run, model: GrowingNet, split: Split, stream: Stream, n_classes: int) -> bool:
-    """Append the accuracies on all classes so far, unless a logit is not finite; tell whether all were."""
+def _accuracies(model: GrowingNet, stream: Stream, n_classes: int) -> list[float] | None:
+    """Return the accuracies on all classes so far, test and validation, or None if a logit is not finite."""
     accuracies = []
-    for images, digits in (split.test, split.validation):
+    for images, digits in (stream.split.test, stream.split.validation):
         labels = stream.rank.to(digits.device)[digits]
         known = labels < n_classes
         logits = model(images[known])
         if not logits.isfinite().all():
-            return False
-        accuracies.append((logits.argmax(1) == labels[known]).double().mean().item())
-    run.test.append(accuracies[0])
-    run.validation.append(accuracies[1])
-    return True
-
-
-def _diverged(run: Run, n_updates: int, done: int) -> Run:
-    """Return a run whose numbers are no longer finite: nothing is right from there on."""
-    lost = [0.0] * (n_updates + 1 - len(run.test))
-    return Run(run.seed, run.test + lost, run.validation + lost, done, True)
+            return None
+        accuracies.append(accuracy(logits, labels[known]))
+    return accuracies

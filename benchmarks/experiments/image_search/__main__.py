@@ -17,16 +17,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from ...plumbing.images import load_images
-from ...plumbing.options import positive
+from ..data.images import load_images
+from ..harness.options import OptionError, positive
 from ..search import command
+from ..search.controller import Policy
 from ..search.loop import Setup
-from ..search.plasticity import Schedule
-from ..search.reinforce import Policy
-from .cells import Sizes, describe
-from .problem import Batches
-from .task import Task, make, run
+from ..search.penalty import Schedule
+from .cells import describe
+from .problem import Task
 
 RATES = (0.01, 0.02, 0.05)
 ALPHAS = (0.1, 0.5, 2.5)  # the mean entry of alpha F
@@ -56,48 +57,28 @@ _LARGE = 16  # images of more pixels in height are halved at once where nothing 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit code."""
-    search = command.Search("image_search", SMALL, _task, make, run, WORDS, describe)
-    return command.main(search, _parse(arguments))
+    return command.main(SPACE, __doc__, arguments)
 
 
-def _task(options: argparse.Namespace) -> tuple[Task, dict[str, object]]:
-    """Return what problems are made from, and what the record says of the images.
-
-    Raises:
-        DataError: if they cannot be read.
-    """
-    split = load_images(options.data, 0)
-    stride = options.stride or (2 if split.shape[1] > _LARGE else 1)
-    sizes = Sizes(split.shape[0], options.channels, options.nodes, options.cells, options.stages, stride)
-    batches = Batches(options.batch_size, options.evaluate)
-    task = Task(options.data, sizes, batches, options.device, options.cover)
-    return task, {"name": split.name, **split.sizes}
+def _extend(parser: Any) -> None:
+    """Add what is no field of settings."""
+    words = f"of the first convolution; default: 2 above {_LARGE} pixels, else 1"
+    parser.add_argument("--stride", type=positive, help=words)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; what is given there goes before --paper."""
-    parser = argparse.ArgumentParser(prog="benchmarks.experiments.image_search", description=__doc__.split("\n", 1)[0])
-    add = parser.add_argument
-    add("--paper", action="store_true", help="the paper's sizes, for what is not given otherwise")
-    files = "folder with MNIST's IDX files or CIFAR-10's data_batch_*.bin and test_batch.bin"
-    add("--data", metavar="DIR", help=f"{files}; default: scikit-learn's digits")
-    add("--channels", type=positive, default=12, help="a multiple of 4; default: %(default)s")
-    add("--nodes", type=positive, default=3, help="of a cell; default: %(default)s")
-    add("--cells", type=positive, default=2, help="default: %(default)s")
-    add("--stages", type=positive, default=2, help="images are halved between them; default: %(default)s")
-    add("--stride", type=positive, help=f"of the first convolution; default: 2 above {_LARGE} pixels, else 1")
-    add("--batch-size", type=positive, default=64, help="default: %(default)s")
-    add("--evaluate", type=positive, default=500, help="images that errors are measured on; default: %(default)s")
-    command.add_options(parser, SMALL, RATES, ALPHAS, "used")
-    if parser.parse_known_args(arguments)[0].paper:
-        parser.set_defaults(**PAPER)
-    options = parser.parse_args(arguments)
+def _prepare(task: Task, options: argparse.Namespace) -> tuple[Task, dict[str, Any]]:
+    """Complete the sizes, and return what the record says of the images."""
     if options.channels % 4:
-        parser.error(f"argument --channels: expected a multiple of 4, got {options.channels}")
+        raise OptionError(f"argument --channels: expected a multiple of 4, got {options.channels}")
     if options.stages > options.cells:
-        parser.error(f"argument --stages: expected at most --cells {options.cells}, got {options.stages}")
-    return options
+        raise OptionError(f"argument --stages: expected at most --cells {options.cells}, got {options.stages}")
+    split = load_images(task.folder, 0)
+    channels, height, _ = split.shape
+    sizes = replace(task.sizes, inputs=channels, stride=options.stride or (2 if height > _LARGE else 1))
+    return replace(task, sizes=sizes), {"name": split.name, **split.sizes}
 
+
+SPACE = command.Space("image_search", SMALL, RATES, ALPHAS, PAPER, WORDS, describe, Task(), _extend, _prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

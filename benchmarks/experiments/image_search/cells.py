@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..harness.options import option, positive
 from ..search.problem import Choices, Decision
 
 OPERATIONS = ("sep3", "sep5", "avg3", "max3", "identity")
@@ -17,23 +18,16 @@ _GROUP = 4  # channels that a normalisation has in common
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the classifiers.
+    """Sizes of the classifiers: channels of the images, stride of the first convolution, and what the options say.
 
-    Args:
-        inputs: channels of the images.
-        channels: of all cells, a multiple of 4.
-        nodes: of a cell.
-        cells: stacked; all have the same architecture, and weights of their own.
-        stages: images are halved in height and width between them; each has as many cells, or one less.
-        stride: of the first convolution.
-        classes: number of them.
+    All cells have the same architecture, and weights of their own. Each stage has as many cells, or one less.
     """
 
-    inputs: int
-    channels: int = 12
-    nodes: int = 3
-    cells: int = 2
-    stages: int = 2
+    inputs: int = 1
+    channels: int = option(12, positive, "of all cells, a multiple of 4")
+    nodes: int = option(3, positive, "of a cell")
+    cells: int = option(2, positive, "stacked")
+    stages: int = option(2, positive, "images are halved in height and width between them")
     stride: int = 1
     classes: int = 10
 
@@ -120,8 +114,7 @@ class SharedCells(nn.Module):
                 nodes.append(one + self._apply_operation(f"{cell}-{node}", j, second, nodes[j]))
             mean = torch.stack([nodes[i] for i in loose]).mean(0)
             last, current = current, F.group_norm(mean, mean.shape[1] // _GROUP)
-        logits: Tensor = self.head(F.relu(current).mean((2, 3)))
-        return logits
+        return self.head(F.relu(current).mean((2, 3)))
 
     def _reached(self, choices: Choices) -> list[int]:
         """Return the cells that the last one depends on: one that reads input 0 alone passes over its predecessor."""
@@ -140,19 +133,4 @@ class SharedCells(nn.Module):
             return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
         if operation == "max3":
             return F.max_pool2d(x, 3, 1, 1)
-        result: Tensor = self.operations[f"{place}-{source}-{operation}"](x)
-        return result
-
-
-class Child(nn.Module):
-    """One architecture, for passes that call a model with data alone."""
-
-    def __init__(self, shared: SharedCells, choices: Choices) -> None:
-        """Refer to the shared weights."""
-        super().__init__()
-        self.shared, self.choices = shared, choices
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [N, classes]."""
-        logits: Tensor = self.shared(self.choices, images)
-        return logits
+        return self.operations[f"{place}-{source}-{operation}"](x)

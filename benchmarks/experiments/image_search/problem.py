@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -10,88 +10,69 @@ from torch import Tensor
 
 import wplfast
 
-from ...plumbing.data import DataError
-from ...plumbing.images import ImageSplit, Part
-from ..search.problem import Choices, Cover, FisherPass, Problem
-from .cells import Child, SharedCells, Sizes, decisions
+from ..data.digits import DataError, Split
+from ..data.images import load_images
+from ..harness.options import option, positive
+from ..harness.training import batches as shuffled
+from ..search.problem import Child, Choices, Cover, FisherPass, Problem
+from .cells import SharedCells, Sizes, decisions
 
+FOLDER = "folder with MNIST's IDX files or CIFAR-10's data_batch_*.bin; default: scikit-learn's digits"
 _CHUNK = 512  # images at once where no gradient is needed
 
 
 @dataclass(frozen=True)
 class Batches:
-    """How many images are used at once.
+    """How many images are used at once: in a minibatch (training, the Fisher, rewards), and to measure an error."""
 
-    Args:
-        size: of a minibatch, for training, the Fisher and rewards.
-        evaluate: validation images that an error is measured on, at most.
-    """
-
-    size: int = 64
-    evaluate: int = 500
+    size: int = option(64, positive, flag="batch_size")
+    evaluate: int = option(500, positive, "images that errors are measured on, at most")
 
 
-class Shuffled:
-    """The minibatches of one part, without replacement within a round, in an order that the seed decides.
+@dataclass(frozen=True)
+class Task:
+    """What a problem is made from besides its seed."""
 
-    Args:
-        part: images and labels.
-        size: of a minibatch.
-        seed: of the order.
-    """
+    folder: str | None = option(None, str, FOLDER, flag="data", metavar="DIR")
+    sizes: Sizes = field(default_factory=Sizes)
+    batches: Batches = field(default_factory=Batches)
+    device: str = "cpu"
+    cover: Cover = "used"
 
-    def __init__(self, part: Part, size: int, seed: int) -> None:
-        """Begin before the first round."""
-        self._images, self._labels = part
-        self._size = min(size, len(self._labels))
-        self._generator = torch.Generator().manual_seed(seed)
-        self._order = torch.empty(0, dtype=torch.int64)
+    def problem(self, seed: int) -> ImageProblem:
+        """Make the problem of one run; raises DataError if the images cannot be read, or are too small.
 
-    def next(self) -> Part:
-        """Return the next minibatch; what is left of a round and does not fill one is left out."""
-        if len(self._order) < self._size:
-            self._order = torch.randperm(len(self._labels), generator=self._generator)
-        chosen, self._order = self._order[: self._size], self._order[self._size :]
-        chosen = chosen.to(self._labels.device)
-        return self._images[chosen], self._labels[chosen]
+        All seeds have one split, so that no test image of one is a validation image of the seed that chooses settings.
+        """
+        return ImageProblem(self, load_images(self.folder, 0), seed)
 
 
 class ImageProblem(Problem):
-    """Convolution cells that classify images.
+    """Convolution cells that classify images; the seed decides the initial weights and all orders.
 
-    Args:
-        split: images and labels of the three parts.
-        sizes: of the models.
-        batches: how many images are used at once.
-        seed: decides the initial weights and all orders.
-        device: where the models are.
-        cover: whether the penalty covers the first convolution and the classifier beside the cells' operations.
+    Beside the cells' operations there are the first convolution and the classifier, which all cells use.
 
     Raises:
         DataError: if the images are too small to be halved as often as sizes say.
     """
 
-    def __init__(
-        self, split: ImageSplit, sizes: Sizes, batches: Batches, seed: int, device: str = "cpu", cover: Cover = "used"
-    ) -> None:
+    def __init__(self, task: Task, split: Split, seed: int) -> None:
         """Make the shared weights."""
-        least = sizes.stride * 2 ** (sizes.stages - 1)
-        if min(split.shape[1:]) < 2 * least:
+        sizes, batches, split = task.sizes, task.batches, split.to(task.device)
+        if min(split.shape[1:]) < 2 * sizes.stride * 2 ** (sizes.stages - 1):
             raise DataError(f"images of {list(split.shape)} are too small for {sizes.stages} stages")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model: SharedCells = SharedCells(sizes)
-        self.model.to(device)
-        self.decisions = decisions(sizes.nodes)
-        cells = dict(self.model.operations.named_parameters())
-        self.cover(cells, cover)
-        self._names = {key: [name for name in cells if name.startswith(f"{key}.")] for key in self._keys()}
-        train, validation, test = ((x.to(device), y.to(device)) for x, y in (split.train, split.validation, split.test))
-        self._train = Shuffled(train, batches.size, seed)
-        self._fisher = Shuffled(validation, batches.size, seed + 1)
-        self._rewards = Shuffled(validation, batches.size, seed + 2)
-        self._measured = tuple(part[: batches.evaluate] for part in validation)
-        self._test = test
+        super().__init__(task, seed, SharedCells, decisions(sizes.nodes))
+        keys = self.model.operations
+        self._names = {key: [name for name in self.cells() if name.startswith(f"{key}.")] for key in keys}
+        self._train = shuffled(split.train, batches.size, seed)
+        self._fisher = shuffled(split.validation, batches.size, seed + 1)
+        self._rewards = shuffled(split.validation, batches.size, seed + 2)
+        self._measured = tuple(part[: batches.evaluate] for part in split.validation)
+        self._test = split.test
+
+    def cells(self) -> dict[str, Tensor]:
+        """Return the weights of the cells' operations."""
+        return dict(self.model.operations.named_parameters())
 
     def of_cell(self, choices: Choices) -> list[str]:
         """Return the names of the weights of a cell's convolutions and their normalisations, in all cells."""
@@ -99,12 +80,12 @@ class ImageProblem(Problem):
 
     def train_loss(self, choices: Choices) -> Tensor:
         """Return the mean cross-entropy of the next minibatch."""
-        images, labels = self._train.next()
+        images, labels = next(self._train)
         return F.cross_entropy(self.model(choices, images), labels)
 
     def fisher_pass(self, choices: Choices) -> FisherPass:
         """Return a validation minibatch."""
-        return FisherPass(Child(self.model, choices), self._fisher.next(), wplfast.losses.cross_entropy)
+        return FisherPass(Child(self.model, choices), next(self._fisher), wplfast.losses.cross_entropy)
 
     def error(self, choices: Choices) -> float:
         """Return the share of wrong answers among the first validation images, in percent."""
@@ -112,15 +93,11 @@ class ImageProblem(Problem):
 
     def reward(self, choices: Choices) -> float:
         """Return the accuracy on a validation minibatch."""
-        return self._accuracy(choices, *self._rewards.next())
+        return self._accuracy(choices, *next(self._rewards))
 
     def test_error(self, choices: Choices) -> float:
         """Return the share of wrong answers on the test part, in percent."""
         return 100 * (1 - self._accuracy(choices, *self._test))
-
-    def _keys(self) -> list[str]:
-        """Return the names of all operations with weights."""
-        return list(self.model.operations)
 
     @torch.no_grad()
     def _accuracy(self, choices: Choices, images: Tensor, labels: Tensor) -> float:

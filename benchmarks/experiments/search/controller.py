@@ -1,31 +1,24 @@
-"""The controller: an LSTM that makes one decision after the other, as in ENAS (Pham et al., arXiv:1802.03268)."""
+"""The controller, an LSTM that makes one decision after the other, and its training, as in ENAS (arXiv:1802.03268)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..harness.options import count, option, strength
 from .problem import Choices, Decision
 
-_INIT = 0.1
 
-
-@dataclass(frozen=True)
-class Sample:
-    """Architectures, and how likely they were.
-
-    Args:
-        architectures: n of them.
-        log_probabilities: [n], summed over the decisions of each.
-        entropies: [n], of the distributions that were drawn from, summed likewise; in nats.
-    """
+class Sample(NamedTuple):
+    """Architectures, and how likely they were."""
 
     architectures: list[Choices]
-    log_probabilities: Tensor
-    entropies: Tensor
+    log_probabilities: Tensor  # [n], summed over the decisions of each
+    entropies: Tensor  # [n], of the distributions that were drawn from, summed over decisions; in nats
 
 
 class Controller(nn.Module):
@@ -46,24 +39,23 @@ class Controller(nn.Module):
         """Draw all weights uniformly from [-0.1, 0.1]."""
         super().__init__()
         self.temperature, self.bound = temperature, bound
-        self.offsets, total = [], 1  # the first entry of the table begins every sequence
         tables: dict[str, int] = {}
+        total = 1  # the first entry of the table begins every sequence
         for kind in dict.fromkeys(decision.kind for decision in decisions):
             tables[kind] = total
             total += max(decision.options for decision in decisions if decision.kind == kind)
         self.offsets = [tables[decision.kind] for decision in decisions]
         self.embedding = nn.Embedding(total, hidden)
         self.lstm = nn.LSTMCell(hidden, hidden)
-        heads = [nn.Linear(hidden, decision.options) for decision in decisions]
-        self.heads = nn.ModuleList(heads)
+        self.heads = nn.ModuleList(nn.Linear(hidden, decision.options) for decision in decisions)
         for parameter in self.parameters():
-            nn.init.uniform_(parameter, -_INIT, _INIT)
-        for head in heads:
+            nn.init.uniform_(parameter, -0.1, 0.1)
+        for head in self.heads:
             nn.init.zeros_(head.bias)
 
-    def sample(self, count: int, generator: torch.Generator) -> Sample:
+    def sample(self, n: int, generator: torch.Generator) -> Sample:
         """Draw architectures, with a graph for their log-probabilities and entropies."""
-        token, state = torch.zeros(count, dtype=torch.int64), None
+        token, state = torch.zeros(n, dtype=torch.int64), None
         chosen, log_probabilities, entropies = [], [], []
         for head, offset in zip(self.heads, self.offsets, strict=True):
             state = self.lstm(self.embedding(token), state)
@@ -76,3 +68,42 @@ class Controller(nn.Module):
             token = offset + choice[:, 0]
         architectures = [tuple(row) for row in torch.cat(chosen, 1).tolist()]
         return Sample(architectures, torch.cat(log_probabilities, 1).sum(1), torch.stack(entropies, 1).sum(1))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Settings of the controller's training."""
+
+    lr: float = option(3.5e-4, strength, "of Adam", flag="controller_lr")
+    steps: int = option(2000, count, "per epoch", flag="controller_steps")
+    batch: int = 1  # architectures per step
+    baseline_decay: float = 0.95  # of the moving average of rewards
+    entropy: float = 1e-4  # weight of the bonus
+
+
+class Reinforce:
+    """Raises the probability of architectures whose reward is above the moving average of rewards.
+
+    The loss of one step is ``-mean_k((R_k - b) log p_k + entropy * H_k)`` over the architectures k of the step, with b
+    the average before them (their own mean at the very first step).
+    """
+
+    def __init__(self, controller: Controller, policy: Policy, generator: torch.Generator) -> None:
+        """Start without a baseline."""
+        self._controller, self._policy, self._generator = controller, policy, generator
+        self._optimizer = torch.optim.Adam(controller.parameters(), lr=policy.lr)
+        self.baseline: float | None = None
+
+    def step(self, reward: Callable[[Choices], float]) -> list[float]:
+        """Sample architectures, take one step, and return their rewards."""
+        sample = self._controller.sample(self._policy.batch, self._generator)
+        rewards = torch.tensor([reward(choices) for choices in sample.architectures])
+        mean = rewards.mean().item()
+        baseline = mean if self.baseline is None else self.baseline
+        gain = (rewards - baseline) * sample.log_probabilities + self._policy.entropy * sample.entropies
+        self._optimizer.zero_grad()
+        (-gain.mean()).backward()
+        self._optimizer.step()
+        decay = self._policy.baseline_decay
+        self.baseline = decay * baseline + (1 - decay) * mean
+        return rewards.tolist()

@@ -4,91 +4,76 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 import wplfast
 
-from .clock import Clock
-from .controller import Controller
-from .forgetting import forgetting
-from .plasticity import Plasticity, Schedule
+from ..harness.options import option, positive, strength
+from ..harness.statistics import five_digits
+from .controller import Controller, Policy, Reinforce
+from .penalty import ReferencePenalty, Schedule
 from .problem import Choices, Problem
-from .reference import ReferencePenalty
-from .reinforce import Policy, Reinforce
+
+#: how forgetting is measured, and what each is called
+MEASURES = {"mean": "mean difference", "best5": "best-5 mean difference", "max": "max difference"}
+
+
+def forgetting(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+    """Return mean and maximum of after - before, and its mean over the five architectures that were best before.
+
+    Args:
+        before: errors of n >= 1 architectures, each right after its own training.
+        after: of the same ones, after all others of the epoch were trained too.
+    """
+    first = np.asarray(before, float)
+    difference = np.asarray(after, float) - first
+    best = np.argsort(first, kind="stable")[:5]
+    return {"mean": float(difference.mean()), "best5": float(difference[best].mean()), "max": float(difference.max())}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Settings that a search with the penalty and one without have in common.
+    """Settings that a search with the penalty and one without have in common."""
 
-    Args:
-        epochs: number of them.
-        architectures: sampled and trained in each.
-        minibatches: that each is trained on.
-        clip: the most that the norm of all gradients together may be.
-        lr_decay: of the learning rate, after every epoch ...
-        lr_decay_after: ... from this one on.
-        weight_decay: plain L2 decay of all weights in use.
-        momentum: of SGD.
-        derive: architectures that the final one is chosen from, by validation error.
-        policy: of the controller.
-        schedule: of the penalty.
-        compare: time the published way beside the penalty.
-        device: where the models are.
-    """
-
-    epochs: int = 12
-    architectures: int = 10
-    minibatches: int = 5
-    clip: float = 0.25
-    lr_decay: float = 0.96
-    lr_decay_after: int = 15
-    weight_decay: float = 1e-7
+    epochs: int = option(12, positive)
+    architectures: int = option(10, positive, "per epoch")
+    minibatches: int = option(5, positive, "per architecture")
+    clip: float = option(0.25, strength, "norm of all gradients")
+    lr_decay: float = 0.96  # factor of the learning rate after every epoch ...
+    lr_decay_after: int = 15  # ... from this one on
+    weight_decay: float = 1e-7  # plain L2 decay of all weights in use
     momentum: float = 0.0
-    derive: int = 10
+    derive: int = 10  # architectures that the final one is chosen from, by validation error
     policy: Policy = field(default_factory=Policy)
     schedule: Schedule = field(default_factory=Schedule)
-    compare: bool = False
+    compare: bool = False  # time the published way beside the penalty
     device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one search did.
-
-    Args:
-        seed: of everything that was drawn.
-        lr: learning rate of the shared weights.
-        alpha: strength of the penalty; None without it.
-        diverged: whether a loss was no longer finite, which ended it.
-        epochs: what was measured in each.
-        times: milliseconds and counts by part, of the epochs in which the penalty may act.
-        final: validation and test error of the architecture that was chosen in the end, and its choices.
-    """
+    """What one search did."""
 
     seed: int
     lr: float
     alpha: float | None
-    diverged: bool
-    epochs: list[dict[str, float]]
-    times: dict[str, dict[str, float]]
-    final: dict[str, Any]
+    diverged: bool  # a loss was no longer finite, which ended it
+    epochs: list[dict[str, float]]  # what was measured in each
+    times: dict[str, dict[str, float]]  # milliseconds and counts by part, of the epochs in which the penalty may act
+    final: dict[str, Any]  # validation and test error of the architecture that was chosen in the end, and its choices
 
 
 def search(problem: Problem, setup: Setup, seed: int, lr: float, alpha: float | None) -> Run:
-    """Search; nothing but the penalty differs between runs of one seed and learning rate.
-
-    Args:
-        problem: made with the same seed.
-        setup: settings.
-        seed: of the controller, of what it samples, and of dropout.
-        lr: learning rate of the shared weights.
-        alpha: strength of the penalty; None: cross-entropy alone.
-    """
+    """Search; nothing but the penalty differs between runs of one seed, also the problem's, and learning rate."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _Search(problem, setup, seed, lr, alpha).run()
@@ -105,10 +90,13 @@ class _Search:
         self.reinforce = Reinforce(self.controller, setup.policy, self.generator)
         self.parameters = list(problem.model.parameters())
         self.optimizer = torch.optim.SGD(self.parameters, lr, setup.momentum, weight_decay=setup.weight_decay)
-        self.plasticity = Plasticity(problem.weights, alpha, setup.schedule)
-        compared = setup.compare and alpha is not None
-        self.published = ReferencePenalty(problem.weights, alpha or 0.0, setup.schedule.rate) if compared else None
-        self.clock = Clock(setup.device)
+        self.wpl = self.published = None
+        self.strength = 0.0  # alpha in the present epoch
+        if alpha is not None:
+            self.wpl = wplfast.WeightPlasticityLoss(problem.weights, alpha)
+            if setup.compare:
+                self.published = ReferencePenalty(problem.weights, alpha, setup.schedule.rate)
+        self.clock = _Clock(setup.device)
         self.verified = False
 
     def run(self) -> Run:
@@ -119,15 +107,16 @@ class _Search:
             measured = self._epoch(epoch)
             if measured is None:
                 return Run(self.seed, self.lr, self.alpha, True, epochs, self.clock.milliseconds(), {})
-            epochs.append({key: _rounded(value) for key, value in measured.items()})
+            epochs.append({key: five_digits(value) for key, value in measured.items()})
         return Run(self.seed, self.lr, self.alpha, False, epochs, self.clock.milliseconds(), self._derive())
 
     def _epoch(self, epoch: int) -> dict[str, float] | None:
         """Train architectures, measure what they forgot, train the controller; None if a loss was not finite."""
         setup = self.setup
         if epoch == setup.schedule.start:
-            self.clock = Clock(setup.device)  # both arms are timed over the same epochs
-        self.plasticity.begin_epoch(epoch)
+            self.clock = _Clock(setup.device)  # both arms are timed over the same epochs
+        if self.wpl is not None:
+            self.strength = setup.schedule.begin_epoch(self.wpl, self.alpha, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * setup.lr_decay ** max(0, epoch - setup.lr_decay_after)
         trained: list[Choices] = []
@@ -142,14 +131,14 @@ class _Search:
             losses.append(loss)
             with self.clock.part("evaluation"):
                 before.append(self.problem.error(choices))
-            if self.plasticity.on and not self._consolidate(choices):
+            if self.strength and not self._consolidate(choices):
                 return None
         with self.clock.part("evaluations at the epoch's end"):
             after = [self.problem.error(choices) for choices in trained]
         with self.clock.part("controller"):
             rewards = [r for _ in range(setup.policy.steps) for r in self.reinforce.step(self.problem.reward)]
         return {
-            "alpha": self.plasticity.alpha,
+            "alpha": self.strength,
             "loss": sum(losses) / len(losses),
             "error_before": sum(before) / len(before),
             "error_after": sum(after) / len(after),
@@ -170,12 +159,12 @@ class _Search:
                 self.optimizer.zero_grad()
                 loss = self.problem.train_loss(choices)
                 loss.backward()
-            if self.plasticity.on and active:
+            if self.strength and active:
                 if self.published is not None:
                     with self.clock.part("penalty, as published"):
                         self.published.gradients(active)
                 with self.clock.part("penalty"):
-                    self.plasticity.add_grad_(active)
+                    self.wpl.add_grad_(active=active)
             with self.clock.part("clipping and step"):
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.setup.clip)
                 self.optimizer.step()
@@ -187,8 +176,8 @@ class _Search:
 
         The first estimate is verified; the cells that follow are made of the same operations.
         """
-        active, penalty = self.problem.active(choices), self.plasticity.penalty
-        if penalty is None or not active:
+        active = self.problem.active(choices)
+        if not active:
             return True
         given = self.problem.fisher_pass(choices)
         if self.published is not None:
@@ -196,16 +185,11 @@ class _Search:
                 self.published.learn(given, active)
         try:
             with self.clock.part("Fisher" if self.verified else "Fisher, verified"):
-                fisher = wplfast.fisher_diagonal(
-                    given.model,
-                    [given.batch],
-                    given.loss_fn,
-                    params=penalty.subset(active),
-                    verify=not self.verified,
-                )
+                more = {"params": self.wpl.subset(active), "verify": not self.verified}
+                fisher = wplfast.fisher_diagonal(given.model, [given.batch], given.loss_fn, **more)
             self.verified = True
             with self.clock.part("anchor"):
-                self.plasticity.learn(fisher, active)
+                self.setup.schedule.learn(self.wpl, fisher, active)
         except wplfast.errors.NonFiniteError:
             return False
         return True
@@ -217,9 +201,27 @@ class _Search:
         errors = [self.problem.error(choices) for choices in found]
         best = min(range(len(found)), key=errors.__getitem__)
         test = self.problem.test_error(found[best])
-        return {"validation": _rounded(errors[best]), "test": _rounded(test), "choices": list(found[best])}
+        return {"validation": five_digits(errors[best]), "test": five_digits(test), "choices": list(found[best])}
 
 
-def _rounded(value: float) -> float:
-    """Keep five digits."""
-    return float(f"{value:.5g}")
+class _Clock:
+    """Adds up times by part; on a GPU a part ends when its kernels have."""
+
+    def __init__(self, device: str) -> None:
+        """Start at zero."""
+        self._wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what is done inside."""
+        self._wait()
+        started = time.perf_counter()
+        yield
+        self._wait()
+        self._seconds[name].append(time.perf_counter() - started)
+
+    def milliseconds(self) -> dict[str, dict[str, float]]:
+        """Return the mean time of one, and how many there were, by part."""
+        parts = self._seconds.items()
+        return {name: {"milliseconds": round(1e3 * sum(s) / len(s), 4), "count": len(s)} for name, s in parts}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+import torch
 from torch import Tensor, nn
 
 #: one architecture: what was chosen at every decision
@@ -17,43 +16,36 @@ Cover: TypeAlias = Literal["used", "cells"]
 COVERS: tuple[Cover, ...] = get_args(Cover)
 
 
-@dataclass(frozen=True)
-class Decision:
-    """One choice that the controller makes.
-
-    Args:
-        kind: decisions of one kind share the embedding that tells the controller what was chosen before.
-        options: number of them.
-    """
+class Decision(NamedTuple):
+    """One choice that the controller makes; decisions of one kind share an embedding of what was chosen before."""
 
     kind: str
-    options: int
+    options: int  # number of them
 
 
-class Problem(ABC):
-    """Data and one set of shared weights from which architectures are made.
+class Problem:
+    """Data and one set of shared weights from which architectures are made; the seed decides their initial values.
 
-    Attributes:
-        model: holds all shared weights.
-        decisions: what makes up an architecture.
-        weights: the weights that the penalty covers, by name.
+    The penalty covers ``weights``, by name: those of the cells, of which an architecture uses some, and where the task
+    says so the rest of the model, which all architectures use. A kind of problem has
+
+    - ``cells()``: the weights that cells are made of, by name; ``of_cell(choices)``: the names of those of one;
+    - ``train_loss(choices)``: the mean loss of the next training minibatch, with a graph;
+    - ``fisher_pass(choices)``: what the Fisher is estimated with, of the next held-out minibatch;
+    - ``error(choices)``: the validation error, on the same minibatches at every call;
+    - ``reward(choices)``: the reward of one validation minibatch, another one at every call;
+    - ``test_error(choices)``: the error on the test part.
     """
 
-    model: nn.Module
-    decisions: tuple[Decision, ...]
-    weights: dict[str, Tensor]
-    _common: tuple[str, ...]
-
-    def cover(self, cells: Mapping[str, Tensor], cover: Cover) -> None:
-        """Say which weights the penalty covers.
-
-        Args:
-            cells: weights that cells are made of, by name: an architecture uses some of them.
-            cover: whether the rest of the model, which all architectures use, is covered too.
-        """
+    def __init__(self, task: Any, seed: int, make: Callable[[Any], nn.Module], decisions: Sequence[Decision]) -> None:
+        """Make the shared weights of the task's sizes."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = make(task.sizes)
+        self.model.to(task.device)
+        self.decisions, cells = decisions, self.cells()
         own = {id(weight) for weight in cells.values()}
-        named = self.model.named_parameters()
-        common = {name: p for name, p in named if id(p) not in own} if cover == "used" else {}
+        common = {name: p for name, p in self.model.named_parameters() if id(p) not in own and task.cover == "used"}
         self.weights = {**cells, **common}
         self._common = tuple(common)
 
@@ -61,33 +53,22 @@ class Problem(ABC):
         """Return the names of the covered weights that an architecture uses."""
         return [*self.of_cell(choices), *self._common]
 
-    @abstractmethod
-    def of_cell(self, choices: Choices) -> list[str]:
-        """Return the names of the weights that an architecture's cell is made of."""
 
-    @abstractmethod
-    def train_loss(self, choices: Choices) -> Tensor:
-        """Return the mean loss of the next training minibatch, with a graph."""
+class Child(nn.Module):
+    """One architecture, for passes that call a model with data alone."""
 
-    @abstractmethod
-    def fisher_pass(self, choices: Choices) -> FisherPass:
-        """Return what the Fisher is estimated with: a model and the next held-out minibatch."""
+    def __init__(self, shared: nn.Module, choices: Choices) -> None:
+        """Refer to the shared weights."""
+        super().__init__()
+        self.shared, self.choices = shared, choices
 
-    @abstractmethod
-    def error(self, choices: Choices) -> float:
-        """Return the validation error, on the same minibatches at every call."""
-
-    @abstractmethod
-    def reward(self, choices: Choices) -> float:
-        """Return the reward of one validation minibatch, another one at every call."""
-
-    @abstractmethod
-    def test_error(self, choices: Choices) -> float:
-        """Return the error on the test part."""
+    def forward(self, *data: Tensor) -> Tensor:
+        """Return logits."""
+        found = self.shared(self.choices, *data)
+        return found[0] if isinstance(found, tuple) else found  # without a state
 
 
-@dataclass(frozen=True)
-class FisherPass:
+class FisherPass(NamedTuple):
     """A model, one minibatch ``(inputs, targets)`` and a loss per sample, as ``wplfast.fisher_diagonal`` takes them."""
 
     model: nn.Module

@@ -18,16 +18,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from ...plumbing.options import positive, share
-from ...plumbing.text import Files, load_text
+from ..data.text import load_text
+from ..harness.options import OptionError, share
 from ..search import command
+from ..search.controller import Policy
 from ..search.loop import Setup
-from ..search.plasticity import Schedule
-from ..search.reinforce import Policy
-from .cells import Sizes, describe
-from .problem import Batches
-from .task import Task, make, run
+from ..search.penalty import Schedule
+from .cells import describe
+from .problem import Task
 
 RATES = (2.5, 5.0, 10.0)
 ALPHAS = (0.01, 0.03, 0.1)  # the mean entry of alpha F
@@ -56,55 +57,29 @@ WORDS = {"error": "perplexity", "reward": "reward (80 / perplexity)", "title": "
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit code."""
-    search = command.Search("text_search", SMALL, _task, make, run, WORDS, describe)
-    return command.main(search, _parse(arguments))
+    return command.main(SPACE, __doc__, arguments)
 
 
-def _task(options: argparse.Namespace) -> tuple[Task, dict[str, object]]:
-    """Return what problems are made from, and what the record says of the text.
-
-    Raises:
-        DataError: if the text cannot be read.
-    """
-    files = Files(options.data, options.train, options.validation, options.test, options.held_out)
-    text = load_text(files, options.vocabulary)
-    sizes = Sizes(len(text.words), options.hidden, options.blocks, *options.dropout, layer_norm=options.layer_norm)
-    batches = Batches(options.batch_size, options.length, options.evaluate)
-    name = "Python's help texts" if options.data is None else options.name
-    task = Task(files, options.vocabulary, sizes, batches, options.device, options.cover)
-    return task, {"name": name, **text.sizes}
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; what is given there goes before --paper."""
-    parser = argparse.ArgumentParser(prog="benchmarks.experiments.text_search", description=__doc__.split("\n", 1)[0])
-    add = parser.add_argument
-    add("--paper", action="store_true", help="the paper's sizes, for what is not given otherwise")
-    add("--data", metavar="DIR", help="folder of text files, words apart by blanks; default: Python's help texts")
+def _extend(parser: Any) -> None:
+    """Add what is no field of settings."""
+    add, names = parser.add_argument, ("INPUT", "OUTPUT", "WEIGHT")
     add("--name", default="text", help="what the record calls the data of --data; default: %(default)s")
-    add("--train", default="train.txt", metavar="FILE", help="in the folder; default: %(default)s")
-    add("--validation", default="valid.txt", metavar="FILE", help="default: %(default)s")
-    add("--test", default="test.txt", metavar="FILE", help="default: %(default)s")
-    add("--held-out", metavar="FILE", help="one file for both: its halves are validation and test part")
-    add("--vocabulary", type=positive, default=1000, help="words that are kept; default: %(default)s")
-    add("--hidden", type=positive, default=48, help="width; default: %(default)s")
-    add("--blocks", type=positive, default=4, help="of a cell; default: %(default)s")
-    add("--batch-size", type=positive, default=32, help="default: %(default)s")
-    add("--length", type=positive, default=16, help="words that gradients flow over; default: %(default)s")
-    add("--evaluate", type=positive, default=2, help="minibatches that errors are measured on; default: %(default)s")
-    names = ("INPUT", "OUTPUT", "WEIGHT")
     add("--dropout", type=share, nargs=3, default=[0.0, 0.0, 0.0], metavar=names, help="default: %(default)s")
     add("--layer-norm", action="store_true", help="normalise a cell's output before the decoder")
-    command.add_options(parser, SMALL, RATES, ALPHAS, "cells")
-    if parser.parse_known_args(arguments)[0].paper:
-        parser.set_defaults(**PAPER)
-    options = parser.parse_args(arguments)
-    if options.blocks < 2:
-        parser.error("argument --blocks: expected at least 2, got 1")
-    if options.data is None and options.held_out:
-        parser.error("argument --held-out: needs --data")
-    return options
 
+
+def _prepare(task: Task, options: argparse.Namespace) -> tuple[Task, dict[str, Any]]:
+    """Complete the sizes, and return what the record says of the text."""
+    if options.data is None and options.held_out:
+        raise OptionError("argument --held-out: needs --data")
+    text = load_text(task.files, task.vocabulary)
+    dropout = dict(zip(("dropout_in", "dropout_out", "dropout_weight"), options.dropout, strict=True))
+    sizes = replace(task.sizes, vocabulary=len(text.words), layer_norm=options.layer_norm, **dropout)
+    name = "Python's help texts" if options.data is None else options.name
+    return replace(task, sizes=sizes), {"name": name, **text.sizes}
+
+
+SPACE = command.Space("text_search", SMALL, RATES, ALPHAS, PAPER, WORDS, describe, Task(), _extend, _prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

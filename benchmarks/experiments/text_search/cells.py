@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..harness.options import option, positive, several
 from ..search.problem import Choices, Decision
 
 _MOST = 25.0  # the largest norm of a hidden state: cells of identities and ReLUs would explode otherwise
@@ -28,21 +29,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the language models.
+    """Sizes of the language models: the number of words, and what the options say.
 
-    Args:
-        vocabulary: number of words.
-        hidden: width of embeddings and hidden states.
-        blocks: of a cell.
-        dropout_in: share of an embedded word's entries that are dropped, the same ones at all times.
-        dropout_out: likewise of the cell's output.
-        dropout_weight: share of the weights from the last hidden state that are dropped.
-        layer_norm: whether a cell's output is normalised before the decoder.
+    Dropped are entries of embedded words and of a cell's output, the same ones at all times, and weights from the last
+    hidden state. A cell's output may be normalised before the decoder.
     """
 
-    vocabulary: int
-    hidden: int = 64
-    blocks: int = 5
+    vocabulary: int = 1000
+    hidden: int = option(48, positive, "width of embeddings and hidden states")
+    blocks: int = option(4, several, "of a cell")
     dropout_in: float = 0.0
     dropout_out: float = 0.0
     dropout_weight: float = 0.0
@@ -126,20 +121,6 @@ class SharedCells(nn.Module):
     def _locked(self, x: Tensor, share: float) -> Tensor:
         """Drop the same entries at all times, [N, T, H]."""
         return x * F.dropout(x.new_ones(len(x), 1, x.shape[2]), share) if self.training and share else x
-
-
-class Child(nn.Module):
-    """One cell, for passes that call a model with data alone."""
-
-    def __init__(self, shared: SharedCells, choices: Choices) -> None:
-        """Refer to the shared weights."""
-        super().__init__()
-        self.shared, self.choices = shared, choices
-
-    def forward(self, words: Tensor, state: Tensor) -> Tensor:
-        """Return logits [N, T, V]."""
-        logits: Tensor = self.shared(self.choices, words, state)[0]
-        return logits
 
 
 def _highway(function: Callable[[Tensor], Tensor], product: Tensor, source: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -12,44 +12,49 @@ from torch import Tensor
 
 import wplfast
 
-from ...plumbing.data import DataError
-from ...plumbing.text import Text, columns
-from ..search.problem import Choices, Cover, FisherPass, Problem
-from .cells import Child, SharedCells, Sizes, decisions, edges
+from ..data.digits import DataError
+from ..data.text import Files, Text, load_text
+from ..harness.options import option, positive
+from ..search.problem import Child, Choices, Cover, FisherPass, Problem
+from .cells import SharedCells, Sizes, decisions, edges
 
 
 @dataclass(frozen=True)
 class Batches:
-    """How the text is cut.
+    """How the text is cut; the reward is a constant over the perplexity."""
 
-    Args:
-        size: rows of a minibatch.
-        length: words of a row, over which gradients flow.
-        evaluate: minibatches that an error is measured on.
-        reward: the constant c of the reward c / perplexity.
-    """
-
-    size: int = 32
-    length: int = 20
-    evaluate: int = 2
+    size: int = option(32, positive, "rows of a minibatch", flag="batch_size")
+    length: int = option(16, positive, "words that gradients flow over")
+    evaluate: int = option(2, positive, "minibatches that errors are measured on")
     reward: float = 80.0
 
 
-class Stream:
-    """The segments of one part of a text, in order and over again.
+@dataclass(frozen=True)
+class Task:
+    """What a problem is made from besides its seed."""
 
-    Args:
-        words: [L] int64.
-        batches: how they are cut.
-        part: its name, for messages.
+    files: Files = field(default_factory=Files)
+    vocabulary: int = option(1000, positive, "words that are kept")
+    sizes: Sizes = field(default_factory=Sizes)
+    batches: Batches = field(default_factory=Batches)
+    device: str = "cpu"
+    cover: Cover = "cells"
+
+    def problem(self, seed: int) -> TextProblem:
+        """Make the problem of one run; raises DataError if the text cannot be read, or is too short."""
+        return TextProblem(self, load_text(self.files, self.vocabulary), seed)
+
+
+class Stream:
+    """The segments of one part of a text, words [L] int64, in order and over again.
 
     Raises:
-        DataError: if there is not one segment.
+        DataError: if there are less than two.
     """
 
     def __init__(self, words: Tensor, batches: Batches, part: str) -> None:
         """Begin at the first segment."""
-        self._rows = columns(words, batches.size)
+        self._rows = words[: len(words) // batches.size * batches.size].view(batches.size, -1)
         self._length = batches.length
         self.count = (self._rows.shape[1] - 1) // batches.length
         self.position = 0
@@ -69,35 +74,27 @@ class Stream:
 
 
 class TextProblem(Problem):
-    """Recurrent cells that model text.
+    """Recurrent cells that model text; the seed decides the initial weights, and which minibatches give rewards.
 
-    Args:
-        text: word indices of the three parts.
-        sizes: of the models.
-        batches: how the text is cut.
-        seed: decides the initial weights and which validation minibatches give rewards.
-        device: where the models are.
-        cover: whether the penalty covers embedding, recurrent matrix and biases beside the cells' edges.
+    Beside the cells' edges there are the embedding, the recurrent matrix and biases, which all cells use.
     """
 
-    def __init__(
-        self, text: Text, sizes: Sizes, batches: Batches, seed: int, device: str = "cpu", cover: Cover = "used"
-    ) -> None:
+    def __init__(self, task: Task, text: Text, seed: int) -> None:
         """Make the shared weights."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model: SharedCells = SharedCells(sizes)
-        self.model.to(device)
-        self.decisions = decisions(sizes.blocks)
-        self.cover({name: self.model.edges.get_parameter(f"{name}.weight") for name in self.model.edges}, cover)
-        parts = {"train": text.train, "validation": text.validation, "test": text.test}
-        streams = {name: Stream(part.to(device), batches, name) for name, part in parts.items()}
-        self._train, self._validation, self._test = streams.values()
-        self._fisher = Stream(text.validation.to(device), batches, "validation")
-        self._batches = batches
-        self._zero = torch.zeros(batches.size, sizes.hidden, device=device)
-        self._state = self._zero
+        super().__init__(task, seed, SharedCells, decisions(task.sizes.blocks))
+
+        def stream(part: str) -> Stream:
+            return Stream(text.parts[part].to(task.device), task.batches, part)
+
+        self._train, self._validation, self._test = stream("train"), stream("validation"), stream("test")
+        self._fisher = stream("validation")
+        self._batches = task.batches
+        self._state = self._zero = torch.zeros(task.batches.size, task.sizes.hidden, device=task.device)
         self._generator = torch.Generator().manual_seed(seed)
+
+    def cells(self) -> dict[str, Tensor]:
+        """Return the cells' edges."""
+        return {name: edge.weight for name, edge in self.model.edges.items()}
 
     def of_cell(self, choices: Choices) -> list[str]:
         """Return the names of a cell's edges."""

@@ -7,18 +7,18 @@ the same data, which changes the trunk; A keeps its own layers, is never trained
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import wplfast
 
-from ...plumbing.data import Split, load_split
-from ...plumbing.training import batches, step
+from ..data.digits import DIGITS, Part, load_split
+from ..harness.options import option, positive
+from ..harness.training import accuracy, batch_squared, batches, hidden_layers, step
 
 #: how B's training treats the shared layers, and what each is called in tables and figures
 METHODS = {
@@ -40,7 +40,7 @@ class Setup:
     every penalised parameter jittering around its anchor by about the rate, and B pays for that.
     """
 
-    data: str | None = None
+    data: str | None = option(None, str, DIGITS, metavar="DIR")
     device: str = "cpu"
     hidden: int = 50
     layers_a: int = 4
@@ -49,7 +49,7 @@ class Setup:
     batch_size: int = 64
     lr_a: float = 0.001
     lr_b: float = 0.02
-    iterations_a: int = 1500
+    iterations_a: int = option(1500, positive, "of A (at most) and of B", flag="iterations")
     iterations_b: int = 1500
     evaluate_every: int = 25
     end_evaluations: int = 5
@@ -63,36 +63,23 @@ class Trained:
     seed: int
     accuracy: float
     iterations: int
-    state: dict[str, np.ndarray]
-    fishers: dict[str, dict[str, np.ndarray]]
+    state: dict[str, np.ndarray] = field(repr=False)  # follows from the rest, which tells jobs apart
+    fishers: dict[str, dict[str, np.ndarray]] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training of B. Curves start at iteration 0; ends are means over the last evaluations."""
+    """One training of B. Curves start at iteration 0; validation accuracies are means over the last evaluations."""
 
     method: str
     seed: int
     strength: float | None
     alpha: float | None
-    iterations: list[int] = field(default_factory=list)
-    accuracy_a: list[float] = field(default_factory=list)
-    accuracy_b: list[float] = field(default_factory=list)
-    validation_a: float = 0.0
-    validation_b: float = 0.0
-
-
-class Model(nn.Module):
-    """A shared trunk under layers of one's own."""
-
-    def __init__(self, trunk: nn.Sequential, own: nn.Sequential) -> None:
-        """Put the two together."""
-        super().__init__()
-        self.trunk, self.own = trunk, own
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [N, 10]."""
-        return self.own(self.trunk(images))
+    iterations: list[int]
+    accuracy_a: list[float]
+    accuracy_b: list[float]
+    validation_a: float
+    validation_b: float
 
 
 def train_a(job: tuple[Setup, float | None, int]) -> Trained:
@@ -103,24 +90,24 @@ def train_a(job: tuple[Setup, float | None, int]) -> Trained:
     """
     setup, level, seed = job
     split = load_split(setup.data, seed).to(setup.device)
-    model = _models(setup, split.n_features, seed)[0]
+    model = _models(setup, split.shape[0], seed)[0]
     optimizer = torch.optim.Adam(model.parameters(), lr=setup.lr_a, fused=True)
     done = 0
     for images, labels in islice(batches(split.train, setup.batch_size, seed), setup.iterations_a):
         step(model, optimizer, images, labels)
         done += 1
-        if level is not None and _accuracy(model(split.validation[0]), split.validation[1]) >= level:
+        if level is not None and accuracy(model(split.validation[0]), split.validation[1]) >= level:
             break
     loader = list(zip(*(part.split(setup.batch_size) for part in split.train), strict=True))
     fishers: dict[str, Mapping[str, Tensor]] = {
-        "wpl": wplfast.fisher_diagonal(model, loader, wplfast.losses.cross_entropy, params=model.trunk),
-        "squared": batch_squared(model, loader),
-        "l2": {name: torch.ones_like(p) for name, p in model.trunk.named_parameters()},
+        "wpl": wplfast.fisher_diagonal(model, loader, wplfast.losses.cross_entropy, params=model[0]),
+        "squared": batch_squared(model, dict(model[0].named_parameters()), loader, len(loader)),
+        "l2": {name: torch.ones_like(p) for name, p in model[0].named_parameters()},
     }
     return Trained(
         level,
         seed,
-        _accuracy(model(split.test[0]), split.test[1]),
+        accuracy(model(split.test[0]), split.test[1]),
         done,
         {name: value.cpu().numpy() for name, value in model.state_dict().items()},
         {method: {name: value.detach().cpu().numpy() for name, value in f.items()} for method, f in fishers.items()},
@@ -135,79 +122,47 @@ def train_b(job: tuple[Setup, Trained, str, float | None]) -> Run:
     """
     setup, trained, method, strength = job
     split = load_split(setup.data, trained.seed).to(setup.device)
-    model_a, model_b = _models(setup, split.n_features, trained.seed)
+    model_a, model_b = _models(setup, split.shape[0], trained.seed)
     model_a.load_state_dict({name: torch.from_numpy(value) for name, value in trained.state.items()})
     wpl = None
     if strength is not None:
         fisher = {name: torch.from_numpy(value) for name, value in trained.fishers[method].items()}
         scale = torch.cat([value.flatten() for value in fisher.values()]).mean().item()
-        wpl = wplfast.WeightPlasticityLoss(model_b.trunk, strength / scale)
+        wpl = wplfast.WeightPlasticityLoss(model_b[0], strength / scale)
         wpl.consolidate(fisher)
-    model_b.trunk.requires_grad_(method != "frozen")
+    model_b[0].requires_grad_(method != "frozen")
     optimizer = torch.optim.Adam([p for p in model_b.parameters() if p.requires_grad], lr=setup.lr_b, fused=True)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, setup.iterations_b)
-    run = Run(method, trained.seed, strength, wpl.alpha.item() if wpl else None)
-    validation = []
-    _evaluate(run, 0, model_a, model_b, split)
+    iterations, test, validation = [0], [_both(model_a, model_b, split.test)], []
     drawn = islice(batches(split.train, setup.batch_size, trained.seed + 1_000_000), setup.iterations_b)
     for iteration, (images, labels) in enumerate(drawn, start=1):
         step(model_b, optimizer, images, labels, wpl)
         decay.step()
         if iteration % setup.evaluate_every == 0 or iteration == setup.iterations_b:
-            _evaluate(run, iteration, model_a, model_b, split)
+            iterations.append(iteration)
+            test.append(_both(model_a, model_b, split.test))
             if iteration > setup.iterations_b - setup.end_evaluations * setup.evaluate_every:
                 validation.append(_both(model_a, model_b, split.validation))
-    validation_a, validation_b = (float(np.mean(values)) for values in zip(*validation, strict=True))
-    return replace(run, validation_a=validation_a, validation_b=validation_b)
+    curves = (list(curve) for curve in zip(*test, strict=True))
+    ends = (float(np.mean(values)) for values in zip(*validation, strict=True))
+    return Run(method, trained.seed, strength, wpl.alpha.item() if wpl else None, iterations, *curves, *ends)
 
 
-def batch_squared(model: Model, loader: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Return the common mistake: the square of each batch's mean gradient, averaged over batches."""
-    parameters = dict(model.trunk.named_parameters())
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for images, labels in loader:
-        gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), list(parameters.values()))
-        for name, gradient in zip(parameters, gradients, strict=True):
-            total[name] += gradient.square() / len(loader)
-    return total
-
-
-def _models(setup: Setup, n_features: int, seed: int) -> tuple[Model, Model]:
-    """Build A and B around one trunk; the seed decides all initial values."""
+def _models(setup: Setup, n_features: int, seed: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """Build A and B, the layers of each's own on one trunk; the seed decides all initial values."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trunk = _hidden_layers(n_features, setup.hidden, setup.shared_layers)
+        trunk = hidden_layers(n_features, setup.hidden, setup.shared_layers)
         own = []
         for depth in (setup.layers_a, setup.layers_b):
-            hidden = _hidden_layers(setup.hidden, setup.hidden, depth - setup.shared_layers - 1)
+            hidden = hidden_layers(setup.hidden, setup.hidden, depth - setup.shared_layers - 1)
             own.append(hidden.append(nn.Linear(setup.hidden, N_CLASSES)))
-    return Model(trunk, own[0]).to(setup.device), Model(trunk, own[1]).to(setup.device)
-
-
-def _hidden_layers(n_in: int, width: int, count: int) -> nn.Sequential:
-    """Build hidden layers of one width."""
-    layers = nn.Sequential()
-    for index in range(count):
-        layers.extend((nn.Linear(width if index else n_in, width), nn.ReLU()))
-    return layers
+    return nn.Sequential(trunk, own[0]).to(setup.device), nn.Sequential(trunk, own[1]).to(setup.device)
 
 
 @torch.no_grad()
-def _both(model_a: Model, model_b: Model, part: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def _both(model_a: nn.Sequential, model_b: nn.Sequential, part: Part) -> tuple[float, float]:
     """Return both accuracies, passing the trunk once."""
     images, labels = part
-    features = model_a.trunk(images)
-    return _accuracy(model_a.own(features), labels), _accuracy(model_b.own(features), labels)
-
-
-def _evaluate(run: Run, iteration: int, model_a: Model, model_b: Model, split: Split) -> None:
-    """Append a point to the curves."""
-    accuracy_a, accuracy_b = _both(model_a, model_b, split.test)
-    run.iterations.append(iteration)
-    run.accuracy_a.append(accuracy_a)
-    run.accuracy_b.append(accuracy_b)
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Return the share of right answers."""
-    return (logits.argmax(1) == labels).double().mean().item()
+    features = model_a[0](images)
+    return accuracy(model_a[1](features), labels), accuracy(model_b[1](features), labels)

@@ -6,6 +6,7 @@ import gzip
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,10 @@ from torch import Tensor
 _IDX_UBYTE = 0x08  # the third byte of an IDX file's magic number: unsigned bytes; the fourth is the number of axes
 _STEMS = ("train", "t10k")
 _FEWEST = 10  # so that no part of the split is empty
+#: what the option for a folder says
+DIGITS = "folder with MNIST's IDX files, gzipped or not; default: scikit-learn's digits"
+
+Part = tuple[Tensor, Tensor]
 
 
 class DataError(ValueError):
@@ -25,32 +30,34 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Split:
-    """Images [N, D] float32 in [0, 1] and labels [N] int64 of the three parts."""
+    """Images [N, D] or [N, C, H, W] float32 and labels [N] int64 of the three parts, and what the data are called."""
 
-    train: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
+    train: Part
+    validation: Part
+    test: Part
+    name: str = ""
 
     @property
-    def n_features(self) -> int:
-        """Number of pixels."""
-        return self.train[0].shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image."""
+        return tuple(self.train[0].shape[1:])
 
     @property
     def sizes(self) -> dict[str, int]:
         """Number of samples of each part."""
         return {"train": len(self.train[1]), "validation": len(self.validation[1]), "test": len(self.test[1])}
 
+    def map(self, function: Callable[[Part], Part]) -> Split:
+        """Return the split with a function of each part in its place."""
+        return Split(function(self.train), function(self.validation), function(self.test), self.name)
+
     def to(self, device: str) -> Split:
         """Move all parts to a device."""
-        train, validation, test = (
-            (images.to(device), labels.to(device)) for images, labels in (self.train, self.validation, self.test)
-        )
-        return Split(train, validation, test)
+        return self.map(lambda part: (part[0].to(device), part[1].to(device)))
 
 
 def load_split(folder: str | None, seed: int) -> Split:
-    """Load digits and split them 70 : 10 : 20 into train, validation and test parts, drawn from the seed.
+    """Load flat digits, pixels in [0, 1], split 70 : 10 : 20 into train, validation and test parts by the seed.
 
     Args:
         folder: holds MNIST's IDX files; None for the 1,797 digits that scikit-learn ships.
@@ -63,7 +70,7 @@ def load_split(folder: str | None, seed: int) -> Split:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     cuts = round(0.7 * len(labels)), round(0.8 * len(labels))
     train, validation, test = ((images[part], labels[part]) for part in torch.tensor_split(order, cuts))
-    return Split(train, validation, test)
+    return Split(train, validation, test, "scikit-learn digits" if folder is None else "MNIST")
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .data import DataError, load_split
+from .digits import DataError, Part, Split, load_split
 
-Part = tuple[Tensor, Tensor]
 _SHAPE = (3, 32, 32)  # of CIFAR's images; a record is a label's byte and the image's
 _RECORD = 1 + math.prod(_SHAPE)
 _CLASSES = 10
 
 
-@dataclass(frozen=True)
-class ImageSplit:
-    """Images [N, C, H, W] float32 and labels [N] int64 of the three parts; pixels have mean 0 and deviation 1."""
-
-    train: Part
-    validation: Part
-    test: Part
-    name: str
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Number of images of each part."""
-        return {"train": len(self.train[1]), "validation": len(self.validation[1]), "test": len(self.test[1])}
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Channels, height and width."""
-        return tuple(self.train[0].shape[1:])
-
-
 @lru_cache(maxsize=2)
-def load_images(folder: str | None, seed: int) -> ImageSplit:
-    """Load images; a process reads them once for each seed.
+def load_images(folder: str | None, seed: int) -> Split:
+    """Load images of mean 0 and deviation 1; a process reads them once for each seed.
 
     Args:
         folder: holds MNIST's IDX files, or CIFAR-10's ``data_batch_*.bin`` and ``test_batch.bin``; None for
@@ -52,18 +29,16 @@ def load_images(folder: str | None, seed: int) -> ImageSplit:
         DataError: if files are missing or damaged.
     """
     if folder is not None and _is_cifar(Path(folder)):
-        parts, name = _cifar(Path(folder), seed), "CIFAR-10"
+        split = _cifar(Path(folder), seed)
     else:
         split = load_split(folder, seed)
-        side = math.isqrt(split.n_features)
-        if side * side != split.n_features:
-            raise DataError(f"{folder}: expected square images, got {split.n_features} pixels")
-        parts = [(x.view(-1, 1, side, side), y) for x, y in (split.train, split.validation, split.test)]
-        name = "MNIST" if folder else "scikit-learn digits"
-    mean = parts[0][0].mean((0, 2, 3), keepdim=True)
-    std = parts[0][0].std((0, 2, 3), keepdim=True).clamp_min(1e-6)
-    train, validation, test = (((x - mean) / std, y) for x, y in parts)
-    return ImageSplit(train, validation, test, name)
+        side = math.isqrt(*split.shape)
+        if split.shape != (side * side,):
+            raise DataError(f"{folder}: expected square images, got {split.shape[0]} pixels")
+        split = split.map(lambda part: (part[0].view(-1, 1, side, side), part[1]))
+    mean = split.train[0].mean((0, 2, 3), keepdim=True)
+    std = split.train[0].std((0, 2, 3), keepdim=True).clamp_min(1e-6)
+    return split.map(lambda part: ((part[0] - mean) / std, part[1]))
 
 
 def read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -97,7 +72,7 @@ def _is_cifar(root: Path) -> bool:
     return False
 
 
-def _cifar(root: Path, seed: int) -> list[Part]:
+def _cifar(root: Path, seed: int) -> Split:
     """Read CIFAR-10."""
     if not (root / "test_batch.bin").is_file():
         raise DataError(f"{root}: data_batch_*.bin are there without test_batch.bin")
@@ -107,6 +82,11 @@ def _cifar(root: Path, seed: int) -> list[Part]:
     cut = round(0.9 * len(labels))
     if not 0 < cut < len(labels):
         raise DataError(f"{root}: expected at least 6 training images, got {len(labels)}")
-    parts = [(images[order[:cut]], labels[order[:cut]]), (images[order[cut:]], labels[order[cut:]])]
-    parts.append(read_cifar(root / "test_batch.bin"))
-    return [(torch.from_numpy(x.astype(np.float32) / 255), torch.from_numpy(y.astype(np.int64))) for x, y in parts]
+    train, validation = ((images[part], labels[part]) for part in (order[:cut], order[cut:]))
+    parts = (train, validation, read_cifar(root / "test_batch.bin"))
+    return Split(*(_tensors(*part) for part in parts), name="CIFAR-10")
+
+
+def _tensors(images: np.ndarray, labels: np.ndarray) -> Part:
+    """Return pixels in [0, 1], and labels."""
+    return torch.from_numpy(images.astype(np.float32) / 255), torch.from_numpy(labels.astype(np.int64))

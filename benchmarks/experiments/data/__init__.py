@@ -1,0 +1,1 @@
+"""Data that the experiments learn from: images of digits or things, and text."""
