@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..fisher.result import Fisher
+from ..ops.layout import by_kind
 from ..params import check_names
 
 AnchorRule: TypeAlias = Literal["merge", "replace"]
@@ -169,14 +170,12 @@ def check_finite(names: Sequence[str], tensors: Sequence[Tensor], what: str) -> 
 
 
 def _extremes(tensors: Sequence[Tensor]) -> tuple[list[float], list[float]]:
-    """Return every tensor's least and largest entry, with one synchronisation for each device."""
+    """Return every tensor's least and largest entry, with one synchronisation for each device and dtype."""
     low, high = [0.0] * len(tensors), [0.0] * len(tensors)
-    devices: dict[torch.device, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        if tensor.numel():
-            devices.setdefault(tensor.device, []).append(index)
-    for indices in devices.values():
-        pairs = [torch.stack(tensors[index].detach().aminmax()).double() for index in indices]
-        for index, (least, largest) in zip(indices, torch.stack(pairs).tolist(), strict=True):
-            low[index], high[index] = least, largest
+    for indices in by_kind(tensors).values():
+        chosen = [index for index in indices if tensors[index].numel()]
+        if chosen:
+            pairs = torch.stack([extreme for index in chosen for extreme in tensors[index].detach().aminmax()])
+            for index, (least, largest) in zip(chosen, pairs.double().view(-1, 2).tolist(), strict=True):
+                low[index], high[index] = least, largest
     return low, high

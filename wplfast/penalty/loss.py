@@ -210,13 +210,13 @@ class WeightPlasticityLoss(nn.Module):
         if not names:
             raise ValueError("active must name at least one parameter, got none")
         with torch.inference_mode(False), torch.no_grad():
-            tensors = references.tensors()
-            first = groups.anchors is None or groups.anchors.n_anchors == 0
-            anchors = Anchors(tensors, self._fisher_dtype) if first else groups.anchors_beside_parameters()
-            indices = [references.index[name] for name in names]
+            tensors, indices = references.tensors(), [references.index[name] for name in names]
+            first = self.n_anchors == 0
+            anchors = Anchors(tensors, self._fisher_dtype) if first else groups.anchors_beside(tensors, indices)
             parameters = {name: tensors[i] for name, i in zip(names, indices, strict=True)}
             newer = newer_anchor(parameters, fisher, theta_hat, prefix, options)
-            self._commit(groups.with_anchors(anchors.consolidated(indices, newer, options)))
+            in_place = anchors is not groups.anchors
+            self._commit(groups.with_anchors(anchors.consolidated(indices, newer, options, in_place)))
 
     def update(
         self,
@@ -414,7 +414,7 @@ class WeightPlasticityLoss(nn.Module):
         if torch.compiler.is_compiling():
             raise RuntimeError("evaluate this active set once before it is compiled: addresses cannot be traced")
         with torch.inference_mode(False):
-            anchors = groups.anchors_beside_parameters()
+            anchors = groups.anchors_beside(groups.references.tensors(), range(len(groups.references)))
             if anchors is not groups.anchors:
                 self._commit(groups.with_anchors(anchors))
         return self._groups.make(key)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .. import backends
 from ..errors import StaleParameterError
-from ..ops.layout import is_dense
+from ..ops.layout import by_kind, is_dense
 from ..ops.prepared import PreparedPenalty, check_parameter_grads
-from .anchors import Anchors, by_kind
+from .anchors import Anchors
 from .autograd import differentiable
 from .coefficients import scalar
 from .references import References
@@ -161,15 +161,19 @@ class ParamGroups:
             alpha = self.alpha if self.alpha.dim() == 0 else self.alpha[sources]
         return ParamGroups(references, anchors, alpha, self.l2, self.active_sets)
 
-    def anchors_beside_parameters(self) -> Anchors:
-        """Return the anchors, or copies of them where the parameters are on another device or of another dtype now.
+    def anchors_beside(self, theta: Sequence[Tensor], indices: Sequence[int]) -> Anchors:
+        """Return the anchors, or copies of them where a parameter is on another device or of another dtype now.
+
+        Args:
+            theta: all parameters.
+            indices: of those that are looked at.
 
         Raises:
             StaleParameterError: if a parameter changed its shape.
         """
-        theta, anchors = self.references.tensors(), self.anchors
+        anchors = self.anchors
         assert anchors is not None
-        if anchors.fits(theta):
+        if anchors.fits(theta, indices):
             return anchors
         for name, parameter, fisher in zip(self.references.names, theta, anchors.fisher, strict=True):
             if parameter.shape != fisher.shape:
