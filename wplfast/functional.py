@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .ops import check_penalty
+from .ops.arguments import PenaltyArguments
 from .ops.layout import by_kind, in_order_of, is_dense
 from .ops.prepared import PreparedPenalty
 from .penalty.autograd import differentiable
@@ -58,9 +59,9 @@ def wpl_penalty(
             [t if t.shape != p.shape else in_order_of(t, p) for t, p in zip(column, theta, strict=True)]
             for column in ([theta_hat[i] for i in indices], [fisher[i] for i in indices])
         )
-        coefficients = scalar(alpha, device), scalar(l2, device)
-        check_penalty.check_anchors(theta, hats, (), fishers, *coefficients)
-        values.append(differentiable(PreparedPenalty(theta, hats, (), fishers, *coefficients)))
+        arguments = PenaltyArguments(theta, hats, (), fishers, scalar(alpha, device), scalar(l2, device))
+        check_penalty.check_arguments(arguments)
+        values.append(differentiable(PreparedPenalty(*arguments)))
     return total(values)
 
 

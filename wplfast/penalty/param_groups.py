@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import backends
 from ..errors import StaleParameterError
+from ..ops.arguments import PenaltyArguments
 from ..ops.layout import by_kind, is_dense
 from ..ops.prepared import PreparedPenalty, check_parameter_grads
 from .anchors import Anchors
@@ -55,11 +56,11 @@ class ParamGroup:
         chosen = alpha if alpha.dim() == 0 else alpha[self.indices]
         self._alpha = chosen.to(device)  # the penalty's own where that is on this device
         self._one = scalar(1.0, device)
-        self._coefficients = self._alpha, scalar(l2, device), anchors.constants(indices, alpha.dim() == 0, device)
-        self._columns = anchors.columns(indices)
+        self._arguments = PenaltyArguments(self._theta, *anchors.columns(indices), self._alpha, scalar(l2, device))
+        self._constant = anchors.constants(indices, alpha.dim() == 0, device)
         self._gaps = any(not is_dense(p) for p in self._theta)
         kind = PreparedPenalty if self._gaps else backends.prepared_penalty(device.type)
-        self._prepared = kind(self._theta, *self._columns, *self._coefficients)
+        self._prepared = kind(*self._arguments, self._constant)
         self._prepared.remember()
 
     def set_alpha(self, alpha: Tensor) -> None:
@@ -97,7 +98,7 @@ class ParamGroup:
     def _dense(self) -> PreparedPenalty:
         """Return the penalty over copies of the parameters that have gaps in memory."""
         theta = [p if is_dense(p) else p.contiguous() for p in self._theta]
-        return PreparedPenalty(theta, *self._columns, *self._coefficients)
+        return PreparedPenalty(*self._arguments._replace(theta=theta), self._constant)
 
 
 class ParamGroups:
