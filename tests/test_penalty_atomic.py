@@ -258,6 +258,18 @@ def test_a_part_is_consolidated_without_a_copy_of_the_rest(how):
     )  # a merge's float64 is one parameter's at a time, but kept
 
 
+@pytest.mark.parametrize("change", ["merge some", "update some", "alpha"])
+def test_what_changes_before_the_anchors_followed_their_parameters(tmp_path, change):
+    """Parameters that an action does not name are of another type by then, and nobody evaluated in between."""
+    at_once, later = Scene(tmp_path), Scene(tmp_path)
+    for scene in (at_once, later):
+        scene.module[0].bias.data = scene.module[0].bias.data.double()
+    later.evaluate()
+    for scene in (at_once, later):
+        ACTIONS[change](scene)
+    assert same(at_once.snapshot(), later.snapshot())
+
+
 def test_files_that_no_penalty_can_have_written_change_nothing(tmp_path):
     scene = Scene(tmp_path)
     before = scene.snapshot()

@@ -25,7 +25,7 @@ _LEAST = torch.finfo(torch.float64).tiny
 
 
 class Columns(NamedTuple):
-    """The penalty's view of some parameters' anchors."""
+    """What the penalty reads of some parameters' anchors; one entry per parameter."""
 
     theta_hat: list[Tensor]
     offset: list[Tensor]  #: empty where all are zero
@@ -55,7 +55,7 @@ class Scratch:
         self._kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def like(self, columns: Columns) -> Columns:
-        """Return uninitialised columns of the same shapes, dtypes and memory orders; they end the former ones' use."""
+        """Return uninitialised columns, in the memory that was returned before where it is large enough."""
         tensors = iter(_buffers(list(chain(*columns)), lambda dtype: dtype, self._take))
         return Columns(*([next(tensors) for _ in column] for column in columns))
 
@@ -83,8 +83,8 @@ class Anchors:
     has committed, by that one assignment, and calls :meth:`settle`, which copies into the buffers what is ``pending``.
     An interrupt before the assignment leaves these anchors as they were; one after it leaves copies to be made, and
     whoever reads anchors settles them first. The buffers themselves stay: second derivatives tell by their versions
-    that an anchor changed, groups of parameters and CUDA graphs hold their addresses, and a part of the parameters
-    that lay in a buffer of its own would keep the memory that it came from alive.
+    that an anchor changed, groups of parameters and CUDA graphs hold their addresses, and parameters that moved to
+    buffers of their own, a part at a time, would keep alive the memory that they came from.
 
     Args:
         parameters: they give shapes, devices, dtypes and memory orders.
@@ -193,6 +193,8 @@ class Anchors:
         else:
             fisher = old.fisher if in_place else self._scratch.like(Columns([], [], old.fisher)).fisher
             _add_up(old.fisher, fisher, newer, decay)
+            # theta_hat is read where it lies. The caller may write there only after it was copied, or after two
+            # interrupts before the copy: then the anchor is what lies there when the penalty is used next.
             zeros = [offset.new_zeros(()).expand_as(offset) for offset in old.offset]
             new, constant = Columns(self._apart(newer.theta_hat), zeros, fisher), torch.zeros_like(bound)
         if options.clip_norm is not None:

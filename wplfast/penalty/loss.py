@@ -153,12 +153,15 @@ class WeightPlasticityLoss(nn.Module):
     @alpha.setter
     def alpha(self, value: Alpha) -> None:
         groups = self._settled()
-        values = alpha_tensor(value, groups.references.names, device_of(groups.references.tensors()))
+        tensors = groups.references.tensors()
+        values = alpha_tensor(value, groups.references.names, device_of(tensors))
         if values.shape == groups.alpha.shape:
             groups.alpha.copy_(values)
             groups.take_alpha()
         else:
-            self._commit(ParamGroups(groups.references, groups.anchors, values, groups.l2, groups.active_sets))
+            with torch.inference_mode(False):
+                anchors = None if groups.anchors is None else groups.anchors_beside(tensors)
+            self._commit(ParamGroups(groups.references, anchors, values, groups.l2, groups.active_sets))
 
     # ---- anchors ---------------------------------------------------------------------------------------------------
 
@@ -176,6 +179,8 @@ class WeightPlasticityLoss(nn.Module):
         clip_norm: float | None = None,
     ) -> None:
         """Anchor the parameters where they are now, with a Fisher that says how much each one matters.
+
+        An interrupt or an error leaves all anchors as they were, or (an interrupt at the very end) all as they become.
 
         Args:
             fisher: diagonals by name (:func:`wplfast.fisher_diagonal` or any mapping). A Fisher of this process is
@@ -195,8 +200,6 @@ class WeightPlasticityLoss(nn.Module):
             clip_norm: the most that the Euclidean norm of a parameter's F may be afterwards; larger ones are scaled
                 down, each parameter for itself, as the code of arXiv:1902.08232 does.
 
-        An interrupt or an error leaves all anchors as they were, or (an interrupt at the very end) all as they become.
-
         Raises:
             NameMismatchError: if a name is missing.
             ValueError: if a shape does not fit, a Fisher is negative or more than its dtype holds, or an option is out
@@ -211,9 +214,11 @@ class WeightPlasticityLoss(nn.Module):
             raise ValueError("active must name at least one parameter, got none")
         with torch.inference_mode(False), torch.no_grad():
             tensors, indices = references.tensors(), [references.index[name] for name in names]
-            first = self.n_anchors == 0
-            anchors = Anchors(tensors, self._fisher_dtype) if first else groups.anchors_beside(tensors, indices)
             parameters = {name: tensors[i] for name, i in zip(names, indices, strict=True)}
+            if self.n_anchors == 0:
+                anchors = Anchors(tensors, self._fisher_dtype)
+            else:
+                anchors = groups.anchors_beside(tensors, indices if groups.outlast(options) else None)
             newer = newer_anchor(parameters, fisher, theta_hat, prefix, options)
             in_place = anchors is not groups.anchors
             self._commit(groups.with_anchors(anchors.consolidated(indices, newer, options, in_place)))
@@ -414,7 +419,7 @@ class WeightPlasticityLoss(nn.Module):
         if torch.compiler.is_compiling():
             raise RuntimeError("evaluate this active set once before it is compiled: addresses cannot be traced")
         with torch.inference_mode(False):
-            anchors = groups.anchors_beside(groups.references.tensors(), range(len(groups.references)))
+            anchors = groups.anchors_beside(groups.references.tensors())
             if anchors is not groups.anchors:
                 self._commit(groups.with_anchors(anchors))
         return self._groups.make(key)

@@ -23,6 +23,7 @@ from ..ops.prepared import PreparedPenalty, check_parameter_grads
 from .anchors import Anchors
 from .autograd import differentiable
 from .coefficients import scalar
+from .consolidate import Options
 from .references import References
 
 _MAX_ACTIVE_SETS = 32  # whose groups are kept
@@ -111,7 +112,7 @@ class ParamGroups:
 
     Args:
         references: to all parameters.
-        anchors: of all parameters, or None where there is nothing to evaluate.
+        anchors: of all parameters and beside them, or None where there is nothing to evaluate.
         alpha: strength of the anchors, 0-d or one entry per parameter; what is written to it counts.
         l2: strength of the weight decay term.
         active_sets: those to make groups of; tuples of names. All parameters together are one in any case.
@@ -162,19 +163,23 @@ class ParamGroups:
             alpha = self.alpha if self.alpha.dim() == 0 else self.alpha[sources]
         return ParamGroups(references, anchors, alpha, self.l2, self.active_sets)
 
-    def anchors_beside(self, theta: Sequence[Tensor], indices: Sequence[int]) -> Anchors:
+    def outlast(self, options: Options) -> bool:
+        """Tell whether groups stay as they are in a consolidation of some parameters: no constant changes."""
+        return options.anchor == "replace" and not (self.anchors and bool(self.anchors.constant.any()))
+
+    def anchors_beside(self, theta: Sequence[Tensor], indices: Sequence[int] | None = None) -> Anchors:
         """Return the anchors, or copies of them where a parameter is on another device or of another dtype now.
 
         Args:
             theta: all parameters.
-            indices: of those that are looked at.
+            indices: of those that are looked at; default: all. Groups may only be made if all were.
 
         Raises:
             StaleParameterError: if a parameter changed its shape.
         """
         anchors = self.anchors
         assert anchors is not None
-        if anchors.fits(theta, indices):
+        if anchors.fits(theta, range(len(theta)) if indices is None else indices):
             return anchors
         for name, parameter, fisher in zip(self.references.names, theta, anchors.fisher, strict=True):
             if parameter.shape != fisher.shape:
