@@ -44,7 +44,7 @@ class Scratch:
     """Memory for what a consolidation computes before it changes anything.
 
     What is small beside the anchors is kept for the next time, since fresh memory comes from the operating system page
-    by zeroed page: for a tenth of 10 M parameters that takes twice as long as the whole consolidation.
+    by zeroed page, which doubled the time of an update of a tenth of 10 M parameters.
 
     Args:
         kept_bytes: the most that is kept of each device and dtype.
