@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .ops import check_penalty
-from .ops.layout import in_order_of, is_dense
+from .ops.arguments import PenaltyArguments
+from .ops.layout import by_kind, in_order_of, is_dense
 from .ops.prepared import PreparedPenalty
 from .penalty.autograd import differentiable
 from .penalty.coefficients import scalar
@@ -52,19 +52,16 @@ def wpl_penalty(
             raise ValueError(f"{what} must hold {len(params)} tensors, as params does, got {len(tensors)}")
     if not params:
         raise ValueError("params must hold at least one tensor")
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, parameter in enumerate(params):
-        groups.setdefault((parameter.device, parameter.dtype), []).append(index)
     values = []
-    for (device, _), indices in groups.items():
+    for (device, _), indices in by_kind(params).items():
         theta = [params[i] if is_dense(params[i]) else params[i].contiguous() for i in indices]
         hats, fishers = (
             [t if t.shape != p.shape else in_order_of(t, p) for t, p in zip(column, theta, strict=True)]
             for column in ([theta_hat[i] for i in indices], [fisher[i] for i in indices])
         )
-        coefficients = scalar(alpha, device), scalar(l2, device)
-        check_penalty.check_anchors(theta, hats, (), fishers, *coefficients)
-        values.append(differentiable(PreparedPenalty(theta, hats, (), fishers, *coefficients)))
+        arguments = PenaltyArguments(theta, hats, (), fishers, scalar(alpha, device), scalar(l2, device))
+        check_penalty.check_arguments(arguments)
+        values.append(differentiable(PreparedPenalty(*arguments)))
     return total(values)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..ops.arguments import PenaltyArguments, flat_operators
 from ..ops.layout import flat_dtype, packed_starts, packed_views
 
 #: Per-sample gradients of a linear layer are materialised for at most this many elements at a time.
@@ -134,15 +135,9 @@ def scale_grads(activations: Tensor, grad_outputs: Tensor) -> Tensor:
     return (activations.to(wide) * grad_outputs.to(wide)).sum(1)
 
 
-def _terms(
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _terms(arguments: PenaltyArguments) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each parameter's value (0-d float64) and gradient (wide dtype)."""
+    theta, theta_hat, offset, fisher, alpha, l2 = arguments
     wide = flat_dtype(theta[0].dtype)
     for index, (p, p_hat, f) in enumerate(zip(theta, theta_hat, fisher, strict=True)):
         alpha_p = alpha if alpha.dim() == 0 else alpha[index]
@@ -155,55 +150,37 @@ def _terms(
         yield value, alpha_p.to(wide) * fd + l2.to(wide) * p
 
 
-def penalty(
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-) -> Tensor:
+def _total(values: list[Tensor], arguments: PenaltyArguments) -> Tensor:
+    """Return the sum of the parameters' values."""
+    return torch.stack(values).sum().to(flat_dtype(arguments.theta[0].dtype))
+
+
+def _value(arguments: PenaltyArguments) -> Tensor:
     """Return the value alone."""
-    terms = _terms(theta, theta_hat, offset, fisher, alpha, l2)
-    return torch.stack([value for value, _ in terms]).sum().to(flat_dtype(theta[0].dtype))
+    return _total([value for value, _ in _terms(arguments)], arguments)
 
 
-def penalty_with_grad(
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _with_grad(arguments: PenaltyArguments) -> tuple[Tensor, Tensor]:
     """Return the value and the packed gradient."""
+    theta, values = arguments.theta, []
     _, length = packed_starts([p.numel() for p in theta])
     packed = theta[0].new_zeros(length)
-    values = []
-    terms = _terms(theta, theta_hat, offset, fisher, alpha, l2)
-    for view, (value, gradient) in zip(packed_views(packed, theta), terms, strict=True):
+    for view, (value, gradient) in zip(packed_views(packed, theta), _terms(arguments), strict=True):
         values.append(value)
         view.copy_(gradient)
-    return torch.stack(values).sum().to(flat_dtype(theta[0].dtype)), packed
+    return _total(values, arguments), packed
 
 
-def penalty_add_grad_(
-    grad: Sequence[Tensor],
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-    scale: Tensor,
-) -> Tensor:
+def _add_grad_(grad: Sequence[Tensor], arguments: PenaltyArguments, scale: Tensor) -> Tensor:
     """Return the value; add scale * gradient to grad, rounded once."""
     values = []
-    terms = _terms(theta, theta_hat, offset, fisher, alpha, l2)
-    for g, (value, gradient) in zip(grad, terms, strict=True):
+    for g, (value, gradient) in zip(grad, _terms(arguments), strict=True):
         values.append(value)
         g.copy_(g.to(gradient.dtype) + scale.to(gradient.dtype) * gradient)
-    return torch.stack(values).sum().to(flat_dtype(theta[0].dtype))
+    return _total(values, arguments)
+
+
+penalty, penalty_with_grad, penalty_add_grad_ = flat_operators(_value, _with_grad, _add_grad_)
 
 
 def scale_unless_one_(tensor: Tensor, factor: Tensor) -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from . import check_fisher, check_penalty, contract
+from .arguments import PenaltyArguments
 
 __all__ = [
+    "PenaltyArguments",
     "accumulate_squares_",
     "contract",
     "fisher_conv_",
@@ -152,13 +154,14 @@ def penalty(
     alpha: Tensor,
     l2: Tensor,
 ) -> Tensor:
-    """Return the penalty's value; see :mod:`wplfast.ops.contract` for the formula and the arguments.
+    """Return the penalty's value; see :mod:`.contract` for the formula and :class:`PenaltyArguments`.
 
     Raises:
         ValueError: if a shape, dtype, device or layout is not as the contract says.
     """
-    check_penalty.check_anchors(theta, theta_hat, offset, fisher, alpha, l2)
-    value: Tensor = torch.ops.wplfast.penalty(theta, theta_hat, offset, fisher, alpha, l2)
+    arguments = PenaltyArguments(theta, theta_hat, offset, fisher, alpha, l2)
+    check_penalty.check_arguments(arguments)
+    value: Tensor = torch.ops.wplfast.penalty(*arguments)
     return value
 
 
@@ -175,8 +178,9 @@ def penalty_with_grad(
     Raises:
         ValueError: if a shape, dtype, device or layout is not as the contract says.
     """
-    check_penalty.check_anchors(theta, theta_hat, offset, fisher, alpha, l2)
-    value, gradient = torch.ops.wplfast.penalty_with_grad(theta, theta_hat, offset, fisher, alpha, l2)
+    arguments = PenaltyArguments(theta, theta_hat, offset, fisher, alpha, l2)
+    check_penalty.check_arguments(arguments)
+    value, gradient = torch.ops.wplfast.penalty_with_grad(*arguments)
     return value, gradient
 
 
@@ -195,10 +199,11 @@ def penalty_add_grad_(
     Raises:
         ValueError: if a shape, dtype, device or layout is not as the contract says.
     """
-    check_penalty.check_anchors(theta, theta_hat, offset, fisher, alpha, l2)
+    arguments = PenaltyArguments(theta, theta_hat, offset, fisher, alpha, l2)
+    check_penalty.check_arguments(arguments)
     check_penalty.check_grads(grad, theta)
     check_penalty.check_scalar("scale", scale, theta[0].device)
-    value: Tensor = torch.ops.wplfast.penalty_add_grad_(grad, theta, theta_hat, offset, fisher, alpha, l2, scale)
+    value: Tensor = torch.ops.wplfast.penalty_add_grad_(grad, *arguments, scale)
     return value
 
 

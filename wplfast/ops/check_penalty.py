@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .arguments import PenaltyArguments
 from .expect import FLOATING, describe, expect
 from .layout import flat_dtype, is_dense, same_order
 
@@ -18,15 +19,9 @@ def check_scalar(what: str, value: Tensor, device: torch.device, length: int | N
     expect(shape_ok and value.dtype == torch.float64 and value.device == device, what, expected, value)
 
 
-def check_anchors(
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-) -> None:
+def check_arguments(arguments: PenaltyArguments) -> None:
     """Check the arguments that the three penalty operators share."""
+    theta, theta_hat, offset, fisher, alpha, l2 = arguments
     if not theta:
         raise ValueError("theta must hold at least one tensor, got none")
     for what, tensors in (("theta_hat", theta_hat), ("fisher", fisher), ("offset", offset)):

@@ -13,10 +13,9 @@
 ===========================  ==========================================================================================
 
 Each backend implements these functions with the schema's arguments; it may rely on what the checks here have
-established and need not check again. ``alpha`` is a 0-d tensor or one entry per parameter; ``l2`` and ``scale`` are 0-d
-tensors; all three are float64 and stay on the parameters' device, so that no call needs a host synchronisation. An
-empty ``offset`` list means zero. ``fisher`` is float32 or bfloat16 (float64 for float64 parameters), the same for all.
-The value is 0-d, float32 (float64 for float64 parameters). See :mod:`.layout` for how tensors lie in memory.
+established and need not check again. :class:`.PenaltyArguments` says what the penalty operators' arguments are; like
+them, ``scale`` is a float64 tensor, 0-d, on the parameters' device, so that no call needs a host synchronisation. The
+value is 0-d, float32 (float64 for float64 parameters). See :mod:`.layout` for how tensors lie in memory.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import PenaltyArguments, flat_operators
 from .check_fisher import (
     check_accumulate_squares,
     check_fisher_conv,
@@ -34,7 +34,7 @@ from .check_fisher import (
     check_fisher_linear,
     check_scale_grads,
 )
-from .check_penalty import check_anchors, check_grads, check_scale_unless_one
+from .check_penalty import check_arguments, check_grads, check_scale_unless_one
 from .layout import flat_dtype, packed_starts
 
 _ANCHORS = "Tensor[] theta, Tensor[] theta_hat, Tensor[] offset, Tensor[] fisher, Tensor alpha, Tensor l2"
@@ -81,11 +81,6 @@ def kernel(name: str, device_type: str) -> Callable[..., Any]:
     return getattr(torch.ops.wplfast, name) if found is None else found
 
 
-def _value_like(theta: Sequence[Tensor]) -> Tensor:
-    """Return an uninitialised 0-d value."""
-    return theta[0].new_empty((), dtype=flat_dtype(theta[0].dtype))
-
-
 def register_fakes() -> None:
     """Register shape propagation for tracing; the checks run there too, so traced code fails as eager code does."""
 
@@ -106,23 +101,23 @@ def register_fakes() -> None:
         n, _, d = activations.shape
         return activations.new_empty((n, d), dtype=flat_dtype(activations.dtype))
 
-    def penalty(theta, theta_hat, offset, fisher, alpha, l2):  # type: ignore[no-untyped-def]
-        check_anchors(theta, theta_hat, offset, fisher, alpha, l2)
-        return _value_like(theta)
+    def value(arguments: PenaltyArguments) -> Tensor:
+        check_arguments(arguments)
+        return arguments.theta[0].new_empty((), dtype=flat_dtype(arguments.theta[0].dtype))
 
-    def penalty_with_grad(theta, theta_hat, offset, fisher, alpha, l2):  # type: ignore[no-untyped-def]
-        check_anchors(theta, theta_hat, offset, fisher, alpha, l2)
-        _, length = packed_starts([t.numel() for t in theta])
-        return _value_like(theta), theta[0].new_empty(length)
+    def with_grad(arguments: PenaltyArguments) -> tuple[Tensor, Tensor]:
+        _, length = packed_starts([t.numel() for t in arguments.theta])
+        return value(arguments), arguments.theta[0].new_empty(length)
 
-    def penalty_add_grad(grad, theta, theta_hat, offset, fisher, alpha, l2, scale):  # type: ignore[no-untyped-def]
-        check_anchors(theta, theta_hat, offset, fisher, alpha, l2)
-        check_grads(grad, theta)
-        return _value_like(theta)
+    def add_grad(grad: Sequence[Tensor], arguments: PenaltyArguments, scale: Tensor) -> Tensor:
+        result = value(arguments)
+        check_grads(grad, arguments.theta)
+        return result
 
     def scale_unless_one(tensor, factor):  # type: ignore[no-untyped-def]
         check_scale_unless_one(tensor, factor)
 
+    penalty, penalty_with_grad, penalty_add_grad = flat_operators(value, with_grad, add_grad)
     fakes = {
         "accumulate_squares_": accumulate_squares,
         "fisher_linear_": fisher_linear,

@@ -7,7 +7,7 @@ theta_hat, offset, fisher and grad of one parameter agree in their strides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -93,6 +93,14 @@ class Packing:
             like = self._likes[self._places[i]]
             views[i] = views[i].view(-1).as_strided(like.shape, like.stride(), views[i].storage_offset())
         return views
+
+
+def by_kind(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+    """Group indices by device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(index)
+    return groups
 
 
 def flat_dtype(dtype: torch.dtype) -> torch.dtype:

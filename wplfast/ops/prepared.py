@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .arguments import PenaltyArguments
 from .layout import Packing, is_dense
 
 #: Address, dtype, device, shape and stride: what must not have changed.
@@ -27,15 +28,15 @@ _version = attrgetter("_version")
 
 
 class PreparedPenalty:
-    """One evaluation's arguments, as :mod:`.contract` describes them, for many evaluations.
+    """One evaluation's arguments for many evaluations.
 
     Args:
-        theta: parameters, dense in memory.
+        theta: see :class:`.PenaltyArguments`, as for all others but the last.
         theta_hat: their anchors.
-        offset: float32 or wider, or empty.
+        offset: of the merged anchors.
         fisher: their Fishers.
-        alpha: 0-d, or one entry per parameter; float64 on the parameters' device, like l2 and constant.
-        l2: 0-d.
+        alpha: strength of the anchors.
+        l2: strength of the weight decay term.
         constant: c of the merged anchors, of alpha's shape: the value has sum alpha_p c_p / 2 more. None means zero.
     """
 
@@ -49,8 +50,8 @@ class PreparedPenalty:
         l2: Tensor,
         constant: Tensor | None = None,
     ) -> None:
-        self.theta, self.theta_hat, self.offset, self.fisher = theta, theta_hat, offset, fisher
-        self.alpha, self.l2, self.constant = alpha, l2, constant
+        self.arguments = PenaltyArguments(theta, theta_hat, offset, fisher, alpha, l2)
+        self.theta, self.constant = theta, constant
         self._packing: Packing | None = None
         self._locations: list[Location] = []
         self._prepare()
@@ -74,21 +75,22 @@ class PreparedPenalty:
 
     def versions(self) -> list[int]:
         """Return the versions of all tensors: they change when one is written to."""
-        columns = self._columns()
-        return [_version(self.alpha), _version(self.l2), *(v for column in columns for v in map(_version, column))]
+        *columns, alpha, l2 = self.arguments
+        return [_version(alpha), _version(l2), *(v for column in columns for v in map(_version, column))]
 
     def scaled(self, factor: Tensor) -> PreparedPenalty:
         """Return ``factor`` times this penalty (without its constant)."""
-        return PreparedPenalty(*self._columns(), self.alpha * factor, self.l2 * factor)
+        arguments = self.arguments
+        return PreparedPenalty(*arguments._replace(alpha=arguments.alpha * factor, l2=arguments.l2 * factor))
 
     def value(self) -> Tensor:
         """Return the value, 0-d."""
-        value: Tensor = torch.ops.wplfast.penalty(*self._columns(), self.alpha, self.l2)
+        value: Tensor = torch.ops.wplfast.penalty(*self.arguments)
         return self.with_constant(value)
 
     def with_grad(self) -> tuple[Tensor, Tensor]:
         """Return the value and the packed gradient (see :meth:`views`)."""
-        value, packed = torch.ops.wplfast.penalty_with_grad(*self._columns(), self.alpha, self.l2)
+        value, packed = torch.ops.wplfast.penalty_with_grad(*self.arguments)
         return self.with_constant(value), packed
 
     @property
@@ -109,7 +111,7 @@ class PreparedPenalty:
             ValueError: if a ``.grad`` is sparse or of another dtype than its parameter.
         """
         grads, apart = _gradients(self.theta)
-        value = torch.ops.wplfast.penalty_add_grad_(grads, *self._columns(), self.alpha, self.l2, scale)
+        value = torch.ops.wplfast.penalty_add_grad_(grads, *self.arguments, scale)
         for grad, addend in apart:
             grad.add_(addend)
         return self.with_constant(value)
@@ -118,11 +120,7 @@ class PreparedPenalty:
         """Add what the merged anchors contribute whatever theta is."""
         if self.constant is None:
             return value
-        return value + (0.5 * self.alpha * self.constant).sum().to(value.dtype)
-
-    def _columns(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        """Return the operators' lists."""
-        return self.theta, self.theta_hat, self.offset, self.fisher
+        return value + (0.5 * self.arguments.alpha * self.constant).sum().to(value.dtype)
 
 
 def dispatched() -> bool:

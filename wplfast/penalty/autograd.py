@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..ops.arguments import PenaltyArguments
 from ..ops.layout import flat_dtype, packed_views
 from ..ops.prepared import PreparedPenalty
 
@@ -32,8 +33,8 @@ def differentiable(prepared: PreparedPenalty) -> Tensor:
     value: Tensor
     if compiling or transformed:
         apply = (_TracedPenalty if compiling else _TransformedPenalty).apply
-        columns = (*theta, *prepared.theta_hat, *prepared.fisher, *prepared.offset)
-        value, _ = apply(prepared.alpha, prepared.l2, len(theta), *columns)
+        _, theta_hat, offset, fisher, alpha, l2 = prepared.arguments
+        value, _ = apply(alpha, l2, len(theta), *theta, *theta_hat, *fisher, *offset)
         return prepared.with_constant(value)
     apply = _EagerPenalty.apply
     value = apply(prepared, *theta)
@@ -79,7 +80,7 @@ class _EagerPenalty(torch.autograd.Function):
         if (torch.is_grad_enabled() or to_come) and prepared.versions() != ctx.versions:
             raise RuntimeError("alpha, an anchor or a parameter changed between the penalty and its backward")
         if torch.is_grad_enabled():
-            return (None, *_by_operations(upstream, prepared))
+            return (None, *_by_operations(upstream, prepared.arguments))
         if to_come:
             _, packed = prepared.scaled(upstream).with_grad()
             return (None, *prepared.views(packed))
@@ -96,7 +97,7 @@ class _TracedPenalty(torch.autograd.Function):
     @staticmethod
     def forward(alpha: Tensor, l2: Tensor, n: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate both."""
-        value, packed = _prepared(alpha, l2, n, tensors).with_grad()
+        value, packed = PreparedPenalty(*_arguments(alpha, l2, n, tensors)).with_grad()
         return value, packed
 
     @staticmethod
@@ -117,7 +118,7 @@ class _TracedPenalty(torch.autograd.Function):
         if upstream is None:
             return (None, None, None, *(None,) * ctx.n, *nothing)
         if torch.is_grad_enabled():
-            return (None, None, None, *_by_operations(upstream, _prepared(alpha, l2, ctx.n, tensors)), *nothing)
+            return (None, None, None, *_by_operations(upstream, _arguments(alpha, l2, ctx.n, tensors)), *nothing)
         gradient = packed * upstream.to(packed.dtype)
         return (None, None, None, *packed_views(gradient, tensors[: ctx.n]), *nothing)
 
@@ -148,21 +149,21 @@ def _along(packed: Tensor, theta: Sequence[Tensor], tangents: Sequence[Tensor | 
     return change
 
 
-def _prepared(alpha: Tensor, l2: Tensor, n: int, tensors: Sequence[Tensor]) -> PreparedPenalty:
-    """Undo the concatenation theta, theta_hat, fisher, offset (which may be empty)."""
+def _arguments(alpha: Tensor, l2: Tensor, n: int, tensors: Sequence[Tensor]) -> PenaltyArguments:
+    """Undo the concatenation of theta, theta_hat, fisher and offset, the last of which may be empty."""
     theta, theta_hat, fisher, offset = (list(tensors[k * n : (k + 1) * n]) for k in range(4))
-    return PreparedPenalty(theta, theta_hat, offset, fisher, alpha, l2)
+    return PenaltyArguments(theta, theta_hat, offset, fisher, alpha, l2)
 
 
-def _by_operations(upstream: Tensor, prepared: PreparedPenalty) -> list[Tensor]:
+def _by_operations(upstream: Tensor, arguments: PenaltyArguments) -> list[Tensor]:
     """Return the gradients by ordinary operations, for a second derivative."""
-    gradients, alpha, l2 = [], prepared.alpha, prepared.l2
-    columns = zip(prepared.theta, prepared.theta_hat, prepared.fisher, strict=True)
-    for index, (p, p_hat, f) in enumerate(columns):
+    theta, theta_hat, offset, fisher, alpha, l2 = arguments
+    gradients = []
+    for index, (p, p_hat, f) in enumerate(zip(theta, theta_hat, fisher, strict=True)):
         wide = flat_dtype(p.dtype)
         alpha_p = (alpha if alpha.dim() == 0 else alpha[index]).to(wide)
         d = p.to(wide) - p_hat.to(wide)
-        if prepared.offset:
-            d = d - prepared.offset[index]
+        if offset:
+            d = d - offset[index]
         gradients.append((upstream.to(wide) * (alpha_p * f.to(wide) * d + l2.to(wide) * p.to(wide))).to(p.dtype))
     return gradients

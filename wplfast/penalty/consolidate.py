@@ -1,16 +1,18 @@
-"""One consolidation: what the caller gave, checked and scaled before anything of the old state is touched."""
+"""What a caller gives to a consolidation: options, F and theta_hat, found by name and checked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from .anchors import Anchors
-from .lookup import Found, check_finite, look_up
+from ..errors import NonFiniteError
+from ..fisher.result import Fisher
+from ..ops.layout import by_kind
+from ..params import check_names
 
 AnchorRule: TypeAlias = Literal["merge", "replace"]
 Normalization: TypeAlias = Literal["trace", "max"]
@@ -43,33 +45,39 @@ class Options:
             raise ValueError(f"clip_norm must be finite and positive, got {self.clip_norm}")
 
 
-def consolidate_(
-    anchors: Anchors,
-    indices: Sequence[int],
-    names: Sequence[str],
-    theta: Sequence[Tensor],
+class NewerAnchor(NamedTuple):
+    """An anchor of some parameters that is about to enter; one entry per parameter in each list."""
+
+    keys: list[str]  #: names in the mapping that F came from, for error messages
+    theta_hat: list[Tensor]  #: on the parameters' devices, of any dtype that the parameter's can hold
+    fisher: list[Tensor]  #: on the parameters' devices; finite and not negative
+    largest: list[float]  #: entries of F
+    weight: float  #: factor on F
+
+
+def newer_anchor(
+    parameters: Mapping[str, Tensor],
     fisher: Mapping[str, Tensor],
     theta_hat: Mapping[str, Tensor] | None,
     prefix: str,
     options: Options,
-    first: bool,
-) -> bool:
-    """Let anchors take in a Fisher; on an error they are as they were.
+) -> NewerAnchor:
+    """Find and check what enters for some parameters.
 
     Args:
-        anchors: of all parameters.
-        indices: of the parameters that are consolidated.
-        names: of these.
-        theta: these.
-        fisher: by name.
-        theta_hat: by name; None means theta.
+        parameters: by name.
+        fisher: diagonals by name.
+        theta_hat: anchors by name; None means the parameters' values.
         prefix: put before every name when it is looked up.
-        options: how it enters.
-        first: whether the anchors hold nothing yet.
+        options: ``weight`` and ``normalize`` make the factor on F.
 
-    Returns:
-        Whether groups of the anchors are out of date.
+    Raises:
+        NameMismatchError: if a name is missing.
+        ValueError: if something found is no floating point tensor of the parameter's shape, F is negative or cannot be
+            normalised, or theta_hat is beyond the parameter's dtype.
+        NonFiniteError: if F, theta_hat or a parameter has NaN or inf.
     """
+    names, theta = list(parameters), list(parameters.values())
     found = look_up(fisher, names, theta, "fisher", prefix)
     hats = None if theta_hat is None else look_up(theta_hat, names, theta, "theta_hat", prefix)
     if hats is None:
@@ -78,25 +86,12 @@ def consolidate_(
         if low < 0:
             raise ValueError(f"fisher[{key!r}] must not be negative, got a least entry of {low:g}")
     weight = options.weight * _factor(found, options.normalize)
-    bound = options.decay * anchors.bound[list(indices)] + weight * torch.tensor(
-        found.high, dtype=torch.float64, device="cpu"
-    )
-    for k, i in enumerate(indices):
-        kept, dtype = anchors.fisher[i].dtype, theta[k].dtype
-        if not bound[k] <= torch.finfo(kept).max:
-            raise ValueError(f"fisher[{found.keys[k]!r}] adds up to {bound[k]:g}, more than {kept} holds")
-        if hats is not None and max(-hats.low[k], hats.high[k]) > torch.finfo(dtype).max:
-            raise ValueError(f"theta_hat[{hats.keys[k]!r}] has entries beyond {dtype}, its parameter's type")
-    values = [p.detach() for p in theta] if hats is None else hats.tensors
-    # What the anchors themselves own would be read and written at once.
-    values, given = anchors.apart(values), anchors.apart(found.tensors)
-    merging, had_constants = options.anchor == "merge" and not first, bool(anchors.constant.any())
-    enter = anchors.merge_ if merging else anchors.replace_
-    outdated = enter(indices, values, given, weight, options.decay)
-    anchors.bound[list(indices)] = bound
-    if options.clip_norm is not None:
-        anchors.clip_(indices, options.clip_norm)
-    return outdated or merging or had_constants  # the constants, which groups hold, may have changed
+    if hats is None:
+        return NewerAnchor(found.keys, [p.detach() for p in theta], found.tensors, found.high, weight)
+    for key, low, high, p in zip(hats.keys, hats.low, hats.high, theta, strict=True):
+        if max(-low, high) > torch.finfo(p.dtype).max:
+            raise ValueError(f"theta_hat[{key!r}] has entries beyond {p.dtype}, its parameter's type")
+    return NewerAnchor(found.keys, hats.tensors, found.tensors, found.high, weight)
 
 
 def _factor(found: Found, normalization: Normalization | None) -> float:
@@ -113,3 +108,74 @@ def _factor(found: Found, normalization: Normalization | None) -> float:
         return 1.0 / max(found.high)
     trace = sum(float(tensor.sum(dtype=torch.float64)) for tensor in found.tensors)
     return sum(tensor.numel() for tensor in found.tensors) / trace
+
+
+@dataclass
+class Found:
+    """What was found for each parameter: its name there, the tensor, its least and its largest entry (0 if empty)."""
+
+    keys: list[str]
+    tensors: list[Tensor]
+    low: list[float]
+    high: list[float]
+
+
+def look_up(
+    mapping: Mapping[str, Tensor],
+    names: Sequence[str],
+    parameters: Sequence[Tensor],
+    what: str,
+    prefix: str,
+) -> Found:
+    """Find every parameter's tensor, by the identity of the parameter, then by name.
+
+    Args:
+        mapping: tensors by name, on any device.
+        names: of the parameters.
+        parameters: they give shapes, and devices that the tensors are brought to.
+        what: is looked up, for error messages.
+        prefix: put before every name.
+
+    Raises:
+        NameMismatchError: if a name is missing.
+        ValueError: if something found is no floating point tensor of the parameter's shape.
+        NonFiniteError: if a tensor has NaN or inf.
+    """
+    by_identity = mapping.names_of(parameters) if isinstance(mapping, Fisher) and not prefix else {}
+    keys = [by_identity.get(index, prefix + name) for index, name in enumerate(names)]
+    taken = set(by_identity.values())  # what belongs to one parameter is not another one's, whatever its name is
+    by_name = [key for index, key in enumerate(keys) if index not in by_identity]
+    check_names([key for key in mapping if key not in taken], by_name, what)
+    tensors = []
+    for key, parameter in zip(keys, parameters, strict=True):
+        tensor, shape = mapping[key], parameter.shape
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.shape != shape:
+            got = f"{tensor.dtype}{list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{what}[{key!r}] must be floating point of shape {list(shape)}, got {got}")
+        tensors.append(tensor.detach().to(parameter.device))
+    return Found(keys, tensors, *check_finite(keys, tensors, what))
+
+
+def check_finite(names: Sequence[str], tensors: Sequence[Tensor], what: str) -> tuple[list[float], list[float]]:
+    """Return every tensor's least and largest entry.
+
+    Raises:
+        NonFiniteError: if one has NaN or inf.
+    """
+    low, high = _extremes(tensors)
+    for name, least, largest in zip(names, low, high, strict=True):
+        if not (float("-inf") < least and largest < float("inf")):  # NaN passes through aminmax
+            raise NonFiniteError(f"{what}[{name!r}] has NaN or inf")
+    return low, high
+
+
+def _extremes(tensors: Sequence[Tensor]) -> tuple[list[float], list[float]]:
+    """Return every tensor's least and largest entry, with one synchronisation for each device and dtype."""
+    low, high = [0.0] * len(tensors), [0.0] * len(tensors)
+    for indices in by_kind(tensors).values():
+        chosen = [index for index in indices if tensors[index].numel()]
+        if chosen:
+            pairs = torch.stack([extreme for index in chosen for extreme in tensors[index].detach().aminmax()])
+            for index, (least, largest) in zip(chosen, pairs.double().view(-1, 2).tolist(), strict=True):
+                low[index], high[index] = least, largest
+    return low, high

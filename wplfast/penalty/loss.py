@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, storage
+from ..errors import NameMismatchError
 from ..ops.layout import flat_dtype
 from ..params import Params, device_of
-from .anchored import AnchoredParameters
 from .anchors import Anchors
 from .coefficients import Alpha, alpha_tensor
+from .consolidate import AnchorRule, Normalization, Options, newer_anchor
 from .param_groups import ParamGroup, ParamGroups
+from .references import References
+from .state import Faults, faults, from_state, has_anchors, to_state
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+#: F in bfloat16 stops moving where rate times its distance from the target is below 2^-8 of it: here, at 6%.
+_LEAST_BFLOAT16_RATE = 2**-4
 
-class WeightPlasticityLoss(AnchoredParameters):
+
+class WeightPlasticityLoss(nn.Module):
     """``alpha/2 sum_i F_i (theta_i - theta_hat_i)^2 + l2/2 |theta|^2`` over shared parameters.
 
     The module refers to the parameters without owning them: ``wpl.parameters()`` is empty, and as a submodule it adds
@@ -60,15 +67,15 @@ class WeightPlasticityLoss(AnchoredParameters):
         self, params: Params, alpha: Alpha = 1.0, *, l2: float = 0.0, fisher_dtype: torch.dtype | None = None
     ) -> None:
         """See the class."""
-        super().__init__(params, fisher_dtype)
+        super().__init__()
+        if fisher_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"fisher_dtype must be torch.float32 or torch.bfloat16, got {fisher_dtype}")
+        references = References(params)
         if not 0 <= l2 < float("inf"):
             raise ValueError(f"l2 must be finite and not negative, got {l2}")
-        self._l2_value = float(l2)
-        self._alpha_values: Tensor = alpha_tensor(alpha, self._references.names, device_of(self._references.tensors()))
-        self._alpha_version = self._alpha_values._version
-        self._groups = ParamGroups()
-        self._anchors = self._blank_anchors()
-        self._anchors_changed()
+        self._fisher_dtype = fisher_dtype if fisher_dtype == torch.bfloat16 else None
+        strength = alpha_tensor(alpha, references.names, device_of(references.tensors()))
+        self._groups = ParamGroups(references, self._blank(references, l2), strength, float(l2))
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -86,7 +93,7 @@ class WeightPlasticityLoss(AnchoredParameters):
             NameMismatchError: if an active name is unknown.
             StaleParameterError: if a parameter changed its shape, lost its memory, or was replaced in its module.
         """
-        if self._anchors is None or (active is not None and len(active) == 0):
+        if self._groups.anchors is None or (active is not None and len(active) == 0):
             return self._nothing(active)
         return functional.total([group.value() for group in self._active_groups(active)])
 
@@ -109,7 +116,7 @@ class WeightPlasticityLoss(AnchoredParameters):
             ValueError: if a ``.grad`` has another dtype or layout than its parameter, or two overlap; nothing is added.
         """
         with torch.no_grad():
-            if self._anchors is None or (active is not None and len(active) == 0):
+            if self._groups.anchors is None or (active is not None and len(active) == 0):
                 return self._nothing(active)
             groups = self._active_groups(active)
             if len(groups) > 1:  # or an error in a later one would leave the earlier ones added
@@ -129,8 +136,8 @@ class WeightPlasticityLoss(AnchoredParameters):
         Raises:
             NameMismatchError: if a name is unknown.
         """
-        handle = Subset(self, tuple(self._references.chosen(names)))
-        if self._anchors is not None:
+        handle = Subset(self, tuple(self._groups.references.chosen(names)))
+        if self._groups.anchors is not None:
             self._active_groups(handle.names)
         return handle
 
@@ -141,90 +148,303 @@ class WeightPlasticityLoss(AnchoredParameters):
         Setting it, or writing to it, changes the value in place: compiled code and CUDA graphs see it without being
         built anew (writing to entries by prefix, from the next call outside of them on).
         """
-        return self._alpha_values
+        return self._groups.alpha
 
     @alpha.setter
     def alpha(self, value: Alpha) -> None:
-        values = alpha_tensor(value, self._references.names, device_of(self._references.tensors()))
-        same_form = values.shape == self._alpha_values.shape
-        if same_form:
-            self._alpha_values.copy_(values)
-            self._alpha_changed()
+        groups = self._settled()
+        tensors = groups.references.tensors()
+        values = alpha_tensor(value, groups.references.names, device_of(tensors))
+        if values.shape == groups.alpha.shape:
+            groups.alpha.copy_(values)
+            groups.take_alpha()
         else:
-            self._alpha_values, self._alpha_version = values, values._version
-            self._anchors_changed()
+            with torch.inference_mode(False):
+                anchors = None if groups.anchors is None else groups.anchors_beside(tensors)
+            self._commit(ParamGroups(groups.references, anchors, values, groups.l2, groups.active_sets))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle names and anchors, not the parameters: a copy elsewhere must be bound to parameters there."""
-        return {**self.__dict__, "_groups": ParamGroups()}
+    # ---- anchors ---------------------------------------------------------------------------------------------------
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy anchors and alpha."""
-        copy = super().__deepcopy__(memo)
-        with torch.inference_mode(False):
-            copy._alpha_values, copy._groups = self._alpha_values.clone(), ParamGroups()
-        copy._alpha_version = copy._alpha_values._version
-        return copy
+    def consolidate(
+        self,
+        fisher: Mapping[str, Tensor],
+        *,
+        theta_hat: Mapping[str, Tensor] | None = None,
+        weight: float = 1.0,
+        decay: float = 1.0,
+        anchor: AnchorRule = "merge",
+        active: Sequence[str] | None = None,
+        prefix: str = "",
+        normalize: Normalization | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        """Anchor the parameters where they are now, with a Fisher that says how much each one matters.
+
+        An interrupt or an error leaves all anchors as they were, or (an interrupt at the very end) all as they become.
+
+        Args:
+            fisher: diagonals by name (:func:`wplfast.fisher_diagonal` or any mapping). A Fisher of this process is
+                matched by the identity of the parameters first, then by name.
+            theta_hat: anchors by name; default: the current values.
+            weight: factor on this Fisher.
+            decay: factor on what was there before.
+            anchor: ``"merge"``: the penalty becomes the exact sum of decay times the old one and the new one, at the
+                cost of one. ``"replace"``: one anchor, the newest, with the decayed sum of Fishers: online EWC
+                (Schwarz et al., Progress & Compress, arXiv:1805.06370, with decay for its gamma).
+            active: names to consolidate; all others keep what they have, and cost nothing.
+            prefix: put before every name when it is looked up.
+            normalize: ``"trace"`` divides this Fisher by the mean of its entries (its trace over their number), so that
+                alpha is the mean curvature; ``"max"`` by the largest, as importances scaled to [0, 1] (Chaudhry et al.,
+                arXiv:1801.10112). Both over all names that are consolidated; tasks whose losses have different scales
+                then count alike (arXiv:1805.06370). Default: as it is.
+            clip_norm: the most that the Euclidean norm of a parameter's F may be afterwards; larger ones are scaled
+                down, each parameter for itself, as the code of arXiv:1902.08232 does.
+
+        Raises:
+            NameMismatchError: if a name is missing.
+            ValueError: if a shape does not fit, a Fisher is negative or more than its dtype holds, or an option is out
+                of range.
+            NonFiniteError: if a Fisher or an anchor has NaN or inf.
+        """
+        options = Options(weight, decay, anchor, normalize, clip_norm)
+        groups = self._settled()
+        references = groups.references
+        names = references.chosen(active)
+        if not names:
+            raise ValueError("active must name at least one parameter, got none")
+        with torch.inference_mode(False), torch.no_grad():
+            tensors, indices = references.tensors(), [references.index[name] for name in names]
+            parameters = {name: tensors[i] for name, i in zip(names, indices, strict=True)}
+            if self.n_anchors == 0:
+                anchors = Anchors(tensors, self._fisher_dtype)
+            else:
+                anchors = groups.anchors_beside(tensors, indices if groups.outlast(options) else None)
+            newer = newer_anchor(parameters, fisher, theta_hat, prefix, options)
+            in_place = anchors is not groups.anchors
+            self._commit(groups.with_anchors(anchors.consolidated(indices, newer, options, in_place)))
+
+    def update(
+        self,
+        fisher: Mapping[str, Tensor],
+        rate: float = 0.9,
+        *,
+        theta_hat: Mapping[str, Tensor] | None = None,
+        active: Sequence[str] | None = None,
+        prefix: str = "",
+        normalize: Normalization | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        """Let a running Fisher take in a new one: ``F <- (1 - rate) F + rate F_new``, anchored at the current values.
+
+        This is the rule for architecture search, where one sub-network after the other trains the shared parameters:
+        each update names its sub-network as ``active``, and all other parameters keep F and anchor. It is
+        :meth:`consolidate` with ``anchor="replace", weight=rate, decay=1 - rate``, whose other arguments it shares.
+
+        Args:
+            fisher: of the newest model.
+            rate: how much of it enters, in (0, 1].
+            theta_hat: anchors by name; default: the current values.
+            active: names to update.
+            prefix: put before every name when it is looked up.
+            normalize: scale the new Fisher first.
+            clip_norm: the most that the norm of a parameter's F may be afterwards.
+
+        Raises:
+            NameMismatchError: if a name is missing.
+            ValueError: as :meth:`consolidate`; and if the rate is not in (0, 1], or so small that F in bfloat16 would
+                not move.
+            NonFiniteError: if a Fisher or an anchor has NaN or inf.
+
+        Source: arXiv:1902.08232, whose code has lambda_fisher for the rate (0.9) and fisher_clip_by_norm for clip_norm.
+        """
+        if not 0 < rate <= 1:
+            raise ValueError(f"rate must be in (0, 1], got {rate}")
+        if self._fisher_dtype == torch.bfloat16 and rate < _LEAST_BFLOAT16_RATE:
+            raise ValueError(f"F in bfloat16 would not move far at a rate below {_LEAST_BFLOAT16_RATE}, got {rate}")
+        self.consolidate(
+            fisher,
+            theta_hat=theta_hat,
+            weight=rate,
+            decay=1 - rate,
+            anchor="replace",
+            active=active,
+            prefix=prefix,
+            normalize=normalize,
+            clip_norm=clip_norm,
+        )
+
+    def reset(self) -> None:
+        """Forget all anchors; alpha and l2 stay."""
+        groups = self._groups
+        anchors = self._blank(groups.references, groups.l2)
+        self._commit(ParamGroups(groups.references, anchors, groups.alpha, groups.l2, groups.active_sets))
+
+    def rebind(self, params: Params, *, missing: Literal["error", "drop"] = "error") -> None:
+        """Refer to other tensors by the same names: after loading or unpickling, or when the model grew.
+
+        A parameter may have become larger in any dimension, as a classifier's head does with new classes: its old
+        entries keep their anchor, new ones are free (F = 0).
+
+        Args:
+            params: tensors by name; names that this penalty does not know are ignored.
+            missing: what to do about names that params lacks: raise an error, or drop them from the penalty.
+
+        Raises:
+            NameMismatchError: if a name is missing, or none is left.
+            ValueError: if a parameter became smaller or has another number of dimensions.
+        """
+        if missing not in ("error", "drop"):
+            raise ValueError(f"missing must be 'error' or 'drop', got {missing!r}")
+        groups = self._settled()
+        names = groups.references.names
+        if missing == "drop":
+            given = References(params)
+            names = [name for name in names if name in given] or names
+        self._commit(groups.rebound(References(params, names)))
+
+    @property
+    def fisher(self) -> dict[str, Tensor]:
+        """The accumulated Fisher by name (views; do not write to them); empty before the first consolidate."""
+        return self._by_name("fisher")
+
+    @property
+    def theta_hat(self) -> dict[str, Tensor]:
+        """The newest anchor by name (views; do not write to them); empty before the first consolidate."""
+        return self._by_name("theta_hat")
+
+    @property
+    def n_anchors(self) -> int:
+        """Number of anchors that the penalty is the sum of."""
+        anchors = self._groups.anchors
+        return 0 if anchors is None else anchors.n_anchors
+
+    def _by_name(self, column: Literal["fisher", "theta_hat"]) -> dict[str, Tensor]:
+        """Return one of the anchors' lists by name."""
+        groups = self._settled()
+        if groups.anchors is None or groups.anchors.n_anchors == 0:
+            return {}
+        return dict(zip(groups.references.names, getattr(groups.anchors, column), strict=True))
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the anchors to a safetensors file, atomically.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        storage.save(path, self._state(), "penalty", {"n_anchors": str(self.n_anchors)})
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read anchors that :meth:`save` wrote, strictly by name and shape; on an error nothing changes.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is truncated, foreign or of another version, or a shape differs.
+            NameMismatchError: if names differ.
+        """
+        state, _ = storage.load(path, "penalty")
+        found = self._restore(state)
+        if found.missing or found.unexpected:
+            raise NameMismatchError(
+                f"{os.fspath(path)}: missing {found.missing[:6]}, unexpected {found.unexpected[:6]}"
+            )
+        if found.errors:
+            raise ValueError("; ".join(found.errors))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Add the anchors to a state_dict (alpha is a setting, not state)."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, tensor in self._state().items():
+            destination[prefix + key] = tensor.clone()  # later consolidations write in place
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the anchors from a state_dict, all or nothing."""
+        own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        found = self._restore(own, strict)
+        missing_keys += [prefix + key for key in found.missing]
+        error_msgs += found.errors
+        if strict:
+            unexpected_keys += [prefix + key for key in found.unexpected]
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return the anchors as named tensors."""
+        groups = self._settled()
+        return to_state(groups.references.names, groups.anchors)
+
+    def _restore(self, state: Mapping[str, Tensor], strict: bool = True) -> Faults:
+        """Take anchors over unless something is wrong with them; other keys are wrong if strict."""
+        groups = self._groups
+        references = groups.references
+        parameters = dict(zip(references.names, references.tensors(), strict=True))
+        found = faults(state, parameters, self._fisher_dtype)
+        if not (found.missing or found.errors or (strict and found.unexpected)):
+            anchors = self._blank(references, groups.l2)
+            if has_anchors(state):
+                with torch.inference_mode(False), torch.no_grad():
+                    anchors = from_state(state, parameters, self._fisher_dtype)
+            self._commit(ParamGroups(references, anchors, groups.alpha, groups.l2, groups.active_sets))
+        return found
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Ignore ``.to`` and the like: the anchors follow the parameters, and F keeps its dtype."""
+        return self
 
     def extra_repr(self) -> str:
         """Summarise."""
-        numel = sum(p.numel() for p in self._references.tensors()) if self._references.bound else 0
-        alpha = self._alpha_values
+        references, alpha = self._groups.references, self._groups.alpha
+        numel = sum(p.numel() for p in references.tensors()) if references.bound else 0
         shown = f"{alpha.item():g}" if alpha.dim() == 0 else "by prefix"
-        return f"{len(self._references)} parameters, {numel:,} elements, alpha={shown}, n_anchors={self._n_anchors}"
+        return f"{len(references)} parameters, {numel:,} elements, alpha={shown}, n_anchors={self.n_anchors}"
 
     # ---- groups ----------------------------------------------------------------------------------------------------
 
     def _active_groups(self, active: Sequence[str] | None) -> list[ParamGroup]:
         """Return the groups of an active set, after checking that the parameters are where they were."""
         key = None if active is None else tuple(active)
-        if not torch.compiler.is_compiling() and self._alpha_values._version != self._alpha_version:
-            self._alpha_changed()  # somebody wrote to wpl.alpha
-        return self._groups.find(key) or self._make_groups(key, self._references.chosen(active))
-
-    def _make_groups(self, key: tuple[str, ...] | None, names: Sequence[str]) -> list[ParamGroup]:
-        """Make the groups of an active set, from anchors beside the parameters."""
+        groups = self._groups
+        found = groups.find(key)
+        if found is not None:
+            return found
+        groups.references.chosen(active)
         if torch.compiler.is_compiling():
             raise RuntimeError("evaluate this active set once before it is compiled: addresses cannot be traced")
-        indices = [self._references.index[name] for name in names]
         with torch.inference_mode(False):
-            anchors = self._current_anchors()
-            parts = self._references, anchors, self._alpha_values, self._l2_value
-            return self._groups.make(key, indices, *parts)
+            anchors = groups.anchors_beside(groups.references.tensors())
+            if anchors is not groups.anchors:
+                self._commit(groups.with_anchors(anchors))
+        return self._groups.make(key)
 
-    def _kept(self, sources: Sequence[int]) -> None:
-        """Keep the strengths of the parameters that are kept."""
-        if self._alpha_values.dim() == 1:
-            with torch.inference_mode(False):
-                self._alpha_values = self._alpha_values[list(sources)]
-            self._alpha_version = self._alpha_values._version
+    def _settled(self) -> ParamGroups:
+        """Return the groups, after finishing what an interrupt left of a consolidation."""
+        self._groups.settle()
+        return self._groups
 
-    def _anchors_changed(self) -> None:
-        """Make the groups of all known active sets anew, so that compiled code need not."""
-        keys = self._groups.clear()
-        if self._anchors is not None:
-            for key in (*keys, *(() if None in keys else (None,))):
-                names = self._references.names if key is None else key
-                if all(name in self._references for name in names):
-                    self._make_groups(key, names)
+    def _commit(self, groups: ParamGroups) -> None:
+        """Put groups in the place of those that are: all that they hold changes at this moment."""
+        try:
+            self._groups = groups
+        finally:  # at once if an interrupt comes here, or compiled code and CUDA graphs would see buffers half written
+            self._groups.settle()
 
-    def _alpha_changed(self) -> None:
-        """Bring alpha to the groups."""
-        self._alpha_version = self._alpha_values._version
-        for group in self._groups:
-            group.set_alpha(self._alpha_values)
-
-    # ---- before the first anchor -----------------------------------------------------------------------------------
-
-    def _blank_anchors(self) -> Anchors | None:
+    def _blank(self, references: References, l2: float) -> Anchors | None:
         """Return anchors that do not hold, where there is a weight decay term to evaluate."""
         with torch.inference_mode(False), torch.no_grad():
-            return Anchors(self._references.tensors(), self._fisher_dtype) if self._l2_value else None
+            return Anchors(references.tensors(), self._fisher_dtype) if l2 else None
 
     def _nothing(self, active: Sequence[str] | None) -> Tensor:
         """Return the value of no term at all."""
-        self._references.chosen(active)
-        first = self._references.tensors()[0]
+        self._groups.references.chosen(active)
+        first = self._groups.references.tensors()[0]
         return torch.zeros((), dtype=flat_dtype(first.dtype), device=first.device)
 
 
@@ -244,7 +464,7 @@ class Subset:
         Raises:
             NameMismatchError: if the penalty dropped a name since.
         """
-        references = self.penalty._references
+        references = self.penalty._groups.references
         names, tensors = references.chosen(self.names), references.tensors()
         return ((name, tensors[references.index[name]]) for name in names)
 

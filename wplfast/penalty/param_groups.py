@@ -1,4 +1,4 @@
-"""ParamGroups: what the penalty is evaluated on, made once and checked at every call.
+"""Groups of parameters: what the penalty is evaluated on, made once and checked at every call.
 
 Parameters stay where the user's optimizer has them; a group refers to them and to the anchors' flat buffers. PyTorch
 lets a parameter's memory be exchanged silently (``.to``, ``.double``, ``p.data = ...``), so every call compares
@@ -8,22 +8,28 @@ address, dtype, device, shape and stride with what the group was made from.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..errors import StaleParameterError
-from ..ops.layout import is_dense
+from ..ops.arguments import PenaltyArguments
+from ..ops.layout import by_kind, is_dense
 from ..ops.prepared import PreparedPenalty, check_parameter_grads
-from .anchors import Anchors, by_kind
+from .anchors import Anchors
 from .autograd import differentiable
 from .coefficients import scalar
+from .consolidate import Options
 from .references import References
 
-_MAX_ACTIVE_SETS = 32  # active sets whose groups are kept
+_MAX_ACTIVE_SETS = 32  # whose groups are kept
+
+#: Names of parameters; None stands for all of them.
+ActiveSet: TypeAlias = tuple[str, ...] | None
 
 
 class ParamGroup:
@@ -51,11 +57,11 @@ class ParamGroup:
         chosen = alpha if alpha.dim() == 0 else alpha[self.indices]
         self._alpha = chosen.to(device)  # the penalty's own where that is on this device
         self._one = scalar(1.0, device)
-        self._coefficients = self._alpha, scalar(l2, device), anchors.constants(indices, alpha.dim() == 0, device)
-        self._columns = anchors.columns(indices)
+        self._arguments = PenaltyArguments(self._theta, *anchors.columns(indices), self._alpha, scalar(l2, device))
+        self._constant = anchors.constants(indices, alpha.dim() == 0, device)
         self._gaps = any(not is_dense(p) for p in self._theta)
         kind = PreparedPenalty if self._gaps else backends.prepared_penalty(device.type)
-        self._prepared = kind(self._theta, *self._columns, *self._coefficients)
+        self._prepared = kind(*self._arguments, self._constant)
         self._prepared.remember()
 
     def set_alpha(self, alpha: Tensor) -> None:
@@ -93,24 +99,107 @@ class ParamGroup:
     def _dense(self) -> PreparedPenalty:
         """Return the penalty over copies of the parameters that have gaps in memory."""
         theta = [p if is_dense(p) else p.contiguous() for p in self._theta]
-        return PreparedPenalty(theta, *self._columns, *self._coefficients)
+        return PreparedPenalty(*self._arguments._replace(theta=theta), self._constant)
 
 
 class ParamGroups:
-    """The most recently used active sets' groups, one for each device and dtype."""
+    """All that a penalty's value depends on, and the groups made of it: one for each active set, device and dtype.
 
-    def __init__(self) -> None:
-        self._groups: OrderedDict[tuple[str, ...] | None, list[ParamGroup]] = OrderedDict()
+    A penalty holds one of these at a time. References, anchors and the form of alpha never change in it: who changes
+    them makes another one, with the groups of all active sets that were in use, and puts it in the place of the first.
+    That one assignment is the change, so that an interrupt or an error leaves the old whole or the new whole. Groups
+    are made ahead of it because compiled code takes what it finds.
 
-    def __iter__(self) -> Iterator[ParamGroup]:
-        """Yield all groups."""
-        return (group for groups in self._groups.values() for group in groups)
+    Args:
+        references: to all parameters.
+        anchors: of all parameters and beside them, or None where there is nothing to evaluate.
+        alpha: strength of the anchors, 0-d or one entry per parameter; what is written to it counts.
+        l2: strength of the weight decay term.
+        active_sets: those to make groups of; tuples of names. All parameters together are one in any case.
+    """
 
-    def find(self, key: tuple[str, ...] | None) -> list[ParamGroup] | None:
+    def __init__(
+        self,
+        references: References,
+        anchors: Anchors | None,
+        alpha: Tensor,
+        l2: float,
+        active_sets: Iterable[ActiveSet] = (),
+    ) -> None:
+        self.references, self.anchors, self.alpha, self.l2 = references, anchors, alpha, l2
+        self._alpha_version = alpha._version
+        self._groups: OrderedDict[ActiveSet, list[ParamGroup]] = OrderedDict()
+        if anchors is not None:
+            for key in dict.fromkeys((*active_sets, None)):
+                if key is None or all(name in references for name in key):
+                    self.make(key)
+
+    @property
+    def active_sets(self) -> list[ActiveSet]:
+        """The most recently used active sets, the last one last."""
+        return list(self._groups)
+
+    def with_anchors(self, anchors: Anchors) -> ParamGroups:
+        """Return groups of the same parameters with other anchors."""
+        if not anchors.evaluates_as(self.anchors):
+            return ParamGroups(self.references, anchors, self.alpha, self.l2, self.active_sets)
+        return self._twin(anchors=anchors)
+
+    def rebound(self, references: References) -> ParamGroups:
+        """Return groups of other parameters that have names of these.
+
+        Raises:
+            ValueError: if a parameter is smaller than its anchor or has another number of dimensions.
+        """
+        sources = [self.references.index[name] for name in references.names]
+        theta, anchors = references.tensors(), self.anchors
+        with torch.inference_mode(False), torch.no_grad():
+            if anchors is not None:
+                for name, parameter, source in zip(references.names, theta, sources, strict=True):
+                    old, new = list(anchors.fisher[source].shape), list(parameter.shape)
+                    if len(new) != len(old) or any(a < b for a, b in zip(new, old, strict=True)):
+                        raise ValueError(f"params[{name!r}] must have at least its anchor's shape {old}, got {new}")
+                anchors = anchors.moved(theta, sources)
+            alpha = self.alpha if self.alpha.dim() == 0 else self.alpha[sources]
+        return ParamGroups(references, anchors, alpha, self.l2, self.active_sets)
+
+    def outlast(self, options: Options) -> bool:
+        """Tell whether groups stay as they are in a consolidation of some parameters: no constant changes."""
+        return options.anchor == "replace" and not (self.anchors and bool(self.anchors.constant.any()))
+
+    def anchors_beside(self, theta: Sequence[Tensor], indices: Sequence[int] | None = None) -> Anchors:
+        """Return the anchors, or copies of them where a parameter is on another device or of another dtype now.
+
+        Args:
+            theta: all parameters.
+            indices: of those that are looked at; default: all. Groups may only be made if all were.
+
+        Raises:
+            StaleParameterError: if a parameter changed its shape.
+        """
+        anchors = self.anchors
+        assert anchors is not None
+        if anchors.fits(theta, range(len(theta)) if indices is None else indices):
+            return anchors
+        for name, parameter, fisher in zip(self.references.names, theta, anchors.fisher, strict=True):
+            if parameter.shape != fisher.shape:
+                expected, got = list(fisher.shape), list(parameter.shape)
+                raise StaleParameterError(
+                    f"{name!r} had shape {expected} when it was anchored and now has {got}; use rebind or reset"
+                )
+        return anchors.moved(theta)
+
+    def find(self, key: ActiveSet) -> list[ParamGroup] | None:
         """Return an active set's groups, or None if there are none or a parameter is not what and where it was."""
-        groups = self._groups.get(key)
-        if groups is None or torch.compiler.is_compiling():
-            return groups  # addresses cannot be looked at while tracing; shapes and dtypes are guarded
+        groups, anchors = self._groups.get(key), self.anchors
+        if torch.compiler.is_compiling():  # addresses cannot be looked at while tracing; shapes and dtypes are guarded
+            return groups if anchors is not None and anchors.pending is None else None
+        if self.alpha._version != self._alpha_version:
+            self.take_alpha()  # somebody wrote to it
+        if anchors is not None and anchors.pending is not None:
+            anchors.settle()  # an interrupt came between
+        if groups is None:
+            return None
         for group in groups:
             if not group.unchanged():
                 return None
@@ -118,27 +207,50 @@ class ParamGroups:
             self._groups.move_to_end(key)
         return groups
 
-    def make(
-        self,
-        key: tuple[str, ...] | None,
-        indices: Sequence[int],
-        references: References,
-        anchors: Anchors,
-        alpha: Tensor,
-        l2: float,
-    ) -> list[ParamGroup]:
-        """Make and keep an active set's groups; see :class:`ParamGroup` for the arguments."""
-        theta = references.tensors()
-        kinds = by_kind(theta[i] for i in indices).values()
-        groups = [ParamGroup([indices[k] for k in positions], references, anchors, alpha, l2) for positions in kinds]
+    def make(self, key: ActiveSet) -> list[ParamGroup]:
+        """Make and keep an active set's groups, of anchors that are beside the parameters."""
+        assert self.anchors is not None
+        with torch.inference_mode(False):
+            names = self.references.names if key is None else key
+            indices, theta = [self.references.index[name] for name in names], self.references.tensors()
+            groups = [
+                ParamGroup([indices[k] for k in positions], self.references, self.anchors, self.alpha, self.l2)
+                for positions in by_kind(theta[i] for i in indices).values()
+            ]
         self._groups[key] = groups
         if len(self._groups) > _MAX_ACTIVE_SETS:
             with suppress(KeyError):  # another thread dropped the same one at this moment
                 self._groups.popitem(last=False)
         return groups
 
-    def clear(self) -> list[tuple[str, ...] | None]:
-        """Forget all; return the active sets that there were."""
-        keys = list(self._groups)
-        self._groups.clear()
-        return keys
+    def take_alpha(self) -> None:
+        """Bring what was written to alpha to the groups."""
+        version = self.alpha._version
+        for groups in list(self._groups.values()):
+            for group in groups:
+                group.set_alpha(self.alpha)
+        self._alpha_version = version  # last, so that the next call makes up for an interrupt
+
+    def settle(self) -> None:
+        """Finish what an interrupt left of the last consolidation."""
+        if self.anchors is not None:
+            self.anchors.settle()
+
+    def _twin(self, **changes: Any) -> ParamGroups:
+        """Return one that shares all but some attributes."""
+        twin = ParamGroups.__new__(ParamGroups)
+        twin.__dict__ = {**self.__dict__, **changes}
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle names, anchors and alpha: a copy elsewhere must be bound to parameters there."""
+        self.settle()
+        return {**self.__dict__, "_groups": OrderedDict(), "_alpha_version": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParamGroups:
+        """Copy anchors and alpha; refer to copied parameters where the same deepcopy copied them."""
+        self.settle()
+        with torch.inference_mode(False), torch.no_grad():
+            anchors = None if self.anchors is None else self.anchors.moved(self.anchors.theta_hat)
+            copies = {"anchors": anchors, "alpha": self.alpha.clone(), "references": self.references.copied(memo)}
+        return self._twin(**copies, _groups=OrderedDict(), _alpha_version=None)

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .anchors import Anchors
+from ..ops.layout import flat_dtype
+from .anchors import Anchors, kept_as
 
 #: Version of the keys that ``to_state`` writes.
 STATE_VERSION = 1
 
 
-def to_state(names: Sequence[str], anchors: Anchors | None, n_anchors: int) -> dict[str, Tensor]:
+def to_state(names: Sequence[str], anchors: Anchors | None) -> dict[str, Tensor]:
     """Return anchors as named tensors, views of their buffers."""
-    state = {"version": _number(STATE_VERSION), "n_anchors": _number(n_anchors)}
-    if anchors is None or n_anchors == 0:
+    state = {"version": _number(STATE_VERSION), "n_anchors": _number(anchors.n_anchors if anchors else 0)}
+    if anchors is None or anchors.n_anchors == 0:
         return state
     for i, name in enumerate(names):
         state[f"fisher.{name}"] = anchors.fisher[i]
@@ -42,31 +43,37 @@ class Faults:
     errors: list[str]
 
 
-def faults(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Faults:
-    """Compare a state with what ``to_state`` writes for parameters of these names and shapes.
+def faults(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], fisher_dtype: torch.dtype | None) -> Faults:
+    """Compare a state with what ``to_state`` writes for some parameters.
 
     Args:
         state: the named tensors.
-        shapes: the parameters' shapes by name.
+        parameters: by name.
+        fisher_dtype: as :class:`Anchors` takes it.
     """
-    wanted, optional = {"version", "n_anchors"}, {f"offset.{name}" for name in shapes}
+    wanted, optional = {"version", "n_anchors"}, {f"offset.{name}" for name in parameters}
     if has_anchors(state):
-        wanted |= {f"{kind}.{name}" for kind in ("fisher", "theta_hat", "constant") for name in shapes}
+        wanted |= {f"{kind}.{name}" for kind in ("fisher", "theta_hat", "constant") for name in parameters}
     if optional & state.keys():
         wanted |= optional  # all of them or none
     found = Faults(sorted(wanted - state.keys()), sorted(state.keys() - wanted), [])
     if "version" in state and int(state["version"]) != STATE_VERSION:
         found.errors.append(f"the penalty's state must be of version {STATE_VERSION}, got {int(state['version'])}")
-    for name, shape in shapes.items():
-        for kind in ("fisher", "theta_hat", "offset", "constant"):
-            tensor, expected = state.get(f"{kind}.{name}"), () if kind == "constant" else shape
+    if int(state.get("n_anchors", 0)) < 0:
+        found.errors.append(f"n_anchors must not be negative, got {int(state['n_anchors'])}")
+    for name, p in parameters.items():
+        kept = kept_as(p.dtype, fisher_dtype)
+        dtypes = {"fisher": kept, "theta_hat": p.dtype, "offset": flat_dtype(p.dtype), "constant": torch.float64}
+        for kind, dtype in dtypes.items():
+            tensor, expected = state.get(f"{kind}.{name}"), () if kind == "constant" else p.shape
             if tensor is None:
                 continue
             if tensor.shape != expected:
                 got = list(tensor.shape)
                 found.errors.append(f"{kind}[{name!r}] must have shape {list(expected)}, got {got}")
-            elif not bool(tensor.isfinite().all()) or (kind == "fisher" and bool((tensor < 0).any())):
-                found.errors.append(f"{kind}[{name!r}] must be finite{' and not negative' * (kind == 'fisher')}")
+            elif not bool(tensor.to(dtype).isfinite().all()) or (kind == "fisher" and bool((tensor < 0).any())):
+                not_negative = " and not negative" if kind == "fisher" else ""
+                found.errors.append(f"{kind}[{name!r}] must be finite{not_negative} in {dtype}")
     return found
 
 
@@ -80,6 +87,7 @@ def from_state(
 ) -> Anchors:
     """Return the anchors of a faultless state, laid out beside the parameters."""
     anchors = Anchors(list(parameters.values()), fisher_dtype)
+    anchors.n_anchors = int(state["n_anchors"])
     for i, name in enumerate(parameters):
         anchors.theta_hat[i].copy_(state[f"theta_hat.{name}"])
         anchors.fisher[i].copy_(state[f"fisher.{name}"])

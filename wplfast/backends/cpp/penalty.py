@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 
 import wplfast._C as _C
 
+from ...ops.arguments import PenaltyArguments, flat_operators
 from ...ops.layout import ALIGNMENT, flat_dtype, packed_starts
 from .dtypes import DTYPES
 
@@ -21,18 +22,9 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-def _penalty(
-    mode: int,
-    grad: list[int],
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-    scale: Tensor | None,
-) -> Tensor:
+def _penalty(mode: int, grad: list[int], arguments: PenaltyArguments, scale: Tensor | None) -> Tensor:
     """Return the value; store or add the gradient at the addresses in ``grad`` as the mode says."""
+    theta, theta_hat, offset, fisher, alpha, l2 = arguments
     dtype = theta[0].dtype
     value = torch.empty((), dtype=flat_dtype(dtype), device="cpu")
     _C.penalty(
@@ -56,45 +48,24 @@ def _penalty(
     return value
 
 
-def penalty(
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-) -> Tensor:
+def _value(arguments: PenaltyArguments) -> Tensor:
     """Return the value alone."""
-    return _penalty(_VALUE, [], theta, theta_hat, offset, fisher, alpha, l2, None)
+    return _penalty(_VALUE, [], arguments, None)
 
 
-def penalty_with_grad(
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _with_grad(arguments: PenaltyArguments) -> tuple[Tensor, Tensor]:
     """Return the value and the packed gradient."""
-    starts, length = packed_starts([p.numel() for p in theta])
-    packed = torch.empty(length, dtype=theta[0].dtype, device="cpu")
+    starts, length = packed_starts([p.numel() for p in arguments.theta])
+    packed = torch.empty(length, dtype=arguments.theta[0].dtype, device="cpu")
     base, itemsize = packed.data_ptr(), packed.itemsize
-    grad = [base + start * itemsize for start in starts]
-    return _penalty(_STORE, grad, theta, theta_hat, offset, fisher, alpha, l2, None), packed
+    return _penalty(_STORE, [base + start * itemsize for start in starts], arguments, None), packed
 
 
-def penalty_add_grad_(
-    grad: Sequence[Tensor],
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-    scale: Tensor,
-) -> Tensor:
+def _add_grad_(grad: Sequence[Tensor], arguments: PenaltyArguments, scale: Tensor) -> Tensor:
     """Return the value; add scale * gradient to grad, rounded once."""
-    value = _penalty(_ADD, _addresses(grad), theta, theta_hat, offset, fisher, alpha, l2, scale)
+    value = _penalty(_ADD, _addresses(grad), arguments, scale)
     increment_version(grad)
     return value
+
+
+penalty, penalty_with_grad, penalty_add_grad_ = flat_operators(_value, _with_grad, _add_grad_)

@@ -22,7 +22,7 @@ class CppPenalty(PreparedPenalty):
 
     def _prepare(self) -> None:
         """Remember addresses and make tables."""
-        theta, theta_hat, offset, fisher = self._columns()
+        theta, theta_hat, offset, fisher, alpha, l2 = self.arguments
         self._parameters = list(theta)
         self._table = parameter_table(self._parameters)
         self._prepared = _C.PreparedPenalty(
@@ -31,10 +31,10 @@ class CppPenalty(PreparedPenalty):
             DTYPES[fisher[0].dtype],
             [p.numel() for p in theta],
             *([t.data_ptr() for t in column] for column in (theta_hat, offset, fisher)),
-            self.alpha.data_ptr(),
-            self.alpha.dim() == 1,
+            alpha.data_ptr(),
+            alpha.dim() == 1,
             0 if self.constant is None else self.constant.data_ptr(),
-            self.l2.data_ptr(),
+            l2.data_ptr(),
             ALIGNMENT,
         )
         self._memory = shared(theta[0].dtype)

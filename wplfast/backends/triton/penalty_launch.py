@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ...ops.arguments import PenaltyArguments, flat_operators
 from ...ops.layout import flat_dtype, packed_starts
 from .launch import OPTIONS, on_device, written
 from .penalty_kernel import (
@@ -36,19 +37,11 @@ class Streams:
     """What a launch reads: addresses, sizes and types of the tensors of one call.
 
     Args:
-        theta: as in the op contract, like the others.
-        theta_hat: anchors.
-        offset: may be empty.
-        fisher: Fishers.
+        arguments: the call's.
     """
 
-    def __init__(
-        self,
-        theta: Sequence[Tensor],
-        theta_hat: Sequence[Tensor],
-        offset: Sequence[Tensor],
-        fisher: Sequence[Tensor],
-    ) -> None:
+    def __init__(self, arguments: PenaltyArguments) -> None:
+        theta, theta_hat, offset, fisher, _, _ = arguments
         self.device, self.dtype, self.fisher_dtype = theta[0].device, theta[0].dtype, fisher[0].dtype
         self.wide = flat_dtype(self.dtype)
         self.has_offset = bool(offset)
@@ -115,18 +108,13 @@ def launch(
 
 def _launch(
     mode: int,
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
+    arguments: PenaltyArguments,
     grad: Sequence[Tensor] = (),
     packed: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
     """Find or make the tables of tensors that may be anywhere, and launch."""
-    streams = Streams(theta, theta_hat, offset, fisher)
+    streams = Streams(arguments)
     device = streams.device
     with on_device(device):
         chunks = _chunk_tables.get(streams.key(), device, streams.chunks)
@@ -135,46 +123,26 @@ def _launch(
         if grad:
             places = addresses(grad)
             grads = _grad_tables.get((device, places), device, lambda: torch.tensor(places, device="cpu"))
-        return launch(mode, streams, chunks, alpha, l2, grads=grads, packed=packed, scale=scale)
+        return launch(mode, streams, chunks, arguments.alpha, arguments.l2, grads=grads, packed=packed, scale=scale)
 
 
-def penalty(
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-) -> Tensor:
+def _value(arguments: PenaltyArguments) -> Tensor:
     """Return the value alone."""
-    return _launch(VALUE, theta, theta_hat, offset, fisher, alpha, l2)
+    return _launch(VALUE, arguments)
 
 
-def penalty_with_grad(
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _with_grad(arguments: PenaltyArguments) -> tuple[Tensor, Tensor]:
     """Return the value and the packed gradient, whose gaps are zero."""
-    _, length = packed_starts([t.numel() for t in theta])
-    packed = theta[0].new_empty(length)
-    return _launch(STORE, theta, theta_hat, offset, fisher, alpha, l2, packed=packed), packed
+    _, length = packed_starts([t.numel() for t in arguments.theta])
+    packed = arguments.theta[0].new_empty(length)
+    return _launch(STORE, arguments, packed=packed), packed
 
 
-def penalty_add_grad_(
-    grad: Sequence[Tensor],
-    theta: Sequence[Tensor],
-    theta_hat: Sequence[Tensor],
-    offset: Sequence[Tensor],
-    fisher: Sequence[Tensor],
-    alpha: Tensor,
-    l2: Tensor,
-    scale: Tensor,
-) -> Tensor:
+def _add_grad_(grad: Sequence[Tensor], arguments: PenaltyArguments, scale: Tensor) -> Tensor:
     """Return the value; add scale * gradient to grad, rounded once."""
-    value = _launch(ACCUMULATE, theta, theta_hat, offset, fisher, alpha, l2, grad=grad, scale=scale)
+    value = _launch(ACCUMULATE, arguments, grad=grad, scale=scale)
     written(*grad)
     return value
+
+
+penalty, penalty_with_grad, penalty_add_grad_ = flat_operators(_value, _with_grad, _add_grad_)

@@ -28,7 +28,7 @@ class TritonPenalty(PreparedPenalty):
         """Remember addresses and make tables."""
         self._parameters = list(self.theta)
         self._table = parameter_table(self._parameters)
-        self._streams = Streams(*self._columns())
+        self._streams = Streams(self.arguments)
         self._chunks, self._gradients = TableCache(1), TableCache(_GRADIENTS)
         last = Relaunched(sum_partials_kernel)
         self._kernels = {mode: (Relaunched(penalty_kernel), last) for mode in (VALUE, STORE, ACCUMULATE)}
@@ -97,7 +97,7 @@ class TritonPenalty(PreparedPenalty):
         with on_device(device):
             chunks = self._chunks.get(None, device, self._streams.chunks)
             grads = self._gradients.get(addresses, device, lambda: _rows(addresses)) if addresses else None
-            coefficients, kernels = (self.alpha, self.l2, self.constant), self._kernels[mode]
+            coefficients, kernels = (*self.arguments[4:], self.constant), self._kernels[mode]
             return launch(mode, self._streams, chunks, *coefficients, grads, packed, scale, kernels)
 
 
