@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,6 +262,114 @@ def test_lora_that_starts_at_zero_wakes_up():
         acc.backward(ce(m(x), y))
     expected = wplfast.fisher_diagonal(m, [(x, y)], ce, params={"a": m.a.weight})["a"]
     torch.testing.assert_close(acc.result()["a"], expected / 3)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_call_that_wakes_up_in_a_steady_batch(weighted):
+    """Without the gradient of A for batches on end, it is looked at in each of them all the same."""
+    from oracle import assert_close
+
+    torch.manual_seed(1)
+    a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 8), (3, 2)))
+    x, y = torch.randn(N, T, 8).double(), torch.randint(0, 3, (N, T))
+    weights = torch.rand(N, dtype=torch.float64) if weighted else None
+    expected = {"a": torch.zeros_like(a), "b": torch.zeros_like(b)}
+    with wplfast.FisherAccumulator(nn.Module(), {"a": a, "b": b}, with_grad=True) as acc:
+        for step in range(6):
+            with torch.no_grad():
+                b.copy_(torch.randn(3, 2) if step in (3, 4) else torch.zeros(3, 2))
+            losses = ce(F.linear(F.linear(x, a), b), y)
+            acc.backward(losses, weights)
+            for n in range(N):
+                plain = [p.detach().clone().requires_grad_() for p in (a, b)]
+                loss = ce(x[n : n + 1] @ plain[0].t() @ plain[1].t(), y[n : n + 1]).sum()
+                grads = torch.autograd.grad(loss, plain)
+                factor = 1.0 if weights is None else float(weights[n])
+                for total, gradient in zip(expected.values(), grads, strict=True):
+                    total += factor * gradient.square()
+    whole = 6.0 * (N if weights is None else float(weights.sum()))
+    assert_close(acc.result(), {name: total / whole for name, total in expected.items()}, 1e-11, 1e-12)
+
+
+def test_very_deep_stacks_are_steady_though_gradients_vanish():
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(300)])
+    data = [(torch.randn(N, 4), torch.randint(0, 4, (N,))) for _ in range(4)]
+    fisher = wplfast.fisher_diagonal(model, data, ce)
+    assert fisher.report.passes_per_batch <= 2, "batches after the first, and the one that is checked, take one pass"
+    assert float(fisher["0.weight"].abs().max()) == 0
+
+
+def test_many_parameters_below_one_tensor_are_squared_together():
+    from oracle import assert_close, fisher_loop
+
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = nn.ParameterList([nn.Parameter(torch.randn(1, 8)) for _ in range(60)])
+            self.scale = nn.Parameter(torch.rand(8))
+
+        def forward(self, x):
+            table = torch.cat(list(self.rows))
+            return torch.tanh(x @ table.t()) @ (table * self.scale)
+
+    m = Joined().double()
+    data = [(torch.randn(N, T, 8).double(), torch.randint(0, 8, (N, T))) for _ in range(3)]
+    assert_close(wplfast.fisher_diagonal(m, data, ce), fisher_loop(m, data, ce), 1e-10, 1e-11)
+
+
+@pytest.mark.cpu_only("counts the files of the C++ path")
+@pytest.mark.needs_cpp
+def test_a_steady_backward_pass_is_short():
+    """From the accumulator to the kernel in eight files: what a reader has to know."""
+    root, m = str(Path(wplfast.__file__).parent), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    x, y = torch.randn(N, 8), torch.randint(0, 3, (N,))
+    entered = set()
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(root):
+            entered.add(frame.f_code.co_filename.removeprefix(root))
+
+    with wplfast.FisherAccumulator(m) as acc:
+        for _ in range(3):
+            acc.backward(ce(m(x), y))
+        losses = ce(m(x), y)
+        sys.setprofile(note)
+        try:
+            acc.backward(losses)
+        finally:
+            sys.setprofile(None)
+    assert len(entered) <= 8, sorted(entered)
+
+
+def test_a_state_of_the_model_is_put_back_before_a_batch_runs_again():
+    """A later batch needs its forward pass twice, since its position table is measured; the state counts it once."""
+
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.positions, self.calls = nn.Linear(8, 3), nn.Parameter(torch.randn(T, 8)), 0
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x, with_positions):
+            self.calls += 1
+            self.seen += 1
+            shift = F.embedding(torch.arange(T), self.positions) if with_positions else 0
+            return self.fc(torch.tanh(x + shift) * (self.calls + self.seen))
+
+    m = Stateful().double()
+    data = [((torch.randn(N, T, 8).double(), flag), torch.randint(0, 3, (N, T))) for flag in (False, False, True, True)]
+    found = wplfast.fisher_diagonal(m, data, ce, verify=False)
+    assert (m.calls, float(m.seen)) == (4, 4.0)
+    expected = {name: torch.zeros_like(p) for name, p in m.named_parameters()}
+    for index, ((x, flag), y) in enumerate(data):
+        for n in range(N):
+            m.calls, m.seen = index, m.seen.new_full((), index)
+            loss = ce(m(x[n : n + 1], flag), y[n : n + 1]).sum()
+            grads = torch.autograd.grad(loss, list(m.parameters()), allow_unused=True)
+            for total, gradient in zip(expected.values(), grads, strict=True):
+                total += 0 if gradient is None else gradient.square() / (4 * N)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
 
 
 def test_layout_changes_are_measured_again():

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.accumulators import SLOW_RULES, Accumulators
-from ..capture.collect.session import Session, SingleSample
+from ..capture.collect.batch import SingleSample
+from ..capture.collect.session import Session
 from ..capture.probe.graph import leaves
 from ..capture.watched import Derived, check_supported, is_watched, watch
 from ..errors import CoupledSamplesError, NonFiniteError, WplfastError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..capture.call import random_state, set_random_state
-from ..capture.collect.session import SingleSample
+from ..capture.collect.batch import SingleSample
 from ..losses import logits_of
 from ..params import Params, device_of
 from ..version import __version__

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture.collect.session import SingleSample
+from ..capture.collect.batch import SingleSample
 from ..capture.watched import map_tensors, tensors_in
 from .batches import Batch
 from .preserve import preserved

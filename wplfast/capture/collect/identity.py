@@ -2,19 +2,72 @@
 
 ``sum_n c_n g_n``, summed from the captured rows with their owners, must equal the ordinary gradient of
 ``sum_n c_n loss_n`` on the same graph. The c_n are random signs and powers of two, so that any exchange of samples
-shows,
-and so does a use that was missed. It is exact up to rounding, holds under dropout, slices no inputs, and costs one more
-backward pass. What it does not check is the squaring, which unit tests do.
+shows, and so does a use that was missed. It is exact up to rounding, holds under dropout, slices no inputs, and costs
+one more backward pass. What it does not check is the squaring, which unit tests do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ...errors import VerificationError
+from .batch import Batch
+from .squares import Uses, gradients_of, weighted_sums
+
+
+def watching(batch: Batch, weights: Tensor, fisher: Sequence[Tensor]) -> Callable[[Uses], None]:
+    """Return what keeps, of grad samples about to be squared, the sums that :func:`verify_batch` compares.
+
+    Args:
+        batch: takes the sums.
+        weights: the c_n, [N].
+        fisher: tensors of the parameters' shapes, by index.
+    """
+
+    def watch(uses: Uses) -> None:
+        batch.captured |= weighted_sums(uses, weights, fisher)
+        if batch.single_sample is not None:
+            batch.of_single_sample |= gradients_of(uses, batch.single_sample.sample, fisher)
+
+    return watch
+
+
+@torch.no_grad()
+def verify_batch(
+    batch: Batch,
+    weights: Tensor,
+    names: Sequence[str],
+    parameters: Sequence[Tensor],
+    seen: set[torch.dtype],
+    unseen: set[int],
+    fisher: Sequence[Tensor],
+) -> None:
+    """Compare captured gradients with plain autograd, unless something overflowed, which the accumulator reports.
+
+    Args:
+        batch: the batch, with both sides.
+        weights: the c_n, [N].
+        names: of the parameters.
+        parameters: these.
+        seen: dtypes of gradients that the batch had: the coarsest decides about tolerances.
+        unseen: parameters that were not captured.
+        fisher: the sums of squares so far.
+
+    Raises:
+        VerificationError: if they disagree.
+    """
+    if not all(bool(torch.isfinite(f.sum())) for f in fisher):
+        return
+    own = {p.dtype for p in parameters}
+    coarsest = {dtype: max(seen | {dtype}, key=lambda d: torch.finfo(d).eps) for dtype in own}
+    dtypes = [coarsest[p.dtype] for p in parameters]
+    check_identity(names, batch.captured, batch.ordinary, fisher, weights, dtypes, batch.one_by_one | unseen)
+    if batch.single_sample is not None:
+        check_single_sample(names, batch.of_single_sample, batch.single_sample.gradients, dtypes)
+
 
 #: Largest difference, relative to sqrt(sum_n |g_n|^2).
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}

@@ -15,27 +15,25 @@ A batch of calls that were collected before, on tensors of the same sizes, is *s
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ... import ops
 from ...errors import CoupledSamplesError, WplfastError
 from ..accumulators import Accumulators
 from ..call_site import Listener
 from ..probe.graph import Fingerprint, fingerprint, reorders_rows
 from ..probe.infer import Check, LayoutInference
 from ..trace.intercept import Interception
-from .identity import check_identity, check_single_sample
+from .batch import Batch, SingleSample
+from .identity import verify_batch, watching
 from .leaf_grads import LeafGrads
 from .mixed import UNKNOWN, describe, is_about_positions
-from .passes import CollectPass, Idle, OrdinaryPass, ProbePass
+from .one_by_one import one_by_one
+from .passes import CollectPass, Idle, ProbePass
 from .round import Round
-from .squares import Uses, gradients_of, weighted_sums
 from .steady import Layouts, SteadyBatch
 
 #: How many batches lie before those in which known layouts are measured again.
@@ -49,45 +47,6 @@ _MAX_STEADY = 16
 
 #: Rounds of probing and collecting that one batch may take before something is wrong.
 MAX_ROUNDS = 4
-
-
-@dataclass
-class SingleSample:
-    """A sample's gradients in a batch of its own, by plain autograd."""
-
-    sample: int
-    gradients: Sequence[Tensor | None]
-
-
-@dataclass
-class Batch:
-    """One batch: what the caller gave, and what is compared in the end.
-
-    Attributes:
-        losses: one for each sample, [N], with a graph.
-        verify: compare captured with ordinary gradients.
-        retain_graph: the caller needs the graph again.
-        independent: whether a sample's loss is the same in a batch of its own; None: unknown.
-        single_sample: the gradients of one sample in such a batch.
-        ordinary: of the losses times the first probe weights c, by plain autograd.
-        captured: ``sum_n c_n g_n`` from grad samples, by parameter.
-        of_single_sample: g_n of that one sample from grad samples, by parameter.
-        one_by_one: parameters that are left to one backward pass for each sample.
-        graph: the fingerprint of the losses' graph.
-        keep: the graph is needed again.
-    """
-
-    losses: Tensor
-    verify: bool
-    retain_graph: bool
-    independent: bool | None
-    single_sample: SingleSample | None
-    ordinary: list[Tensor | None] = field(default_factory=list)
-    captured: dict[int, Tensor] = field(default_factory=dict)
-    of_single_sample: dict[int, Tensor] = field(default_factory=dict)
-    one_by_one: set[int] = field(default_factory=set)
-    graph: Fingerprint | None = None
-    keep: bool = True
 
 
 class Session:
@@ -179,13 +138,26 @@ class Session:
         steady = self.interception.cache.here.steady.get((len(batch.losses), batch.graph))
         if steady is None:
             return False
-        self._run(batch.losses, None, steady.start(self.interception.taps), keep=batch.retain_graph)
+        keep = batch.retain_graph or steady.may_wake
+        self._run(batch.losses, None, steady.start(self.interception.taps), keep)
         if not steady.finish(self.parameters, self.interception.derived):
             self._find_unseen(set())
+        woken = steady.woken()
+        if woken:
+            del self.interception.cache.here.steady[len(batch.losses), batch.graph]
+            self._collect(batch, Check.TRUST, may_replay=False, wanted=woken)
         return True
 
-    def _collect(self, batch: Batch, check: Check, may_replay: bool) -> bool:
-        """Collect a batch that needs measuring; False if nothing was accumulated and it must be run again."""
+    def _collect(self, batch: Batch, check: Check, may_replay: bool, wanted: set[int] | None = None) -> bool:
+        """Collect a batch that needs measuring; False if nothing was accumulated and it must be run again.
+
+        Args:
+            batch: the batch.
+            check: how far to trust what earlier batches told.
+            may_replay: the batch can be run again.
+            wanted: parameters to collect; None: all.
+        """
+        whole = wanted is None
         inference, taps, first = self._inference, self.interception.taps, not self.n_batches
         self._reorders = self._reorders or reorders_rows(batch.losses)
         if self._reorders and not first:
@@ -201,7 +173,6 @@ class Session:
             or inference.has_dormant
             or bool(self._in_backward or self._unseen)
         )
-        wanted: set[int] | None = None
         for attempt in range(MAX_ROUNDS):
             for digit in range(passes):
                 self._probe(batch, digit, with_ordinary=batch.verify and attempt == digit == 0)
@@ -226,11 +197,13 @@ class Session:
             passes = inference.probe_weights.rounds
         else:
             raise WplfastError(f"could not measure which samples the uses of {self._some(wanted or set())} belong to")
-        self._one_by_one(batch)
+        one_by_one(batch, self._unseen, self._run, self._leaf_grads, self.accumulators)
         if batch.verify:
-            self._verify(batch)
+            seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
+            weights = inference.probe_weights.weights(0)
+            verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, self.accumulators.fisher)
             self._is_verified = self._is_verified or len(batch.losses) > 1
-        if not (attempt or batch.one_by_one):
+        if whole and not (attempt or batch.one_by_one):
             self._remember((len(batch.losses), graph), collected.layouts)
         return True
 
@@ -252,8 +225,10 @@ class Session:
         taps, steady = self.interception.taps, self.interception.cache.here.steady
         if len(steady) == _MAX_STEADY:  # sizes or places that are others in every batch
             steady.clear()
-        if (key[0] == 1 or not self._inference.is_new(taps)) and SteadyBatch.is_possible(taps, layouts):
-            steady[key] = SteadyBatch(taps, layouts, self.accumulators, self.names)
+        asleep = self._inference.asleep
+        known = key[0] == 1 or not self._inference.is_new(tapped for tapped in taps if tapped.index not in asleep)
+        if known and SteadyBatch.is_possible(taps, layouts, asleep):
+            steady[key] = SteadyBatch(taps, layouts, asleep, self.accumulators, self.names)
 
     def abandon(self) -> None:
         """Forget a batch that will not be accumulated."""
@@ -290,7 +265,8 @@ class Session:
         """Run the collecting pass and accumulate all that can be; a dry one only measures."""
         round_ = None
         if not dry:
-            watch = self._watch(batch) if batch.verify else None
+            weights = self._inference.probe_weights.weights(0)
+            watch = watching(batch, weights, self.accumulators.fisher) if batch.verify else None
             round_ = Round(self.interception.taps, self.accumulators, self.names, wanted, watch)
             round_.excluded |= self._unseen
             round_.last |= self._in_backward
@@ -300,34 +276,6 @@ class Session:
             round_.finish()
             batch.one_by_one |= self._find_unseen(round_.squared)
         return listener
-
-    def _watch(self, batch: Batch) -> Callable[[Uses], None]:
-        """Return what keeps, of grad samples about to be squared, the sums that verification compares."""
-
-        def watch(uses: Uses) -> None:
-            fisher = self.accumulators.fisher
-            batch.captured |= weighted_sums(uses, self._inference.probe_weights.weights(0), fisher)
-            if batch.single_sample is not None:
-                batch.of_single_sample |= gradients_of(uses, batch.single_sample.sample, fisher)
-
-        return watch
-
-    @torch.no_grad()
-    def _verify(self, batch: Batch) -> None:
-        """Compare captured gradients with plain autograd; if something overflowed, the accumulator reports it."""
-        fisher = self.accumulators.fisher
-        if not all(bool(torch.isfinite(f.sum())) for f in fisher):
-            return
-        seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
-        coarsest = {
-            own: max(seen | {own}, key=lambda dtype: torch.finfo(dtype).eps)
-            for own in {p.dtype for p in self.parameters}
-        }
-        dtypes = [coarsest[p.dtype] for p in self.parameters]
-        weights, skipped = self._inference.probe_weights.weights(0), batch.one_by_one | self._unseen
-        check_identity(self.names, batch.captured, batch.ordinary, fisher, weights, dtypes, skipped)
-        if batch.single_sample is not None:
-            check_single_sample(self.names, batch.of_single_sample, batch.single_sample.gradients, dtypes)
 
     # ---- what cannot be collected ----------------------------------------------------------------------------------
 
@@ -371,33 +319,6 @@ class Session:
             self.accumulators.clear(index)
         self._unseen |= fresh
         return fresh
-
-    def _one_by_one(self, batch: Batch) -> None:
-        """Collect some parameters exactly, with one backward pass for each sample."""
-        wanted = batch.one_by_one | self._unseen
-        if not wanted:
-            return
-        started, results = time.perf_counter(), self.accumulators
-        listener = OrdinaryPass(wanted)
-        for sample in range(len(batch.losses)):
-            one = torch.zeros(len(batch.losses), device="cpu")
-            one[sample] = 1
-            self._run(batch.losses, one, listener, keep=True)
-            gradients = self._leaf_grads.take()
-            weight = None if results.weights is None else results.weights[sample : sample + 1]
-            for index in wanted:
-                gradient, plain = gradients[index], results.gradient_of(index)
-                if gradient is not None:
-                    wide = gradient.to(results.fisher[index].dtype).unsqueeze(0).contiguous()
-                    ops.accumulate_squares_(results.fisher[index], wide, weight)
-                    if batch.single_sample is not None and sample == batch.single_sample.sample:
-                        batch.of_single_sample[index] = wide[0]
-                    if plain is not None:
-                        plain += wide[0] if weight is None else wide[0] * weight.to(wide.dtype)
-            self._leaf_grads.drop()
-        for index in wanted:
-            results.rules[index].add("one by one")
-        results.seconds["one by one"] += time.perf_counter() - started
 
     def _some(self, indices: set[int]) -> str:
         """Name a few parameters."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..accumulators import Accumulators
 from ..call_site import TappedCall
+from ..probe.weights import negligible
 from ..rules.recipe import Recipe
 from ..sample_layout import AxisLayout, OneSample, SampleLayout
 from .round import OutputGrads, Round
@@ -26,9 +27,14 @@ Layouts = Sequence[SampleLayout | None]
 class SteadyBatch:
     """What a batch of known calls does with the gradients that it sees.
 
+    A call whose gradient counted for nothing when its layout was to be measured is *asleep*: it is left out as long as
+    its gradient is that small, which is looked at once in the end. LoRA begins with such calls, and in very deep stacks
+    the first layers are some.
+
     Args:
         taps: the calls of such a batch.
         layouts: their outputs' layouts, by index.
+        asleep: indices of calls whose gradients counted for nothing.
         accumulators: what squares are added to.
         names: of the parameters.
     """
@@ -37,32 +43,60 @@ class SteadyBatch:
         self,
         taps: Sequence[TappedCall],
         layouts: Mapping[int, Layouts],
+        asleep: set[int],
         accumulators: Accumulators,
         names: Sequence[str],
     ) -> None:
         self._accumulators, self._names = accumulators, names
+        self._asleep = {index: taps[index].parameters for index in asleep}
+        self._sizes: list[
+            tuple[int, Tensor, float]
+        ] = []  # of gradients of calls that are asleep, and what is negligible
         self._layouts = [layouts[tapped.index] for tapped in taps]
         uses = Counter(index for tapped in taps for index in tapped.parameters)
         self._recipes: list[Recipe | None] = [
             tapped.rule.recipe(tapped.call, found, tapped.shapes, accumulators)
-            if all(uses[index] == 1 for index in tapped.parameters)
+            if tapped.index not in asleep and all(uses[index] == 1 for index in tapped.parameters)
             else None
             for tapped, found in zip(taps, self._layouts, strict=True)
         ]
-        self._is_direct = all(recipe is not None for recipe in self._recipes)
+        self._is_direct = len(asleep) == sum(recipe is None for recipe in self._recipes)
         self._round: Round | None = None
 
     @staticmethod
-    def is_possible(taps: Sequence[TappedCall], layouts: Mapping[int, Layouts]) -> bool:
-        """Tell whether all outputs of all calls have layouts that hold for every such batch."""
-        return len(layouts) == len(taps) and all(
-            isinstance(layout, (AxisLayout, OneSample)) for found in layouts.values() for layout in found
-        )
+    def is_possible(taps: Sequence[TappedCall], layouts: Mapping[int, Layouts], asleep: set[int]) -> bool:
+        """Tell whether all outputs of all calls have layouts that hold for every such batch, or are asleep alone."""
+        if len(layouts) != len(taps):
+            return False
+        for tapped in taps:
+            if tapped.index in asleep:
+                if len(tapped.shapes) > 1:
+                    return False
+            elif not all(isinstance(layout, (AxisLayout, OneSample)) for layout in layouts[tapped.index]):
+                return False
+        uses = Counter(index for tapped in taps for index in tapped.parameters) if asleep else {}
+        return all(uses[parameter] == 1 for index in asleep for parameter in taps[index].parameters)
+
+    @property
+    def may_wake(self) -> bool:
+        """Whether calls are asleep, so that the graph may be needed again."""
+        return bool(self._asleep)
+
+    def woken(self) -> set[int]:
+        """Return the parameters of calls that were asleep and are no longer: they were left out of the last pass."""
+        sizes, self._sizes = self._sizes, []
+        if not sizes:
+            return set()
+        device = sizes[0][1].device
+        found = torch.stack([size.to(device, torch.float64) for _, size, _ in sizes]).tolist()
+        awake = [index for (index, _, limit), size in zip(sizes, found, strict=True) if not size <= limit]
+        return {parameter for index in awake for parameter in self._asleep[index]}
 
     def start(self, taps: Sequence[TappedCall]) -> SteadyBatch:
         """Begin a pass over the calls of a batch; return what listens to it."""
         if not self._is_direct:
-            left = [tapped for tapped, recipe in zip(taps, self._recipes, strict=True) if recipe is None]
+            pairs = zip(taps, self._recipes, strict=True)
+            left = [tapped for tapped, recipe in pairs if recipe is None and tapped.index not in self._asleep]
             self._round = Round(left, self._accumulators, self._names)
         return self
 
@@ -76,6 +110,11 @@ class SteadyBatch:
             started = time.perf_counter()
             recipe(tapped.call, inputs, grads)
             self._accumulators.seconds[tapped.rule.name] += time.perf_counter() - started
+        elif index in self._asleep:
+            gradient = grads[0]
+            if gradient is not None and gradient.numel():
+                size = torch.linalg.vector_norm(gradient, torch.inf)
+                self._sizes.append((index, size, negligible(gradient.dtype)))
         elif self._round is not None:
             self._round.take(OutputGrads(tapped, inputs, grads, self._layouts[index]))
             self._round.reported(tapped)

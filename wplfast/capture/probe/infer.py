@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum, auto
 from typing import TypeAlias
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import VerificationError
 from ..call_site import CallSite, KnownOutput, TappedCall
 from ..sample_layout import AxisLayout, AxisTemplate, OneSample, SampleLayout, SegmentIds
-from .weights import ProbeWeights, Projection, candidates, decode, is_mixed, matches, shows_samples
+from .weights import ProbeWeights, Projection, candidates, decode, is_mixed, matches, negligible, shows_samples
 
 #: A call site and the index of one of its outputs.
 _Place: TypeAlias = tuple[CallSite, int]
@@ -48,6 +48,7 @@ class LayoutInference:
         self._thorough, self._structure = False, 0
         self._projections: dict[_Place, list[Projection]] = defaultdict(list)
         self._n_dormant = 0
+        self.asleep: set[int] = set()  # indices of tapped calls of this batch whose gradients count for nothing
 
     def start_batch(self, n_samples: int, structure: int, check: Check, thorough: bool) -> None:
         """Draw the probe weights of a batch, and say how far to trust what is known.
@@ -61,6 +62,7 @@ class LayoutInference:
         """
         self.probe_weights, self._check = ProbeWeights(n_samples, self._generator), check
         self._thorough, self._structure = thorough, structure
+        self.asleep = set()
         self.start_probing()
 
     def start_probing(self) -> None:
@@ -87,7 +89,7 @@ class LayoutInference:
                     needed = fewest
         return needed
 
-    def is_new(self, taps: Sequence[TappedCall]) -> bool:
+    def is_new(self, taps: Iterable[TappedCall]) -> bool:
         """Tell whether some tap was never measured at its sizes, or is measured in every batch."""
         return any(
             self._known_layout(tapped.site.output(self._structure, index), shape) is None
@@ -114,14 +116,23 @@ class LayoutInference:
         """
         found: list[SampleLayout | None] = []
         for index, gradient in enumerate(grads):
-            layout = Verdict.ZERO if gradient is None else self._layout(tapped.site, index, at_least_1d(gradient))
-            if layout is Verdict.ZERO:
+            if gradient is None:
                 found.append(None)
-            elif isinstance(layout, Verdict):
+                continue
+            layout = self._layout(tapped.site, index, at_least_1d(gradient))
+            if layout is not Verdict.ZERO and isinstance(layout, Verdict):
                 return layout
-            else:
-                found.append(layout)
+            if layout is Verdict.ZERO or self._is_negligible(tapped, index, gradient):
+                self.asleep.add(tapped.index)
+            found.append(None if isinstance(layout, Verdict) else layout)
         return found
+
+    def _is_negligible(self, tapped: TappedCall, index: int, gradient: Tensor) -> bool:
+        """Tell whether an output's gradient is so small that its layout could not be told, and does not matter."""
+        if self.probe_weights.n_samples == 1 or not gradient.numel():
+            return False
+        known = self._known_layout(tapped.site.output(self._structure, index), at_least_1d(gradient).shape)
+        return known is None and bool(gradient.abs().amax() <= negligible(gradient.dtype))
 
     def _layout(self, site: CallSite, index: int, gradient: Tensor) -> SampleLayout | Verdict:
         """Return one output's layout, from what is known or from the probing passes."""

@@ -111,6 +111,11 @@ def smallest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny * RADIX**2 / TOLERANCE[dtype]
 
 
+def negligible(dtype: torch.dtype) -> float:
+    """Return the size below which a gradient counts for nothing: its square is lost in an accumulator."""
+    return 0.0 if dtype == torch.float16 else smallest(dtype) * 2.0**24
+
+
 def matches(
     layout: AxisLayout,
     shape: torch.Size,
