@@ -1,4 +1,4 @@
-// The Python module wplfast._C: addresses and sizes in, nothing of torch. wplfast/backends/cpp.py is its only caller
+// The Python module wplfast._C: addresses and sizes in, nothing of torch. wplfast/backends/cpp/ is its only caller
 // and has checked every argument through the op contract; tensors must stay alive during a call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -201,7 +201,7 @@ void accumulate_squares_binding(int dtype, uintptr_t fisher, uintptr_t grads, ui
 
 PYBIND11_MODULE(_C, m) {
   using namespace wplfast;
-  m.doc() = "CPU kernels of wplfast over raw addresses; see wplfast/backends/cpp.py.";
+  m.doc() = "CPU kernels of wplfast over raw addresses; see wplfast/backends/cpp/.";
   m.def("penalty", &penalty_binding, "Value of the penalty, optionally storing or adding its gradient.");
   py::class_<ParameterTable>(m, "ParameterTable", py::module_local(),
                              "What parameters were when a table of them was made.")

@@ -6,7 +6,7 @@
 
 namespace wplfast {
 
-// The order is shared with DTYPES in wplfast/backends/cpp.py.
+// The order is shared with DTYPES in wplfast/backends/cpp/dtypes.py.
 enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 struct BFloat16 {

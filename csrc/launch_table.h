@@ -4,7 +4,7 @@
 // Triton compiles a kernel anew for every kind of arguments. What it distinguishes is written down as text, one part
 // for each parameter: `*bf16D` is a pointer to bfloat16 on a 16-byte boundary, `i32D` a number that 16 divides, `=64` a
 // constant, as are 1 and None where an address or a number may be specialised on. The build derives the same text from
-// what Triton has compiled and compares (wplfast/backends/triton/precompile.py), so that neither can drift.
+// what Triton has compiled and compares (wplfast/backends/triton/packs/precompile.py), so that neither can drift.
 #pragma once
 
 #include <pybind11/pybind11.h>

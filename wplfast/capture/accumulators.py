@@ -15,7 +15,7 @@ class Accumulators:
 
     Attributes:
         fisher: ``sum_n w_n g_n^2``, contiguous, float32 or wider, of the parameters' shapes.
-        gradient: ``sum_n w_n g_n`` likewise; None if it is not wanted.
+        gradient: ``sum_n w_n g_n``, of the same shapes; None if it is not wanted.
         weights: w of the batch at hand, float64 [N] on the losses' device; None for ones.
         rules: index -> names of the rules that served the parameter.
         seconds: name of a rule -> wall time that it took.

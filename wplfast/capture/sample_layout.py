@@ -43,7 +43,7 @@ class AxisTemplate:
 
 @dataclass(frozen=True)
 class AxisLayout:
-    """Ownership by position: dimension ``dim`` splits into [outer, N, inner]."""
+    """Samples by position: dimension ``dim`` splits into [outer, N, inner]."""
 
     dim: int
     outer: int
@@ -100,7 +100,7 @@ def _layout(dim: int, outer: int, n_samples: int, inner: int) -> AxisLayout:
 
 @dataclass(frozen=True)
 class SegmentIds:
-    """Ownership by a measured table: rows of the output in any order, such as tokens routed to an expert."""
+    """Samples by a measured table: rows of the output in any order, such as tokens routed to an expert."""
 
     ids: Tensor  # int64 [rows]; -1 where the row's gradient is zero
     n_samples: int

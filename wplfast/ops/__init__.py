@@ -54,7 +54,8 @@ def fisher_linear_(
     Args:
         fisher: contiguous accumulator [D_out, D_in], float32 (float64 for float64 inputs).
         activations: the layer's inputs A [N, T, D_in], contiguous in the last dimension.
-        grad_outputs: gradients of the per-sample losses with respect to its outputs, G [N, T, D_out], likewise.
+        grad_outputs: gradients of the per-sample losses with respect to its outputs, G [N, T, D_out], contiguous in
+            the last dimension.
         weights: optional float32 or float64 weights [N]; they stay outside the square.
         gradient: optional accumulator like fisher for the plain gradient ``sum_n w_n sum_t G A``.
 
@@ -91,8 +92,8 @@ def fisher_conv_(
         weights: optional float32 or float64 weights [N]; they stay outside the square.
         gradient: optional accumulator like fisher for the plain gradient.
         stride: one integer a spatial dimension.
-        padding: likewise, on both sides.
-        dilation: likewise.
+        padding: one integer a spatial dimension, on both sides.
+        dilation: one integer a spatial dimension.
         groups: of channels.
 
     Raises:
@@ -133,7 +134,7 @@ def scale_grads(activations: Tensor, grad_outputs: Tensor) -> Tensor:
 
     Args:
         activations: A [N, T, D], of any strides.
-        grad_outputs: G, likewise.
+        grad_outputs: G [N, T, D], of any strides.
 
     Returns:
         [N, D], contiguous; float32 (float64 for float64).

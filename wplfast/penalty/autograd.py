@@ -92,7 +92,7 @@ class _EagerPenalty(torch.autograd.Function):
 
 
 class _TracedPenalty(torch.autograd.Function):
-    """The same for tracing, where every tensor is an argument and nothing is in place."""
+    """The penalty and its gradient for tracing, where every tensor is an argument and nothing is in place."""
 
     @staticmethod
     def forward(alpha: Tensor, l2: Tensor, n: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ class _TracedPenalty(torch.autograd.Function):
 
 
 class _TransformedPenalty(_TracedPenalty):
-    """The same with forward mode, which ``torch.compile`` does not take."""
+    """The penalty and its gradient under functorch transforms, with forward mode, which tracing does not take."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

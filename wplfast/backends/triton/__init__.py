@@ -7,8 +7,8 @@
 ``reduce``             deterministic sums of partial results
 ``tables``             address tables on the device, cached and safe for streams and CUDA graphs
 ``fisher_linear``      the squared per-sample gradients of a linear layer on tensor cores
-``fisher_conv``        likewise of a convolution: which of the ``conv_*`` kernels serves it
-``fisher_embedding``   likewise of a table that rows are taken from: sorted uses, no atomics
+``fisher_conv``        Fisher of a convolution: which of the ``conv_*`` kernels serves it
+``fisher_embedding``   Fisher of a table that rows are taken from: sorted uses, no atomics
 ``products``           what kernels on tensor cores share
 ``fold_tiles``         where tiles lie, and the sum of those that several programs share
 ``fisher_config``      which precision a call gets, and which tiles there are
@@ -17,7 +17,7 @@
 ``scale``              per-sample gradients of an elementwise scale
 ``scale_unless_one``   a buffer times a factor, without a look from the host
 ``squares``            sums of squared per-sample gradients that are already in memory
-``kernel``, ``packs``  who serves a launch: kernels precompiled by ``precompile``, or Triton's JIT
+``kernel``, ``packs/`` who serves a launch: kernels that were compiled when the wheel was built, or Triton's JIT
 =====================  ==============================================================================
 
 Importing it needs Triton, not a GPU. Under ``TRITON_INTERPRET=1`` every kernel also runs on CPU tensors.

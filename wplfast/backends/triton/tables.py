@@ -77,7 +77,7 @@ class TableCache:
                     with suppress(KeyError):  # another thread dropped the same one at this moment
                         self._tables.popitem(last=False)
         else:
-            with suppress(KeyError):  # likewise
+            with suppress(KeyError):  # another thread dropped it at this moment
                 self._tables.move_to_end(key)
         if capturing:
             _captured[id(table)] = table

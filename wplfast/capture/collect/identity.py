@@ -1,6 +1,6 @@
 """The verification of a batch: captured rows against plain autograd, on the same graph and on a sample alone.
 
-``sum_n c_n g_n``, summed from the captured rows with their owners, must equal the ordinary gradient of
+``sum_n c_n g_n``, summed from the captured rows with their samples, must equal the ordinary gradient of
 ``sum_n c_n loss_n`` on the same graph. The c_n are random signs and powers of two, so that any exchange of samples
 shows, and so does a use that was missed. It is exact up to rounding, holds under dropout, slices no inputs, and costs
 one more backward pass. What it does not check is the squaring, which unit tests do.

@@ -1,4 +1,4 @@
-"""Calls whose outputs' gradients mix samples: coupled samples, or an operation without a sample axis?"""
+"""Calls whose outputs' gradients mix samples: samples are coupled there, or the call has no sample axis."""
 
 from __future__ import annotations
 

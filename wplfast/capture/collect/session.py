@@ -122,7 +122,7 @@ class Session:
         self.n_batches += 1
 
     def _check(self, verify: bool | Literal["always"]) -> Check:
-        """Decide how far to trust what earlier batches told about the owners of rows."""
+        """Decide how far to trust what earlier batches told about layouts."""
         if verify == "always":
             return Check.REMEASURE
         return Check.VERIFY if verify and self.n_batches in _CHECKED else Check.TRUST

@@ -25,7 +25,7 @@ def accumulate(group: Sequence[GradSample], fisher: Tensor, gradient: Tensor | N
     Args:
         group: uses of one parameter.
         fisher: its accumulator.
-        gradient: optional accumulator of the plain gradient, likewise.
+        gradient: optional accumulator of the plain gradient [V, D].
         weights: optional weights [N], float64.
     """
     if fisher.dim() != 2 or not fisher.is_contiguous():

@@ -1,4 +1,4 @@
-"""What the autograd graph of a batch tells: is it one that was seen, do rows move, and which leaves are there?"""
+"""What the autograd graph of a batch tells: its fingerprint, whether rows may move, and which leaves it has."""
 
 from __future__ import annotations
 

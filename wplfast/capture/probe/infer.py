@@ -24,7 +24,7 @@ class Check(Enum):
 
     TRUST = auto()
     REMEASURE = auto()  # in this batch; where one no longer holds, forget it
-    VERIFY = auto()  # likewise, but it is an error
+    VERIFY = auto()  # in this batch; where one no longer holds, that is an error
 
 
 class Verdict(Enum):

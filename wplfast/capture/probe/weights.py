@@ -1,10 +1,10 @@
-"""Power-of-two codes: the weights of the probing passes, and how ratios of gradients are read back as owners.
+"""The losses' weights in probing passes, powers of two, and how ratios of gradients are read as samples.
 
 The loss of sample n depends on sample n alone, so the gradient of any output is linear in the weights that the losses
 enter the backward pass with. Two passes over one graph, with weights c_n (powers of two) and with weights 1, give
 gradients whose ratio is c_n exactly in every element that sample n owns: scaling by a power of two commutes with
 rounding. It is enough to compare one random projection of every row (all but the last dimension): a row that mixes
-samples does not scale by any one of the codes.
+samples does not scale by any one of the weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..sample_layout import AxisLayout, AxisTemplate
 
-#: Codes are 2^-8 .. 2^7; one probing pass tells 16 samples apart, two tell 256 apart, and so on.
+#: Weights are 2^-8 .. 2^7; one probing pass tells 16 samples apart, two tell 256 apart, and so on.
 RADIX = 16
 
 #: Rounding that the two passes may differ by (atomics in backward kernels), relative to the row and the tensor.
@@ -28,7 +28,7 @@ class ProbeWeights:
     """The power-of-two weights of one batch's probing passes, and how ratios are read back."""
 
     def __init__(self, n_samples: int, generator: torch.Generator) -> None:
-        """Draw a random numbering of the samples; sample n's code in pass d is digit d of its number."""
+        """Draw a random numbering of the samples; sample n's weight in pass d is 2^(digit d of its number - 8)."""
         self.n_samples = n_samples
         self.order = torch.randperm(n_samples, generator=generator, device="cpu")
         self.rounds = 1
@@ -48,7 +48,7 @@ class ProbeWeights:
         return self._weights[digit]
 
     def by_rows(self, digit: int, layout: AxisLayout, shape: torch.Size, like: Tensor) -> Tensor:
-        """Return the weight of the owner of every row, once for all outputs of one shape: recurrent cells have many."""
+        """Return the weight of every row's sample, once for all outputs of one shape: recurrent cells have many."""
         key = digit, layout, shape, like.dtype, like.device
         if key not in self._by_rows:
             self._by_rows[key] = self.weights(digit).to(like)[layout.segment_ids(shape, like.device)]
@@ -81,7 +81,7 @@ class Projection:
 
     @property
     def is_zero(self) -> bool:
-        """Tell whether the gradient was zero, or so small that codes would be lost in subnormal numbers."""
+        """Tell whether the gradient was zero, or so small that weights would be lost in subnormal numbers."""
         return bool((self.rows.abs() <= smallest(self.rows.dtype)).all())
 
     @property
@@ -124,7 +124,7 @@ def matches(
     probe_weights: ProbeWeights,
     digit: int,
 ) -> bool:
-    """Tell whether every row of a coded pass is its owner's code times the row of the plain pass."""
+    """Tell whether every row of a probing pass is its sample's weight times the row of the plain pass."""
     by_rows = layout.has_rows(len(shape)) or len(shape) == 1
     after, before = (probed.rows, plain.rows) if by_rows else (probed.columns, plain.columns)
     if after is None or before is None:
@@ -140,29 +140,29 @@ def shows_samples(layout: AxisLayout, shape: torch.Size, plain: Projection) -> b
     nonzero = before.abs() > smallest(before.dtype)
     if bool(nonzero.all()):
         return layout.n_samples > 1
-    owners = layout.segment_ids(shape, before.device)[nonzero]
-    return 2 * len(owners.unique()) >= max(4, layout.n_samples)
+    shown = layout.segment_ids(shape, before.device)[nonzero]
+    return 2 * len(shown.unique()) >= max(4, layout.n_samples)
 
 
-def _agree(after: Tensor, before: Tensor, code: Tensor) -> Tensor:
-    """Compare projections elementwise: |after - code * before| small against the row and against the tensor."""
+def _agree(after: Tensor, before: Tensor, weight: Tensor) -> Tensor:
+    """Compare projections elementwise: |after - weight * before| small against the row and against the tensor."""
     wide = torch.float64 if before.dtype == torch.float64 else torch.float32
     tolerance, floor = TOLERANCE[before.dtype], smallest(before.dtype)
-    after, before, code = after.to(wide), before.to(wide), code.to(wide)
+    after, before, weight = after.to(wide), before.to(wide), weight.to(wide)
     level = before.abs() + before.abs().mean() + floor
-    return (after - code * before).abs() <= tolerance * code.abs() * level
+    return (after - weight * before).abs() <= tolerance * weight.abs() * level
 
 
 def is_mixed(probed: Projection, plain: Projection) -> bool:
-    """Tell whether one probing pass is enough to see that some row is scaled by no single code."""
+    """Tell whether one probing pass is enough to see that some row is scaled by no single weight."""
     nonzero = plain.rows.abs() > smallest(plain.rows.dtype)
     ratio = torch.where(nonzero, probed.rows.double() / plain.rows.double(), 1.0)
-    code = ratio.abs().log2().round().clamp(-RADIX // 2, RADIX // 2 - 1).exp2().copysign(ratio)
-    return not bool((_agree(probed.rows, plain.rows, code.to(plain.rows.dtype)) | ~nonzero).all())
+    weight = ratio.abs().log2().round().clamp(-RADIX // 2, RADIX // 2 - 1).exp2().copysign(ratio)
+    return not bool((_agree(probed.rows, plain.rows, weight.to(plain.rows.dtype)) | ~nonzero).all())
 
 
 def decode(digits: list[Projection], plain: Projection, probe_weights: ProbeWeights) -> Tensor | None:
-    """Read the owner of every row from the probing passes; None if some row belongs to no single sample."""
+    """Read the sample of every row from the probing passes; None if some row belongs to no single sample."""
     before = plain.rows
     wide = before.double()
     number = torch.zeros(len(before), dtype=torch.int64, device=before.device)
@@ -176,11 +176,11 @@ def decode(digits: list[Projection], plain: Projection, probe_weights: ProbeWeig
         number += value.clamp(0, RADIX - 1) * RADIX**digit
     sample_of = torch.full((RADIX ** len(digits),), -1, dtype=torch.int64, device="cpu")
     sample_of[probe_weights.order] = torch.arange(probe_weights.n_samples, device="cpu")
-    owner = sample_of.to(before.device)[number]
-    sane &= owner >= 0
+    sample = sample_of.to(before.device)[number]
+    sane &= sample >= 0
     for digit, probed in enumerate(digits):
-        code = probe_weights.weights(digit).to(before.device)[owner.clamp_min(0)]
-        sane &= _agree(probed.rows, before, code.to(before.dtype))
+        weight = probe_weights.weights(digit).to(before.device)[sample.clamp_min(0)]
+        sane &= _agree(probed.rows, before, weight.to(before.dtype))
     if not bool((sane | ~nonzero).all()):
         return None
-    return torch.where(nonzero, owner, -1)
+    return torch.where(nonzero, sample, -1)

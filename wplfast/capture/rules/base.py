@@ -34,7 +34,7 @@ class Rule(ABC):
         """Tell whether the rule may serve a call; asked in the forward pass."""
 
     def needs_inputs(self, call: Call) -> bool:
-        """Tell whether the rule needs the call's data; if not, none is kept and the rule must serve every owner."""
+        """Tell whether the rule needs the call's inputs; if not, none is kept and the rule must serve every layout."""
         return True
 
     @abstractmethod

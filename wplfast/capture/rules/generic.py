@@ -57,7 +57,7 @@ class LocalGradSample(GradSample):
         return torch.zeros_like(self.operand.value) if gradient is None else gradient.to_dense()
 
     def _owned(self) -> list[tuple[Tensor, SampleLayout]]:
-        """List the gradients that are not zero, with their owners."""
+        """List the gradients that are not zero, with their layouts."""
         pairs = zip(self.grads, self.layouts, strict=True)
         return [(gradient, layout) for gradient, layout in pairs if gradient is not None and layout is not None]
 

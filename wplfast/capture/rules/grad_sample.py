@@ -54,7 +54,7 @@ class GradSample(ABC):
 
         Args:
             fisher: accumulator, which may be a strided view.
-            gradient: optional accumulator of plain gradients, likewise.
+            gradient: optional accumulator of plain gradients, of the same shape and strides.
             weights: optional weights [N], float64.
         """
         return False

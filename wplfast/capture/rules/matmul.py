@@ -34,7 +34,7 @@ class MatmulRule(OneOutputRule):
         return call.argument(4, "alpha") in (None, 1) and call.is_input(1, "mat1") and not call.is_input(2, "mat2")
 
     def stackable(self, call: Call) -> bool:
-        """So does a product from the right."""
+        """A product from the right treats rows alike: steps of a loop are one product over [N, T, D]."""
         return call.pair is not None and self.product(call) is not None
 
     def serve(

@@ -33,7 +33,7 @@ class ShiftRule(OneOutputRule):
         return False
 
     def stackable(self, call: Call) -> bool:
-        """So does the sum with a vector."""
+        """A sum with a vector treats rows alike: steps of a loop are one sum over [N, T, D]."""
         return call.operands[0].value.dim() < 2 and call.operands[0].base is None
 
     def serve(self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout) -> list[GradSample]:

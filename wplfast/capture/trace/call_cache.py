@@ -21,7 +21,7 @@ from .product import AffineMap
 
 #: Calls that are kept as they were, or eight times those of the longest pass; beyond, all are forgotten.
 MAX_CALLS = 1 << 14
-#: Sites that are known, likewise.
+#: Sites that are known, or eight times the calls of the longest pass; beyond, all are forgotten.
 MAX_SITES = 1 << 16
 
 

@@ -1,7 +1,7 @@
 """LSTM, GRU and plain RNN layers: what :mod:`.recurrent_scan` runs over time, and its gradients.
 
 Backwards, all that does not depend on later steps is computed for all steps at once; the loop is left with a product
-with W_hh and a few elementwise operations. All of it is linear in the gradients, so that codes pass through.
+with W_hh and a few elementwise operations. All of it is linear in the gradients, so that probe weights pass through.
 """
 
 from __future__ import annotations
