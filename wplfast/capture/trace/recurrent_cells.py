@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .product import Product
-from .recurrent_scan import Cell, Run, Steps, Weights, split, start
+from .recurrent_scan import Cell, Run, Steps, Weights, each, split, start
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward
 _tanh_backward = torch.ops.aten.tanh_backward
@@ -23,11 +23,6 @@ def _project(x: Tensor, weight: Tensor, *biases: Tensor | None) -> Tensor:
     product = Product(weight)(x)
     given = [bias for bias in biases if bias is not None]
     return product.add_(sum(given[1:], given[0])) if given else product
-
-
-def _parts(gates: Tensor, steps: Steps, *cuts: int) -> list[list[Tensor]]:
-    """Cut gates into runs of columns that end at ``cuts``, each split into steps."""
-    return [steps.of(gates[:, first:last]) for first, last in zip((0, *cuts), cuts, strict=False)]
 
 
 class Lstm(Cell):
@@ -44,25 +39,34 @@ class Lstm(Cell):
         tanh_c, shown = x.new_empty(rows, width), x.new_empty(rows, width)
         w_hr = None if weights.hr is None else Product(weights.hr)
         out = shown if w_hr is None else torch.empty_like(h_before)
-        columns = _parts(gates, steps, width, 2 * width, 3 * width, 4 * width)
-        in_and_forget = steps.of(gates[:, : 2 * width])
-        living = (steps.living(h), steps.living(c), steps.of(h_before), steps.of(c_before))
-        made = (steps.of(tanh_c), steps.of(shown), steps.of(out))
-        for gate, both, i, f, g, o, h_now, c_now, h_old, c_old, squashed, m, result in zip(
-            steps.of(gates), in_and_forget, *columns, *living, *made, strict=True
+        i, f, g, o = gates.chunk(4, 1)
+        for step in each(
+            gates=steps.of(gates),
+            i=steps.of(i),
+            f=steps.of(f),
+            i_and_f=steps.of(gates[:, : 2 * width]),
+            g=steps.of(g),
+            o=steps.of(o),
+            h=steps.living(h),
+            c=steps.living(c),
+            h_before=steps.of(h_before),
+            c_before=steps.of(c_before),
+            tanh_c=steps.of(tanh_c),
+            shown=steps.of(shown),
+            out=steps.of(out),
         ):
-            h_old.copy_(h_now)
-            c_old.copy_(c_now)
-            w_hh.onto(gate, h_now)
-            both.sigmoid_()
-            g.tanh_()
-            o.sigmoid_()
-            c_now.mul_(f).addcmul_(i, g)
-            torch.tanh(c_now, out=squashed)
-            torch.mul(o, squashed, out=m)
+            step.h_before.copy_(step.h)
+            step.c_before.copy_(step.c)
+            w_hh.onto(step.gates, step.h)
+            step.i_and_f.sigmoid_()
+            step.g.tanh_()
+            step.o.sigmoid_()
+            step.c.mul_(step.f).addcmul_(step.i, step.g)
+            torch.tanh(step.c, out=step.tanh_c)
+            torch.mul(step.o, step.tanh_c, out=step.shown)
             if w_hr is not None:
-                w_hr.into(result, m)
-            h_now.copy_(result)
+                w_hr.into(step.out, step.shown)
+            step.h.copy_(step.out)
         kept = (gates, tanh_c, c_before, weights.hh, *(() if weights.hr is None else (weights.hr,)))
         return Run((out, h, c), h_before, (gates, gates), kept, None if w_hr is None else shown)
 
@@ -81,31 +85,29 @@ class Lstm(Cell):
         slope = _tanh_backward(o, tanh_c)
         dh, dc = start(grads[1], steps, kept[3].shape[1], gates), start(grads[2], steps, width, gates)
         projected = None if w_hr is None else gates.new_empty(len(gates), dh.shape[1])
-        of_cell = found[:, : 3 * width].unflatten(1, (3, width))
-        for d_gate, d_cell, d_o, slope_now, f_now, dh_now, dc_now, dc_thrice, d_out, d_result in zip(
-            steps.of(found, back=True),
-            steps.of(of_cell, back=True),
-            steps.of(of_o, back=True),
-            steps.of(slope, back=True),
-            steps.of(f, back=True),
-            steps.living(dh, back=True),
-            steps.living(dc, back=True),
-            steps.living(dc.unsqueeze(1), back=True),
-            split(grads[0], steps),
-            split(projected, steps),
-            strict=True,
+        for step in each(
+            found=steps.of(found, back=True),
+            of_cell=steps.of(found[:, : 3 * width].unflatten(1, (3, width)), back=True),
+            of_o=steps.of(of_o, back=True),
+            slope=steps.of(slope, back=True),
+            f=steps.of(f, back=True),
+            dh=steps.living(dh, back=True),
+            dc=steps.living(dc, back=True),
+            dc_thrice=steps.living(dc.unsqueeze(1), back=True),
+            d_out=split(grads[0], steps),
+            projected=split(projected, steps),
         ):
-            if d_out is not None:
-                dh_now.add_(d_out)
-            dm = dh_now
-            if w_hr is not None and d_result is not None:
-                d_result.copy_(dh_now)
-                dm = w_hr(dh_now)
-            dc_now.addcmul_(dm, slope_now)
-            d_cell.mul_(dc_thrice)
-            d_o.mul_(dm)
-            dc_now.mul_(f_now)
-            w_hh.into(dh_now, d_gate)
+            if step.d_out is not None:
+                step.dh.add_(step.d_out)
+            d_shown = step.dh
+            if w_hr is not None:
+                step.projected.copy_(step.dh)
+                d_shown = w_hr(step.dh)
+            step.dc.addcmul_(d_shown, step.slope)
+            step.of_cell.mul_(step.dc_thrice)
+            step.of_o.mul_(d_shown)
+            step.dc.mul_(step.f)
+            w_hh.into(step.dh, step.found)
         return [found, found, projected, dh, dc]
 
 
@@ -119,17 +121,27 @@ class Gru(Cell):
         gates = torch.empty_like(given)
         hidden = torch.zeros_like(given) if weights.b_hh is None else weights.b_hh.expand_as(given).clone()
         h_before, out = x.new_empty(len(x), width), x.new_empty(len(x), width)
-        thirds = [_parts(tensor, steps, 2 * width, 3 * width) for tensor in (given, hidden, gates)]
-        columns = (*thirds[0], *thirds[1], *thirds[2], *_parts(gates, steps, width, 2 * width))
-        for product, x_both, x_n, h_both, h_n, both, n, r, z, h_now, h_old, result in zip(
-            steps.of(hidden), *columns, steps.living(h), steps.of(h_before), steps.of(out), strict=True
+        r, z, n = gates.chunk(3, 1)
+        for step in each(
+            hidden=steps.of(hidden),
+            x_r_and_z=steps.of(given[:, : 2 * width]),
+            x_n=steps.of(given[:, 2 * width :]),
+            h_r_and_z=steps.of(hidden[:, : 2 * width]),
+            h_n=steps.of(hidden[:, 2 * width :]),
+            r_and_z=steps.of(gates[:, : 2 * width]),
+            r=steps.of(r),
+            z=steps.of(z),
+            n=steps.of(n),
+            h=steps.living(h),
+            h_before=steps.of(h_before),
+            out=steps.of(out),
         ):
-            h_old.copy_(h_now)
-            w_hh.onto(product, h_now)
-            torch.add(x_both, h_both, out=both).sigmoid_()
-            torch.addcmul(x_n, r, h_n, out=n).tanh_()
-            torch.lerp(n, h_old, z, out=result)
-            h_now.copy_(result)
+            step.h_before.copy_(step.h)
+            w_hh.onto(step.hidden, step.h)
+            torch.add(step.x_r_and_z, step.h_r_and_z, out=step.r_and_z).sigmoid_()
+            torch.addcmul(step.x_n, step.r, step.h_n, out=step.n).tanh_()
+            torch.lerp(step.n, step.h_before, step.z, out=step.out)
+            step.h.copy_(step.out)
         return Run((out, h), h_before, (given, hidden), (gates, hidden, h_before, weights.hh))
 
     def backward(self, kept: Sequence[Tensor], steps: Steps, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -144,23 +156,22 @@ class Gru(Cell):
         _sigmoid_backward.grad_input(h_before - n, z, grad_input=of_z)
         torch.mul(slope, r, out=of_n)
         dh, dh_all = start(grads[1], steps, width, gates), torch.empty_like(h_before)
-        for d_gate, d_thrice, z_now, dh_now, dh_here, dh_thrice, d_out in zip(
-            steps.of(found, back=True),
-            steps.of(found.unflatten(1, (3, width)), back=True),
-            steps.of(z, back=True),
-            steps.living(dh, back=True),
-            steps.of(dh_all, back=True),
-            steps.of(dh_all.unsqueeze(1), back=True),
-            split(grads[0], steps),
-            strict=True,
+        for step in each(
+            found=steps.of(found, back=True),
+            thirds=steps.of(found.unflatten(1, (3, width)), back=True),
+            z=steps.of(z, back=True),
+            dh=steps.living(dh, back=True),
+            dh_here=steps.of(dh_all, back=True),
+            dh_thrice=steps.of(dh_all.unsqueeze(1), back=True),
+            d_out=split(grads[0], steps),
         ):
-            if d_out is None:
-                dh_here.copy_(dh_now)
+            if step.d_out is None:
+                step.dh_here.copy_(step.dh)
             else:
-                torch.add(dh_now, d_out, out=dh_here)
-            d_thrice.mul_(dh_thrice)
-            torch.mul(dh_here, z_now, out=dh_now)
-            w_hh.onto(dh_now, d_gate)
+                torch.add(step.dh, step.d_out, out=step.dh_here)
+            step.thirds.mul_(step.dh_thrice)
+            torch.mul(step.dh_here, step.z, out=step.dh)
+            w_hh.onto(step.dh, step.found)
         return [torch.cat([found[:, : 2 * width], slope.mul_(dh_all)], 1), found, None, dh]
 
 

@@ -8,8 +8,9 @@ order of time: [R, D], with ``R = T N``, or the sum of the batch sizes of a pack
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -110,6 +111,12 @@ class Scan(torch.autograd.Function):
         of_inputs = Product(w_ih.t())(found[0]) if ctx.needs_input_grad[4] else None
         pairs = zip((of_inputs, *found), ctx.shapes, strict=True)
         return (None, None, None, None, *(None if g is None or shape is None else g.view(shape) for g, shape in pairs))
+
+
+def each(**views: Sequence[Any]) -> Iterator[SimpleNamespace]:
+    """Yield one record for each step: under every name, that step's view."""
+    for values in zip(*views.values(), strict=True):
+        yield SimpleNamespace(**dict(zip(views, values, strict=True)))
 
 
 def start(final: Tensor | None, steps: Steps, width: int, like: Tensor) -> Tensor:
