@@ -40,6 +40,20 @@ def _of(model: Callable[[], nn.Module], *shape: int, tokens: int = 0) -> Case:
     return lambda: (model(), draw(False, torch.Generator().manual_seed(0)), squared)
 
 
+class Pairs(nn.Module):
+    """A bilinear layer of two halves of its input."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Bilinear(width, width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        left, right = x.chunk(2, -1)
+        output: Tensor = self.layer(left, right)
+        return output
+
+
 def _experts(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
 
@@ -58,6 +72,8 @@ CASES: dict[str, Case] = {
     "shift": _of(lambda: Function(torch.add, 256), 16, 128, 256),
     "matmul": _of(lambda: Function(torch.matmul, 256, 256), 16, 128, 256),
     "einsum": _of(lambda: Function(lambda x, w: torch.einsum("ntd,de->nte", x, w), 256, 256), 16, 128, 256),
+    "bilinear": _of(lambda: Pairs(32, 32), 64, 4, 64),
+    "scores": _of(lambda: Pairs(256, 1), 64, 16, 512),  # a bilinear layer with one output
     "bags": _of(lambda: nn.EmbeddingBag(1000, 64), 64, 16, tokens=1000),
     "experts": _of(lambda: Function(_experts, 8, 64, 64), 64, 8, 64),  # a weight with a batch axis
     "fft": _of(lambda: Function(_fourier, 66), 32, 64),

@@ -304,12 +304,88 @@ FUNCTIONS = {
     "cast, then used": function(lambda m, x: m.p.to(x.dtype) * x + m.p.type_as(x), "scale", p=(D,)),
 }
 
-TABLES = {"conv": CONVOLUTIONS, "norm": NORMS, "lookup": LOOKUPS, "function": FUNCTIONS}
+
+def squashed_pair(m, x, **options):
+    """y = x W tanh(x) + b."""
+    return F.bilinear(x, torch.tanh(x), m.w, getattr(m, "b", None), **options)
+
+
+def routed(m, x):
+    """Rows of all samples in the order of their sums, without those whose sums are small."""
+    rows = x.reshape(-1, D)
+    order = rows.sum(1).argsort()
+    order = order[rows.sum(1)[order] > -1]
+    mixed = F.bilinear(rows[order], torch.sin(rows[order]), m.w, m.b)
+    return torch.zeros_like(rows).index_copy(0, order, mixed).view_as(x) + x
+
+
+def bilinear(use=squashed_pair, rule="bilinear", make=None, **parameters):
+    """A model that applies F.bilinear to [N, T, D] data, with a weight [D, D, D] and a bias unless told otherwise."""
+    parameters = parameters or ({} if make else {"w": (D, D, D), "b": (D,)})
+    made = {k: (lambda s=s: par(*s)) for k, s in parameters.items()} | (make or {})
+    return Case(
+        lambda: Lambda(
+            lambda m, x: pooled(m, torch.tanh(use(m, x))), **{k: new() for k, new in made.items()}, head=head()
+        ),
+        sequence,
+        rules=rule,
+    )
+
+
+BILINEARS = {
+    "module": bilinear(lambda m, x: m.layer(x, torch.tanh(x)), make={"layer": lambda: nn.Bilinear(D, D, D)}),
+    "no bias": bilinear(w=(D, D, D)),
+    "weight alone": bilinear(
+        lambda m, x: m.layer(x, x.flip(1)), make={"layer": lambda: frozen(nn.Bilinear(D, D, D), "bias")}
+    ),
+    "bias alone": bilinear(lambda m, x: m.layer(x, x), make={"layer": lambda: frozen(nn.Bilinear(D, D, D), "weight")}),
+    "keywords": bilinear(lambda m, x: F.bilinear(bias=m.b, input2=torch.tanh(x), weight=m.w, input1=x)),
+    "sizes that differ": bilinear(lambda m, x: F.bilinear(x[..., :3], x[..., 1:], m.w, m.b), w=(D, 3, 5), b=(D,)),
+    "scores": bilinear(lambda m, x: squashed_pair(m, x) * x, w=(1, D, D), b=(1,)),
+    "one feature": bilinear(lambda m, x: F.bilinear(x, x[..., :1], m.w), w=(D, D, 1)),
+    "rows [N, D]": bilinear(lambda m, x: squashed_pair(m, x[:, 0]).unsqueeze(1)),
+    "four dimensions": bilinear(lambda m, x: squashed_pair(m, torch.stack([x, x.flip(1)], 1)).prod(1)),
+    "time first": bilinear(lambda m, x: squashed_pair(m, x.transpose(0, 1)).transpose(0, 1)),
+    "flattened": bilinear(lambda m, x: squashed_pair(m, x.reshape(-1, D)).view_as(x)),
+    "routed": bilinear(routed),
+    "rows of one sample at a time": bilinear(lambda m, x: torch.stack([squashed_pair(m, row) for row in x])),
+    "used twice": bilinear(lambda m, x: squashed_pair(m, torch.tanh(squashed_pair(m, x)))),
+    "used by itself and by einsum": bilinear(
+        lambda m, x: squashed_pair(m, x) + torch.einsum("ntd,dhk->nthk", x, m.w).mean(2)
+    ),
+    "used by itself and by another rule": bilinear(lambda m, x: squashed_pair(m, x) * m.b),
+    "a slice of the weight": bilinear(lambda m, x: F.bilinear(x, torch.tanh(x), m.w[1:]), w=(D + 1, D, D)),
+    "two slices of the weight": bilinear(
+        lambda m, x: F.bilinear(x, x, m.w[:D]) * F.bilinear(x, x.flip(1), m.w[D:]), w=(2 * D, D, D)
+    ),
+    "a transposed weight": bilinear(lambda m, x: F.bilinear(x, x[..., 1:4], m.w.permute(2, 0, 1)), w=(D, 3, D)),
+    "an expanded weight": bilinear(lambda m, x: F.bilinear(x, torch.tanh(x), m.w.expand(D, D, D)), w=(1, D, D)),
+    "a constant on one side": bilinear(
+        lambda m, x: F.bilinear(m.keep.buffer[: x.shape[1]].expand_as(x), x, m.w, m.b),
+        make={"keep": lambda: Buffer(torch.randn(6, D)), "w": lambda: par(D, D, D), "b": lambda: par(D)},
+    ),
+    "an expanded parameter on one side": bilinear(
+        lambda m, x: F.bilinear(m.p.expand_as(x), x, m.w, m.b), w=(D, D, D), b=(D,), p=(1, 1, D)
+    ),
+    "an expanded parameter on the other": bilinear(
+        lambda m, x: F.bilinear(x, m.p.expand_as(x), m.w), w=(D, D, D), p=(1, 1, D)
+    ),
+    "a parameter beside a frozen weight": bilinear(
+        lambda m, x: m.layer(x, m.p.expand_as(x)),
+        make={"layer": lambda: nn.Bilinear(D, D, D).requires_grad_(False), "p": lambda: par(D)},
+    ),
+    "a repeated parameter on one side": bilinear(
+        lambda m, x: F.bilinear(m.p.repeat(*x.shape[:2], 1), x, m.w), w=(D, D, D), p=(1, 1, D)
+    ),
+}
+
+TABLES = {"conv": CONVOLUTIONS, "norm": NORMS, "lookup": LOOKUPS, "function": FUNCTIONS, "bilinear": BILINEARS}
 ALL = {f"{table}: {name}": case for table, cases in TABLES.items() for name, case in cases.items()}
 #: Cases that mean to show that what a rule leaves alone is exact too.
 SLOW = {name for name, case in ALL.items() if case.rules == "generic"}
 #: Cases whose operands have samples along their own dimensions: the whole gradient is masked to each sample.
 MASKED = {
+    "bilinear: a repeated parameter on one side",
     "function: bias of a convolution, samples in columns",
     "function: cat of a repeated token",
     "function: cat of shuffled rows",
@@ -353,6 +429,50 @@ def test_sample_weights_in_float32(name, weighted):
     parts = [fisher_loop(model, [(x[n : n + 1], y[n : n + 1])], case.loss) for n in range(6)]
     expected = {k: sum(w * p[k] for w, p in zip(weights, parts, strict=True)) / weights.sum() for k in parts[0]}
     assert_close(fisher, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("bilinear")])
+def test_bilinear_a_few_samples_at_a_time(name, monkeypatch):
+    monkeypatch.setattr("wplfast.capture.rules.grad_sample.MAX_ELEMENTS", 100)
+    test_against_the_loop(name, SIZES[0])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bilinear_in_other_types(dtype, weighted):
+    """Factors of bfloat16 are widened before they are multiplied with each other."""
+    torch.manual_seed(0)
+    model = nn.Bilinear(8, 6, 4).to(dtype)
+    x, weights = torch.randn(5, 3, 14).to(dtype), torch.rand(5, dtype=torch.float64)
+
+    def loss(y, _):
+        return y.float().square().sum((1, 2))
+
+    model_of_one = Lambda(lambda m, x: m.layer(x[..., :8], x[..., 8:]), layer=model)
+    batch = (x, torch.zeros(5), weights) if weighted else (x, torch.zeros(5))
+    fisher = wplfast.fisher_diagonal(model_of_one, [batch], loss)
+    assert not fisher.report.slow
+    weights = weights if weighted else torch.ones_like(weights)
+    x, g = x.double(), 2 * model_of_one(x).detach().double()
+    grads = torch.einsum("ntk,nti,ntj->nkij", g, x[..., :8], x[..., 8:])
+    expected = torch.einsum("n,nkij->kij", weights / weights.sum(), grads**2)
+    torch.testing.assert_close(fisher["layer.weight"].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bilinear_under_autocast(autocast_kind):
+    torch.manual_seed(0)
+    case = ALL["bilinear: module"]
+    model, x, y = case.build(), case.inputs(6, 4), case.targets(6, 4)
+
+    def loss(outputs, targets):
+        return case.loss(outputs.float(), targets)
+
+    with torch.autocast(autocast_kind, dtype=torch.bfloat16):
+        fisher = wplfast.fisher_diagonal(model, [(x, y)], loss)
+        expected = fisher_loop(model, [(x, y)], loss, double=False)
+    assert not fisher.report.slow
+    for name in ("layer.weight", "layer.bias"):
+        torch.testing.assert_close(fisher[name].double(), expected[name], rtol=2e-2, atol=1e-4)
 
 
 def test_every_rule_has_cases():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..call import Call
 from .base import Rule
+from .bilinear import BILINEAR
 from .cat import CAT
 from .conv import CONV
 from .einsum import EINSUM
@@ -18,7 +19,7 @@ from .shift import SHIFT
 
 __all__ = ["GENERIC", "RULES", "Rule", "rule_for"]
 
-RULES: list[Rule] = [LINEAR, SHIFT, SCALE, MATMUL, CONV, NORM, EMBEDDING, EINSUM, CAT, SELECT, GENERIC]
+RULES: list[Rule] = [LINEAR, SHIFT, SCALE, MATMUL, CONV, NORM, EMBEDDING, EINSUM, BILINEAR, CAT, SELECT, GENERIC]
 
 
 def rule_for(call: Call) -> Rule:
