@@ -20,8 +20,9 @@ pytestmark = [
 ]
 
 
-#: Shares of parameters below 99% that fast rules serve: products of two derived tensors, grouped expert products.
-FAST = {"deberta": 0.8, "mixtral, grouped": 0.1}
+#: Shares of parameters below 99% that fast rules serve: products of two derived tensors, grouped expert products, and
+#: prompts, which are looked up once for each sample and masked to it.
+FAST = {"deberta": 0.8, "mixtral, grouped": 0.1, "gpt2, prompt": 0.0}
 
 
 def build(name, sizes=(3, 2), double=True):

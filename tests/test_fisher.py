@@ -54,10 +54,10 @@ def test_verify_fisher(name, one_thread):
 
 def test_batches_of_one_sample_are_verified_once(monkeypatch):
     """One sample shows no mixing: the first batch of several is verified too, batches of one in between are not."""
-    from wplfast.capture.collect.session import Session
+    from wplfast.capture.collect import session
 
-    sizes, verify = [], Session._verify
-    monkeypatch.setattr(Session, "_verify", lambda self, batch: (sizes.append(len(batch.losses)), verify(self, batch)))
+    sizes, verify = [], session.verify_batch
+    monkeypatch.setattr(session, "verify_batch", lambda batch, *a: (sizes.append(len(batch.losses)), verify(batch, *a)))
     wplfast.fisher_diagonal(mlp(), batches((1, 1, 1, 3, 1, 2)), ce)
     assert sizes == [1, 3]
 

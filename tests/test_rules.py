@@ -285,6 +285,9 @@ FUNCTIONS = {
         "conv",
         b=(D,),
     ),
+    "einsum, one weight split in two ways": function(
+        lambda m, x: torch.einsum("ntij,ijk->ntk", torch.einsum("ntd,dhk->nthk", x, m.w), m.w), "einsum", w=(D, D, D)
+    ),
     "where": function(lambda m, x: torch.where(x > 0, x, m.p), "select", p=(D,)),
     "where, a mask of positions": function(
         lambda m, x: x + torch.where(torch.arange(D) > 2, m.p.expand(len(x), x.shape[1], D), x), "select", p=(D,)

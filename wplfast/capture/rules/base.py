@@ -121,7 +121,7 @@ class OneOutputRule(Rule):
 
 
 def summed(operand: Operand, rule: str, layout: SampleLayout, gradient: Tensor) -> GradSample:
-    """Return the use of a operand that was broadcast to the shape of ``gradient``: the sum over what was broadcast."""
+    """Return the use of an operand that was broadcast to the shape of ``gradient``: the sum over what was broadcast."""
     if operand.base is not None and is_summable(layout, gradient, operand.base.value.shape):
         operand = operand.base
     shape = operand.value.shape

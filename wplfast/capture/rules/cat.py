@@ -45,7 +45,7 @@ class CatRule(OneOutputRule):
         return False
 
     def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Slice the gradient; a operand that stands twice gets both slices."""
+        """Slice the gradient; an operand that stands twice gets both slices."""
         gradient = grads[0]
         found: list[Tensor | None] = [None] * len(call.operands)
         if gradient is None:

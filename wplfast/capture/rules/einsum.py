@@ -46,7 +46,7 @@ class EinsumRule(OneOutputRule):
     name = "einsum"
 
     def matches(self, call: Call) -> bool:
-        """Match equations that are a matrix product over a operand with all of D_in before or after all of D_out."""
+        """Match equations that are a matrix product over an operand with all of D_in before or after all of D_out."""
         return call.func is torch.einsum and _parse(call) is not None
 
     def serve(

@@ -1,7 +1,7 @@
-"""Uses of a operand in one batch: each gives the per-sample gradients that one call contributed, in its cheapest form.
+"""Grad samples: the per-sample gradients that one call contributed to an operand, in their cheapest form.
 
 The gradient of sample n is the sum over all uses of a parameter, and it must be summed before it is squared; the
-forms here say how (:mod:`.reduce` does it).
+forms here say how (``collect/squares.py`` does it).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class FactoredGradSample(GradSample):
     """Gradients that are products of small factors: ``g_n = G_n^T A_n``."""
 
     def __init__(self, operand: Operand, rule: str, activations: Tensor, grad_outputs: Tensor) -> None:
-        """Take A [N, T, D_in] and G [N, T, D_out] for a operand that is a matrix [D_out, D_in] in some shape."""
+        """Take A [N, T, D_in] and G [N, T, D_out] for an operand that is a matrix [D_out, D_in] in some shape."""
         super().__init__(operand, activations.shape[0], rule)
         self.activations, self.grad_outputs = activations, grad_outputs
 
@@ -82,11 +82,14 @@ class FactoredGradSample(GradSample):
         total = scaled.flatten(0, 1).t() @ self.activations.to(wide).flatten(0, 1)
         return total.view(self.operand.value.shape)
 
-    def joined(self, others: Sequence[GradSample]) -> GradSample:
-        """Join the rows along T: their products then sum before the square."""
+    def joined(self, others: Sequence[GradSample]) -> GradSample | None:
+        """Join the rows along T: their products then sum before the square. Factors of other widths do not join."""
         if not others:
             return self
         uses = [self, *(use for use in others if isinstance(use, FactoredGradSample))]
+        widths = {(use.grad_outputs.shape[2], use.activations.shape[2]) for use in uses}
+        if len(widths) > 1:
+            return None
         a = torch.cat([use.activations for use in uses], 1)
         g = torch.cat([use.grad_outputs for use in uses], 1)
         return FactoredGradSample(self.operand, self.rule, a, g)
@@ -135,7 +138,7 @@ class SummedGradSample(GradSample):
 
 
 class MaskedGradSample(GradSample):
-    """The gradient of a operand that has a sample axis itself, such as an expanded token: masked to each sample."""
+    """The gradient of an operand that has a sample axis itself, such as an expanded token: masked to each sample."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ class ScaleRule(OneOutputRule):
     name = "scale"
 
     def matches(self, call: Call) -> bool:
-        """Match products of one operand and one data tensor, and data divided by a operand."""
+        """Match products of one operand and one data tensor, and data divided by an operand."""
         found = call.pair
         if found is None or call.kwargs:
             return False
@@ -39,7 +39,7 @@ class ScaleRule(OneOutputRule):
 
 
 def scaled(operand: Operand, rule: str, layout: SampleLayout, x: Tensor, gradient: Tensor) -> GradSample:
-    """Return the use of a operand that x was multiplied with: ``gradient * x`` summed over what was broadcast."""
+    """Return the use of an operand that x was multiplied with: ``gradient * x`` summed over what was broadcast."""
     shape = operand.value.shape
     if layout.has_rows(gradient.dim()) and shape == gradient.shape[-1:] == x.shape[-1:] and x.shape == gradient.shape:
         return SummedGradSample(operand, rule, ops.scale_grads(layout.rows(x), layout.rows(gradient)))
