@@ -10,7 +10,7 @@ from .ops import check_penalty
 from .ops.arguments import PenaltyArguments
 from .ops.layout import by_kind, in_order_of, is_dense
 from .ops.prepared import PreparedPenalty
-from .penalty.autograd import differentiable
+from .penalty.autograd import differentiable, total
 from .penalty.coefficients import scalar
 
 
@@ -63,11 +63,3 @@ def wpl_penalty(
         check_penalty.check_arguments(arguments)
         values.append(differentiable(PreparedPenalty(*arguments)))
     return total(values)
-
-
-def total(values: Sequence[Tensor]) -> Tensor:
-    """Add the values of several groups, on the first one's device, in the widest dtype."""
-    result = values[0]
-    for value in values[1:]:
-        result = result + value.to(result.device)
-    return result

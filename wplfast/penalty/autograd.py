@@ -41,6 +41,14 @@ def differentiable(prepared: PreparedPenalty) -> Tensor:
     return value
 
 
+def total(values: Sequence[Tensor]) -> Tensor:
+    """Add the values of several groups, on the first one's device, in the widest dtype."""
+    result = values[0]
+    for value in values[1:]:
+        result = result + value.to(result.device)
+    return result
+
+
 class _EagerPenalty(torch.autograd.Function):
     """Value and packed gradient in one pass.
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import functional, storage
+from .. import storage
 from ..errors import NameMismatchError
 from ..ops.layout import flat_dtype
 from ..params import Params, device_of
 from .anchors import Anchors
+from .autograd import total
 from .coefficients import Alpha, alpha_tensor
 from .consolidate import AnchorRule, Normalization, Options, newer_anchor
 from .param_groups import ParamGroup, ParamGroups
@@ -95,7 +96,7 @@ class WeightPlasticityLoss(nn.Module):
         """
         if self._groups.anchors is None or (active is not None and len(active) == 0):
             return self._nothing(active)
-        return functional.total([group.value() for group in self._active_groups(active)])
+        return total([group.value() for group in self._active_groups(active)])
 
     def add_grad_(self, scale: float | Tensor = 1.0, active: Sequence[str] | None = None) -> Tensor:
         """Add ``scale`` times the penalty's gradient to the parameters' ``.grad`` in one pass, without a graph.
@@ -122,7 +123,7 @@ class WeightPlasticityLoss(nn.Module):
             if len(groups) > 1:  # or an error in a later one would leave the earlier ones added
                 for group in groups:
                     group.check_parameter_grads()
-            return functional.total([group.add_grad_(scale) for group in groups])
+            return total([group.add_grad_(scale) for group in groups])
 
     def subset(self, names: Sequence[str]) -> Subset:
         """Return a handle to the penalty over some parameters, for hot loops.
