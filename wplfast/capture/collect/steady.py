@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ...errors import WplfastError
 from ..accumulators import Accumulators
 from ..call_site import TappedCall
 from ..rules.recipe import Recipe
@@ -71,6 +72,12 @@ class SteadyBatch:
     ) -> Sequence[Tensor | None]:
         """Square the gradient of one call, or let it wait for others."""
         index = tapped.index
+        if index < 0:
+            raise WplfastError(
+                f"{self._names[min(tapped.parameters)]!r} is used ({tapped.call.name}) inside a backward pass, as in a "
+                "checkpoint of one's own, though not in earlier batches of the same calls and the same graph; use "
+                "torch.utils.checkpoint, or make the uses in there the same ones in every batch"
+            )
         recipe = self._recipes[index]
         if recipe is not None:
             started = time.perf_counter()
