@@ -44,9 +44,6 @@ _CHECKED = frozenset(8**k for k in range(12))
 #: Structures of graphs under which measurements are kept; beyond, all are forgotten.
 _MAX_STRUCTURES = 256
 
-#: Graphs behind the same calls whose steady batches are kept.
-_MAX_STEADY = 16
-
 #: Rounds of probing and collecting that one batch may take before something is wrong.
 MAX_ROUNDS = 4
 
@@ -249,11 +246,10 @@ class Session:
         """Remember what batches like this one do, if all of it holds for every such batch."""
         if self._unseen or self._in_backward or self._reorders:
             return
-        taps, steady = self.interception.taps, self.interception.cache.here.steady
-        if len(steady) == _MAX_STEADY:  # sizes or places that are others in every batch
-            steady.clear()
+        taps = self.interception.taps
         if (key[0] == 1 or not self._inference.is_new(taps)) and SteadyBatch.is_possible(taps, layouts):
-            steady[key] = SteadyBatch(taps, layouts, self.accumulators, self.names)
+            batch = SteadyBatch(taps, layouts, self.accumulators, self.names)
+            self.interception.cache.keep_steady(key, batch)
 
     def abandon(self) -> None:
         """Forget a batch that will not be accumulated."""
