@@ -375,3 +375,25 @@ def test_what_is_kept_of_steady_batches_is_bounded(monkeypatch):
             acc.backward(torch.tanh(model(torch.randn(2, 1 + t, D))).square().sum((1, 2)))
         cache = acc._session.interception.cache
         assert len(cache._start._after) < 30
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_a_batch_that_overflows_verifies_nothing():
+    model = nn.Linear(D, D)
+    with wplfast.FisherAccumulator(model, on_nonfinite="skip") as acc:
+        acc.backward(model(torch.randn(3, D)).sum(1) * 1e30)
+        assert acc.n_skipped == 3
+        assert not acc._session._is_verified
+        acc.backward(model(torch.randn(3, D)).sum(1))
+        assert acc._session._is_verified
+
+
+def test_buffers_that_are_inference_tensors():
+    torch.manual_seed(18)
+    with torch.inference_mode():
+        offset = torch.ones(D)
+    model = Lambda(lambda m, x: m.head(torch.tanh(m.fc(x + offset))), fc=nn.Linear(D, D), head=head())
+    model.register_buffer("offset", offset)
+    data = rows(4, 4, 2)
+    fisher = wplfast.fisher_diagonal(model, data, classify)
+    assert_close(fisher, fisher_loop(model, data, classify))

@@ -30,7 +30,7 @@ class Snapshot:
         found += [buffer for module in self._scripts for buffer in module.buffers(recurse=False)]
         copies = {}
         for buffer in found:
-            if buffer is None:
+            if buffer is None or buffer.is_inference():  # which no forward pass can write to
                 continue
             known = self._copies.get(id(buffer))
             if known is None or known[0] is not buffer or known[1] != buffer._version:

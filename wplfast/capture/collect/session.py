@@ -224,8 +224,7 @@ class Session:
         else:
             raise WplfastError(f"could not measure which samples the uses of {self._some(wanted or set())} belong to")
         self._one_by_one(batch)
-        if batch.verify:
-            self._verify(batch)
+        if batch.verify and self._verify(batch):
             self._is_verified = self._is_verified or len(batch.losses) > 1
         if not (attempt or batch.one_by_one):
             self._remember((len(batch.losses), graph), collected.layouts)
@@ -309,11 +308,11 @@ class Session:
         return watch
 
     @torch.no_grad()
-    def _verify(self, batch: Batch) -> None:
-        """Compare captured gradients with plain autograd; if something overflowed, the accumulator reports it."""
+    def _verify(self, batch: Batch) -> bool:
+        """Compare captured gradients with plain autograd; False if something overflowed: the accumulator reports it."""
         fisher = self.accumulators.fisher
         if not all(bool(torch.isfinite(f.sum())) for f in fisher):
-            return
+            return False
         seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
         coarsest = {
             own: max(seen | {own}, key=lambda dtype: torch.finfo(dtype).eps)
@@ -324,6 +323,7 @@ class Session:
         check_identity(self.names, batch.captured, batch.ordinary, fisher, weights, dtypes, skipped)
         if batch.single_sample is not None:
             check_single_sample(self.names, batch.of_single_sample, batch.single_sample.gradients, dtypes)
+        return True
 
     # ---- what cannot be collected ----------------------------------------------------------------------------------
 
