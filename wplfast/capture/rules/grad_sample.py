@@ -1,7 +1,7 @@
 """Uses of a operand in one batch: each gives the per-sample gradients that one call contributed, in its cheapest form.
 
 The gradient of sample n is the sum over all uses of a parameter, and it must be summed before it is squared; the
-forms here say how (:mod:`.reduce` does it).
+forms here say how (:mod:`wplfast.capture.collect.squares` does it).
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ _Form = _OperandForm | _InputForm | _PlainForm
 
 
 class CachedCall:
-    """A call at its site, as it was; see :meth:`CallCache.advance` for when it can be repeated.
+    """A call at its site, as it was; see :meth:`fits` for when it can be repeated.
 
     Attributes:
         call: the call; None for the start of a pass, and where it is to be taken apart each time.
