@@ -240,3 +240,160 @@ def test_an_argument_that_was_none():
     for index, (x, _) in enumerate(data):
         x[:, 0] = 1.0 if index == 3 else -1.0
     compare(model, data)
+
+
+def flip(x):
+    return x.transpose(0, 1).contiguous()
+
+
+def times_constant(m, x, way):
+    """The first layer's output times a constant: on its right, or on its left where steps come first."""
+    n, t, d = x.shape
+    y = torch.tanh(m.fc(flip(x) if way else x))
+    return ((m.left @ y.reshape(t, n * d)) if way else (y.reshape(n, t * d) @ m.right)).view(n, -1)
+
+
+#: name -> what a batch does in way 0 and in way 1, on x [4, 4, D]: the same nodes, between which rows lie otherwise
+TWO_WAYS = {
+    "a constant on either side": times_constant,
+    "broadcasting": lambda m, x, way: (
+        ((m.fc(m.table) + x) if way else (m.fc(x[:, 0]) + x[:, 1])).square().sum(-1).view(4, -1).sum(1, keepdim=True)
+        * 0.1
+    ).expand(4, D),
+    "strides": lambda m, x, way: (
+        torch.tanh(m.fc(flip(x) if way else x)).as_strided((4, 4, D), (D, 4 * D, 1) if way else (4 * D, D, 1)).sum(1)
+    ),
+    "rolled": lambda m, x, way: m.fc(torch.tanh(m.fc(flip(x))).roll(way, 1).sum(0)),
+}
+
+
+@pytest.mark.cpu_only("draws in float64")
+@pytest.mark.parametrize("name", TWO_WAYS)
+def test_the_same_nodes_about_other_rows(name):
+    torch.manual_seed(14)
+    model = Lambda(lambda m, x, way: m.head(TWO_WAYS[name](m, x, way)), fc=nn.Linear(D, D), head=head()).double()
+    model.left, model.right = torch.rand(1, 4).double(), torch.rand(4 * D, D).double()
+    model.table = torch.rand(4, D).double()
+    data = [((torch.randn(4, 4, D).double(), way), torch.randint(0, C, (4,))) for way in (0, 0, 0, 1, 0)]
+    with wplfast.FisherAccumulator(model, independent=True) as acc:
+        for (x, way), targets in data:
+            acc.backward(classify(model(x, way), targets))
+    assert_close(acc.result(), sum_over_graph(model, data), rtol=1e-10, model_rtol=1e-11)
+
+
+def sum_over_graph(model, data):
+    """The mean square of every loss's gradient, from the graph of the whole batch."""
+    parameters, count = dict(model.named_parameters()), 0
+    found = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for inputs, targets in data:
+        for loss in classify(model(*inputs), targets):
+            count += 1
+            gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+            for total, gradient in zip(found.values(), gradients, strict=True):
+                total += gradient.square()
+    return {name: total / count for name, total in found.items()}
+
+
+class Recomputed(torch.autograd.Function):
+    """A checkpoint of one's own."""
+
+    @staticmethod
+    def forward(ctx, x, layer, used):
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.used = layer, used
+        with torch.no_grad():
+            return torch.tanh(layer(x) if used else x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = torch.tanh(ctx.layer(x) if ctx.used else x)
+        y.backward(gradient)
+        return x.grad, None, None
+
+
+def test_a_use_inside_a_backward_pass_that_comes_late_is_an_error():
+    torch.manual_seed(15)
+    model = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])
+    with wplfast.FisherAccumulator(model, independent=True) as acc:
+        for _ in range(3):
+            acc.backward(Recomputed.apply(model[1](torch.randn(4, D)), model[0], False).square().sum(1))
+        with pytest.raises(WplfastError, match="inside a backward pass"):
+            acc.backward(Recomputed.apply(model[1](torch.randn(4, D)), model[0], True).square().sum(1))
+
+
+def test_the_graph_is_described_without_running_checkpoints():
+    torch.manual_seed(16)
+    model, runs = nn.Linear(D, D), []
+
+    def part(h):
+        runs.append(1)
+        return torch.tanh(model(h)).gather(1, torch.arange(D).flip(0).expand(len(h), D)).exp()
+
+    def run(backward):
+        runs.clear()
+        for _ in range(3):
+            h = model(torch.randn(4, D))
+            backward(torch.utils.checkpoint.checkpoint(part, h, use_reentrant=False).square().sum(1))
+        return len(runs)
+
+    with wplfast.FisherAccumulator(model, verify=False, independent=True) as acc:
+        found, passes = run(acc.backward), acc._accumulators.n_passes
+    assert found == 3 + passes
+
+
+def test_data_do_not_take_the_memory_of_a_buffer_that_was_replaced():
+    model = nn.Linear(64, 64)
+    model.register_buffer("state", torch.zeros(50, 64))
+    with wplfast.FisherAccumulator(model) as acc:
+        before, kept = model.state.data_ptr(), []
+        model.state = torch.zeros(1)
+        for _ in range(1000):
+            kept.append(torch.randn(50, 64))
+            if kept[-1].data_ptr() == before:
+                break
+        acc.backward(model(kept[-1]).square().sum(1))
+    assert acc.result().report.rules["weight"] == ("linear",)
+
+
+def test_a_buffer_of_any_strides_is_a_constant():
+    torch.manual_seed(17)
+    model = nn.Linear(D, D)
+    model.register_buffer("table", torch.randn(2, 6, D).transpose(0, 1))
+    with wplfast.FisherAccumulator(model) as acc:
+        for n in (2, 3, 6):
+            acc.backward((model(torch.randn(n, D)) + model(model.table).mean((0, 1))).square().sum(1))
+    assert acc.n_samples == 11
+
+
+def test_what_is_kept_of_steady_batches_is_bounded(monkeypatch):
+    monkeypatch.setattr("wplfast.capture.trace.call_cache.MAX_ENTRIES", 100)
+    model = nn.Linear(D, D)
+    with wplfast.FisherAccumulator(model, independent=True) as acc:
+        for t in range(60):
+            acc.backward(torch.tanh(model(torch.randn(2, 1 + t, D))).square().sum((1, 2)))
+        cache = acc._session.interception.cache
+        assert len(cache._start._after) < 30
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_a_batch_that_overflows_verifies_nothing():
+    model = nn.Linear(D, D)
+    with wplfast.FisherAccumulator(model, on_nonfinite="skip") as acc:
+        acc.backward(model(torch.randn(3, D)).sum(1) * 1e30)
+        assert acc.n_skipped == 3
+        assert not acc._session._is_verified
+        acc.backward(model(torch.randn(3, D)).sum(1))
+        assert acc._session._is_verified
+
+
+def test_buffers_that_are_inference_tensors():
+    torch.manual_seed(18)
+    with torch.inference_mode():
+        offset = torch.ones(D)
+    model = Lambda(lambda m, x: m.head(torch.tanh(m.fc(x + offset))), fc=nn.Linear(D, D), head=head())
+    model.register_buffer("offset", offset)
+    data = rows(4, 4, 2)
+    fisher = wplfast.fisher_diagonal(model, data, classify)
+    assert_close(fisher, fisher_loop(model, data, classify))

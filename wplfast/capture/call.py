@@ -46,7 +46,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Slot:
-    """Stands in a call's arguments for the index-th tensor of a kind: 'operand', 'data' or 'constant'."""
+    """Stands in a call's arguments for the index-th tensor of a kind: 'operand', 'input' or 'constant'."""
 
     kind: str
     index: int
@@ -54,7 +54,7 @@ class Slot:
 
 @dataclass(eq=False)
 class Call:
-    """A call with its tensors taken out: operands, data (saved by autograd) and constants (the model's own tensors)."""
+    """A call with its tensors taken out: operands, inputs (saved by autograd) and constants (the model's own)."""
 
     func: Callable[..., Any]
     name: str

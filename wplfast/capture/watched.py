@@ -3,7 +3,7 @@
 ``UninitializedParameter.materialize`` of PyTorch swaps classes in the same way. Object identity, storage, hooks,
 optimizer state, tied names and lists such as ``nn.LSTM._flat_weights`` all stay as they are, and recomputation inside
 a backward pass is seen too. Not seen: custom ``autograd.Function.apply``, TorchScript and C++ code that calls ATen
-directly; there the gradient arrives at the parameter's ``.grad``, which is how ``collect`` notices.
+directly; there the gradient arrives at the parameter's ``.grad``, which is how ``capture/collect`` notices.
 """
 
 from __future__ import annotations

@@ -17,16 +17,21 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         """Remember how the modules are now."""
-        self._model = model
-        self._modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        modules = list(model.modules())
+        self._modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        self._scripts = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
         self._copies: dict[int, tuple[Tensor, int, Tensor]] = {}  # id -> a buffer, its version, its value
         self.take()
 
     def take(self) -> None:
         """Remember how they are now instead."""
-        self._attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in self._modules]
+        self._attributes = [(m, m.__dict__.copy(), m._buffers.copy()) for m in self._modules]
+        found = [buffer for _, _, buffers in self._attributes if buffers for buffer in buffers.values()]
+        found += [buffer for module in self._scripts for buffer in module.buffers(recurse=False)]
         copies = {}
-        for buffer in self._model.buffers():
+        for buffer in found:
+            if buffer is None or buffer.is_inference():  # which no forward pass can write to
+                continue
             known = self._copies.get(id(buffer))
             if known is None or known[0] is not buffer or known[1] != buffer._version:
                 known = buffer, buffer._version, buffer.detach().clone()

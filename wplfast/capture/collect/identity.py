@@ -44,8 +44,8 @@ def verify_batch(
     seen: set[torch.dtype],
     unseen: set[int],
     fisher: Sequence[Tensor],
-) -> None:
-    """Compare captured gradients with plain autograd, unless something overflowed, which the accumulator reports.
+) -> bool:
+    """Compare captured gradients with plain autograd; False if something overflowed, which the accumulator reports.
 
     Args:
         batch: the batch, with both sides.
@@ -60,13 +60,14 @@ def verify_batch(
         VerificationError: if they disagree.
     """
     if not all(bool(torch.isfinite(f.sum())) for f in fisher):
-        return
+        return False
     own = {p.dtype for p in parameters}
     coarsest = {dtype: max(seen | {dtype}, key=lambda d: torch.finfo(d).eps) for dtype in own}
     dtypes = [coarsest[p.dtype] for p in parameters]
     check_identity(names, batch.captured, batch.ordinary, fisher, weights, dtypes, batch.one_by_one | unseen)
     if batch.single_sample is not None:
         check_single_sample(names, batch.of_single_sample, batch.single_sample.gradients, dtypes)
+    return True
 
 
 #: Largest difference, relative to sqrt(sum_n |g_n|^2).

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import WplfastError
 from ..accumulators import SLOW_RULES, Accumulators
 from ..call_site import TappedCall
+from ..probe.infer import at_least_1d
 from ..rules import GENERIC
 from ..rules.grad_sample import GradSample
 from ..sample_layout import AxisLayout, SampleLayout
@@ -37,7 +38,7 @@ class OutputGrads:
     def grad_samples(self) -> list[GradSample]:
         """Return one grad sample for each operand of the call; none if no gradient arrived."""
         pairs = zip(self.grads, self.layouts, strict=True)
-        grads = [None if g is None or layout is None else _at_least_1d(g) for g, layout in pairs]
+        grads = [None if g is None or layout is None else at_least_1d(g) for g, layout in pairs]
         if all(gradient is None for gradient in grads):
             return []
         rule, call = self.tapped.rule, self.tapped.call
@@ -201,8 +202,3 @@ class Round:
             self._accumulators.rules[index].update(names)
             served += names
         self._accumulators.seconds[next((name for name in served if name in SLOW_RULES), served[0])] += taken
-
-
-def _at_least_1d(gradient: Tensor) -> Tensor:
-    """Give 0-d gradients a dimension."""
-    return gradient.unsqueeze(0) if gradient.dim() == 0 else gradient

@@ -39,11 +39,8 @@ from .steady import Layouts, SteadyBatch
 #: How many batches lie before those in which known layouts are measured again.
 _CHECKED = frozenset(8**k for k in range(12))
 
-#: Structures of graphs under which measurements are kept; beyond, all are forgotten.
-_MAX_STRUCTURES = 256
-
-#: Graphs behind the same calls whose steady batches are kept.
-_MAX_STEADY = 16
+#: Outputs of calls, each under one structure of graphs, that measurements are kept of; beyond, all are forgotten.
+_MAX_KNOWN = 1 << 18
 
 #: Rounds of probing and collecting that one batch may take before something is wrong.
 MAX_ROUNDS = 4
@@ -68,7 +65,7 @@ class Session:
         self._leaf_grads = LeafGrads(parameters, self.interception)
         self._inference = LayoutInference()
         self._structures: dict[tuple[object, ...], int] = {}  # of graphs, numbered
-        self._n_structures = 0
+        self._n_structures = self._n_known = 0
         self._unseen: set[int] = set()  # parameters with uses that no tap sees
         self._in_backward: set[int] = set()  # parameters that are used in calls made by backward passes
         self._dtypes: set[torch.dtype] = set()  # of the gradients in verified batches
@@ -200,9 +197,9 @@ class Session:
         one_by_one(batch, self._unseen, self._run, self._leaf_grads, self.accumulators)
         if batch.verify:
             seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
-            weights = inference.probe_weights.weights(0)
-            verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, self.accumulators.fisher)
-            self._is_verified = self._is_verified or len(batch.losses) > 1
+            weights, fisher = inference.probe_weights.weights(0), self.accumulators.fisher
+            if verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, fisher):
+                self._is_verified = self._is_verified or len(batch.losses) > 1
         if whole and not (attempt or batch.one_by_one):
             self._remember((len(batch.losses), graph), collected.layouts)
         return True
@@ -211,8 +208,10 @@ class Session:
         """Return the number of a graph's structure."""
         number = self._structures.get(structure)
         if number is None:
-            if len(self._structures) == _MAX_STRUCTURES:
+            self._n_known += len(self.interception.taps)
+            if self._n_known > _MAX_KNOWN and self._structures:
                 self._structures.clear()
+                self._n_known = 0
                 self.interception.cache.forget()
             number = self._structures[structure] = self._n_structures
             self._n_structures += 1
@@ -222,13 +221,11 @@ class Session:
         """Remember what batches like this one do, if all of it holds for every such batch."""
         if self._unseen or self._in_backward or self._reorders:
             return
-        taps, steady = self.interception.taps, self.interception.cache.here.steady
-        if len(steady) == _MAX_STEADY:  # sizes or places that are others in every batch
-            steady.clear()
-        asleep = self._inference.asleep
+        taps, asleep = self.interception.taps, self._inference.asleep
         known = key[0] == 1 or not self._inference.is_new(tapped for tapped in taps if tapped.index not in asleep)
         if known and SteadyBatch.is_possible(taps, layouts, asleep):
-            steady[key] = SteadyBatch(taps, layouts, asleep, self.accumulators, self.names)
+            batch = SteadyBatch(taps, layouts, asleep, self.accumulators, self.names)
+            self.interception.cache.keep_steady(key, batch)
 
     def abandon(self) -> None:
         """Forget a batch that will not be accumulated."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ...errors import WplfastError
 from ..accumulators import Accumulators
 from ..call_site import TappedCall
 from ..probe.weights import negligible
@@ -49,9 +50,7 @@ class SteadyBatch:
     ) -> None:
         self._accumulators, self._names = accumulators, names
         self._asleep = {index: taps[index].parameters for index in asleep}
-        self._sizes: list[
-            tuple[int, Tensor, float]
-        ] = []  # of gradients of calls that are asleep, and what is negligible
+        self._sizes: list[tuple[int, Tensor, float]] = []  # of their gradients, and up to which these are negligible
         self._layouts = [layouts[tapped.index] for tapped in taps]
         uses = Counter(index for tapped in taps for index in tapped.parameters)
         self._recipes: list[Recipe | None] = [
@@ -105,6 +104,12 @@ class SteadyBatch:
     ) -> Sequence[Tensor | None]:
         """Square the gradient of one call, or let it wait for others."""
         index = tapped.index
+        if index < 0:
+            raise WplfastError(
+                f"{self._names[min(tapped.parameters)]!r} is used ({tapped.call.name}) inside a backward pass, as in a "
+                "checkpoint of one's own, though not in earlier batches of the same calls and the same graph; use "
+                "torch.utils.checkpoint, or make the uses in there the same ones in every batch"
+            )
         recipe = self._recipes[index]
         if recipe is not None:
             started = time.perf_counter()

@@ -26,12 +26,16 @@ _REORDERING = (
 )
 
 
-#: What nodes keep about the dimensions that an operation is along.
-_DIMENSIONS = frozenset({"_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dim2", "_saved_dimension", "_saved_dims"})
+#: What nodes keep about the dimensions that an operation is along, and how far it turns them.
+_DIMENSIONS = frozenset(
+    """
+    _saved_dim _saved_dim0 _saved_dim1 _saved_dim2 _saved_dimension _saved_dims _saved_shifts
+    """.split()  # noqa: SIM905
+)
 #: What they keep about sizes and places, as far as it is no tensor.
 _SIZES = frozenset(
     """
-    _saved_end _saved_index _saved_offset _saved_repeats _saved_self_sym_sizes _saved_shifts _saved_size
+    _saved_end _saved_index _saved_offset _saved_repeats _saved_self_sym_sizes _saved_size
     _saved_split_size _saved_split_sizes _saved_start _saved_step _saved_storage_offset _saved_stride
     """.split()  # noqa: SIM905
 )
@@ -51,11 +55,9 @@ def fingerprint(losses: Tensor) -> Fingerprint:
     structure: list[Any] = []
     sizes: list[Any] = []
     numbers: dict[Node, int] = {}
-    stack = [losses.grad_fn]
+    stack = [] if losses.grad_fn is None else [losses.grad_fn]
     while stack:
         node = stack.pop()
-        if node is None:
-            continue
         number = numbers.get(node)
         if number is not None:
             structure.append(number)
@@ -68,21 +70,28 @@ def fingerprint(losses: Tensor) -> Fingerprint:
             structure.append(getattr(node, name))
         for name in of_sizes:
             value = getattr(node, name)
-            if not isinstance(value, Tensor):
-                sizes.append(value)
+            sizes.append(value)
+            if name == "_saved_stride":  # only of as_strided, which exchanges dimensions by them
+                structure.append(tuple(sorted(range(len(value)), key=value.__getitem__)))
+        structure.append(len(node._input_metadata[0].shape))  # broadcasting leaves no node
         for following, output in node.next_functions:
-            if type(following) is not _LEAF:
+            if following is None or type(following) is _LEAF:
+                structure.append(None)  # tells which factor of a product is data
+            else:
                 stack.append(following)
-                if output:
-                    structure.append(-output)
+                structure.append(-1 - output)
     return Fingerprint(tuple(structure), tuple(sizes))
 
 
 @lru_cache(maxsize=1024)
 def _attributes_of(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the attributes of a kind of node that are about dimensions, and those about sizes."""
-    names = dir(kind)
-    return tuple(n for n in names if n in _DIMENSIONS), tuple(n for n in names if n in _SIZES)
+    """Return the attributes of a kind of node that are about dimensions, and those about sizes.
+
+    Tensors are left alone: to look at one that a checkpoint holds back would run the checkpoint's forward pass again.
+    """
+    names = set(dir(kind))
+    plain = sorted(n for n in names if f"_raw{n}" not in names)
+    return tuple(n for n in plain if n in _DIMENSIONS), tuple(n for n in plain if n in _SIZES)
 
 
 def reorders_rows(losses: Tensor) -> bool:

@@ -42,7 +42,6 @@ class LayoutInference:
     def __init__(self) -> None:
         """Know nothing."""
         self.probe_weights = ProbeWeights(0, torch.Generator())
-        self.has_learnt = False  # of a batch of several samples
         self._generator = torch.Generator().manual_seed(0)
         self._check = Check.TRUST
         self._thorough, self._structure = False, 0
@@ -138,7 +137,6 @@ class LayoutInference:
         """Return one output's layout, from what is known or from the probing passes."""
         if self.probe_weights.n_samples == 1:
             return OneSample()
-        self.has_learnt = True
         known = site.output(self._structure, index)
         layout = self._known_layout(known, gradient.shape)
         probed = self._projections.get((site, index))

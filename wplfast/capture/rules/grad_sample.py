@@ -1,7 +1,7 @@
 """Grad samples: the per-sample gradients that one call contributed to an operand, in their cheapest form.
 
 The gradient of sample n is the sum over all uses of a parameter, and it must be summed before it is squared; the
-forms here say how (``collect/squares.py`` does it).
+forms here say how (:mod:`wplfast.capture.collect.squares` does it).
 """
 
 from __future__ import annotations

@@ -15,14 +15,19 @@ from torch import Tensor
 
 from ..call import Call, Slot, autocast_state
 from ..call_site import CallSite
+from ..probe.graph import Fingerprint
 from ..rules import Rule
 from .operands import Operands
 from .product import AffineMap
 
+#: Graphs behind the same calls whose steady batches are kept.
+MAX_STEADY = 16
 #: Calls that are kept as they were, or eight times those of the longest pass; beyond, all are forgotten.
 MAX_CALLS = 1 << 14
 #: Sites that are known, or eight times the calls of the longest pass; beyond, all are forgotten.
 MAX_SITES = 1 << 16
+#: Entries of all fingerprints that steady batches are known by, or eight times those of the longest one; likewise.
+MAX_ENTRIES = 1 << 20
 
 
 class _OperandForm:
@@ -74,7 +79,7 @@ _Form = _OperandForm | _InputForm | _PlainForm
 
 
 class CachedCall:
-    """A call at its site, as it was; see :meth:`CallCache.advance` for when it can be repeated.
+    """A call at its site, as it was; see :meth:`fits` for when it can be repeated.
 
     Attributes:
         call: the call; None for the start of a pass, and where it is to be taken apart each time.
@@ -171,6 +176,7 @@ class CallCache:
     def __init__(self) -> None:
         """Know nothing."""
         self._n_calls = self._n_sites = self._longest = 0
+        self._n_entries = self._most_entries = 0
         self._is_stale = False
         self._start = self.here = CachedCall(CallSite())
 
@@ -178,11 +184,22 @@ class CallCache:
         """Go back to where a forward pass begins, after one of so many calls."""
         self._longest = max(self._longest, length)
         if self._is_stale or self._n_sites > max(MAX_SITES, 8 * self._longest):
-            self._start, self._n_calls, self._n_sites = CachedCall(CallSite()), 0, 0
+            self._start, self._n_calls, self._n_sites, self._n_entries = CachedCall(CallSite()), 0, 0, 0
             self._is_stale = False
-        elif self._n_calls > max(MAX_CALLS, 8 * self._longest):
-            self._start, self._n_calls = CachedCall(self._start.site), 0
+        elif self._n_calls > max(MAX_CALLS, 8 * self._longest) or self._n_entries > max(
+            MAX_ENTRIES, 8 * self._most_entries
+        ):
+            self._start, self._n_calls, self._n_entries = CachedCall(self._start.site), 0, 0
         self.here = self._start
+
+    def keep_steady(self, key: tuple[int, Fingerprint], batch: Any) -> None:
+        """Keep what a batch does backwards whose last call was the one here."""
+        steady, n_entries = self.here.steady, sum(map(len, key[1]))
+        if len(steady) == MAX_STEADY:  # sizes or places that are others in every batch
+            steady.clear()
+        steady[key] = batch
+        self._n_entries += n_entries
+        self._most_entries = max(self._most_entries, n_entries)
 
     def forget(self) -> None:
         """Forget all calls and sites when the next pass begins."""

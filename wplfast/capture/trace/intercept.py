@@ -84,7 +84,7 @@ class Interception:
                 return result
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.linear:
-                args = folded(args)
+                args = folded(args, self._operands.is_constant)
             if not kwargs and not self._is_backward:
                 cached = self.cache.find(func, args, self._operands)
                 if cached is not None:

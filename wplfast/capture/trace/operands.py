@@ -21,7 +21,9 @@ class Operands:
         self._index = {id(p): i for i, p in enumerate(parameters)}
         self.leaves = [p.detach().requires_grad_() for p in parameters]
         self._watched = [Operand(leaf, leaf.detach(), (i,)) for i, leaf in enumerate(self.leaves)]
-        self._constants = {t.untyped_storage().data_ptr() for t in (*constants, *self.leaves) if t.numel()}
+        # Kept, so that data cannot take the memory of a buffer that the model replaces.
+        kept = [t.untyped_storage() for t in (*constants, *self.leaves) if t.numel()]
+        self._constants = {storage.data_ptr(): storage for storage in kept}
         self._interceptor = interceptor
 
     def of(self, tensor: Tensor) -> Operand | None:

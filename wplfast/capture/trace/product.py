@@ -134,12 +134,13 @@ class _TappedProduct(torch.autograd.Function):
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, _TappedProduct).apply
 
 
-def folded(args: tuple[Any, ...]) -> tuple[Any, ...]:
+def folded(args: tuple[Any, ...], is_constant: Callable[[Tensor], bool]) -> tuple[Any, ...]:
     """Copy the input of ``F.linear`` where PyTorch does so for a weight that requires grad.
 
-    For one that does not, as ours when the call runs, it would keep the strides and run a slower batched product.
+    For one that does not, as ours when the call runs, it would keep the strides and run a slower batched product. A
+    constant is left alone: it is known by its memory.
     """
     x = args[0] if args else None
-    if type(x) is Tensor and x.dim() > 2 and not x.is_contiguous():
+    if type(x) is Tensor and x.dim() > 2 and not x.is_contiguous() and not is_constant(x):
         return (x.contiguous(), *args[1:])
     return args
