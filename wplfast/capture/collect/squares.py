@@ -11,7 +11,7 @@ from torch import Tensor
 from ...ops.layout import is_run
 from ..accumulators import Accumulators
 from ..call import Operand
-from ..rules.grad_sample import GradSample, add_squares, chunks
+from ..rules.grad_sample import GradSample, add_squares, chunks, weights_of
 from . import tied
 
 #: Parameter index -> the grad samples of all its uses in one batch; one of a derived operand stands under several.
@@ -128,7 +128,7 @@ def _materialised(
         for same in _by_operand({parameter: group}):
             grads = _summed(same, samples)
             total += grads if direct else _push(same[0].operand, grads)[parameter]
-        add_squares(total, total_fisher, gradient, _chosen(weights, samples))
+        add_squares(total, total_fisher, gradient, weights_of(weights, samples))
     if total_fisher is not fisher:
         fisher += total_fisher
 
@@ -143,7 +143,7 @@ def _together(uses: Uses, accumulators: Accumulators) -> None:
             for index, grads in _push(same[0].operand, _summed(same, samples)).items():
                 if index in totals:
                     totals[index] += grads
-        chosen = _chosen(accumulators.weights, samples)
+        chosen = weights_of(accumulators.weights, samples)
         for index, total in totals.items():
             add_squares(total, accumulators.fisher[index], accumulators.gradient_of(index), chosen)
 
@@ -154,11 +154,6 @@ def _summed(same: Sequence[GradSample], samples: range) -> Tensor:
     for use in same[1:]:
         grads = grads + use.per_sample(samples)
     return grads
-
-
-def _chosen(weights: Tensor | None, samples: range) -> Tensor | None:
-    """Return the weights of some samples."""
-    return None if weights is None else weights[samples.start : samples.stop].contiguous()
 
 
 def _push(operand: Operand, grads: Tensor) -> dict[int, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import ops
 from ...ops.layout import flat_dtype
 from ..rules.embedding import LookupGradSample
-from ..rules.grad_sample import FactoredGradSample, GradSample, chunks, widened
+from ..rules.grad_sample import FactoredGradSample, GradSample, chunks, weights_of, widened
 
 
 def accumulate(group: Sequence[GradSample], fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
@@ -50,8 +50,7 @@ def accumulate(group: Sequence[GradSample], fisher: Tensor, gradient: Tensor | N
         copies = widened(looked_up.grad_outputs[part], fisher).to(rows.dtype)
         # A token's row of H_n counts once, with every row that was looked up for it.
         both = torch.cat([tokens[part], torch.where(first[part], tokens[part], -1)], 1)
-        chosen = None if weights is None else weights[part].contiguous()
-        ops.fisher_embedding_(fisher, both, torch.cat([copies, rows], 1), chosen, gradient)
+        ops.fisher_embedding_(fisher, both, torch.cat([copies, rows], 1), weights_of(weights, samples), gradient)
     return True
 
 

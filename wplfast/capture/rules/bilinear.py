@@ -13,7 +13,7 @@ from ...ops.layout import flat_dtype
 from ..call import Call, Operand
 from ..sample_layout import SampleLayout
 from .base import OneOutputRule, summed
-from .grad_sample import GradSample, chunks
+from .grad_sample import GradSample, chunks, weights_of
 
 _ARGUMENTS = ("input1", "input2", "weight", "bias")
 
@@ -116,9 +116,8 @@ class TrilinearGradSample(GradSample):
         for samples in self._chunks(factors):
             g, a = _two(factors, samples, fisher.dtype)
             shape = (g.shape[2], a.shape[2])
-            chosen = None if weights is None else weights[samples.start : samples.stop].contiguous()
             plain = None if gradient is None else gradient.view(shape)
-            ops.fisher_linear_(fisher.view(shape), a, g, chosen, plain)
+            ops.fisher_linear_(fisher.view(shape), a, g, weights_of(weights, samples), plain)
         return True
 
     def _chunks(self, factors: Sequence[Tensor]) -> list[range]:

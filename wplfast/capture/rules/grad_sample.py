@@ -180,8 +180,18 @@ def add_squares(grads: Tensor, fisher: Tensor, gradient: Tensor | None, weights:
     grads = grads.to(fisher.dtype).contiguous()
     ops.accumulate_squares_(fisher, grads, weights)
     if gradient is not None:
-        ones = torch.ones(len(grads), dtype=grads.dtype, device=grads.device)
-        gradient += torch.tensordot(ones if weights is None else weights.to(grads.dtype), grads, 1)
+        add_weighted(grads, gradient, weights)
+
+
+def add_weighted(grads: Tensor, gradient: Tensor, weights: Tensor | None) -> None:
+    """Add per-sample gradients [N, *S], weighted, to the accumulator of plain gradients."""
+    ones = torch.ones(len(grads), dtype=grads.dtype, device=grads.device)
+    gradient += torch.tensordot(ones if weights is None else weights.to(grads.dtype), grads, 1)
+
+
+def weights_of(weights: Tensor | None, samples: range) -> Tensor | None:
+    """Return the weights of some samples, as operators take them."""
+    return None if weights is None else weights[samples.start : samples.stop].contiguous()
 
 
 def chunks(n_samples: int, numel: int) -> list[range]:

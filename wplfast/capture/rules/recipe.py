@@ -14,6 +14,7 @@ from ...ops.layout import flat_dtype
 from ..accumulators import Accumulators
 from ..call import Call
 from ..sample_layout import SampleLayout
+from .grad_sample import add_weighted
 
 #: Called with a call, its inputs and its outputs' gradients; adds squares to the accumulators it was bound to.
 Recipe: TypeAlias = Callable[[Call, Sequence[Tensor], Sequence[Tensor | None]], None]
@@ -78,5 +79,4 @@ class ProductRecipe:
             sums = sums.to(self._wide).contiguous()
             self._accumulate_squares_(fisher, sums, weights)
             if plain is not None:
-                ones = torch.ones(len(sums), dtype=sums.dtype, device=sums.device)
-                plain += torch.tensordot(ones if weights is None else weights.to(sums.dtype), sums, 1)
+                add_weighted(sums, plain, weights)
