@@ -176,15 +176,20 @@ def tensors_in(tree: Any) -> Iterable[Tensor]:
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """Replace the tensors of nested tuples (named ones too), lists and dicts."""
-    if isinstance(tree, Tensor):
+    return map_parts(function, tree, lambda part: isinstance(part, Tensor))
+
+
+def map_parts(function: Callable[[Any], Any], tree: Any, is_part: Callable[[Any], bool]) -> Any:
+    """Replace the parts of nested tuples (named ones too), lists and dicts."""
+    if is_part(tree):
         return function(tree)
     if isinstance(tree, tuple):
-        items = [map_tensors(function, item) for item in tree]
+        items = [map_parts(function, item, is_part) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else _rebuild_tuple(tree, items)
     if isinstance(tree, list):
-        return [map_tensors(function, item) for item in tree]
+        return [map_parts(function, item, is_part) for item in tree]
     if isinstance(tree, dict):
-        return {key: map_tensors(function, item) for key, item in tree.items()}
+        return {key: map_parts(function, item, is_part) for key, item in tree.items()}
     return tree
 
 

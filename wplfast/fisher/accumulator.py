@@ -18,7 +18,7 @@ from ..capture.collect.batch import SingleSample
 from ..capture.collect.session import Session
 from ..capture.probe.graph import leaves
 from ..capture.watched import Derived, check_supported, is_watched, watch
-from ..errors import CoupledSamplesError, NonFiniteError, WplfastError
+from ..errors import NonFiniteError, WplfastError
 from ..params import Params, named
 from .buffers import Buffers
 from .checks import batch_norms, check_batch_statistics, check_losses, check_weights
@@ -94,6 +94,7 @@ class FisherAccumulator:
         self.n_samples = 0
         self._total_weight = 0.0
         self.n_skipped = 0
+        self._unchecked: list[str] = []
         self._seconds = 0.0
         self._invalid: str | None = None
 
@@ -203,11 +204,6 @@ class FisherAccumulator:
                 independent=self._independent if independent is None else independent,
                 single_sample=single_sample,
             )
-            if independent is False:
-                raise CoupledSamplesError(
-                    "a sample's loss is another one in a batch of its own: samples are coupled, though not through a "
-                    "parameter's output (statistics of the inputs over the batch?)"
-                )
         except NonFiniteError as error:
             session.abandon()
             self._nonfinite(str(error), len(losses))
@@ -255,7 +251,8 @@ class FisherAccumulator:
         rules = {name: tuple(sorted(names)) for name, names in served}
         numels = {name: p.numel() for name, p in self.parameters.items()}
         passes = self._accumulators.n_passes / session.n_batches
-        report = Report(rules, dict(self._accumulators.seconds), self._seconds, self.n_skipped, numels, passes)
+        seconds, unchecked = dict(self._accumulators.seconds), tuple(self._unchecked)
+        report = Report(rules, seconds, self._seconds, self.n_skipped, numels, passes, unchecked)
         return Fisher(
             self._fisher.divided(self._total_weight, final),
             self.n_samples,
@@ -264,6 +261,12 @@ class FisherAccumulator:
             report=report,
             parameters=self.parameters,
         )
+
+    def note_unchecked(self, why: str) -> None:
+        """Say once that samples could not be run in batches of their own, and keep it for the report."""
+        if why not in self._unchecked:
+            self._unchecked.append(why)
+            logger.warning("whether samples depend on each other through their inputs was not checked: %s", why)
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..capture.call import random_state, set_random_state
-from ..capture.collect.batch import SingleSample
+from ..errors import CoupledSamplesError
 from ..losses import logits_of
 from ..params import Params, device_of
 from ..version import __version__
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
 from .checks import check_losses
+from .independence import Examination, Findings
 from .preserve import Snapshot
 from .result import Fisher
 from .sampling import Likelihood, draw
-from .single_sample import run_single_sample
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -46,6 +46,7 @@ def fisher_diagonal(
     verify: bool | Literal["always"] = True,
     on_nonfinite: Literal["raise", "skip"] = "raise",
     progress: bool = False,
+    independent: bool | None = None,
 ) -> Fisher:
     """Estimate the diagonal Fisher information, a mean over samples of squared per-sample gradients.
 
@@ -72,10 +73,14 @@ def fisher_diagonal(
         generator: for the draws, of the outputs' device; default: a fresh one with a fixed seed.
         train: leave the modules' modes as they are (dropout on) instead of eval mode.
         with_grad: also compute ``Fisher.mean_grad``, the mean gradient.
-        verify: check the first batch against ordinary autograd and a sample alone, and now and then that rows still
-            belong to the samples they belonged to; "always": measure and check every batch (about twice the cost).
+        verify: check the first batch against ordinary autograd and parts of itself in batches of their own, and now and
+            then that rows still belong to the samples they belonged to; "always": measure and check every batch (about
+            twice the cost). What cannot be checked stands in ``report.unchecked``. Beyond notice are samples that are
+            coupled through their inputs alone and in a later batch only, and couplings of so few samples that none of
+            the parts shows them (half of a small batch, an eighth of a large one, and the last sample).
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf.
         progress: show a progress bar with samples per second.
+        independent: True if you know that no sample's loss depends on another sample; it is not checked then.
 
     Returns:
         A mapping from names to float32 (float64 for float64 parameters) tensors of the parameters' shapes.
@@ -96,12 +101,16 @@ def fisher_diagonal(
     Source: arXiv:1612.00796, arXiv:1902.08232; the three types as in arXiv:2502.11756.
     """
     _check_options(fisher_type, mc_samples, max_samples)
-    accumulator = FisherAccumulator(model, params, with_grad=with_grad, verify=verify, on_nonfinite=on_nonfinite)
+    accumulator = FisherAccumulator(
+        model, params, with_grad=with_grad, verify=verify, on_nonfinite=on_nonfinite, independent=independent
+    )
     device = device_of(itertools.chain(model.parameters(), accumulator.parameters.values()))
     if generator is None:
         generator = torch.Generator(device).manual_seed(0)
     started = time.time()
     deterministic = not (train and any(module.training for module in model.modules()))
+    if verify and not deterministic:
+        accumulator.note_unchecked("modules are in training mode")
     run = _Pass(
         accumulator,
         model,
@@ -112,8 +121,9 @@ def fisher_diagonal(
         generator,
         max_samples,
         device,
-        check=bool(verify) and deterministic,
+        verify if deterministic else False,
         before=Snapshot(model),
+        declared=independent is True,
     )
     with undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
         for item in data:
@@ -149,9 +159,16 @@ class _Pass:
     generator: torch.Generator
     max_samples: int | None
     device: torch.device
-    check: bool  # run a sample of the first batch alone
+    verify: bool | Literal["always"]  # run parts of the first batch, or of all batches
     before: Snapshot  # what a forward pass may change, as it was before this batch's
-    independent: bool | None = None
+    declared: bool  # the user says that samples are independent
+
+    def __post_init__(self) -> None:
+        """Prepare to run parts of batches."""
+        parameters = list(self.accumulator.parameters.values())
+        self._examination = Examination(self.model, self.loss_fn, parameters, self.device)
+        self._independent: bool | None = True if self.declared else None
+        self._is_examined = False
 
     def run(self, batch: Batch) -> None:
         """Run the model on one batch and accumulate all terms of its losses."""
@@ -160,7 +177,7 @@ class _Pass:
         outputs = batch.forward(self.model)
         terms = list(self._terms(batch, outputs))
         count, weights = 0, None
-        single_sample: SingleSample | None = None
+        findings = Findings()
         skipped = self.accumulator.n_skipped
 
         def replay() -> Tensor:
@@ -176,7 +193,7 @@ class _Pass:
             batch.check_n_losses(losses)
             first = index == 0
             if first:
-                single_sample = self._run_single_sample(batch, targets, losses)
+                findings = self._examine(batch, targets, losses, state)
                 count, weights = self._limit(batch.weights, losses)
             self.accumulator.accumulate(
                 losses,
@@ -184,19 +201,25 @@ class _Pass:
                 retain_graph=index + 1 < len(terms),
                 replay=replay if first else None,
                 count=count if first else 0,
-                independent=self.independent,
-                single_sample=single_sample if first else None,
+                independent=self._independent,
+                single_sample=findings.single_sample if first else None,
             )
+            if findings.coupled:  # only now, since an operation in the graph that couples them has a better message
+                raise CoupledSamplesError(findings.coupled)
             if self.accumulator.n_skipped > skipped:  # the batch is left out, with all terms
                 return
 
-    def _run_single_sample(self, batch: Batch, targets: Any, losses: Tensor) -> SingleSample | None:
-        """Run a sample of the first batch in a batch of its own, and learn whether samples are independent."""
-        if not self.check or (self.independent is not None and self.accumulator.n_samples):
-            return None
-        parameters = list(self.accumulator.parameters.values())
-        self.independent, found = run_single_sample(self.model, batch, targets, losses, self.loss_fn, parameters)
-        return found
+    def _examine(self, batch: Batch, targets: Any, losses: Tensor, state: Tensor) -> Findings:
+        """Find out whether samples are independent, in the first batch that tells or in all."""
+        if not self.verify or (self._is_examined and self.verify != "always"):
+            return Findings()
+        findings = self._examination.examine(batch, targets, losses, self.before, state, not self.declared)
+        if findings.unchecked:
+            self.accumulator.note_unchecked(findings.unchecked)
+        self._is_examined = findings.independent is not None or bool(findings.unchecked)
+        if findings.independent is not None:
+            self._independent = findings.independent
+        return findings
 
     def _terms(self, batch: Batch, outputs: Any) -> Iterator[tuple[Any, Tensor | float]]:
         """Yield targets, and what their losses' squared gradients count: a number, or one for each sample."""

@@ -28,6 +28,7 @@ class Report:
         numels: parameter name -> number of elements.
         passes_per_batch: backward passes for each forward pass: 1 in a steady batch, more where owners of rows are
             measured, gradients are verified, or a parameter takes one for each sample.
+        unchecked: why it could not be checked that samples are independent, if it could not.
     """
 
     rules: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class Report:
     skipped_samples: int = 0
     numels: dict[str, int] = field(default_factory=dict)
     passes_per_batch: float = 0.0
+    unchecked: tuple[str, ...] = ()
 
     @property
     def unreached(self) -> tuple[str, ...]:

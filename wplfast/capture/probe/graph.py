@@ -120,7 +120,7 @@ def leaves(losses: Tensor) -> list[Tensor]:
 def _nodes(losses: Tensor) -> Iterator[Node]:
     """Yield every node of the graph once."""
     seen: set[Node] = set()
-    queue = [losses.grad_fn]
+    queue: list[Node | None] = [losses.grad_fn]
     while queue:
         node = queue.pop()
         if node is not None and node not in seen:

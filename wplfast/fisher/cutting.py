@@ -1,0 +1,106 @@
+"""Where samples lie in a batch: hypotheses about which tensors and lists have them, and along which dimension."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..capture.watched import map_parts
+
+#: For each part of a batch, the dimension along which its samples lie; None for a part that all samples share.
+Cut: TypeAlias = tuple[int | None, ...]
+
+#: Most parts that are spared one at a time.
+_MAX_SPARED = 8
+
+
+class Parts:
+    """The tensors and lists of a batch that samples may lie along.
+
+    Args:
+        inputs: of the model. A tuple or list at the top holds the arguments, and is no list of samples.
+        targets: of the loss.
+        n_samples: size of the batch.
+    """
+
+    def __init__(self, inputs: Any, targets: Any, n_samples: int) -> None:
+        self._inputs, self._targets, self.n_samples = inputs, targets, n_samples
+        self._found: list[Any] = []
+        self.take((), [])
+        self._n_inputs = self._found.index(None)
+
+    def cuts(self) -> Iterator[Cut]:
+        """Yield ways to cut the batch, the likeliest first; each cuts an input, if any can be.
+
+        All parts are cut that have the batch's size, then all but one: a mask [T, T] or positions [T] may have that
+        size too.
+        """
+        seen: set[Cut] = set()
+        for of_lists, of_inputs, of_targets in itertools.product((True, False), (0, 1), (0, 1)):
+            whole = tuple(
+                self._dim(part, of_inputs if i < self._n_inputs else of_targets, of_lists)
+                for i, part in enumerate(self._found)
+            )
+            cut = [i for i, dim in enumerate(whole) if dim is not None]
+            spared = cut[:_MAX_SPARED] if len(cut) > 1 else []
+            for candidate in (whole, *(self.sparing(whole, {i}) for i in spared)):
+                if candidate not in seen and self.is_possible(candidate):
+                    seen.add(candidate)
+                    yield candidate
+
+    def is_possible(self, cut: Cut) -> bool:
+        """Tell whether a cut leaves neither everything nor all inputs whole, though one could be cut."""
+        some_input = any(self._dim(part, 0, True) is not None for part in self._found[: self._n_inputs])
+        return any(dim is not None for dim in (cut[: self._n_inputs] if some_input else cut))
+
+    def are_plain(self, cut: Cut) -> bool:
+        """Tell whether a cut goes through every part, along the same dimension of each."""
+        parts = [(part, dim) for part, dim in zip(self._found, cut, strict=True) if part is not None]
+        return len({dim for part, dim in parts if not isinstance(part, Tensor) or part.dim()}) == 1 and bool(parts)
+
+    @staticmethod
+    def sparing(cut: Cut, parts: set[int]) -> Cut:
+        """Return a cut that leaves some parts whole."""
+        return tuple(None if i in parts else dim for i, dim in enumerate(cut))
+
+    def take(self, cut: Cut, samples: Sequence[int]) -> tuple[Any, Any]:
+        """Return inputs and targets of some samples; parts that are not cut are whole."""
+        found: list[Any] = []
+
+        def part(value: Any) -> Any:
+            position = len(found)
+            found.append(value)
+            dim = cut[position] if position < len(cut) else None
+            if dim is None:
+                return value
+            if isinstance(value, Tensor):
+                return value.index_select(dim, torch.tensor(samples, device=value.device))
+            return type(value)(value[sample] for sample in samples)
+
+        top = type(self._inputs) in (tuple, list)
+        inputs = [self._map(part, i) for i in self._inputs] if top else self._map(part, self._inputs)
+        found.append(None)  # between inputs and targets
+        targets = self._map(part, self._targets)
+        self._found = self._found or found
+        return (type(self._inputs)(inputs) if top else inputs), targets
+
+    def _map(self, function: Callable[[Any], Any], tree: Any) -> Any:
+        """Replace tensors and lists of the batch's length."""
+        return map_parts(function, tree, lambda part: isinstance(part, Tensor) or self._is_list(part))
+
+    def _is_list(self, part: Any) -> bool:
+        """Tell whether something may be a list of samples: a tuple of tensors rather is a structure."""
+        if type(part) not in (list, tuple) or len(part) != self.n_samples:
+            return False
+        return type(part) is list or not any(isinstance(item, Tensor) for item in part)
+
+    def _dim(self, part: Any, first: int, of_lists: bool) -> int | None:
+        """Return the dimension of a part that has the batch's size, looking at one of 0 and 1 before the other."""
+        if not isinstance(part, Tensor):
+            return 0 if of_lists and part is not None else None
+        dims = (d for d in (first, 1 - first) if d < part.dim() and part.shape[d] == self.n_samples)
+        return next(dims, None)

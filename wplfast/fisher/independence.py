@@ -1,0 +1,310 @@
+"""Does a sample's loss depend on the other samples of its batch? The definition of per-sample, tested.
+
+Gradients in a batch cannot show what is done to raw inputs before a parameter sees them: statistics over the batch,
+positions counted up to the longest sample. So the model runs on parts of the batch as well: the last sample in a batch
+of its own (its gradients are compared later, too), and some of the others without it. Where a loss differs, that alone
+proves nothing: the batch may have been cut where no samples lie, or random numbers drawn. A refusal needs more: the
+batch runs again and gives the same losses, and the loss in question changes when all other samples become copies of
+its own, at their places in a batch of the same size. Otherwise the finding is that nothing can be told.
+
+The batch of its own holds the sample twice: some models refuse a single sample, and PyTorch itself errs there (2.13,
+CPU: the backward pass of ``batch_norm`` in eval mode, for N = 1 and gradients of some strides, by more than 100%).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..capture.call import random_state, set_random_state
+from ..capture.collect.batch import SingleSample
+from ..capture.probe.graph import leaves
+from .batches import Batch
+from .cutting import Cut, Parts
+from .preserve import Snapshot
+
+#: Largest relative difference that rounding may make between batches of other sizes.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+#: Losses below this are rounding noise, with which nothing can be compared.
+SMALLEST = 1e-6
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one batch told.
+
+    Attributes:
+        independent: whether a sample's loss is the same whatever the other samples are; None: cannot be told.
+        single_sample: the gradients of the last sample in a batch of its own.
+        coupled: how samples are coupled, if they are.
+        unchecked: why something could not be checked, if there was reason to.
+    """
+
+    independent: bool | None = None
+    single_sample: SingleSample | None = None
+    coupled: str = ""
+    unchecked: str = ""
+
+
+class Examination:
+    """Runs a model on parts of batches, outside of the pass: modules, gradients and random numbers stay as they are.
+
+    Args:
+        model: the module, in eval mode.
+        loss_fn: the per-sample loss.
+        parameters: the watched parameters.
+        device: of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        parameters: Sequence[Tensor],
+        device: torch.device,
+    ) -> None:
+        self._model, self._loss_fn, self._parameters, self._device = model, loss_fn, parameters, device
+        self._n_batches = 0
+
+    def examine(
+        self, batch: Batch, targets: Any, losses: Tensor, before: Snapshot, random: Tensor, refusing: bool = True
+    ) -> Findings:
+        """Examine one batch.
+
+        Args:
+            batch: the batch.
+            targets: its targets, given or drawn.
+            losses: its losses, [N].
+            before: what the modules were like before the model ran on it.
+            random: the state of the device's generator then.
+            refusing: look for the reason where a loss differs; otherwise the user says that samples are independent.
+        """
+        expected = losses.detach()
+        if len(losses) < 2 or not bool(torch.isfinite(expected).all()):
+            return Findings()
+        if not bool(expected.abs().mean() + expected[-1].abs() > SMALLEST):
+            return Findings()
+        self._n_batches += 1
+        now = random_state(self._device)
+        with before.rewound() as rewind, torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+            try:
+                return self._examine(_Trial(self, batch, targets, expected, rewind, random), refusing)
+            finally:
+                set_random_state(self._device, now)
+
+    def _examine(self, trial: _Trial, refusing: bool) -> Findings:
+        """Run the parts, and look closer where a loss differs."""
+        n_samples = len(trial.expected)
+        last, some = _last(n_samples), self._some(n_samples)
+        differing: int | None = None  # a sample whose loss differed in the likeliest of the cuts that ran
+        for cut in trial.parts.cuts():
+            single = trial.run(cut, last)
+            if single is None:
+                continue
+            sample = trial.differing(single, last)
+            if sample is None:
+                others = trial.run(cut, some)
+                sample = None if others is None else trial.differing(others, some)
+                if sample is None:
+                    return Findings(True, self._gradients(trial, single))
+            differing = sample if differing is None else differing
+        if not refusing:
+            return Findings(True)
+        return self._diagnose(trial, differing)
+
+    def _diagnose(self, trial: _Trial, differing: int | None) -> Findings:
+        """Tell why no cut gave the same losses: find proof, or say that there is none."""
+        cuts = list(trial.parts.cuts())
+        if not cuts:
+            return Findings(unchecked="no tensor of a batch has its size along dimension 0 or 1")
+        spared, last = trial.shared(cuts[0]), _last(len(trial.expected))
+        single = None if spared is None else trial.run(spared, last)
+        if single is not None and trial.differing(single, last) is None:
+            return Findings(True, self._gradients(trial, single))
+        draws = _Draws()  # type: ignore[no-untyped-call]
+        everything = list(range(len(trial.expected)))
+        with draws:
+            again = trial.run(None, everything)
+        if again is None or trial.differing(again, everything) is not None:
+            return Findings(
+                unchecked="its losses are others when the same batch runs again (random numbers, or state outside of "
+                "the model's modules)"
+            )
+        sample = everything[-1] if differing is None else differing
+        verdicts = {trial.exchange(cut, sample) for cut in cuts if None not in _used(cut, cuts[0])}
+        if "unchanged" in verdicts:
+            return self._of_another_size(trial, sample, draws.found)
+        if differing is None:
+            is_proven = "equal" in verdicts and all(trial.exchange(cut, sample) != "unchanged" for cut in cuts)
+        else:
+            is_proven = "equal" in verdicts or (trial.parts.are_plain(cuts[0]) and not draws.found)
+        if is_proven:
+            return Findings(
+                False,
+                coupled=f"the loss of sample {sample} is another one in a batch of its own, and where other samples "
+                "of its batch are others: samples are coupled, though not through a parameter's output (statistics of "
+                "the inputs over the batch?)",
+            )
+        what = "the model does not run on a part of a batch" if differing is None else "a batch cannot be cut"
+        return Findings(unchecked=f"{what}, or not along its samples")
+
+    def _of_another_size(self, trial: _Trial, sample: int, drew: bool) -> Findings:
+        """Tell why a sample that does not depend on the others has another loss in a part of the batch."""
+        if drew:
+            return Findings(True, unchecked="random numbers are drawn: samples alone get others")
+        start = list(range(max(2, len(trial.expected) // 2)))
+        runs = [run for cut in trial.parts.cuts() if (run := trial.run(cut, start)) is not None]
+        if not runs:
+            return Findings(True, unchecked="the model does not run on a part of a batch")
+        if any(trial.differing(run, start) is None for run in runs):
+            return Findings(True, unchecked="a sample's loss depends on its place in the batch")
+        return Findings(
+            False,
+            coupled=f"the loss of sample {sample} is another one in a batch of its own, though not where the other "
+            "samples are others: give each sample's own loss (is it divided by the size of the batch?)",
+        )
+
+    def _some(self, n_samples: int) -> list[int]:
+        """Choose some samples other than the last: half of a small batch, an eighth of a large one; at least two."""
+        count = min(n_samples // 2, max(8, n_samples // 8))
+        generator = torch.Generator().manual_seed(self._n_batches)
+        chosen = torch.randperm(n_samples - 1, generator=generator, device="cpu")[:count].sort().values.tolist()
+        return chosen if len(chosen) > 1 else chosen * (2 if n_samples > 2 else 3)
+
+    def _gradients(self, trial: _Trial, losses: Tensor) -> SingleSample:
+        """Run the backward pass of the last sample, which is all that a batch holds."""
+        with _grads_apart([*self._parameters, *leaves(losses)]):
+            if losses.requires_grad:
+                losses.sum().backward()
+            gradients = [None if p.grad is None else p.grad / len(losses) for p in self._parameters]
+        return SingleSample(len(trial.expected) - 1, gradients)
+
+
+class _Trial:
+    """One batch, its losses, and ways to run parts of it."""
+
+    def __init__(
+        self,
+        examination: Examination,
+        batch: Batch,
+        targets: Any,
+        expected: Tensor,
+        rewind: Callable[[], None],
+        random: Tensor,
+    ) -> None:
+        """See :meth:`Examination.examine`."""
+        self._of, self._batch, self._targets = examination, batch, targets
+        self.expected, self._rewind, self._random = expected, rewind, random
+        self.parts = Parts(batch.inputs, targets, len(expected))
+        tensors = (expected, *examination._model.parameters())
+        half = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
+        half = half or torch.is_autocast_enabled(expected.device.type)
+        self._tolerance = 5e-2 if half else TOLERANCE.get(expected.dtype, 1e-3)
+
+    def run(self, cut: Cut | None, samples: Sequence[int]) -> Tensor | None:
+        """Return the losses of some samples, in a batch of their own; None if the model does not run on them.
+
+        Args:
+            cut: where samples lie; None: the batch as it is.
+            samples: which.
+        """
+        inputs, targets = (self._batch.inputs, self._targets) if cut is None else self.parts.take(cut, samples)
+        of = self._of
+        self._rewind()
+        set_random_state(of._device, self._random)
+        try:
+            losses = of._loss_fn(Batch(inputs, targets, None).forward(of._model), targets)
+        except Exception:  # the model's own: it does not take so many samples, or was cut along the wrong dimension
+            return None
+        return losses if isinstance(losses, Tensor) and losses.shape == (len(samples),) else None
+
+    def differing(self, losses: Tensor, samples: Sequence[int]) -> int | None:
+        """Return the sample whose loss differs most from that in the batch; None if all are the same."""
+        expected = self.expected[list(samples)]
+        excess = (losses.detach() - expected).abs() - self._tolerance * (self.expected.abs().mean() + expected.abs())
+        worst = int(excess.nan_to_num(nan=torch.inf).argmax())
+        return None if bool(excess[worst] <= 0) else samples[worst]
+
+    def exchange(self, cut: Cut, sample: int) -> Literal["unchanged", "equal", "unequal"]:
+        """Make all samples copies of one, at their places in a batch of the same size.
+
+        Returns:
+            Whether that one's loss is unchanged; if not, whether all losses are equal, as those of copies mostly are
+            where the cut is along samples, whatever these do to each other.
+        """
+        samples = [sample] * len(self.expected)
+        losses = self.run(cut, samples)
+        if losses is None:
+            return "unequal"
+        if self.differing(losses[sample : sample + 1], [sample]) is None:
+            return "unchanged"
+        spread, level = (losses.amax() - losses.amin()).abs(), losses.abs().mean() + self.expected.abs().mean()
+        return "equal" if bool(spread <= self._tolerance * level) else "unequal"
+
+    def shared(self, whole: Cut) -> Cut | None:
+        """Return a cut that spares all parts that other samples' losses depend on; None if fewer than two do.
+
+        Such are the support set of an episode (inputs and labels), or several tables.
+        """
+        half = len(self.expected) // 2
+        first, second = list(range(half)), list(range(half, len(self.expected)))
+        found = set()
+        for position in [i for i, dim in enumerate(whole) if dim is not None]:
+            only = Parts.sparing(whole, set(range(len(whole))) - {position})
+            for kept, others in ((first, second), (second, first)):
+                copies = [kept[i % len(kept)] for i in range(len(others))]
+                losses = self.run(only, kept + copies if kept is first else copies + kept)
+                if losses is not None and self.differing(losses[kept], kept) is not None:
+                    found.add(position)
+        cut = Parts.sparing(whole, found)
+        return cut if len(found) > 1 and self.parts.is_possible(cut) else None
+
+
+class _Draws(TorchDispatchMode):
+    """Notices random numbers, whatever generator they are from."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at an operator's tags."""
+        self.found = self.found or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+def _last(n_samples: int) -> list[int]:
+    """Return the last sample several times, though not so many as the batch has samples."""
+    return [n_samples - 1] * (2 if n_samples > 2 else 3)
+
+
+def _used(cut: Cut, whole: Cut) -> set[int | None]:
+    """Return the dimensions that a cut has for the parts that can be cut."""
+    return {dim for dim, possible in zip(cut, whole, strict=True) if possible is not None}
+
+
+@contextmanager
+def _grads_apart(tensors: Sequence[Any]) -> Iterator[None]:
+    """Let a backward pass leave gradients at leaves, without the users' hooks, and put everything back."""
+    kept = [(t, t.grad, t._backward_hooks, t._post_accumulate_grad_hooks) for t in tensors]
+    try:
+        for tensor, _, hooks, after in kept:
+            tensor.grad = None
+            if hooks is not None:
+                tensor._backward_hooks = None
+            if after is not None:
+                tensor._post_accumulate_grad_hooks = OrderedDict()  # None would leave them
+        yield
+    finally:
+        for tensor, grad, hooks, after in reversed(kept):
+            tensor.grad = grad
+            if hooks is not None:
+                tensor._backward_hooks = hooks
+            if after is not None:
+                tensor._post_accumulate_grad_hooks = after
