@@ -161,7 +161,7 @@ class Buffer(nn.Module):
         self.register_buffer("buffer", tensor)
 
 
-def lookup(table, take):
+def lookup(table, take, rule="embedding"):
     def forward(m, x):
         return m.head(torch.tanh(take(m, x)))
 
@@ -169,11 +169,12 @@ def lookup(table, take):
         lambda: Lambda(forward, **{k: make() for k, make in table.items()}, head=nn.Linear(D, V)),
         tokens,
         token_targets,
-        rules="embedding",
+        rules=rule,
     )
 
 
 E = {"embedding": lambda: nn.Embedding(V, D)}
+BAG = {"bag": lambda: nn.EmbeddingBag(V, D)}
 LOOKUPS = {
     "embedding": lookup(E, lambda m, x: m.embedding(x)),
     "padding": lookup({"embedding": lambda: nn.Embedding(V, D, padding_idx=3)}, lambda m, x: m.embedding(x)),
@@ -193,6 +194,14 @@ LOOKUPS = {
     "positions from a buffer": lookup(
         {**E, "positions": lambda: nn.Embedding(9, D), "keep": lambda: Buffer(torch.arange(9).unsqueeze(0))},
         lambda m, x: m.embedding(x) + m.positions(m.keep.buffer[:, : x.shape[1]]),
+    ),
+    "bags": lookup(
+        BAG, lambda m, x: m.bag(x).unsqueeze(1) + m.bag(x.reshape(-1, 1)).view(*x.shape, D), "embedding bag"
+    ),
+    "largest of bags": lookup(
+        {"bag": lambda: nn.EmbeddingBag(V, D, mode="max")},
+        lambda m, x: m.bag(x.reshape(-1, 1)).view(*x.shape, D) * m.bag(x).unsqueeze(1),
+        "embedding bag",
     ),
 }
 

@@ -9,6 +9,7 @@ from .cat import CAT
 from .conv import CONV
 from .einsum import EINSUM
 from .embedding import EMBEDDING
+from .embedding_bag import EMBEDDING_BAG
 from .generic import GENERIC
 from .linear import LINEAR
 from .matmul import MATMUL
@@ -19,7 +20,21 @@ from .shift import SHIFT
 
 __all__ = ["GENERIC", "RULES", "Rule", "rule_for"]
 
-RULES: list[Rule] = [LINEAR, SHIFT, SCALE, MATMUL, CONV, NORM, EMBEDDING, EINSUM, BILINEAR, CAT, SELECT, GENERIC]
+RULES: list[Rule] = [
+    LINEAR,
+    SHIFT,
+    SCALE,
+    MATMUL,
+    CONV,
+    NORM,
+    EMBEDDING,
+    EMBEDDING_BAG,
+    EINSUM,
+    BILINEAR,
+    CAT,
+    SELECT,
+    GENERIC,
+]
 
 
 def rule_for(call: Call) -> Rule:

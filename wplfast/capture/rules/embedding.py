@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import ops
 from ...ops.layout import flat_dtype
 from ..call import Call, Operand, Slot
-from ..sample_layout import SampleLayout
+from ..sample_layout import AxisLayout, OneSample, SampleLayout, SegmentIds
 from .base import OneOutputRule
 from .grad_sample import GradSample, widened
 
@@ -20,24 +20,26 @@ class LookupGradSample(GradSample):
     """Gradients that are zero but for the rows that a sample looked up."""
 
     def __init__(self, operand: Operand, rule: str, indices: Tensor, grad_outputs: Tensor) -> None:
-        """Take indices [N, T], negative where nothing was looked up, and G [N, T, D] for an operand [V, D]."""
+        """Take indices [N, T], negative where nothing was looked up, and G [N, T, D] for an operand [V, D] in some shape."""
         super().__init__(operand, len(indices), rule)
         self.indices, self.grad_outputs = indices, grad_outputs
 
     def per_sample(self, samples: range) -> Tensor:
         """Add each sample's rows into a table of its own."""
         chosen = slice(samples.start, samples.stop)
-        return self._tables(self.indices[chosen], self.grad_outputs[chosen])
+        found = self._tables(self.indices[chosen], self.grad_outputs[chosen])
+        return found.view(-1, *self.operand.value.shape)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Weigh the rows, then add all into one table."""
         wide = flat_dtype(self.grad_outputs.dtype)
         rows = self.grad_outputs.to(wide) * weights.to(self.grad_outputs.device, wide).view(-1, 1, 1)
-        return self._tables(self.indices.reshape(1, -1), rows.flatten(0, 1).unsqueeze(0))[0]
+        found = self._tables(self.indices.reshape(1, -1), rows.flatten(0, 1).unsqueeze(0))
+        return found.view(self.operand.value.shape)
 
     def _tables(self, indices: Tensor, rows: Tensor) -> Tensor:
         """Sum rows [n, T, D] into tables [n, V, D]."""
-        size, features = self.operand.value.shape
+        size, features = len(self.operand.value), rows.shape[-1]
         wide = flat_dtype(rows.dtype)
         found = rows.new_zeros(len(indices) * size, features, dtype=wide)
         kept = rows.to(wide) * (indices >= 0).unsqueeze(-1)
@@ -58,7 +60,9 @@ class LookupGradSample(GradSample):
         if not fisher.is_contiguous():
             return False
         g = widened(self.grad_outputs, fisher).contiguous()
-        ops.fisher_embedding_(fisher, self.indices.contiguous(), g, weights, gradient)
+        table = (len(fisher), g.shape[2])
+        plain = None if gradient is None else gradient.view(table)
+        ops.fisher_embedding_(fisher.view(table), self.indices.contiguous(), g, weights, plain)
         return True
 
 
@@ -68,13 +72,13 @@ class EmbeddingRule(OneOutputRule):
     name = "embedding"
 
     def matches(self, call: Call) -> bool:
-        """Match look-ups in a table [V, D] by integer data."""
+        """Match look-ups along the first dimension of a table by integer data."""
         if call.func in (F.embedding, torch.embedding):
             return call.func is F.embedding and call.is_input(0, "input") and call.operand_at(1, "weight") is not None
         if call.name != "__getitem__" or len(call.args) != 2 or call.operand_at(0, "self") is None:
             return False
         index = call.args[1]
-        if not isinstance(index, Slot) or index.kind != "input" or call.operands[0].value.dim() != 2:
+        if not isinstance(index, Slot) or index.kind != "input" or not call.operands[0].value.numel():
             return False
         return len(call.input_kinds) == 1 and call.input_kinds[0][1] in (torch.int64, torch.int32)
 
@@ -83,16 +87,32 @@ class EmbeddingRule(OneOutputRule):
     ) -> list[GradSample] | None:
         """Return what was looked up, and its gradients."""
         operand = call.operands[0]
-        if not layout.has_rows(gradient.dim()) or gradient.dim() < 2:
+        indices, size = inputs[0].long(), len(operand.value)
+        by_index = _of_indices(layout, gradient.shape, indices.dim())
+        if by_index is None or not indices.dim():
             return None
-        size = len(operand.value)
-        indices = inputs[0].long()
         indices = torch.where(indices < 0, indices + size, indices)
         padding = call.argument(2, "padding_idx") if call.func is F.embedding else None
         if padding is not None:
             indices = indices.masked_fill(indices == padding % size, -1)
-        indices = indices.view(gradient.shape[:-1]).unsqueeze(-1)
-        return [LookupGradSample(operand, self.name, layout.rows(indices).squeeze(-1), layout.rows(gradient))]
+        g = gradient.reshape(*indices.shape, -1)
+        return [
+            LookupGradSample(operand, self.name, by_index.rows(indices.unsqueeze(-1)).squeeze(-1), by_index.rows(g))
+        ]
+
+
+def _of_indices(layout: SampleLayout, shape: torch.Size, n_dims: int) -> SampleLayout | None:
+    """Return who owns the indices, the first dimensions of a result of this shape; None where samples share some."""
+    if isinstance(layout, AxisLayout):
+        return layout if layout.dim < n_dims else None
+    if isinstance(layout, OneSample) or n_dims in (len(shape) - 1, 1 if len(shape) == 1 else -1):
+        return layout
+    if n_dims == len(shape):
+        return SegmentIds(layout.ids.repeat_interleave(shape[-1]), layout.n_samples)
+    ids = layout.ids.view(shape[:n_dims].numel(), -1)
+    owners = ids.amax(1)
+    same = bool(((ids == owners.unsqueeze(1)) | (ids < 0)).all())
+    return SegmentIds(owners, layout.n_samples) if same else None
 
 
 EMBEDDING = EmbeddingRule()

@@ -26,7 +26,7 @@ COPIES = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_a
 #: Functions that take only type or shape from their other arguments.
 LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 #: Functions whose indices may be the samples' own even where the model keeps them (token types, expanded).
-LOOKUPS = frozenset({"embedding"})
+LOOKUPS = frozenset({"embedding", "embedding_bag"})
 #: Properties that are operations on the value.
 VIEW_PROPERTIES = frozenset({"T", "H", "mT", "mH", "real", "imag"})
 
