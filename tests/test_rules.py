@@ -250,7 +250,7 @@ FUNCTIONS = {
     ),
     "einsum, ellipsis": function(lambda m, x: torch.einsum("...d,dk->...k", x, m.w), "einsum", w=(D, D)),
     "einsum, shared letter": function(
-        lambda m, x: torch.einsum("ntd,td->ntd", x, m.w[: x.shape[1]]), "generic", w=(6, D)
+        lambda m, x: torch.einsum("ntd,td->ntd", x, m.w[: x.shape[1]]), "einsum", w=(6, D)
     ),
     "x * p": function(lambda m, x: x * m.p, "scale", p=(D,)),
     "p * x": function(lambda m, x: m.p * x, "scale", p=(1, 1, D)),
@@ -312,6 +312,11 @@ FUNCTIONS = {
     ),
     "causal attention of a learnt query scale": function(
         lambda m, x: F.scaled_dot_product_attention(x * m.p, x, x, is_causal=True, scale=0.5), "scale", p=(D,)
+    ),
+    "x @ w, many matrices": function(lambda m, x: (x.unsqueeze(1) @ m.w).sum(1), "batched matmul", w=(3, D, D)),
+    "x @ w, a vector": function(lambda m, x: (x @ m.w).unsqueeze(-1) * x, "batched matmul", w=(D,)),
+    "einsum with many matrices": function(
+        lambda m, x: torch.einsum("ntd,edk->entk", x, m.w).prod(0), "einsum", w=(2, D, D)
     ),
     "cast, then used": function(lambda m, x: m.p.to(x.dtype) * x + m.p.type_as(x), "scale", p=(D,)),
 }

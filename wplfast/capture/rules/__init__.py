@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..call import Call
 from .base import Rule
+from .batched import BATCHED
 from .bilinear import BILINEAR
 from .cat import CAT
 from .conv import CONV
@@ -25,6 +26,7 @@ RULES: list[Rule] = [
     SHIFT,
     SCALE,
     MATMUL,
+    BATCHED,
     CONV,
     NORM,
     EMBEDDING,

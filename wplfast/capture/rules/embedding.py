@@ -20,7 +20,7 @@ class LookupGradSample(GradSample):
     """Gradients that are zero but for the rows that a sample looked up."""
 
     def __init__(self, operand: Operand, rule: str, indices: Tensor, grad_outputs: Tensor) -> None:
-        """Take indices [N, T], negative where nothing was looked up, and G [N, T, D] for an operand [V, D] in some shape."""
+        """Take indices [N, T], negative where there is none, and G [N, T, D] for a table [V, D] in any shape."""
         super().__init__(operand, len(indices), rule)
         self.indices, self.grad_outputs = indices, grad_outputs
 
