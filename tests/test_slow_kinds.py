@@ -10,6 +10,7 @@ from torch import nn
 from zoo import C, D, Lambda, V, head, par
 
 import wplfast
+from wplfast.capture.rules import vectorised
 from wplfast.capture.watched import map_tensors
 
 EXACT = {"rtol": 1e-11, "model_rtol": 1e-12}
@@ -393,3 +394,77 @@ def test_samples_of_very_different_numbers_of_rows(monkeypatch):
     monkeypatch.setattr("wplfast.capture.rules.blocks.WORTH_A_PART", 0)
     for name in ("experts with capacity", "experts with capacity and biases"):
         test_weights_with_a_batch_axis(name)
+
+
+# ---- calls without a rule --------------------------------------------------------------------------------------------
+
+
+GENERIC = {
+    "cdist": (lambda m, x: torch.cdist(x, m.w), {"w": (K, D)}),
+    "cdist of flattened rows": (
+        lambda m, x: torch.cdist(x.flatten(0, 1), m.w).unflatten(0, x.shape[:2]),
+        {"w": (K, D)},
+    ),
+    "cdist of time first": (lambda m, x: torch.cdist(x.transpose(0, 1), m.w, p=1.5).transpose(0, 1), {"w": (K, D)}),
+    "cdist of flattened rows, time first": (
+        lambda m, x: torch.cdist(x.transpose(0, 1).flatten(0, 1), m.w).unflatten(0, (x.shape[1], -1)).transpose(0, 1),
+        {"w": (K, D)},
+    ),
+    "prelu": (lambda m, x: F.prelu(x.transpose(1, 2), m.w), {"w": (D,)}),
+    "power": (lambda m, x: x.abs() ** m.w, {"w": (D,)}),
+    "lerp": (lambda m, x: torch.lerp(x, x.sin(), m.w), {"w": (D,)}),
+    "addcmul": (lambda m, x: torch.addcmul(x, x.sin(), m.w), {"w": (4, D)}),
+    "addcmul in place": (lambda m, x: x.sin().addcmul_(x, m.w), {"w": (D,)}),
+    "two operands": (lambda m, x: torch.addcdiv(m.b, x, m.w.exp()), {"w": (D,), "b": (4, D)}),
+    "einsum of two parameters": (lambda m, x: torch.einsum("ntd,dr,rk->ntk", x, m.w, m.b), {"w": (D, 2), "b": (2, K)}),
+}
+
+
+@pytest.mark.parametrize("name", GENERIC)
+def test_without_a_rule(name, monkeypatch):
+    use, parameters = GENERIC[name]
+    data = [((torch.randn(n, 4, D),), n) for n in (5, 5, 4, 2, 1)]
+    model = Lambda(lambda m, x: use(m, x).tanh(), **{key: par(*shape) for key, shape in parameters.items()})
+    calls = []
+    gradients = vectorised.gradients
+    monkeypatch.setattr(vectorised, "gradients", lambda *a: calls.append(gradients(*a)) or calls[-1])
+    torch.manual_seed(sum(map(ord, name)))
+    check(model, data, rows_of, slow=True)
+    assert calls
+    assert (None in calls) == ("in place" in name)  # for which there is no rule of vmap
+    monkeypatch.setattr("wplfast.capture.rules.grad_sample.MAX_ELEMENTS", 2 * model.w.numel())  # a few at a time
+    check(model, data, rows_of, slow=True)
+    monkeypatch.setattr(vectorised, "gradients", lambda *a: None)  # an operation that cannot be vectorised
+    check(model, data, rows_of, slow=True)
+
+
+@pytest.mark.parametrize("wrong", ["gradients", "outputs"])
+def test_vectorised_gradients_are_checked_at_first_use(wrong, monkeypatch):
+    """What one by one shows otherwise is not used, and not tried again."""
+    torch.manual_seed(10)
+    calls, gradients = [], vectorised.gradients
+    monkeypatch.setattr(vectorised, "_checked", {})
+
+    def off(*arguments):
+        calls.append(wrong)
+        found, outputs = gradients(*arguments)
+        return ([g * 1.001 for g in found], outputs) if wrong == "gradients" else (found, [y + 1 for y in outputs])
+
+    monkeypatch.setattr(vectorised, "gradients", off)
+    model = Lambda(lambda m, x: torch.cdist(x, m.w), w=par(K, D))
+    check(model, [((torch.randn(n, 4, D),), n) for n in (5, 5, 4)], rows_of, slow=True)
+    assert calls
+
+
+def test_generic_under_autocast():
+    torch.manual_seed(11)
+    model = Lambda(lambda m, x: torch.addcmul(m.layer(x).float(), x, m.w), layer=nn.Linear(D, D), w=par(D))
+    x, y = torch.randn(5, 4, D), torch.zeros(5)
+
+    def loss(outputs, _):
+        return outputs.float().flatten(1).square().sum(1)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fisher = wplfast.fisher_diagonal(model, [(x, y)], loss)
+        expected = fisher_loop(model, [(x, y)], loss, double=False)
+    torch.testing.assert_close(fisher["w"].double(), expected["w"], rtol=3e-2, atol=1e-4)

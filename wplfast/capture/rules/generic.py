@@ -40,6 +40,9 @@ class LocalGradSample(GradSample):
     def per_sample(self, samples: range) -> Tensor:
         """Send each sample's own gradient through the call."""
         wide = flat_dtype(self.operand.value.dtype)
+        together = self.sliced.together(samples, self.grads) if self.sliced.works else None
+        if together is not None:
+            return together[self.index].to(wide)
         found = self.operand.value.new_zeros((len(samples), *self.operand.value.shape), dtype=wide)
         for row, sample in zip(found, samples, strict=True):
             of_operands = self.sliced(sample, self.grads) if self.sliced.works else None

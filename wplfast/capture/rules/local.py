@@ -9,9 +9,12 @@ from torch import Tensor
 
 from ..call import Call
 from ..sample_layout import AxisLayout, SampleLayout
+from . import vectorised
 
 #: How far the call on one sample may be from its part of the whole call: rounding, not another function.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+#: How far gradients by two ways may be apart, relative to the largest.
+GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
 class LocalBackward:
@@ -48,13 +51,14 @@ class SlicedCall:
         self.call, self.inputs, self.whole, self.layouts = call, inputs, whole, layouts
         layouts = [layout for layout in layouts if layout is not None]
         first = layouts[0]
-        self.works = False
+        self.works, self._found = False, (range(0), [torch.empty(0)])
         if call.random_state is not None or not isinstance(first, AxisLayout):
             return
-        if all(isinstance(layout, AxisLayout) and layout.outer == layout.inner == 1 for layout in layouts):
-            self.dims = [_dimension(tensor, first.n_samples, first.dim) for tensor in inputs]
-            if any(dim is not None for dim in self.dims):
-                self.works = self._agrees_elsewhere(first.n_samples)
+        if all(isinstance(layout, AxisLayout) for layout in layouts):
+            self.axes = [_axis(tensor, first) for tensor in inputs]
+            if any(axis is not None for axis in self.axes):
+                self._key = vectorised.signature(call, inputs, self.axes, layouts)
+                self.works = vectorised.agreed((self._key, "cut"), lambda: self._agrees_elsewhere(first.n_samples))
 
     def __call__(self, sample: int, grads: Sequence[Tensor | None]) -> list[Tensor | None] | None:
         """Return the gradients of the operands for one sample; None, from now on, if the guess is wrong."""
@@ -65,19 +69,61 @@ class SlicedCall:
         own: list[Tensor | None] = []
         for gradient, layout in zip(grads, self.layouts, strict=True):
             owned = gradient is not None and isinstance(layout, AxisLayout)
-            own.append(gradient.narrow(layout.dim, sample, 1) if owned else None)  # type: ignore[union-attr]
+            own.append(vectorised.by_sample(gradient, layout)[sample] if owned else None)  # type: ignore[arg-type]
         return part(own)
+
+    def together(self, samples: range, grads: Sequence[Tensor | None]) -> list[Tensor] | None:
+        """Return the gradients of each operand for some samples at once, [n, *shape]; None where they cannot be had.
+
+        The outputs are compared with those of the whole call, and at the first use of such a call the gradients of two
+        samples with those that are had one by one.
+        """
+        if self._found[0] != samples:
+            found = vectorised.gradients(self.call, self.inputs, self.axes, grads, self.layouts, samples)
+            if found is None or not self._agree_together(found[1], samples):
+                return None
+            if not vectorised.agreed((self._key, "vmap"), lambda: self._agree_one_by_one(found[0], samples, grads)):
+                return None
+            self._found = samples, found[0]
+        return self._found[1]
+
+    def _agree_together(self, parts: Sequence[Tensor], samples: range) -> bool:
+        """Tell whether outputs of some samples, [n, ...], are their part of all outputs, up to rounding."""
+        for part, output, layout in zip(parts, self.whole.outputs, self.layouts, strict=True):
+            if isinstance(layout, AxisLayout) and output.numel():
+                expected = vectorised.by_sample(output.detach(), layout)[samples.start : samples.stop]
+                if part.numel() != expected.numel():
+                    return False
+                limit = TOLERANCE[expected.dtype] * expected.flatten(1).abs().amax(1, keepdim=True)
+                difference = (part.detach().reshape(expected.shape) - expected).flatten(1).abs()
+                if not bool((difference <= limit).all()):
+                    return False
+        return True
+
+    def _agree_one_by_one(self, found: Sequence[Tensor], samples: range, grads: Sequence[Tensor | None]) -> bool:
+        """Compare the gradients of the first and the last of some samples with those that are had one by one."""
+        for sample in {samples[0], samples[-1]}:
+            expected = self(sample, grads)
+            if expected is None:
+                return False
+            for got, want in zip(found, expected, strict=True):
+                own = got[sample - samples.start]
+                want = torch.zeros_like(own) if want is None else want.to_dense()
+                limit = GRADIENT_TOLERANCE[own.dtype] * want.abs().amax() if own.numel() else 0
+                if not bool(((own - want).abs() <= limit).all()):
+                    return False
+        return True
 
     def _cut(self, sample: int) -> list[Tensor]:
         """Return one sample's data."""
-        pairs = zip(self.inputs, self.dims, strict=True)
-        return [tensor if dim is None else tensor.narrow(dim, sample, 1) for tensor, dim in pairs]
+        pairs = zip(self.inputs, self.axes, strict=True)
+        return [tensor if axis is None else vectorised.by_sample(tensor, axis)[sample] for tensor, axis in pairs]
 
     def _agree(self, part: Sequence[Tensor], whole: Sequence[Tensor], sample: int) -> bool:
         """Tell whether the outputs for one sample are its part of all outputs, up to rounding."""
         for output, full, layout in zip(part, whole, self.layouts, strict=True):
             if isinstance(layout, AxisLayout):
-                expected = full.detach().narrow(layout.dim, sample, 1)
+                expected = vectorised.by_sample(full.detach(), layout)[sample]
                 if output.shape != expected.shape:
                     return False
                 tolerance = TOLERANCE[expected.dtype] * expected.abs().amax()
@@ -103,7 +149,11 @@ class SlicedCall:
             return False
 
 
-def _dimension(tensor: Tensor, n_samples: int, preferred: int) -> int | None:
-    """Return the dimension of a data tensor that has the batch's size, the output's sample axis first."""
-    dims = [preferred, *(dim for dim in range(tensor.dim()) if dim != preferred)]
-    return next((dim for dim in dims if dim < tensor.dim() and tensor.shape[dim] == n_samples), None)
+def _axis(tensor: Tensor, output: AxisLayout) -> AxisLayout | None:
+    """Guess the sample axis of a data tensor by its size: the output's dimension first."""
+    dims = [output.dim, *(dim for dim in range(tensor.dim()) if dim != output.dim)]
+    for outer, inner in dict.fromkeys([(output.outer, output.inner), (1, 1)]):
+        for dim in dims:
+            if dim < tensor.dim() and tensor.shape[dim] == outer * output.n_samples * inner:
+                return AxisLayout(dim, outer, output.n_samples, inner)
+    return None

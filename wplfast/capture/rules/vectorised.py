@@ -1,0 +1,99 @@
+"""The local backward passes of a call for many samples at once, by ``torch.func.vmap``, where that is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+from ..sample_layout import AxisLayout, SampleLayout
+
+#: Calls of which both sides were compared, and whether they agreed: at first use.
+_checked: dict[Any, bool] = {}
+_MAX_CHECKED = 1 << 12
+
+
+def by_sample(tensor: Tensor, axis: AxisLayout) -> Tensor:
+    """Return a tensor as [N, *shape], the part of each sample having as many dimensions as all of it."""
+    return axis.split(tensor.contiguous()).flatten(axis.dim + 1, axis.dim + 2)
+
+
+def signature(
+    call: Call, inputs: Sequence[Tensor], axes: Sequence[AxisLayout | None], layouts: Sequence[SampleLayout | None]
+) -> Any:
+    """Describe a call up to its number of samples, which lie along ``axes`` of its inputs, None where all share it."""
+    about: list[Any] = [(o.value.dtype, o.value.device.type, tuple(o.value.shape)) for o in call.operands]
+    about += [(t.dtype, t.device.type, tuple(t.shape)) for t in call.constants]
+    for tensor, axis in zip(inputs, axes, strict=True):
+        shape = list(tensor.shape)
+        if axis is not None:
+            shape[axis.dim] //= axis.n_samples
+        about.append((tensor.dtype, axis and (axis.dim, axis.outer, axis.inner), tuple(shape)))
+    lying = [(axis.dim, axis.outer, axis.inner) for axis in layouts if isinstance(axis, AxisLayout)]
+    return call.func, repr((call.args, call.kwargs, about, lying, call.autocast))
+
+
+def agreed(key: Any, compare: Callable[[], bool]) -> bool:
+    """Tell whether both sides of a call agreed at first use; they are compared now if there was none."""
+    found = _checked.get(key)
+    if found is None:
+        if len(_checked) >= _MAX_CHECKED:
+            _checked.clear()
+        found = _checked[key] = compare()
+    return found
+
+
+def gradients(
+    call: Call,
+    inputs: Sequence[Tensor],
+    axes: Sequence[AxisLayout | None],
+    grads: Sequence[Tensor | None],
+    layouts: Sequence[SampleLayout | None],
+    samples: range,
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Run a call on each of some samples, and its backward pass.
+
+    Args:
+        call: the call.
+        inputs: its data.
+        axes: the sample axis of each; None where all samples share it.
+        grads: of its outputs.
+        layouts: of these, by position; None where the gradient is None or zero.
+        samples: which.
+
+    Returns:
+        The gradients of each operand, [n, *shape], and the outputs, [n, *shape for one sample]; None where the call
+        cannot be vectorised.
+    """
+    operands = [operand.value for operand in call.operands]
+    owned = [isinstance(layout, AxisLayout) and g is not None for g, layout in zip(grads, layouts, strict=True)]
+
+    def one(xs: tuple[Tensor, ...], gs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        both = torch.func.vjp(lambda *values: tuple(call.run(values, xs)), *operands)
+        outputs, backward, rest = both[0], both[1], iter(gs)
+        own = [
+            next(rest).reshape(y.shape) if is_own else torch.zeros_like(y)
+            for y, is_own in zip(outputs, owned, strict=True)
+        ]
+        return backward(tuple(own)), outputs
+
+    part = slice(samples.start, samples.stop)
+    pairs = zip(inputs, axes, strict=True)
+    xs = tuple(x.detach() if axis is None else by_sample(x.detach(), axis)[part] for x, axis in pairs)
+    both = zip(grads, layouts, strict=True)
+    gs = tuple(by_sample(g, axis)[part] for g, axis in both if g is not None and isinstance(axis, AxisLayout))
+    slowly = torch._C._functorch._is_vmap_fallback_enabled()
+    try:
+        torch._C._functorch._set_vmap_fallback_enabled(
+            False
+        )  # a loop that warns: what is without a rule is cut instead
+        along = tuple(None if axis is None else 0 for axis in axes), 0
+        found, outputs = torch.func.vmap(one, along)(xs, gs)
+    except Exception:  # an operation without a rule for it, or one that looks at its values
+        return None
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(slowly)
+    return list(found), list(outputs)
