@@ -69,6 +69,7 @@ class Call:
     has_plain_inputs: bool  # none is sparse
     random_state: Tensor | None  # of the device's generator before the call, if the call drew from it
     autocast: tuple[str, torch.dtype] | None
+    is_complex: bool = False  # some tensor is
 
     @cached_property
     def leaves(self) -> list[Tensor]:
@@ -184,12 +185,27 @@ def _fill(tree: Any, tensors: dict[str, Sequence[Tensor]]) -> Any:
     return tree
 
 
+def is_differentiable(tensor: Tensor) -> bool:
+    """Tell whether a tensor is of a type that has gradients."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def region_of(
+    graph: Tensor, leaves: tuple[Tensor, ...], parameters: tuple[int, ...]
+) -> tuple[int, torch.Size, tuple[int, ...], int] | None:
+    """Return which part of a parameter a derived tensor is: parameter, size, stride, offset; None if it is no view."""
+    leaf = leaves[0]
+    if len(leaves) > 1 or graph._base is not leaf or not leaf.is_contiguous() or graph.dtype != leaf.dtype:
+        return None
+    return parameters[0], graph.size(), graph.stride(), int(graph.storage_offset()) - int(leaf.storage_offset())
+
+
 def floating(tree: Any) -> list[Tensor]:
-    """List the floating point tensors of a call's result."""
+    """List the tensors of a call's result that have gradients: floating point and complex ones."""
     found: list[Tensor] = []
 
     def visit(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point():
+        if is_differentiable(tensor):
             found.append(tensor)
         return tensor
 

@@ -51,7 +51,7 @@ class ProbePass:
         self._inference.probe(tapped, grads)
         if not self._with_ordinary:
             return tapped.nothing
-        self.dtypes |= {g.dtype for g in grads if g is not None}
+        self.dtypes |= {g.dtype.to_real() for g in grads if g is not None}
         return tapped.rule.ordinary(tapped.call, inputs, grads)
 
 

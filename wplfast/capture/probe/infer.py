@@ -101,7 +101,7 @@ class LayoutInference:
         for index, gradient in enumerate(grads):
             if gradient is None:
                 continue
-            gradient = at_least_1d(gradient)
+            gradient = measurable(gradient)
             known = tapped.site.output(self._structure, index)
             if self._check is not Check.TRUST or self._known_layout(known, gradient.shape) is None:
                 projection = Projection.of(gradient, self.probe_weights.n_samples)
@@ -118,7 +118,7 @@ class LayoutInference:
             if gradient is None:
                 found.append(None)
                 continue
-            layout = self._layout(tapped.site, index, at_least_1d(gradient))
+            layout = self._layout(tapped.site, index, measurable(gradient))
             if layout is not Verdict.ZERO and isinstance(layout, Verdict):
                 return layout
             if layout is Verdict.ZERO or self._is_negligible(tapped, index, gradient):
@@ -238,3 +238,10 @@ class LayoutInference:
 def at_least_1d(gradient: Tensor) -> Tensor:
     """Give 0-d gradients a dimension."""
     return gradient.unsqueeze(0) if gradient.dim() == 0 else gradient
+
+
+def measurable(gradient: Tensor) -> Tensor:
+    """Return a real tensor of a gradient's shape that is scaled as the gradient is, with a dimension at least."""
+    if gradient.is_complex():
+        gradient = gradient.real + 0.6180339887 * gradient.imag
+    return at_least_1d(gradient)

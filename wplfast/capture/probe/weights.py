@@ -113,6 +113,7 @@ def smallest(dtype: torch.dtype) -> float:
 
 def negligible(dtype: torch.dtype) -> float:
     """Return the size below which a gradient counts for nothing: its square is lost in an accumulator."""
+    dtype = dtype.to_real()
     return 0.0 if dtype == torch.float16 else smallest(dtype) * 2.0**24
 
 

@@ -39,6 +39,10 @@ RULES: list[Rule] = [
 ]
 
 
+#: Those that know of complex numbers.
+COMPLEX: list[Rule] = [SHIFT, SCALE, BATCHED, EINSUM, GENERIC]
+
+
 def rule_for(call: Call) -> Rule:
     """Return the first rule that matches a call."""
-    return next(rule for rule in RULES if rule.matches(call))
+    return next(rule for rule in RULES if (not call.is_complex or rule in COMPLEX) and rule.matches(call))

@@ -13,6 +13,7 @@ from ...ops.layout import flat_dtype
 from ..accumulators import Accumulators
 from ..call import Call, Operand
 from ..sample_layout import AxisLayout, OneSample, SampleLayout, is_summable, sum_to
+from .complex import real_gradient
 from .grad_sample import GradSample, MaskedGradSample, SummedGradSample
 from .local import LocalBackward
 from .recipe import Recipe
@@ -122,6 +123,8 @@ class OneOutputRule(Rule):
 
 def summed(operand: Operand, rule: str, layout: SampleLayout, gradient: Tensor) -> GradSample:
     """Return the use of an operand that was broadcast to the shape of ``gradient``: the sum over what was broadcast."""
+    if gradient.is_complex():
+        operand, layout, gradient = real_gradient(operand, layout, gradient)
     if operand.base is not None and is_summable(layout, gradient, operand.base.value.shape):
         operand = operand.base
     shape = operand.value.shape

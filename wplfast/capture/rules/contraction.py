@@ -16,6 +16,7 @@ from ...ops.layout import flat_dtype
 from ..call import Operand
 from ..sample_layout import AxisLayout, SampleLayout, SegmentIds
 from .blocks import BlockGradSample, Rows, in_shape
+from .complex import real_product
 from .grad_sample import FactoredGradSample, GradSample, SummedGradSample
 
 #: More blocks than this are not served one by one where all samples' gradients have few elements.
@@ -38,6 +39,8 @@ def contraction(
     Returns:
         Its per-sample gradients in factors; None where they are no products of rows.
     """
+    if gradient.is_complex() and len(terms[2]) == gradient.dim():
+        operand, terms, x, gradient, layout = real_product(operand, terms, x, gradient, layout)
     inputs, letters, output = terms
     if len(output) != gradient.dim() or not (x.numel() and gradient.numel() and operand.value.numel()):
         return None

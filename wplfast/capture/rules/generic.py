@@ -16,6 +16,7 @@ from ...ops.layout import flat_dtype
 from ..call import Call, Operand
 from ..sample_layout import SampleLayout
 from .base import Rule
+from .complex import as_real, real_operand
 from .grad_sample import GradSample
 from .local import LocalBackward, SlicedCall
 
@@ -34,7 +35,7 @@ class LocalGradSample(GradSample):
         n_samples: int,
     ) -> None:
         """Keep what is needed for the operand that stands at ``index``."""
-        super().__init__(operand, n_samples, GENERIC.name)
+        super().__init__(real_operand(operand), n_samples, GENERIC.name)
         self.index, self.local, self.sliced, self.grads, self.layouts = index, local, sliced, grads, layouts
 
     def per_sample(self, samples: range) -> Tensor:
@@ -42,7 +43,7 @@ class LocalGradSample(GradSample):
         wide = flat_dtype(self.operand.value.dtype)
         together = self.sliced.together(samples, self.grads) if self.sliced.works else None
         if together is not None:
-            return together[self.index].to(wide)
+            return as_real(together[self.index]).to(wide)
         found = self.operand.value.new_zeros((len(samples), *self.operand.value.shape), dtype=wide)
         for row, sample in zip(found, samples, strict=True):
             of_operands = self.sliced(sample, self.grads) if self.sliced.works else None
@@ -51,13 +52,13 @@ class LocalGradSample(GradSample):
             else:
                 gradient = of_operands[self.index]
             if gradient is not None:
-                row.copy_(gradient.to_dense())
+                row.copy_(as_real(gradient.to_dense()))
         return found
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Weigh the outputs' gradients: one backward pass."""
         gradient = self._backward([o.scale(g, weights.to(g.device)) for g, o in self._owned()])
-        return torch.zeros_like(self.operand.value) if gradient is None else gradient.to_dense()
+        return torch.zeros_like(self.operand.value) if gradient is None else as_real(gradient.to_dense())
 
     def _owned(self) -> list[tuple[Tensor, SampleLayout]]:
         """List the gradients that are not zero, with their layouts."""

@@ -94,7 +94,7 @@ class SlicedCall:
                 expected = vectorised.by_sample(output.detach(), layout)[samples.start : samples.stop]
                 if part.numel() != expected.numel():
                     return False
-                limit = TOLERANCE[expected.dtype] * expected.flatten(1).abs().amax(1, keepdim=True)
+                limit = TOLERANCE[expected.dtype.to_real()] * expected.flatten(1).abs().amax(1, keepdim=True)
                 difference = (part.detach().reshape(expected.shape) - expected).flatten(1).abs()
                 if not bool((difference <= limit).all()):
                     return False
@@ -109,7 +109,7 @@ class SlicedCall:
             for got, want in zip(found, expected, strict=True):
                 own = got[sample - samples.start]
                 want = torch.zeros_like(own) if want is None else want.to_dense()
-                limit = GRADIENT_TOLERANCE[own.dtype] * want.abs().amax() if own.numel() else 0
+                limit = GRADIENT_TOLERANCE[own.dtype.to_real()] * want.abs().amax() if own.numel() else 0
                 if not bool(((own - want).abs() <= limit).all()):
                     return False
         return True
@@ -126,7 +126,7 @@ class SlicedCall:
                 expected = vectorised.by_sample(full.detach(), layout)[sample]
                 if output.shape != expected.shape:
                     return False
-                tolerance = TOLERANCE[expected.dtype] * expected.abs().amax()
+                tolerance = TOLERANCE[expected.dtype.to_real()] * expected.abs().amax()
                 if output.numel() and not bool((output.detach() - expected).abs().amax() <= tolerance):
                     return False
         return True

@@ -34,7 +34,9 @@ class ScaleRule(OneOutputRule):
         assert found is not None
         operand, _, index = found
         if call.name in _QUOTIENTS:
-            return [summed(operand, self.name, layout, gradient * inputs[index] / -operand.value.square())]
+            return [summed(operand, self.name, layout, gradient * (inputs[index] / -operand.value.square()).conj())]
+        if gradient.is_complex():
+            return [summed(operand, self.name, layout, gradient * inputs[index].conj())]
         return [scaled(operand, self.name, layout, inputs[index].to(gradient.dtype), gradient)]
 
 

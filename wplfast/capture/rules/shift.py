@@ -44,7 +44,10 @@ class ShiftRule(OneOutputRule):
     def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Sum over what was broadcast."""
         gradient, operand = grads[0], call.operands[0]
-        return [None if gradient is None else gradient.sum_to_size(operand.value.shape) * self._factor(call)]
+        if gradient is None:
+            return [None]
+        gradient = gradient if operand.value.is_complex() or not gradient.is_complex() else gradient.real
+        return [gradient.sum_to_size(operand.value.shape) * self._factor(call)]
 
     @staticmethod
     def _factor(call: Call) -> float:

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..call import Call
 from ..sample_layout import AxisLayout, SampleLayout
 
+_functorch: Any = torch._C._functorch
+
 #: Calls of which both sides were compared, and whether they agreed: at first use.
 _checked: dict[Any, bool] = {}
 _MAX_CHECKED = 1 << 12
@@ -85,15 +87,13 @@ def gradients(
     xs = tuple(x.detach() if axis is None else by_sample(x.detach(), axis)[part] for x, axis in pairs)
     both = zip(grads, layouts, strict=True)
     gs = tuple(by_sample(g, axis)[part] for g, axis in both if g is not None and isinstance(axis, AxisLayout))
-    slowly = torch._C._functorch._is_vmap_fallback_enabled()
+    slowly = _functorch._is_vmap_fallback_enabled()
     try:
-        torch._C._functorch._set_vmap_fallback_enabled(
-            False
-        )  # a loop that warns: what is without a rule is cut instead
+        _functorch._set_vmap_fallback_enabled(False)  # a loop that warns: what is without a rule is cut instead
         along = tuple(None if axis is None else 0 for axis in axes), 0
         found, outputs = torch.func.vmap(one, along)(xs, gs)
     except Exception:  # an operation without a rule for it, or one that looks at its values
         return None
     finally:
-        torch._C._functorch._set_vmap_fallback_enabled(slowly)
+        _functorch._set_vmap_fallback_enabled(slowly)
     return list(found), list(outputs)

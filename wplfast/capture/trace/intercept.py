@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import CoupledSamplesError, WplfastError
-from ..call import Call, autocast_state, floating, is_in_place, kind_of, random_state
+from ..call import Call, autocast_state, floating, is_differentiable, is_in_place, kind_of, random_state
 from ..call_site import CallSite, Listener, Relay, TappedCall
-from ..rules import rule_for
-from ..watched import Derived, map_tensors, tensors_in
+from ..rules import GENERIC, rule_for
+from ..watched import Derived, map_tensors
 from . import recurrent
 from .call_cache import CachedCall, CallCache
 from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
@@ -136,6 +136,7 @@ class Interception:
             has_plain_inputs=all(t.layout == torch.strided for t in inputs),
             random_state=None,
             autocast=autocast_state(found.operands[0].value.device.type) if found.operands else None,
+            is_complex=any(t.is_complex() for t in (*inputs, *(operand.value for operand in found.operands))),
         )
         return call, inputs
 
@@ -233,14 +234,14 @@ class Interception:
             result = multiply_and_tap(tapped, inputs[0], product)
         else:
             result = call.result(values, inputs)
-            if any(tensor.is_complex() for tensor in tensors_in(result)):
-                return call.func(*args, **kwargs)  # not captured: the gradient arrives at the parameter
             outputs = floating(result)
+            if not call.is_complex and any(output.is_complex() for output in outputs):
+                call.is_complex, tapped.rule = True, GENERIC
             if not outputs:
                 return result
             repeatable = outputs[0] is result
             queue = iter(tap(tapped, outputs, inputs))
-            result = map_tensors(lambda t: next(queue) if t.is_floating_point() else t, result)
+            result = map_tensors(lambda t: next(queue) if is_differentiable(t) else t, result)
         if before is not None and not torch.equal(before, random_state(device)):
             call.random_state = before  # dropout inside an RNN kernel, say: running it again must draw the same
         cached = self._arrive(site, call, given)

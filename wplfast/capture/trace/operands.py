@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Operand, Slot
+from ..call import Operand, Slot, region_of
 from ..watched import Derived, Interceptor
 from .functions import LOOKUPS
 
@@ -47,17 +47,15 @@ class Operands:
         """Describe a derived tensor: the parameters below it, and the region if it is a pure view of one."""
         graph, origin = tensor._graph, tensor._origin
         value = graph.detach()
-        if origin is not None and graph.shape == origin.value.shape:  # cast or copied: the gradient is its origin's
+        alike = origin is not None and graph.is_complex() == origin.value.is_complex()
+        if alike and graph.shape == origin.value.shape:  # cast or copied: the gradient is its origin's
             below = (origin.parameters, origin.graph, origin.leaves, origin.region, origin.base)
             return Operand(tensor, value, *below, copy=graph)
         indices = tensor._parameters
         leaves = tuple(self.leaves[i] for i in indices)
-        region = None
-        leaf = leaves[0]
-        if len(leaves) == 1 and graph._base is leaf and leaf.is_contiguous() and graph.dtype == leaf.dtype:
-            offset = int(graph.storage_offset()) - int(leaf.storage_offset())
-            region = (indices[0], graph.size(), graph.stride(), offset)
-        return Operand(tensor, value, indices, graph, leaves, region, origin)
+        return Operand(
+            tensor, value, indices, graph, leaves, region_of(graph, leaves, indices), origin if alike else None
+        )
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Tell whether a tensor cannot carry samples: a scalar, a parameter that is not watched, a buffer."""
