@@ -37,7 +37,8 @@ def check(model, batches, single, slow=False, loss=squares, masked=False, **tole
     model = model.double().eval()
     batches = [(map_tensors(lambda t: t.double() if t.is_floating_point() else t, parts), n) for parts, n in batches]
     watched, count = {name: p for name, p in model.named_parameters() if p.requires_grad}, 0
-    total, mean = ({name: torch.zeros_like(p) for name, p in watched.items()} for _ in range(2))
+    total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in watched.items()}
+    mean = {name: torch.zeros_like(p) for name, p in watched.items()}
     with wplfast.FisherAccumulator(model, with_grad=True, independent=True) as acc:
         for parts, _ in batches:
             acc.backward(loss(model(*parts)))
@@ -48,7 +49,7 @@ def check(model, batches, single, slow=False, loss=squares, masked=False, **tole
             loss(model(*single(parts, n))).sum().backward()
             for name, p in watched.items():
                 if p.grad is not None:
-                    total[name] += p.grad.square()
+                    total[name] += p.grad.abs().square()
                     mean[name] += p.grad
             count += 1
     assert_close(fisher, {k: v / count for k, v in total.items()}, **(tolerance or EXACT))
@@ -470,7 +471,7 @@ def test_generic_under_autocast():
     torch.testing.assert_close(fisher["w"].double(), expected["w"], rtol=3e-2, atol=1e-4)
 
 
-# ---- complex numbers ---------------------------------------------------------------------------------------------------
+# ---- complex numbers -------------------------------------------------------------------------------------------------
 
 
 def complex_of(w):
@@ -509,9 +510,7 @@ COMPLEX = {
     ),
     "vector": (lambda m, x: (torch.fft.fft(x) @ complex_of(m.w)).abs(), {"w": (D, 2)}),
     "rotation": (
-        lambda m, x: torch.view_as_real(
-            torch.view_as_complex(x.unflatten(2, (-1, 2))) * torch.polar(torch.ones(3).to(m.w), m.w)
-        ),
+        lambda m, x: torch.view_as_real(torch.view_as_complex(x.unflatten(2, (-1, 2))) * torch.exp(1j * m.w)),
         {"w": (3,)},
     ),
     "made complex": (lambda m, x: torch.complex(x, m.w.expand_as(x)).abs(), {"w": (D,)}),
@@ -547,3 +546,76 @@ def test_complex_numbers(name):
     model = Lambda(lambda m, x: use(m, x).sin(), **{key: par(*shape) for key, shape in parameters.items()})
     data = [((torch.randn(n, 4, D),), n) for n in (4, 4, 5, 2, 1)]
     check(model, data, rows_of, slow=name == "made complex", masked=None, rtol=1e-10, model_rtol=1e-11)
+
+
+def complex_par(*shape):
+    return nn.Parameter(torch.randn(shape, dtype=torch.complex128) / 2)
+
+
+def spectral(m, x):
+    """A layer of a Fourier neural operator: the lowest frequencies, mixed; all others are left out."""
+    spectrum = torch.fft.rfft(x, dim=1)
+    kept = torch.zeros(len(x), spectrum.shape[1], K, dtype=spectrum.dtype)
+    kept[:, :2] = torch.einsum("nfi,iof->nfo", spectrum[:, :2], m.w)
+    return torch.fft.irfft(kept, n=x.shape[1], dim=1)
+
+
+COMPLEX_PARAMETERS = {
+    "spectral": (spectral, (D, K, 2), False),
+    "filter": (lambda m, x: fourier(m, x, lambda z: z * m.w), (3, D), False),
+    "part of a filter": (lambda m, x: fourier(m, x, lambda z: z[:, :2] * m.w[1:]), (3, D), False),
+    "two parts": (lambda m, x: fourier(m, x, lambda z: z[:, :1] * m.w[:1] + z[:, 1:2] / m.w[1:]), (2, D), False),
+    "conjugated": (lambda m, x: fourier(m, x, lambda z: z * m.w.conj() + m.w), (3, D), False),
+    "linear": (lambda m, x: F.linear(torch.fft.fft(x), m.w).abs(), (K, D), True),
+    "matmul": (lambda m, x: (torch.fft.fft(x) @ m.w).abs(), (D, K), False),
+    "its real view": (lambda m, x: x @ torch.view_as_real(m.w)[..., 0] + x @ m.w.imag, (D, K), False),
+    "exponentials": (lambda m, x: fourier(m, x, lambda z: z * m.w.exp()), (3, D), False),
+    "opaque": (lambda m, x: Squared.apply(m.w) * x, (1, D), True),
+}
+
+
+class Squared(torch.autograd.Function):
+    """|w|^2, which no interception sees."""
+
+    @staticmethod
+    def forward(ctx, w):
+        ctx.save_for_backward(w)
+        return w.abs().square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (w,) = ctx.saved_tensors
+        return 2 * gradient * w
+
+
+@pytest.mark.parametrize("name", COMPLEX_PARAMETERS)
+def test_complex_parameters(name):
+    """F is |g|^2: the squares of the derivatives by the real and by the imaginary part, added up."""
+    torch.manual_seed(sum(map(ord, name)))
+    use, shape, slow = COMPLEX_PARAMETERS[name]
+    model = Lambda(lambda m, x: use(m, x).sin(), w=complex_par(*shape), b=par(1))
+    model = Lambda(lambda m, x: m.inner(x) * m.b, inner=model, b=par(1))
+    model.inner.b = None
+    data = [((torch.randn(n, 4, D),), n) for n in (4, 4, 5, 1)]
+    fisher = check(model, data, rows_of, slow=slow, masked=None, rtol=1e-10, model_rtol=1e-11)
+    assert fisher["inner.w"].dtype == torch.float64
+    assert fisher["inner.w"].shape == shape
+
+
+def test_complex_parameters_in_a_call(tmp_path):
+    torch.manual_seed(12)
+    model = Lambda(
+        lambda m, x: m.head(spectral(m, x).mean(1)),
+        w=nn.Parameter(complex_par(D, K, 2).to(torch.complex64)),
+        head=nn.Linear(K, C),
+    )
+    data = [(torch.randn(n, 4, D), torch.randint(0, C, (n,))) for n in (4, 3)]
+    fisher = wplfast.fisher_diagonal(model, data, wplfast.losses.cross_entropy, with_grad=True, verify="always")
+    assert fisher["w"].dtype == torch.float32
+    assert fisher.mean_grad["w"].dtype == torch.complex64
+    assert not fisher.report.slow
+    wplfast.verify_fisher(model, data[0], wplfast.losses.cross_entropy)
+    fisher.save(tmp_path / "f.safetensors")
+    torch.testing.assert_close(wplfast.Fisher.load(tmp_path / "f.safetensors")["w"], fisher["w"])
+    with pytest.raises(ValueError, match=r"'w'\] must be of a floating point type, got torch.complex64"):
+        wplfast.WeightPlasticityLoss(model)

@@ -17,12 +17,13 @@ from .ops.expect import FLOATING
 Params: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
-def named(params: Params, what: str = "params") -> dict[str, Tensor]:
+def named(params: Params, what: str = "params", complex_too: bool = False) -> dict[str, Tensor]:
     """Return the parameters by name.
 
     Args:
         params: a module (those of its parameters that require grad), a mapping, or (name, tensor) pairs.
         what: the argument's name, for error messages.
+        complex_too: complex parameters may be among them.
 
     Raises:
         TypeError: if an entry is not a (str, Tensor) pair.
@@ -58,7 +59,7 @@ def named(params: Params, what: str = "params") -> dict[str, Tensor]:
             raise UnsupportedParameterError(f"{what}[{name!r}] must have memory of its own, got a {type(tensor)}")
         if tensor.is_neg():
             raise ValueError(f"{what}[{name!r}] must not be a negated view (torch._neg_view)")
-        if tensor.dtype not in FLOATING:
+        if tensor.dtype not in FLOATING and not (complex_too and tensor.dtype in (torch.complex64, torch.complex128)):
             raise ValueError(f"{what}[{name!r}] must be of a floating point type, got {tensor.dtype}")
         found[name], names[id(tensor)] = tensor, name
     if not found:

@@ -193,11 +193,15 @@ def is_differentiable(tensor: Tensor) -> bool:
 def region_of(
     graph: Tensor, leaves: tuple[Tensor, ...], parameters: tuple[int, ...]
 ) -> tuple[int, torch.Size, tuple[int, ...], int] | None:
-    """Return which part of a parameter a derived tensor is: parameter, size, stride, offset; None if it is no view."""
+    """Return which part of a parameter's accumulator a derived tensor is: parameter, size, stride, offset.
+
+    None if it is no view of one parameter, or if it is complex: complex parameters have real accumulators, [*shape, 2].
+    """
     leaf = leaves[0]
-    if len(leaves) > 1 or graph._base is not leaf or not leaf.is_contiguous() or graph.dtype != leaf.dtype:
+    if len(leaves) > 1 or graph._base is not leaf or not leaf.is_contiguous() or graph.dtype != leaf.dtype.to_real():
         return None
-    return parameters[0], graph.size(), graph.stride(), int(graph.storage_offset()) - int(leaf.storage_offset())
+    first = leaf.storage_offset() * (2 if leaf.is_complex() else 1)
+    return parameters[0], graph.size(), graph.stride(), int(graph.storage_offset()) - int(first)
 
 
 def floating(tree: Any) -> list[Tensor]:

@@ -79,12 +79,12 @@ class FisherAccumulator:
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
         self.model = model
-        self.parameters = named(model if params is None else params)
+        self.parameters = named(model if params is None else params, complex_too=True)
         check_supported(self.parameters)
         self._verify, self._independent = verify, independent
         self._skip = on_nonfinite == "skip"
         self._fisher = Buffers(self.parameters)
-        self._gradient = Buffers(self.parameters) if with_grad else None
+        self._gradient = Buffers(self.parameters, torch.view_as_complex) if with_grad else None
         self._staged = Buffers(self.parameters) if self._skip else None
         self._staged_gradient = Buffers(self.parameters) if self._skip and with_grad else None
         target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient

@@ -50,7 +50,7 @@ def verify_fisher(
         VerificationError: if a parameter differs by more than rtol.
         ValueError: if the batch cannot be cut into samples.
     """
-    parameters = named(model if params is None else params)
+    parameters = named(model if params is None else params, complex_too=True)
     device = device_of([*model.parameters(), *parameters.values()])
     taken = Batch.of(batch, unpack, device)
     size = next((t.shape[0] for t in tensors_in(taken.targets) if t.dim()), 0)
@@ -74,7 +74,7 @@ def verify_fisher(
             gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
             for total, gradient in zip(loop.values(), gradients, strict=True):
                 if gradient is not None:
-                    total += gradient.double().square() / count
+                    total += gradient.abs().double().square() / count
     return _compare(fisher, loop, parameters, rtol)
 
 

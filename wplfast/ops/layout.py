@@ -105,4 +105,9 @@ def by_kind(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype],
 
 def flat_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that values, Fisher entries and offsets of parameters of ``dtype`` are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as [*shape, 2], its real and imaginary parts, and any other as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import VerificationError
+from ...ops.layout import as_real
 from .batch import Batch
 from .squares import Uses, gradients_of, weighted_sums
 
@@ -61,9 +62,9 @@ def verify_batch(
     """
     if not all(bool(torch.isfinite(f.sum())) for f in fisher):
         return False
-    own = {p.dtype for p in parameters}
+    own = {p.dtype.to_real() for p in parameters}
     coarsest = {dtype: max(seen | {dtype}, key=lambda d: torch.finfo(d).eps) for dtype in own}
-    dtypes = [coarsest[p.dtype] for p in parameters]
+    dtypes = [coarsest[p.dtype.to_real()] for p in parameters]
     check_identity(names, batch.captured, batch.ordinary, fisher, weights, dtypes, batch.one_by_one | unseen)
     if batch.single_sample is not None:
         check_single_sample(names, batch.of_single_sample, batch.single_sample.gradients, dtypes)
@@ -142,7 +143,8 @@ def check_single_sample(
     Raises:
         VerificationError: naming the first parameter that differs.
     """
-    norms = {i: float(g.double().norm()) for i, g in enumerate(alone) if g is not None}
+    alone = [None if g is None else as_real(g.to_dense()).double() for g in alone]
+    norms = {i: float(g.norm()) for i, g in enumerate(alone) if g is not None}
     floor = 1e-3 * max(norms.values(), default=0.0)
     for index, expected in enumerate(alone):
         got = captured.get(index)
@@ -152,7 +154,7 @@ def check_single_sample(
         size = max(norms.get(index, 0.0), floor, least)
         difference = 0.0 if got is None else got.double()
         if expected is not None:
-            difference = difference - expected.to_dense().double()
+            difference = difference - expected
         error = float(torch.as_tensor(difference).norm())
         if not error <= SINGLE_SAMPLE_TOLERANCE[dtypes[index]] * size:
             raise VerificationError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...ops.layout import as_real
 from ..trace.intercept import Interception
 
 
@@ -16,7 +17,7 @@ class LeafGrads:
         self._parameters, self._interception = parameters, interception
 
     def take(self) -> list[Tensor | None]:
-        """Take the gradients that an ordinary backward pass left, down to the parameters."""
+        """Take the gradients that an ordinary backward pass left, down to the parameters; complex ones as real."""
         for derived in self._interception.derived:
             if derived.grad is not None:
                 torch.autograd.backward(derived._graph, derived.grad.to(derived._graph.dtype), retain_graph=True)
@@ -24,7 +25,7 @@ class LeafGrads:
         gradients = []
         for parameter, leaf in zip(self._parameters, self._interception.leaves, strict=True):
             parts = [g.to_dense() for g in (leaf.grad, parameter.grad) if g is not None]
-            gradients.append(sum(parts[1:], parts[0]) if parts else None)
+            gradients.append(as_real(sum(parts[1:], parts[0])) if parts else None)
             leaf.grad = None
         return gradients
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ...ops.layout import is_run
+from ...ops.layout import as_real, is_run
 from ..accumulators import Accumulators
 from ..call import Operand
 from ..rules.grad_sample import GradSample, add_squares, chunks, weights_of
@@ -160,12 +160,12 @@ def _push(operand: Operand, grads: Tensor) -> dict[int, Tensor]:
     """Send gradients [n, *operand.shape] down the parameter-only graph; return those of its parameters, by index."""
     if operand.graph is None:
         return {operand.parameters[0]: grads}
-    found = [grads.new_zeros((len(grads), *leaf.shape)) for leaf in operand.leaves]
+    found = [grads.new_zeros((len(grads), *leaf.shape, *[2] * leaf.is_complex())) for leaf in operand.leaves]
     for sample, gradient in enumerate(grads):
         down = torch.autograd.grad(
             operand.graph, operand.leaves, gradient.to(operand.graph.dtype), retain_graph=True, allow_unused=True
         )
         for rows, of_leaf in zip(found, down, strict=True):
             if of_leaf is not None:
-                rows[sample].copy_(of_leaf)
+                rows[sample].copy_(as_real(of_leaf))
     return dict(zip(operand.parameters, found, strict=True))

@@ -12,16 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ...ops.layout import as_real
 from ..call import Operand, region_of
 from ..sample_layout import AxisLayout, OneSample, SampleLayout, SegmentIds
 
 #: Letters of the operand's parts and of the output's.
 _OF_OPERAND, _OF_OUTPUT = "\x01", "\x02"
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    """Return a complex tensor as [*shape, 2], and any other as it is."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def real_operand(operand: Operand) -> Operand:
@@ -33,9 +29,8 @@ def real_operand(operand: Operand) -> Operand:
         return replace(operand, value=value, base=None)
     with torch.enable_grad():
         graph = as_real(operand.graph)
-    return replace(
-        operand, value=value, graph=graph, base=None, region=region_of(graph, operand.leaves, operand.parameters)
-    )
+    region = region_of(graph, operand.leaves, operand.parameters)
+    return replace(operand, value=value, graph=graph, base=None, region=region)
 
 
 def real_gradient(operand: Operand, layout: SampleLayout, gradient: Tensor) -> tuple[Operand, SampleLayout, Tensor]:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...ops.layout import flat_dtype
+from ...ops.layout import as_real, flat_dtype
 from ..call import Call, Operand
 from ..sample_layout import SampleLayout
 from .base import Rule
-from .complex import as_real, real_operand
+from .complex import real_operand
 from .grad_sample import GradSample
 from .local import LocalBackward, SlicedCall
 

@@ -53,9 +53,8 @@ class Operands:
             return Operand(tensor, value, *below, copy=graph)
         indices = tensor._parameters
         leaves = tuple(self.leaves[i] for i in indices)
-        return Operand(
-            tensor, value, indices, graph, leaves, region_of(graph, leaves, indices), origin if alike else None
-        )
+        region = region_of(graph, leaves, indices)
+        return Operand(tensor, value, indices, graph, leaves, region, origin if alike else None)
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Tell whether a tensor cannot carry samples: a scalar, a parameter that is not watched, a buffer."""
