@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -619,3 +622,139 @@ def test_complex_parameters_in_a_call(tmp_path):
     torch.testing.assert_close(wplfast.Fisher.load(tmp_path / "f.safetensors")["w"], fisher["w"])
     with pytest.raises(ValueError, match=r"'w'\] must be of a floating point type, got torch.complex64"):
         wplfast.WeightPlasticityLoss(model)
+
+
+# ---- functions of several parameters ---------------------------------------------------------------------------------
+
+PQ = {"p": (K, 2), "q": (2, D)}
+PW = {**PQ, "w": (K, D)}
+DERIVED = {
+    "low rank": (lambda m: m.p @ m.q, PQ, True),
+    "a product of three": (lambda m: torch.mm(m.p, m.r) @ m.q, {**PQ, "r": (2, 2)}, True),
+    "an update of low rank": (lambda m: m.w + 0.5 * (m.p @ m.q), PW, True),
+    "an update, subtracted": (lambda m: m.w.sub(m.p @ m.q, alpha=2) - m.w / 3, PW, True),
+    "a gated update": (lambda m: m.w + m.s * (m.p @ m.q), {**PW, "s": (1,)}, True),
+    "a gate without dimensions": (lambda m: (m.p @ m.q) * m.s + m.w, {**PW, "s": ()}, True),
+    "a gate of rows": (lambda m: m.s * (m.w + m.p @ m.q), {**PW, "s": (K, 1)}, True),
+    "a gate of columns": (lambda m: (m.w + m.p @ m.q) / m.s.exp(), {**PW, "s": (D,)}, False),
+    "a squashed gate": (
+        lambda m: m.s.sigmoid() * m.w + (1 - m.s.sigmoid()) * m.v, {"s": (), "w": (K, D), "v": (K, D)}, False
+    ),
+    "a transpose": (lambda m: (m.q.t() @ m.p.T).t() + m.w.neg(), PW, False),
+    "a transpose of a product": (lambda m: (m.p @ m.q).T.transpose(0, 1).mT.t(), PQ, True),
+    "a square": (lambda m: m.w * m.w, {"w": (K, D)}, True),
+    "an elementwise product": (lambda m: m.w * m.v, {"w": (K, D), "v": (K, D)}, True),
+    "an elementwise quotient": (lambda m: m.w / m.v.exp(), {"w": (K, D), "v": (K, D)}, True),
+    "one over a matrix": (lambda m: 2 / m.w.exp(), {"w": (K, D)}, False),
+    "squashed": (lambda m: torch.tanh(m.w) + F.softplus(m.w), {"w": (K, D)}, True),
+    "squashed, then masked": (lambda m: torch.tanh(m.w + m.v) * m.keep.buffer, {"w": (K, D), "v": (K, D)}, True),
+    "masked": (lambda m: m.w * m.keep.buffer, {"w": (K, D)}, True),
+    "masked, of low rank": (lambda m: (m.p @ m.q) * m.keep.buffer, PQ, False),
+    "magnitude and direction": (
+        lambda m: m.s * (m.w + m.p @ m.q) / (m.w + m.p @ m.q).norm(dim=1, keepdim=True), {**PW, "s": (K, 1)}, False
+    ),
+    "a part": (lambda m: m.w[:K] + m.p @ m.q, {**PQ, "w": (K + 2, D)}, False),
+    "joined": (lambda m: torch.cat([m.p @ m.q, m.w]), {**PQ, "w": (2, D)}, False),
+    "one row": (lambda m: (m.w * m.v) @ m.q, {"w": (1, 2), "v": (1, 2), "q": (2, D)}, True),
+    "one column": (lambda m: (m.p * m.s) @ m.q, {"p": (K, 1), "s": (K, 1), "q": (1, D)}, True),
+}  # fmt: skip
+
+
+def made_by_all(m):
+    """Another use of every parameter."""
+    return sum(p.square().sum() for p in m.parameters())
+
+
+class Kept(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("buffer", (torch.rand(K, D) > 0.4).double())
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_functions_of_several_parameters(name, monkeypatch):
+    torch.manual_seed(sum(map(ord, name)))
+    make, parameters, simple = DERIVED[name]
+    made = {key: par(*shape) for key, shape in parameters.items()}
+    down = []
+    monkeypatch.setattr(vectorised, "backward", lambda *a, of=vectorised.backward: down.append(1) or of(*a))
+    model = Lambda(lambda m, x: F.linear(x, make(m)).sin(), **made, keep=Kept())
+    data = [((torch.randn(n, 4, D),), n) for n in (4, 4, 5, 2, 1)]
+    check(model, data, rows_of, rtol=1e-10, model_rtol=1e-11)
+    assert not (simple and down)  # no sample's gradient of the weight is made
+    twice = Lambda(lambda m, x: F.linear(x, make(m)).sin() * (x.tanh() @ make(m).t()), **made, keep=Kept())
+    check(twice, data, rows_of, rtol=1e-10, model_rtol=1e-11)
+    tied = Lambda(lambda m, x: F.linear(x, make(m)).sin() + made_by_all(m) * x.mean((1, 2), True), **made, keep=Kept())
+    check(tied, data, rows_of, masked=None, rtol=1e-10, model_rtol=1e-11)
+
+
+def test_frozen_weight_with_an_update():
+    torch.manual_seed(13)
+    model = Lambda(lambda m, x: F.linear(x, m.w + m.p @ m.q).sin(), **{k: par(*s) for k, s in PW.items()})
+    model.w.requires_grad_(False)
+    check(model, [((torch.randn(n, 4, D),), n) for n in (4, 3)], rows_of)
+    model.p.data.zero_()  # as LoRA begins
+    check(model, [((torch.randn(n, 4, D),), n) for n in (4, 3, 4)], rows_of)
+
+
+def test_gradients_sent_down_a_graph_are_checked_at_first_use(monkeypatch):
+    torch.manual_seed(14)
+    monkeypatch.setattr(vectorised, "_checked", {})
+    grad = torch.autograd.grad
+
+    def off(*arguments, is_grads_batched=False, **options):
+        found = grad(*arguments, is_grads_batched=is_grads_batched, **options)
+        return tuple(g if g is None else g * 1.01 for g in found) if is_grads_batched else found
+
+    monkeypatch.setattr(torch.autograd, "grad", off)
+    model = Lambda(lambda m, x: F.linear(x, torch.cat([m.p @ m.q, m.w])).sin(), p=par(K, 2), q=par(2, D), w=par(2, D))
+    check(model, [((torch.randn(n, 4, D),), n) for n in (5, 4)], rows_of)
+    assert False in vectorised._checked.values()
+
+
+# ---- recurrent layers under autocast ---------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer, packed=False):
+        super().__init__()
+        self.layer, self.head, self.packed = layer, nn.Linear(2 * D if layer.bidirectional else D, C), packed
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if self.packed:
+                lengths = (x[:, :, 0] != 0).sum(1).clamp_min(1)
+                x = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            found = self.layer(x)[0]
+            found = nn.utils.rnn.pad_packed_sequence(found, batch_first=True)[0] if self.packed else found
+        self.dtype = found.dtype
+        return self.head(found.float().sum(1))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}], ids=["plain", "deep"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_under_autocast(kind, options, packed):
+    """As near to float32 as bfloat16 is, in the types that the layer itself returns, and by fast rules."""
+    torch.manual_seed(15)
+    model = Recurrent(kind(D, D, batch_first=True, **options), packed).eval()
+    x, y = torch.randn(5, 4, D), torch.randint(0, C, (5,))
+    x[1, 2:], x[3, 3:] = 0, 0
+    model(x)
+    dtype = model.dtype
+    fisher = wplfast.fisher_diagonal(model, [(x, y)] * 2, wplfast.losses.cross_entropy)
+    assert model.dtype == dtype
+    assert not fisher.report.slow
+    model.zero_grad()
+    exact = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    rough = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for n in range(5):
+        for found, enabled in ((exact, False), (rough, True)):
+            with mock.patch.object(torch, "autocast", partial(torch.autocast, enabled=enabled)):
+                wplfast.losses.cross_entropy(model(x[n : n + 1]), y[n : n + 1]).sum().backward()
+            for name, p in model.named_parameters():
+                found[name] += p.grad.square() / 5
+            model.zero_grad()
+    for name, expected in exact.items():
+        error = (fisher[name] - expected).norm() / expected.norm()
+        assert error <= max(2 * (rough[name] - expected).norm() / expected.norm(), 1e-2), name

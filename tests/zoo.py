@@ -457,7 +457,7 @@ CASES: dict[str, Case] = {
     "derived, unseen consumer": Case(
         lambda: Lambda(straight_through, w=par(D, D), s=par(D), head=head()), rows, rules="one by one"
     ),
-    "complex weights": Case(lambda: Lambda(fourier, w=par(D // 2 + 1, 2), head=head()), sequence, rules="one by one"),
+    "complex weights": Case(lambda: Lambda(fourier, w=par(D // 2 + 1, 2), head=head()), sequence, rules="scale"),
     "permuted and merged": Case(
         lambda: Lambda(merged, f=nn.Linear(D, D), head=head()), lambda n, t: torch.randn(n, t, 2, D)
     ),

@@ -25,6 +25,7 @@ class Operand:
     leaves: tuple[Tensor, ...] = ()  # for derived tensors: the parameters' leaves in that graph
     region: tuple[int, torch.Size, tuple[int, ...], int] | None = None  # a pure view: parameter, size, stride, offset
     base: Operand | None = None  # what it was expanded from
+    made_by: Call | None = None  # the call on parameters alone that it is the result of
     copy: Tensor | None = None  # of a cast or a copy: the value with its parameter-only graph
 
     @property

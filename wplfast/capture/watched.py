@@ -82,6 +82,7 @@ class Derived(Tensor):
     _graph: Tensor
     _parameters: tuple[int, ...]
     _origin: Any = None  # the source that it is a copy or an expansion of
+    _made_by: Any = None  # the call that it is the only result of
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

@@ -268,6 +268,11 @@ class FisherAccumulator:
             self._unchecked.append(why)
             logger.warning("whether samples depend on each other through their inputs was not checked: %s", why)
 
+    @property
+    def is_widened(self) -> bool:
+        """Whether functions were run in a wider type than they run in outside of the pass."""
+        return self._session is not None and bool(self._session.interception.native_dtypes)
+
     # ---- checks ----------------------------------------------------------------------------------------------------
 
     def _usable(self) -> Session:

@@ -213,6 +213,7 @@ class _Pass:
         """Find out whether samples are independent, in the first batch that tells or in all."""
         if not self.verify or (self._is_examined and self.verify != "always"):
             return Findings()
+        self._examination.half = self.accumulator.is_widened
         findings = self._examination.examine(batch, targets, losses, self.before, state, not self.declared)
         if findings.unchecked:
             self.accumulator.note_unchecked(findings.unchecked)

@@ -62,6 +62,9 @@ class Examination:
         loss_fn: the per-sample loss.
         parameters: the watched parameters.
         device: of the model.
+
+    Attributes:
+        half: the losses were computed in a wider type than they will be here: they differ as those of half precision do.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Examination:
         device: torch.device,
     ) -> None:
         self._model, self._loss_fn, self._parameters, self._device = model, loss_fn, parameters, device
-        self._n_batches = 0
+        self._n_batches, self.half = 0, False
 
     def examine(
         self, batch: Batch, targets: Any, losses: Tensor, before: Snapshot, random: Tensor, refusing: bool = True
@@ -206,7 +209,7 @@ class _Trial:
         self.parts = Parts(batch.inputs, targets, len(expected))
         tensors = (expected, *examination._model.parameters())
         half = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
-        half = half or torch.is_autocast_enabled(expected.device.type)
+        half = half or examination.half or torch.is_autocast_enabled(expected.device.type)
         self._tolerance = 5e-2 if half else TOLERANCE.get(expected.dtype, 1e-3)
 
     def run(self, cut: Cut | None, samples: Sequence[int]) -> Tensor | None:

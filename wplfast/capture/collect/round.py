@@ -23,7 +23,7 @@ from ..probe.infer import at_least_1d
 from ..rules import GENERIC
 from ..rules.grad_sample import GradSample
 from ..sample_layout import AxisLayout, SampleLayout
-from .squares import Uses, accumulate
+from .squares import Uses, accumulate, apart
 
 
 @dataclass
@@ -187,11 +187,12 @@ class Round:
             for found in OutputGrads.stacked(self._steps.pop(key, ())) if key in self._steps else ():
                 self._sample(found)
         found_samples = {index: self._samples.pop(index, []) for index in sorted(group)}
-        uses = {i: samples for i, samples in found_samples.items() if samples and i not in self.excluded}
+        uses: Uses = {i: samples for i, samples in found_samples.items() if samples and i not in self.excluded}
         if not uses:
             return
         started = time.perf_counter()
         self.squared |= uses.keys()
+        uses = apart(uses)
         if self._watch is not None:
             self._watch(uses)
         accumulate(uses, self._accumulators)

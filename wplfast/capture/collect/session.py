@@ -197,6 +197,7 @@ class Session:
         one_by_one(batch, self._unseen, self._run, self._leaf_grads, self.accumulators)
         if batch.verify:
             seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
+            seen |= self.interception.native_dtypes
             weights, fisher = inference.probe_weights.weights(0), self.accumulators.fisher
             if verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, fisher):
                 self._is_verified = self._is_verified or len(batch.losses) > 1

@@ -11,8 +11,9 @@ from torch import Tensor
 from ...ops.layout import as_real, is_run
 from ..accumulators import Accumulators
 from ..call import Operand
+from ..rules import vectorised
 from ..rules.grad_sample import GradSample, add_squares, chunks, weights_of
-from . import tied
+from . import derived, tied
 
 #: Parameter index -> the grad samples of all its uses in one batch; one of a derived operand stands under several.
 Uses = Mapping[int, Sequence[GradSample]]
@@ -25,7 +26,7 @@ def accumulate(uses: Uses, accumulators: Accumulators) -> None:
         uses: those of one parameter, or of several that lie below common derived operands.
         accumulators: what to add to.
     """
-    if len(uses) > 1:
+    if len(uses) > 1 and any(len(use.operand.parameters) > 1 for samples in uses.values() for use in samples):
         _together(uses, accumulators)
         return
     weights = accumulators.weights
@@ -38,6 +39,21 @@ def accumulate(uses: Uses, accumulators: Accumulators) -> None:
             fused = whole and _fused(group, target, plain, weights)
             if not fused and not tied.accumulate(group, target, plain, weights):
                 _materialised(index, group, target, plain, weights, direct=region is not None)
+
+
+def apart(uses: Uses) -> Uses:
+    """Return the uses of each parameter by itself, where derived tensors let them be told apart; else as they are."""
+    if all(use.operand.graph is None for samples in uses.values() for use in samples):
+        return uses
+    once = {id(use): use for samples in uses.values() for use in samples}
+    found = derived.sent_down(list(once.values()))
+    if found is None:
+        return uses
+    by_parameter: dict[int, list[GradSample]] = {}
+    for use in found:
+        if use.operand.parameters[0] in uses:
+            by_parameter.setdefault(use.operand.parameters[0], []).append(use)
+    return by_parameter
 
 
 def weighted_sums(uses: Uses, weights: Tensor, like: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -160,12 +176,11 @@ def _push(operand: Operand, grads: Tensor) -> dict[int, Tensor]:
     """Send gradients [n, *operand.shape] down the parameter-only graph; return those of its parameters, by index."""
     if operand.graph is None:
         return {operand.parameters[0]: grads}
-    found = [grads.new_zeros((len(grads), *leaf.shape, *[2] * leaf.is_complex())) for leaf in operand.leaves]
-    for sample, gradient in enumerate(grads):
-        down = torch.autograd.grad(
-            operand.graph, operand.leaves, gradient.to(operand.graph.dtype), retain_graph=True, allow_unused=True
-        )
-        for rows, of_leaf in zip(found, down, strict=True):
-            if of_leaf is not None:
-                rows[sample].copy_(as_real(of_leaf))
+    down = vectorised.backward(operand.graph, operand.leaves, grads)
+    found = [
+        grads.new_zeros((len(grads), *leaf.shape, *[2] * leaf.is_complex()))
+        if g is None
+        else as_real(g).to(grads.dtype)
+        for leaf, g in zip(operand.leaves, down, strict=True)
+    ]
     return dict(zip(operand.parameters, found, strict=True))

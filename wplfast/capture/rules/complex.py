@@ -26,11 +26,11 @@ def real_operand(operand: Operand) -> Operand:
         return operand
     value = as_real(operand.value)
     if operand.graph is None:  # a complex parameter, whose accumulators are of that shape
-        return replace(operand, value=value, base=None)
+        return replace(operand, value=value, base=None, made_by=None)
     with torch.enable_grad():
         graph = as_real(operand.graph)
     region = region_of(graph, operand.leaves, operand.parameters)
-    return replace(operand, value=value, graph=graph, base=None, region=region)
+    return replace(operand, value=value, graph=graph, base=None, region=region, made_by=None)
 
 
 def real_gradient(operand: Operand, layout: SampleLayout, gradient: Tensor) -> tuple[Operand, SampleLayout, Tensor]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..call import Call
+from ..probe.graph import fingerprint
 from ..sample_layout import AxisLayout, SampleLayout
 
 _functorch: Any = torch._C._functorch
+
+#: How far gradients by two ways may be apart, relative to the largest.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 #: Calls of which both sides were compared, and whether they agreed: at first use.
 _checked: dict[Any, bool] = {}
@@ -87,13 +92,58 @@ def gradients(
     xs = tuple(x.detach() if axis is None else by_sample(x.detach(), axis)[part] for x, axis in pairs)
     both = zip(grads, layouts, strict=True)
     gs = tuple(by_sample(g, axis)[part] for g, axis in both if g is not None and isinstance(axis, AxisLayout))
-    slowly = _functorch._is_vmap_fallback_enabled()
     try:
-        _functorch._set_vmap_fallback_enabled(False)  # a loop that warns: what is without a rule is cut instead
         along = tuple(None if axis is None else 0 for axis in axes), 0
-        found, outputs = torch.func.vmap(one, along)(xs, gs)
+        with _no_loops():
+            found, outputs = torch.func.vmap(one, along)(xs, gs)
     except Exception:  # an operation without a rule for it, or one that looks at its values
         return None
-    finally:
-        _functorch._set_vmap_fallback_enabled(slowly)
     return list(found), list(outputs)
+
+
+def backward(output: Tensor, leaves: Sequence[Tensor], grads: Tensor) -> list[Tensor | None]:
+    """Send gradients [n, *output.shape] down a graph; return those of its leaves, [n, *shape], or None.
+
+    All at once, where that agreed at the first use of such a graph with one by one, for the first and the last of them.
+    """
+
+    def one(gradient: Tensor) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(output, leaves, gradient, retain_graph=True, allow_unused=True)
+
+    def agree() -> bool:
+        pairs = [pair for i in (0, -1) for pair in zip(together, one(grads[i]), [i] * len(leaves), strict=True)]
+        return all(
+            (many is None) == (want is None) and (many is None or want is None or is_close(many[i], want))
+            for many, want, i in pairs
+        )
+
+    grads = grads.to(output.dtype)
+    if len(grads) > 2:
+        try:
+            with _no_loops():
+                together = torch.autograd.grad(
+                    output, leaves, grads, retain_graph=True, allow_unused=True, is_grads_batched=True
+                )
+            if agreed((fingerprint(output), output.dtype, "down"), agree):
+                return list(together)
+        except RuntimeError:  # an operation without a rule for it
+            pass
+    columns = zip(*(one(gradient) for gradient in grads), strict=True)
+    return [None if column[0] is None else torch.stack(column) for column in columns]
+
+
+def is_close(got: Tensor, want: Tensor) -> bool:
+    """Compare gradients that were had in two ways, relative to the largest element."""
+    limit = TOLERANCE[want.dtype.to_real()] * want.abs().amax() if want.numel() else 0
+    return bool(((got - want).abs() <= limit).all())
+
+
+@contextmanager
+def _no_loops() -> Iterator[None]:
+    """Let vmap fail where it would run a loop, and warn of it."""
+    before = _functorch._is_vmap_fallback_enabled()
+    _functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        _functorch._set_vmap_fallback_enabled(before)

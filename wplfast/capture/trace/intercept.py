@@ -32,6 +32,7 @@ class Interception:
         derived: the derived tensors of the last forward pass.
         leaves: what stands for the parameters in parameter-only graphs, and takes ordinary gradients.
         reorders: a call was seen whose rows lie in an order, or number, that depends on the data.
+        native_dtypes: types of half precision that functions which were seen through would have computed in.
         n_parameter_only: number of call sites that were found to have no sample axis.
     """
 
@@ -49,6 +50,7 @@ class Interception:
         self.derived: list[Derived] = []
         self.leaves = self._operands.leaves
         self.reorders = False
+        self.native_dtypes: set[torch.dtype] = set()
         self.n_parameter_only = 0
 
     def start_batch(self) -> None:
@@ -183,7 +185,10 @@ class Interception:
             self.derived.append(Derived.wrap(tensor, indices, self, origin))
             return self.derived[-1]
 
-        return map_tensors(wrap, call.result(graphs, inputs))
+        result = map_tensors(wrap, call.result(graphs, inputs))
+        if isinstance(result, Derived):
+            result._made_by = call
+        return result
 
     def _update_derived(self, call: Call, inputs: list[Tensor], args: tuple[Any, ...]) -> Any:
         """Run an in-place operation on a derived tensor out of place, then store the result in it."""
@@ -204,7 +209,7 @@ class Interception:
         (graph,) = call.run(graphs, inputs)
         with torch.no_grad():
             target.copy_(graph)
-        target._graph, target._parameters, target._origin = graph, indices, None
+        target._graph, target._parameters, target._origin, target._made_by = graph, indices, None, None
         return None if call.name == "__setitem__" else target
 
     @staticmethod

@@ -54,7 +54,7 @@ class Operands:
         indices = tensor._parameters
         leaves = tuple(self.leaves[i] for i in indices)
         region = region_of(graph, leaves, indices)
-        return Operand(tensor, value, indices, graph, leaves, region, origin if alike else None)
+        return Operand(tensor, value, indices, graph, leaves, region, origin if alike else None, tensor._made_by)
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Tell whether a tensor cannot carry samples: a scalar, a parameter that is not watched, a buffer."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..watched import Derived, is_watched
+from ..watched import Derived, is_watched, map_tensors
 from .recurrent_cells import Gru, Lstm, Rnn
 from .recurrent_scan import Cell, Scan, Steps, Weights
 
@@ -24,6 +24,7 @@ class Tapping(Protocol):
     """What intercepts."""
 
     reorders: bool
+    native_dtypes: set[torch.dtype]
 
     def tap_result(self, func: Callable[..., Any], args: tuple[Any, ...], like: Tensor, moves: bool) -> Tensor | None:
         """Tap a call that ran as a part of something else."""
@@ -50,9 +51,45 @@ def run_as_linear_calls(
         return _STEPS[func](*args, **kwargs) if func in _STEPS else NotImplemented
     packed = len(args) > 3 and isinstance(args[3], (tuple, list))
     tapping.reorders |= packed  # rows lie by length, and how many samples have a step depends on the data
-    if kwargs or len(args) != 9 or torch.is_autocast_enabled(args[0].device.type):
+    if kwargs or len(args) != 9:
         return NotImplemented
-    return _Layers(tapping, cell, args, packed).run()
+    if not torch.is_autocast_enabled(args[0].device.type):
+        return _Layers(tapping, cell, args, packed).run()
+    with torch.autocast(args[0].device.type, enabled=False):
+        result = _Layers(tapping, cell, map_tensors(_widened, args), packed).run()
+    if result is NotImplemented:
+        return result
+    tapping.native_dtypes.add(torch.get_autocast_dtype(args[0].device.type))
+    return tuple(t.to(dtype) for t, dtype in zip(result, _native_dtypes(func, args, packed), strict=True))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Return data of half precision in float32, in which the steps run where autocast would choose for a kernel."""
+    half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.float() if half and not _is_seen(tensor) else tensor
+
+
+def _native_dtypes(func: Callable[..., Any], args: tuple[Any, ...], packed: bool) -> list[torch.dtype]:
+    """Return the dtypes of what the function itself returns, from a call on a step or two."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if packed:
+            data, sizes, hx, *rest = args
+            n = 2 if sizes[0] != sizes[-1] else 1  # lengths that differ are another kernel's
+            data, sizes = (
+                (torch.cat([data[:2], data[:1]]), torch.tensor([2, 1])) if n == 2 else (data[:1], sizes[:1].sign())
+            )
+            first: list[Any] = [data, sizes, [h[:, :n].contiguous() for h in _states(hx)]]
+        else:
+            data, hx, *rest = args
+            first = [data[:1, :1], [h[:, :1].contiguous() for h in _states(hx)]]
+        if isinstance(hx, Tensor):
+            first[-1] = first[-1][0]
+        return [t.dtype for t in func(*first, *rest)]
+
+
+def _states(hx: Any) -> list[Tensor]:
+    """List the initial states, of which there are one or two."""
+    return [hx] if isinstance(hx, Tensor) else list(hx)
 
 
 class _Layers:
@@ -68,7 +105,7 @@ class _Layers:
             self.data, hx, params, biases, self.n_layers, self.dropout, self.train, both, self.batch_first = args
             self.sizes = []
         self.packed, self.directions = packed, 2 if both else 1
-        self.hx: list[Tensor] = [hx] if isinstance(hx, Tensor) else list(hx)
+        self.hx = _states(hx)
         self.params: list[Tensor] = list(params)
         self.weights = self._weights(params, biases)
 
