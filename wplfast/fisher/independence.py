@@ -64,7 +64,7 @@ class Examination:
         device: of the model.
 
     Attributes:
-        half: the losses were computed in a wider type than they will be here: they differ as those of half precision do.
+        half: the losses were computed in a wider type than they will be here, and may differ as in half precision.
     """
 
     def __init__(

@@ -75,10 +75,8 @@ def _native_dtypes(func: Callable[..., Any], args: tuple[Any, ...], packed: bool
         if packed:
             data, sizes, hx, *rest = args
             n = 2 if sizes[0] != sizes[-1] else 1  # lengths that differ are another kernel's
-            data, sizes = (
-                (torch.cat([data[:2], data[:1]]), torch.tensor([2, 1])) if n == 2 else (data[:1], sizes[:1].sign())
-            )
-            first: list[Any] = [data, sizes, [h[:, :n].contiguous() for h in _states(hx)]]
+            data = data[:1] if n == 1 else torch.cat([data[:2], data[:1]])
+            first: list[Any] = [data, sizes.new_tensor([2, 1][2 - n :]), [h[:, :n].contiguous() for h in _states(hx)]]
         else:
             data, hx, *rest = args
             first = [data[:1, :1], [h[:, :1].contiguous() for h in _states(hx)]]
