@@ -29,6 +29,8 @@ _QUOTIENTS = frozenset({"div", "divide", "true_divide", "__truediv__"})
 _MATRIX_PRODUCTS = frozenset({"matmul", "mm", "__matmul__"})
 _ELEMENTWISE = frozenset({"neg", "__neg__", "tanh", "sigmoid", "exp", "relu", "abs", "square", "softplus", "clamp"})
 
+_KNOWN = _SUMS.keys() | _PRODUCTS | _QUOTIENTS | _MATRIX_PRODUCTS | _ELEMENTWISE
+
 
 class ScaledGradSample(GradSample):
     """Gradients that are products of rows, times a matrix that all samples share: of a masked weight."""
@@ -63,6 +65,8 @@ class ScaledGradSample(GradSample):
 
 def sent_down(uses: Sequence[GradSample]) -> list[GradSample] | None:
     """Return uses that each depend on one parameter and stand for all given ones; None if some cannot be told apart."""
+    if not all(_may_be_told_apart(use.operand) for use in uses):
+        return None
     found: list[GradSample] = []
     for use in uses:
         below = _below(use)
@@ -70,6 +74,15 @@ def sent_down(uses: Sequence[GradSample]) -> list[GradSample] | None:
             return None
         found += below
     return found
+
+
+def _may_be_told_apart(operand: Operand) -> bool:
+    """Tell, by the names of the functions below an operand, whether it may be worth the products to try."""
+    if len(operand.parameters) == 1:
+        return True
+    call = operand.made_by
+    known = call is not None and (call.name in _KNOWN or _is_transpose(call))
+    return known and call is not None and all(_may_be_told_apart(below) for below in call.operands)
 
 
 def _below(use: GradSample) -> list[GradSample] | None:

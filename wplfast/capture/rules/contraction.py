@@ -72,16 +72,14 @@ def contraction(
     if isinstance(layout, SegmentIds):
         blocks |= set(by_rows) & set(order)
     runs = _runs([a for a in order if a not in blocks], of_gradient)
-    while len(runs) > 2:  # D_out on both sides of D_in: what comes first is blocks too
-        blocks |= set(runs.pop(0))
     d_out, d_in = ([a for run in runs for a in run if (a in of_gradient) == out] for out in (True, False))
     leading = [*rows, *(a for a in order if a in blocks)]
     pair = _arranged(x, inputs, leading, d_in, sizes), _arranged(gradient, of_gradient, leading, d_out, sizes)
-    if runs and runs[0] == d_in:  # the operand lies as [D_in, D_out]
+    if runs and runs[0] == d_in and len(runs) < 3:  # the operand lies as [D_in, D_out]
         pair, d_out, d_in = (pair[1], pair[0]), d_in, d_out
     if isinstance(layout, AxisLayout):
         layout = AxisLayout(rows.index(output[layout.dim]), layout.outer, layout.n_samples, layout.inner)
-    if not blocks:
+    if not blocks and len(runs) < 3:
         return FactoredGradSample(operand, rule, layout.rows(pair[0]), layout.rows(pair[1]))
     dims = [*spread, *(order[a] for a in [*leading[len(rows) :], *d_out, *d_in])]
     n_blocks = math.prod(sizes[a] for a in blocks)
@@ -92,7 +90,8 @@ def contraction(
             return SummedGradSample(operand, rule, in_shape(_products(*factors), operand.value.shape, dims))
         if not (d_out or d_in):
             return None
-    many_x, many_g = (t.flatten(len(rows), -2).movedim(-2, 0) for t in pair)  # [blocks, *rows, D]
+    each = (t.flatten(len(rows), -2) if blocks else t.unsqueeze(-2) for t in pair)
+    many_x, many_g = (t.movedim(-2, 0) for t in each)  # [blocks, *rows, D]
     if isinstance(layout, SegmentIds):
         table = _arranged(layout.ids.view([sizes[a] for a in by_rows]), by_rows, leading, [], sizes)
         owners = table.reshape(-1, len(many_x)).t()

@@ -18,6 +18,9 @@ _functorch: Any = torch._C._functorch
 #: How far gradients by two ways may be apart, relative to the largest.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
+#: Larger gradients are sent down a graph one by one: each is worth its calls, and what is computed stays in the caches.
+MAX_TOGETHER = 1 << 16
+
 #: Calls of which both sides were compared, and whether they agreed: at first use.
 _checked: dict[Any, bool] = {}
 _MAX_CHECKED = 1 << 12
@@ -118,7 +121,7 @@ def backward(output: Tensor, leaves: Sequence[Tensor], grads: Tensor) -> list[Te
         )
 
     grads = grads.to(output.dtype)
-    if len(grads) > 2:
+    if len(grads) > 2 and output.numel() <= MAX_TOGETHER:
         try:
             with _no_loops():
                 together = torch.autograd.grad(
@@ -128,8 +131,15 @@ def backward(output: Tensor, leaves: Sequence[Tensor], grads: Tensor) -> list[Te
                 return list(together)
         except RuntimeError:  # an operation without a rule for it
             pass
-    columns = zip(*(one(gradient) for gradient in grads), strict=True)
-    return [None if column[0] is None else torch.stack(column) for column in columns]
+    found: list[Tensor | None] = [None] * len(leaves)
+    for row, gradient in enumerate(grads):  # each is copied at once: its memory serves the next one
+        for index, of_leaf in enumerate(one(gradient)):
+            if of_leaf is not None:
+                every = found[index]
+                if every is None:
+                    every = found[index] = of_leaf.new_zeros(len(grads), *of_leaf.shape)
+                every[row].copy_(of_leaf)
+    return found
 
 
 def is_close(got: Tensor, want: Tensor) -> bool:
