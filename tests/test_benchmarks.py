@@ -379,8 +379,14 @@ def test_cases_of_rules_are_right(name, one_thread):
     subject = fisher.Subject(model, [tuple(part[:3] for part in batch)], loss_fn, name)
     with fisher.steady(subject):
         served = {rule_ for rules in subject.report.rules.values() for rule_ in rules}
-    if name not in ("bags", "experts", "fft"):  # which are right, whatever serves them
-        assert served == {{"small": "linear", "scores": "bilinear"}.get(name, name)}
+    others = {
+        "small": "linear",
+        "scores": "bilinear",
+        "bags": "embedding bag",
+        "experts": "batched matmul",
+        "fft": "scale",
+    }
+    assert served == {others.get(name, name)}
 
 
 def test_tables_are_aligned_on_the_console():

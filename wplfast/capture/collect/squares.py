@@ -11,6 +11,7 @@ from torch import Tensor
 from ...ops.layout import as_real, is_run
 from ..accumulators import Accumulators
 from ..call import Operand
+from ..probe.graph import fingerprint
 from ..rules import vectorised
 from ..rules.grad_sample import GradSample, add_squares, chunks, weights_of
 from . import derived, tied
@@ -176,7 +177,7 @@ def _push(operand: Operand, grads: Tensor) -> dict[int, Tensor]:
     """Send gradients [n, *operand.shape] down the parameter-only graph; return those of its parameters, by index."""
     if operand.graph is None:
         return {operand.parameters[0]: grads}
-    down = vectorised.backward(operand.graph, operand.leaves, grads)
+    down = vectorised.backward(operand.graph, operand.leaves, grads, fingerprint)
     found = [
         grads.new_zeros((len(grads), *leaf.shape, *[2] * leaf.is_complex()))
         if g is None

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..probe.graph import fingerprint
 from ..sample_layout import AxisLayout, SampleLayout
 
 _functorch: Any = torch._C._functorch
@@ -104,10 +103,13 @@ def gradients(
     return list(found), list(outputs)
 
 
-def backward(output: Tensor, leaves: Sequence[Tensor], grads: Tensor) -> list[Tensor | None]:
+def backward(
+    output: Tensor, leaves: Sequence[Tensor], grads: Tensor, structure: Callable[[Tensor], Any]
+) -> list[Tensor | None]:
     """Send gradients [n, *output.shape] down a graph; return those of its leaves, [n, *shape], or None.
 
-    All at once, where that agreed at the first use of such a graph with one by one, for the first and the last of them.
+    All at once, where that agreed at the first use of a graph of this ``structure`` with one by one, for the first and
+    the last of them.
     """
 
     def one(gradient: Tensor) -> Sequence[Tensor | None]:
@@ -127,7 +129,7 @@ def backward(output: Tensor, leaves: Sequence[Tensor], grads: Tensor) -> list[Te
                 together = torch.autograd.grad(
                     output, leaves, grads, retain_graph=True, allow_unused=True, is_grads_batched=True
                 )
-            if agreed((fingerprint(output), output.dtype, "down"), agree):
+            if agreed((structure(output), output.dtype, "down"), agree):
                 return list(together)
         except RuntimeError:  # an operation without a rule for it
             pass
