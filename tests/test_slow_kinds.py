@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_close, fisher_loop
+from rehearsal import rehearsable
 from torch import nn
 from zoo import C, D, Lambda, V, head, par
 
@@ -103,7 +104,7 @@ MODES = ["sum", "mean", "max"]
 OPTIONS = {"plain": {}, "padding": {"padding_idx": 2}, "last padding": {"padding_idx": -1}, "sparse": {"sparse": True}}
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", rehearsable(OPTIONS, {"sparse": "sparse tensors"}))
 @pytest.mark.parametrize("mode", MODES)
 def test_bags(mode, options):
     if mode == "max" and options == "sparse":
@@ -363,6 +364,7 @@ def test_weights_with_a_batch_axis(name):
     check(model, data, rows_of, masked=masked)
 
 
+@pytest.mark.cpu_only("grouped products of float32")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_grouped_products(transposed):
     """float32, which is what grouped products take; rows in the order of the experts, some of which have none."""
@@ -460,6 +462,7 @@ def test_vectorised_gradients_are_checked_at_first_use(wrong, monkeypatch):
     assert calls
 
 
+@pytest.mark.cpu_only("its autocast")
 def test_generic_under_autocast():
     torch.manual_seed(11)
     model = Lambda(lambda m, x: torch.addcmul(m.layer(x).float(), x, m.w), layer=nn.Linear(D, D), w=par(D))
@@ -542,6 +545,7 @@ def shuffled_rows(m, x):
 COMPLEX["rows of samples in any order"] = (shuffled_rows, {"w": (1, D, 2)})
 
 
+@pytest.mark.not_rehearsed("Fourier transforms")
 @pytest.mark.parametrize("name", COMPLEX)
 def test_complex_numbers(name):
     torch.manual_seed(sum(map(ord, name)))
@@ -591,6 +595,7 @@ class Squared(torch.autograd.Function):
         return 2 * gradient * w
 
 
+@pytest.mark.not_rehearsed("Fourier transforms")
 @pytest.mark.parametrize("name", COMPLEX_PARAMETERS)
 def test_complex_parameters(name):
     """F is |g|^2: the squares of the derivatives by the real and by the imaginary part, added up."""
@@ -605,6 +610,7 @@ def test_complex_parameters(name):
     assert fisher["inner.w"].shape == shape
 
 
+@pytest.mark.not_rehearsed("Fourier transforms")
 def test_complex_parameters_in_a_call(tmp_path):
     torch.manual_seed(12)
     model = Lambda(
@@ -731,6 +737,7 @@ class Recurrent(nn.Module):
         return self.head(found.float().sum(1))
 
 
+@pytest.mark.cpu_only("its autocast, and what its kernels return")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}], ids=["plain", "deep"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
