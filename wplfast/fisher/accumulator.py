@@ -37,7 +37,7 @@ class FisherAccumulator:
     Args:
         model: the module; its parameters outside ``params`` are frozen for the pass.
         params: what to accumulate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
-            all of the model's parameters that require grad. Of complex ones F is the mean of ``|g_n|^2``, which is real.
+            all of the model's parameters that require grad. Of complex ones F is real: the mean of ``|g_n|^2``.
         with_grad: also accumulate the mean gradient, ``Fisher.mean_grad``.
         verify: check the first batch against ordinary autograd, at the price of about one more backward pass, and now
             and then that rows still belong to the samples they belonged to; "always": measure and check every batch.

@@ -83,8 +83,8 @@ def fisher_diagonal(
         independent: True if you know that no sample's loss depends on another sample; it is not checked then.
 
     Returns:
-        A mapping from names to float32 (float64 for float64 parameters) tensors of the parameters' shapes. For a complex
-        parameter, F is real: the mean of ``|g_n|^2``, the squared derivatives by both parts added up.
+        A mapping from names to float32 (float64 for float64 parameters) tensors of the parameters' shapes. Of a complex
+        parameter F is real: the mean of ``|g_n|^2``, the squared derivatives by both parts added up.
 
     Raises:
         ValueError: if data is empty, losses are not [N], or an option does not fit.
