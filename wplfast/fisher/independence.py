@@ -125,10 +125,12 @@ class Examination:
         cuts = list(trial.parts.cuts())
         if not cuts:
             return Findings(unchecked="no tensor of a batch has its size along dimension 0 or 1")
-        spared, last = trial.shared(cuts[0]), _last(len(trial.expected))
-        single = None if spared is None else trial.run(spared, last)
-        if single is not None and trial.differing(single, last) is None:
-            return Findings(True, self._gradients(trial, single))
+        last, whole = _last(len(trial.expected)), [cut for cut in cuts if None not in _used(cut, cuts[0])]
+        for cut in whole:
+            spared = trial.shared(cut)
+            single = None if spared is None else trial.run(spared, last)
+            if single is not None and trial.differing(single, last) is None:
+                return Findings(True, self._gradients(trial, single))
         draws = _Draws()  # type: ignore[no-untyped-call]
         everything = list(range(len(trial.expected)))
         with draws:
@@ -139,7 +141,7 @@ class Examination:
                 "the model's modules)"
             )
         sample = everything[-1] if differing is None else differing
-        verdicts = {trial.exchange(cut, sample) for cut in cuts if None not in _used(cut, cuts[0])}
+        verdicts = {trial.exchange(cut, sample) for cut in whole}
         if "unchanged" in verdicts:
             return self._of_another_size(trial, sample, draws.found)
         if differing is None:
