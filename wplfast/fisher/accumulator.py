@@ -17,6 +17,7 @@ from ..capture.accumulators import SLOW_RULES, Accumulators
 from ..capture.collect.batch import SingleSample
 from ..capture.collect.session import Session
 from ..capture.probe.graph import leaves
+from ..capture.rules.projection import Directions
 from ..capture.watched import Derived, check_supported, is_watched, watch
 from ..errors import NonFiniteError, WplfastError
 from ..params import Params, named
@@ -49,6 +50,7 @@ class FisherAccumulator:
         n_samples: number of samples accumulated so far.
         n_skipped: number of samples left out as not finite.
         parameters: the watched parameters by name.
+        directions: what gradients are projected on where two ways to compute them are compared.
 
     Raises:
         UnsupportedParameterError: if a parameter is a tensor subclass such as DTensor.
@@ -89,6 +91,7 @@ class FisherAccumulator:
         self._staged_gradient = Buffers(self.parameters) if self._skip and with_grad else None
         target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
         self._accumulators = Accumulators(target.views, None if gradient is None else gradient.views)
+        self.directions = Directions(target.views)
         self._session: Session | None = None
         self._stack = ExitStack()
         self.n_samples = 0
@@ -113,7 +116,7 @@ class FisherAccumulator:
         if any(is_watched(p) for p in others):
             raise WplfastError("another Fisher pass watches parameters of this model; run one pass at a time")
         parameters, constants = list(self.parameters.values()), [*others, *self.model.buffers()]
-        self._session = Session(list(self.parameters), parameters, constants, self._accumulators)
+        self._session = Session(list(self.parameters), parameters, constants, self._accumulators, self.directions)
         with ExitStack() as stack:
             for parameter in (*self.parameters.values(), *others):
                 stack.callback(_restore, parameter, parameter.grad, parameter.requires_grad)

@@ -166,7 +166,8 @@ class _Pass:
     def __post_init__(self) -> None:
         """Prepare to run parts of batches."""
         parameters = list(self.accumulator.parameters.values())
-        self._examination = Examination(self.model, self.loss_fn, parameters, self.device)
+        directions = self.accumulator.directions
+        self._examination = Examination(self.model, self.loss_fn, parameters, directions, self.device)
         self._independent: bool | None = True if self.declared else None
         self._is_examined = False
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..capture.call import random_state, set_random_state
 from ..capture.collect.batch import SingleSample
 from ..capture.probe.graph import leaves
+from ..capture.rules.projection import Directions
 from .batches import Batch
 from .cutting import Cut, Parts
 from .preserve import Snapshot
@@ -61,6 +63,7 @@ class Examination:
         model: the module, in eval mode.
         loss_fn: the per-sample loss.
         parameters: the watched parameters.
+        directions: what their gradients are projected on.
         device: of the model.
     """
 
@@ -69,9 +72,11 @@ class Examination:
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor],
         parameters: Sequence[Tensor],
+        directions: Directions,
         device: torch.device,
     ) -> None:
-        self._model, self._loss_fn, self._parameters, self._device = model, loss_fn, parameters, device
+        self._model, self._loss_fn, self._device = model, loss_fn, device
+        self._parameters, self._directions = parameters, directions
         self._n_batches = 0
 
     def examine(
@@ -182,12 +187,22 @@ class Examination:
         return chosen if len(chosen) > 1 else chosen * (2 if n_samples > 2 else 3)
 
     def _gradients(self, trial: _Trial, losses: Tensor) -> SingleSample:
-        """Run the backward pass of the last sample, which is all that a batch holds."""
-        with _grads_apart([*self._parameters, *leaves(losses)]):
+        """Run the backward pass of the last sample, which is all that a batch holds; keep projections alone."""
+        found: dict[int, Tensor] = {}
+
+        def arrived(index: int, parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            part = self._directions[index].of(gradient.to_dense().unsqueeze(0))[0] / len(losses)
+            found[index] = found[index] + part if index in found else part
+
+        with _grads_apart([*self._parameters, *leaves(losses)]), ExitStack() as stack:
+            for index, parameter in enumerate(self._parameters):
+                handle = parameter.register_post_accumulate_grad_hook(partial(arrived, index))
+                stack.callback(handle.remove)
             if losses.requires_grad:
                 losses.sum().backward()
-            gradients = [None if p.grad is None else p.grad / len(losses) for p in self._parameters]
-        return SingleSample(len(trial.expected) - 1, gradients)
+        return SingleSample(len(trial.expected) - 1, found)
 
 
 class _Trial:

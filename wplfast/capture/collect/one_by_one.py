@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import ops
 from ..accumulators import Accumulators
 from ..call_site import Listener
+from ..rules.projection import Directions
 from .batch import Batch
 from .leaf_grads import LeafGrads
 from .passes import OrdinaryPass
@@ -22,6 +23,7 @@ def one_by_one(
     run: Callable[[Tensor, Tensor | None, Listener, bool], None],
     leaf_grads: LeafGrads,
     accumulators: Accumulators,
+    directions: Directions,
 ) -> None:
     """Accumulate the squares of some parameters of a batch.
 
@@ -31,6 +33,7 @@ def one_by_one(
         run: runs a backward pass over losses, with weights, for a listener, and keeps the graph or not.
         leaf_grads: where ordinary gradients arrive.
         accumulators: what to add to.
+        directions: what a single sample's gradients are projected on.
     """
     wanted = batch.one_by_one | unseen
     if not wanted:
@@ -49,7 +52,7 @@ def one_by_one(
             wide = gradient.to(accumulators.fisher[index].dtype).unsqueeze(0).contiguous()
             ops.accumulate_squares_(accumulators.fisher[index], wide, weight)
             if batch.single_sample is not None and sample == batch.single_sample.sample:
-                batch.of_single_sample[index] = wide[0]
+                batch.of_single_sample[index] = directions[index].of(wide)[0]
             if plain is not None:
                 plain += wide[0] if weight is None else wide[0] * weight.to(wide.dtype)
         leaf_grads.drop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,11 +35,13 @@ class ProbePass:
     Args:
         inference: what keeps them.
         in_backward: takes the parameters with uses in calls that the pass itself makes (checkpoints).
-        with_ordinary: compute the ordinary gradients of the parameters too.
+        ordinary: takes the ordinary gradients of the parameters, which are computed too; None: they are not.
     """
 
-    def __init__(self, inference: LayoutInference, in_backward: set[int], with_ordinary: bool) -> None:
-        self._inference, self._in_backward, self._with_ordinary = inference, in_backward, with_ordinary
+    def __init__(
+        self, inference: LayoutInference, in_backward: set[int], ordinary: Callable[[int, Tensor], None] | None
+    ) -> None:
+        self._inference, self._in_backward, self._ordinary = inference, in_backward, ordinary
         self.dtypes: set[torch.dtype] = set()  # of the gradients
 
     def receive(
@@ -49,10 +51,16 @@ class ProbePass:
         if tapped.in_backward:
             self._in_backward |= tapped.parameters
         self._inference.probe(tapped, grads)
-        if not self._with_ordinary:
+        if self._ordinary is None:
             return tapped.nothing
         self.dtypes |= {g.dtype for g in grads if g is not None}
-        return tapped.rule.ordinary(tapped.call, inputs, grads)
+        found = list(tapped.rule.ordinary(tapped.call, inputs, grads))
+        for position, operand in enumerate(tapped.call.operands):
+            gradient = found[position]
+            if gradient is not None and operand.is_parameter:  # others go down their graphs
+                self._ordinary(operand.parameters[0], gradient)
+                found[position] = None
+        return found
 
 
 class OrdinaryPass:

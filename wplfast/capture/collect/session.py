@@ -26,6 +26,7 @@ from ..accumulators import Accumulators
 from ..call_site import Listener
 from ..probe.graph import Fingerprint, fingerprint, reorders_rows
 from ..probe.infer import Check, LayoutInference
+from ..rules.projection import Directions
 from ..trace.intercept import Interception
 from .batch import Batch, SingleSample
 from .identity import verify_batch, watching
@@ -54,12 +55,18 @@ class Session:
         parameters: these.
         constants: the model's other parameters and its buffers.
         accumulators: one for each watched parameter.
+        directions: what gradients are projected on when a batch is verified.
     """
 
     def __init__(
-        self, names: list[str], parameters: list[Tensor], constants: list[Tensor], accumulators: Accumulators
+        self,
+        names: list[str],
+        parameters: list[Tensor],
+        constants: list[Tensor],
+        accumulators: Accumulators,
+        directions: Directions,
     ) -> None:
-        self.names, self.parameters, self.accumulators = names, parameters, accumulators
+        self.names, self.parameters, self.accumulators, self.directions = names, parameters, accumulators, directions
         self.interception = Interception(parameters, constants, Idle())
         self.n_batches = 0
         self._leaf_grads = LeafGrads(parameters, self.interception)
@@ -194,12 +201,13 @@ class Session:
             passes = inference.probe_weights.rounds
         else:
             raise WplfastError(f"could not measure which samples the uses of {self._some(wanted or set())} belong to")
-        one_by_one(batch, self._unseen, self._run, self._leaf_grads, self.accumulators)
+        one_by_one(batch, self._unseen, self._run, self._leaf_grads, self.accumulators, self.directions)
         if batch.verify:
             seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
             weights, fisher = inference.probe_weights.weights(0), self.accumulators.fisher
             if verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, fisher):
                 self._is_verified = self._is_verified or len(batch.losses) > 1
+            self.directions.forget()
         if whole and not (attempt or batch.one_by_one):
             self._remember((len(batch.losses), graph), collected.layouts)
         return True
@@ -252,10 +260,17 @@ class Session:
 
     def _probe(self, batch: Batch, digit: int, with_ordinary: bool) -> None:
         """Run one probing pass; with ``with_ordinary``, keep the parameters' ordinary gradients to verify with."""
-        listener = ProbePass(self._inference, self._in_backward, with_ordinary)
+
+        def ordinary(index: int, gradient: Tensor) -> None:
+            projection = self.directions[index].of(gradient.to_dense().unsqueeze(0))[0]
+            batch.ordinary[index] = batch.ordinary[index] + projection if index in batch.ordinary else projection
+
+        listener = ProbePass(self._inference, self._in_backward, ordinary if with_ordinary else None)
         self._run(batch.losses, self._inference.probe_weights.weights(digit), listener, keep=True)
         if with_ordinary:
-            batch.ordinary = self._leaf_grads.take()
+            for index, gradient in enumerate(self._leaf_grads.take()):
+                if gradient is not None:
+                    ordinary(index, gradient)
             self._dtypes |= listener.dtypes
 
     def _collect_round(self, batch: Batch, wanted: set[int] | None, dry: bool) -> CollectPass:
@@ -263,7 +278,7 @@ class Session:
         round_ = None
         if not dry:
             weights = self._inference.probe_weights.weights(0)
-            watch = watching(batch, weights, self.accumulators.fisher) if batch.verify else None
+            watch = watching(batch, weights, self.directions) if batch.verify else None
             round_ = Round(self.interception.taps, self.accumulators, self.names, wanted, watch)
             round_.excluded |= self._unseen
             round_.last |= self._in_backward
