@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ def fisher_diagonal(
     verify: bool | Literal["always"] = True,
     on_nonfinite: Literal["raise", "skip"] = "raise",
     progress: bool = False,
+    samples: Literal["batch", "losses"] = "batch",
 ) -> Fisher:
     """Estimate the diagonal Fisher information, a mean over samples of squared per-sample gradients.
 
@@ -56,7 +57,8 @@ def fisher_diagonal(
         model: the module. Its parameters, flags, gradients and the RNG state are afterwards what they were.
         data: yields ``(inputs, targets)``, ``(inputs, targets, weights)`` or a dict with ``labels``; inputs are a
             tensor, a tuple (positional) or a dict (keywords). Batches are moved to the model's device. Sample weights
-            [N] enter outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``.
+            [N], floating point, enter outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``. Empty batches are left
+            out.
         loss_fn: ``loss_fn(outputs, targets)`` returns one loss per sample, [N]; see :mod:`wplfast.losses`. For "mc" and
             "exact" it must be the negative log-likelihood of ``likelihood``.
         params: what to estimate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
@@ -76,12 +78,19 @@ def fisher_diagonal(
             belong to the samples they belonged to; "always": measure and check every batch (about twice the cost).
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf.
         progress: show a progress bar with samples per second.
+        samples: what a sample is. ``"batch"``: one of the N that the batch holds. ``"losses"``: whatever an entry of the
+            losses, [M], belongs to, however many rows it owns: a packed document
+            (``losses.cross_entropy(..., sample_ids=)``), a graph, a preference pair, an episode. ``max_samples``,
+            weights and ``n_samples`` count these. Who owns which row is measured in every batch, which makes a pass
+            about twice as long, and no sample is run alone to check.
 
     Returns:
         A mapping from names to float32 (float64 for float64 parameters) tensors of the parameters' shapes.
 
     Raises:
-        ValueError: if data is empty, losses are not [N], or an option does not fit.
+        TypeError: if a batch is of no known form, or its third element is no weights.
+        ValueError: if data is empty, losses are not [N], no batch's losses depend on the parameters, a row holds several
+            documents though ``samples="batch"``, or an option does not fit.
         CoupledSamplesError: if a sample's loss depends on other samples.
         NonFiniteError: if a loss or gradient is NaN or infinite.
         VerificationError: if captured gradients disagree with autograd.
@@ -96,7 +105,9 @@ def fisher_diagonal(
     Source: arXiv:1612.00796, arXiv:1902.08232; the three types as in arXiv:2502.11756.
     """
     _check_options(fisher_type, mc_samples, max_samples)
-    accumulator = FisherAccumulator(model, params, with_grad=with_grad, verify=verify, on_nonfinite=on_nonfinite)
+    accumulator = FisherAccumulator(
+        model, params, with_grad=with_grad, verify=verify, on_nonfinite=on_nonfinite, samples=samples
+    )
     device = device_of(itertools.chain(model.parameters(), accumulator.parameters.values()))
     if generator is None:
         generator = torch.Generator(device).manual_seed(0)
@@ -112,12 +123,15 @@ def fisher_diagonal(
         generator,
         max_samples,
         device,
-        check=bool(verify) and deterministic,
+        check=bool(verify) and deterministic and samples == "batch",
         before=Snapshot(model),
+        samples=samples,
     )
     with undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
         for item in data:
-            run.run(Batch.of(item, unpack, device))
+            batch = Batch.of(item, unpack, device, samples)
+            if not batch.is_empty:
+                run.run(batch)
             done = accumulator.n_samples
             bar.set_postfix_str(f"{done / max(time.time() - started, 1e-9):,.0f} samples/s", refresh=False)
             bar.update(1)
@@ -151,6 +165,7 @@ class _Pass:
     device: torch.device
     check: bool  # run a sample of the first batch alone
     before: Snapshot  # what a forward pass may change, as it was before this batch's
+    samples: str
     independent: bool | None = None
 
     def run(self, batch: Batch) -> None:
@@ -173,7 +188,8 @@ class _Pass:
         for index, (targets, share) in enumerate(terms):
             losses = self.loss_fn(outputs, targets)
             check_losses(losses)
-            batch.check_n_losses(losses)
+            if self.samples == "batch":
+                batch.check_n_losses(losses)
             first = index == 0
             if first:
                 single_sample = self._run_single_sample(batch, targets, losses)
@@ -192,7 +208,7 @@ class _Pass:
 
     def _run_single_sample(self, batch: Batch, targets: Any, losses: Tensor) -> SingleSample | None:
         """Run a sample of the first batch in a batch of its own, and learn whether samples are independent."""
-        if not self.check or (self.independent is not None and self.accumulator.n_samples):
+        if not self.check or not losses.requires_grad or (self.independent is not None and self.accumulator.n_samples):
             return None
         parameters = list(self.accumulator.parameters.values())
         self.independent, found = run_single_sample(self.model, batch, targets, losses, self.loss_fn, parameters)
@@ -219,7 +235,10 @@ class _Pass:
         """Give samples beyond max_samples the weight zero; return how many samples count, and the weights."""
         if weights is not None:
             if weights.shape != losses.shape:
-                raise ValueError(f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}")
+                raise ValueError(
+                    f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}; a batch's third "
+                    "element is taken for weights: drop it with unpack= if it is something else"
+                )
             weights = weights.to(losses.device, torch.float64)
         room = len(losses) if self.max_samples is None else self.max_samples - self.accumulator.n_samples
         if room >= len(losses):
@@ -246,8 +265,11 @@ def _check_options(fisher_type: str, mc_samples: int, max_samples: int | None) -
 
 
 def _bar(data: Iterable[Any], progress: bool) -> Any:
-    """Make the progress bar."""
-    total = len(data) if isinstance(data, Sized) else None
+    """Make the progress bar; streams have no length, or a wrong one, and a loader's may warn of it later."""
+    total = None
+    if progress and isinstance(data, Sized):
+        with suppress(Exception):
+            total = len(data)
     return tqdm(total=total, unit="batch", desc="Fisher", disable=not progress, leave=False)
 
 

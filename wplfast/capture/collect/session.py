@@ -54,10 +54,16 @@ class Session:
         parameters: these.
         constants: the model's other parameters and its buffers.
         accumulators: one for each watched parameter.
+        reorders: rows may lie in another order in every batch, though no graph shows it.
     """
 
     def __init__(
-        self, names: list[str], parameters: list[Tensor], constants: list[Tensor], accumulators: Accumulators
+        self,
+        names: list[str],
+        parameters: list[Tensor],
+        constants: list[Tensor],
+        accumulators: Accumulators,
+        reorders: bool = False,
     ) -> None:
         self.names, self.parameters, self.accumulators = names, parameters, accumulators
         self.interception = Interception(parameters, constants, Idle())
@@ -70,7 +76,7 @@ class Session:
         self._in_backward: set[int] = set()  # parameters that are used in calls made by backward passes
         self._dtypes: set[torch.dtype] = set()  # of the gradients in verified batches
         self._is_verified = False
-        self._reorders = False  # rows may lie in another order in every batch
+        self._reorders = reorders  # rows may lie in another order in every batch
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
@@ -226,6 +232,10 @@ class Session:
         if known and SteadyBatch.is_possible(taps, layouts, asleep):
             batch = SteadyBatch(taps, layouts, asleep, self.accumulators, self.names)
             self.interception.cache.keep_steady(key, batch)
+
+    def pass_over(self, retain_graph: bool) -> None:
+        """Let go of a forward pass without gradients, unless further losses of it follow."""
+        self.interception.relay.is_over = not retain_graph
 
     def abandon(self) -> None:
         """Forget a batch that will not be accumulated."""
