@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .documents import check_integers, numbered, sample_ids
+
+__all__ = ["cross_entropy", "logits_of", "sample_ids"]
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -28,6 +33,7 @@ def cross_entropy(
     ignore_index: int = -100,
     token_reduction: Literal["sum", "mean"] = "sum",
     shift: bool = False,
+    sample_ids: Tensor | None = None,
 ) -> Tensor:
     """Return the cross-entropy of each sample.
 
@@ -37,17 +43,20 @@ def cross_entropy(
 
     Args:
         outputs: logits [N, C] or [N, ..., C] (classes last), float; or an object with ``.logits``.
-        targets: class indices [N] or [N, ...], int64.
+        targets: class indices [N] or [N, ...], integers.
         ignore_index: targets that do not count, such as padding; a sample without any other target has loss 0.
         token_reduction: how the tokens of one sample are combined.
         shift: predict token t + 1 from position t, as causal language models of Hugging Face do with their labels.
+        sample_ids: where rows hold several documents, which one each token belongs to: integers of the targets' shape
+            (or [1, T]: the same in each row), negative at padding, as ``losses.sample_ids`` makes them. A document is a
+            sample then, ``fisher_diagonal(..., samples="losses")``, and shift predicts nothing across documents.
 
     Returns:
-        Losses [N], in nats.
+        Losses [N], in nats; with sample_ids one for each document, in the order in which they begin.
 
     Raises:
-        TypeError: if outputs holds no logits.
-        ValueError: if the shapes do not fit or token_reduction is unknown.
+        TypeError: if outputs holds no logits, or targets or sample_ids hold no integers.
+        ValueError: if the shapes do not fit, a document lies in several rows, or token_reduction is unknown.
 
     Example:
         >>> import torch, wplfast
@@ -60,15 +69,27 @@ def cross_entropy(
     if logits.dim() < 2 or targets.shape != logits.shape[:-1]:
         expected = f"logits [N, ..., C] and targets of shape {list(logits.shape[:-1])}"
         raise ValueError(f"expected {expected}, got logits {list(logits.shape)} and targets {list(targets.shape)}")
+    check_integers("targets", targets)
+    targets, number, n_documents = targets.long(), None, 0
+    if sample_ids is not None:
+        number, n_documents = numbered(sample_ids.to(targets.device), targets.shape)
+        targets = targets.masked_fill(number == n_documents, ignore_index)
     if shift:
-        if logits.dim() < 3:
+        if logits.dim() < 3 and number is None:
             raise ValueError(f"shift=True needs logits [N, T, C], got {list(logits.shape)}")
         logits, targets = logits[..., :-1, :], targets[..., 1:]
+        if number is not None:
+            number, following = number[..., :-1], number[..., 1:]
+            targets = targets.masked_fill(number != following, ignore_index)
     losses = F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=ignore_index, reduction="none"
     )
-    losses = losses.view(targets.shape[0], -1).sum(1)
-    if token_reduction == "mean":
-        counted = (targets != ignore_index).reshape(targets.shape[0], -1).sum(1)
-        losses = losses / counted.clamp_min(1)
-    return losses
+
+    def total(of_tokens: Tensor) -> Tensor:
+        if number is None:
+            return of_tokens.reshape(len(targets), targets.shape[1:].numel()).sum(1)
+        wide = of_tokens.reshape(-1).to(torch.promote_types(of_tokens.dtype, torch.float32))
+        return wide.new_zeros(n_documents + 1).index_add(0, number.reshape(-1), wide)[:-1]
+
+    summed = total(losses).to(losses.dtype)
+    return summed / total(targets != ignore_index).clamp_min(1) if token_reduction == "mean" else summed

@@ -264,7 +264,8 @@ class FisherAccumulator:
             raise WplfastError("nothing was accumulated: call backward(losses) at least once")
         if not session.n_batches:
             raise ValueError(
-                "losses must depend on the parameters through a graph, and no batch's do: was the model run under no_grad?"
+                "losses must depend on the parameters through a graph, and those of no batch do: was the model run "
+                "under no_grad?"
             )
         if not self._total_weight > 0:
             raise WplfastError("the weights of all samples are zero")

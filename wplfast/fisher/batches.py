@@ -85,9 +85,8 @@ class Batch:
             if _takes(model, len(self.inputs)):
                 raise
             raise TypeError(
-                f"inputs are {_form(self.inputs)}, which are passed as {len(self.inputs)} positional arguments, and the "
-                "model takes another number; if they are one argument (a list of images), pass "
-                "unpack=lambda b: ((b[0],), b[1])"
+                f"inputs are {_form(self.inputs)}, passed as {len(self.inputs)} positional arguments, which the model "
+                "does not take; if they are one argument (a list of images), pass unpack=lambda b: ((b[0],), b[1])"
             ) from error
 
     def check_n_losses(self, losses: Any) -> None:
@@ -103,8 +102,8 @@ class Batch:
         if sizes and len(losses) not in sizes:
             raise ValueError(
                 f"loss_fn must return one loss per sample, shape [N], got [{len(losses)}] for a batch of "
-                f"{_form(self.inputs)}: if these are losses per token, use losses.view(N, T).sum(1); if each is the loss "
-                "of a sample that owns rows of its own (a document, a graph, a pair), pass samples='losses'"
+                f"{_form(self.inputs)}: if these are losses per token, use losses.view(N, T).sum(1); if each is of a "
+                "sample, whatever rows it owns (a document, a graph, a pair), pass samples='losses'"
             )
 
 
@@ -124,7 +123,8 @@ def moved(tree: Any, device: torch.device) -> Any:
             tree[key] = moved(value, device)
         return tree
     if not isinstance(tree, type) and callable(getattr(tree, "to", None)):
-        return (copy.copy(tree) if isinstance(tree, Mapping) else tree).to(device)  # a mapping's may be in place
+        own: Any = copy.copy(tree) if isinstance(tree, Mapping) else tree  # whose .to may be in place
+        return own.to(device)
     if isinstance(tree, Mapping):
         return {key: moved(value, device) for key, value in tree.items()}
     if isinstance(tree, tuple):
@@ -169,7 +169,11 @@ def _weights(found: Any, unpacked: bool) -> Any:
     if isinstance(found, np.ndarray) and found.dtype.kind in "biufc":
         found = _of_numpy(found)
     if not (isinstance(found, Tensor) and found.is_floating_point()):
-        got = f"{str(found.dtype).removeprefix('torch.')}{list(found.shape)}" if isinstance(found, Tensor) else _form(found)
+        got = (
+            f"{str(found.dtype).removeprefix('torch.')}{list(found.shape)}"
+            if isinstance(found, Tensor)
+            else _form(found)
+        )
         raise TypeError(
             "the third element of a batch is taken for sample weights, which must be floating point of shape [N], got "
             f"{got}: if these are weights, convert them with .float(); {drop}"

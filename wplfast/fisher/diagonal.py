@@ -78,19 +78,19 @@ def fisher_diagonal(
             belong to the samples they belonged to; "always": measure and check every batch (about twice the cost).
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf.
         progress: show a progress bar with samples per second.
-        samples: what a sample is. ``"batch"``: one of the N that the batch holds. ``"losses"``: whatever an entry of the
-            losses, [M], belongs to, however many rows it owns: a packed document
-            (``losses.cross_entropy(..., sample_ids=)``), a graph, a preference pair, an episode. ``max_samples``,
-            weights and ``n_samples`` count these. Who owns which row is measured in every batch, which makes a pass
-            about twice as long, and no sample is run alone to check.
+        samples: what a sample is. ``"batch"``: one of the N that the batch holds. ``"losses"``: whatever an entry of
+            the losses, [M], belongs to, however many rows it owns: a packed document (losses from
+            ``losses.cross_entropy(..., sample_ids=)``), a graph, a preference pair, an episode. ``max_samples``,
+            weights and ``n_samples`` count these. Who owns which row is measured in every batch, which takes about one
+            more backward pass each, and no sample is run alone to check.
 
     Returns:
         A mapping from names to float32 (float64 for float64 parameters) tensors of the parameters' shapes.
 
     Raises:
         TypeError: if a batch is of no known form, or its third element is no weights.
-        ValueError: if data is empty, losses are not [N], no batch's losses depend on the parameters, a row holds several
-            documents though ``samples="batch"``, or an option does not fit.
+        ValueError: if data is empty, losses are not [N] or those of no batch depend on the parameters, a row holds
+            several documents though ``samples="batch"``, or an option does not fit.
         CoupledSamplesError: if a sample's loss depends on other samples.
         NonFiniteError: if a loss or gradient is NaN or infinite.
         VerificationError: if captured gradients disagree with autograd.
@@ -236,8 +236,8 @@ class _Pass:
         if weights is not None:
             if weights.shape != losses.shape:
                 raise ValueError(
-                    f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}; a batch's third "
-                    "element is taken for weights: drop it with unpack= if it is something else"
+                    f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}; "
+                    "a batch's third element is taken for weights: drop it with unpack= if it is something else"
                 )
             weights = weights.to(losses.device, torch.float64)
         room = len(losses) if self.max_samples is None else self.max_samples - self.accumulator.n_samples

@@ -94,8 +94,9 @@ def _rows(inputs: Mapping[Any, Any]) -> Iterator[Tensor]:
 def _with_padding(found: Tensor, inputs: Mapping[Any, Any]) -> tuple[Tensor, Tensor, bool]:
     """Bring [.., T] to the shape of the attention mask; return it, which neighbours are both no padding, if known."""
     mask = inputs.get("attention_mask")
-    fits = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == found.shape[-1]
-    if not fits or (found.dim() == 2 and len(found) not in (1, len(mask))):
+    if not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == found.shape[-1]) or (
+        found.dim() == 2 and len(found) not in (1, len(mask))
+    ):
         return found, torch.ones_like(found[..., 1:], dtype=torch.bool), False
     real = (mask == 0 if mask.is_floating_point() and bool((mask < 0).any()) else mask != 0).to(found.device)
     return found.expand(mask.shape), real[..., 1:] & real[..., :-1], True
