@@ -86,7 +86,7 @@ class FisherAccumulator:
         self.model = model
         self.parameters = named(model if params is None else params)
         check_supported(self.parameters)
-        self._verify, self._independent, self._reorders = verify, independent, samples == "losses"
+        self._verify, self._independent, self._by_losses = verify, independent, samples == "losses"
         self._skip = on_nonfinite == "skip"
         self._fisher = Buffers(self.parameters)
         self._gradient = Buffers(self.parameters) if with_grad else None
@@ -117,7 +117,7 @@ class FisherAccumulator:
         if any(is_watched(p) for p in others):
             raise WplfastError("another Fisher pass watches parameters of this model; run one pass at a time")
         parameters, constants = list(self.parameters.values()), [*others, *self.model.buffers()]
-        self._session = Session(list(self.parameters), parameters, constants, self._accumulators, self._reorders)
+        self._session = Session(list(self.parameters), parameters, constants, self._accumulators, self._by_losses)
         with ExitStack() as stack:
             for parameter in (*self.parameters.values(), *others):
                 stack.callback(_restore, parameter, parameter.grad, parameter.requires_grad)

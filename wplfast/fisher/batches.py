@@ -68,10 +68,10 @@ class Batch:
     @property
     def is_empty(self) -> bool:
         """Whether the batch holds no sample: many models fail on none."""
-        found = [next((t for t in tensors_in(part) if t.dim()), None) for part in (self.inputs, self.targets)]
-        if found == [None, None]:
-            return isinstance(self.targets, (list, tuple)) and not self.targets
-        return all(t is None or not t.shape[0] for t in found)
+        x, y = (next((t for t in tensors_in(part) if t.dim()), None) for part in (self.inputs, self.targets))
+        if y is not None:
+            return not len(y) and (x is None or not x.numel())
+        return not len(x) if x is not None else isinstance(self.targets, (list, tuple)) and not self.targets
 
     def forward(self, model: nn.Module) -> Any:
         """Call the model: a tuple is positional, a dict keywords, anything else one argument."""

@@ -248,7 +248,16 @@ class _Pass:
 
 
 def _product(weights: Tensor | None, share: Tensor | float, losses: Tensor) -> Tensor | None:
-    """Multiply sample weights (None: 1) with the share of a term."""
+    """Multiply sample weights (None: 1) with the share of a term.
+
+    Raises:
+        ValueError: if a share is of each row of outputs, and losses are of something else.
+    """
+    if isinstance(share, Tensor) and share.shape != losses.shape:
+        raise ValueError(
+            "fisher_type='exact' needs one loss for each row of the outputs, "
+            f"{list(share.shape)}, got {list(losses.shape)}; use fisher_type='mc'"
+        )
     if weights is None and not isinstance(share, Tensor):
         return None if share == 1 else torch.full(losses.shape, share, dtype=torch.float64, device=losses.device)
     return share if weights is None else weights * share  # type: ignore[return-value]
@@ -265,9 +274,10 @@ def _check_options(fisher_type: str, mc_samples: int, max_samples: int | None) -
 
 
 def _bar(data: Iterable[Any], progress: bool) -> Any:
-    """Make the progress bar; streams have no length, or a wrong one, and a loader's may warn of it later."""
+    """Make the progress bar. Streams have no length or a wrong one, and loaders of them warn once they were asked."""
     total = None
-    if progress and isinstance(data, Sized):
+    streams = isinstance(getattr(data, "dataset", None), torch.utils.data.IterableDataset)
+    if progress and isinstance(data, Sized) and not streams:
         with suppress(Exception):
             total = len(data)
     return tqdm(total=total, unit="batch", desc="Fisher", disable=not progress, leave=False)

@@ -98,5 +98,5 @@ def _with_padding(found: Tensor, inputs: Mapping[Any, Any]) -> tuple[Tensor, Ten
         found.dim() == 2 and len(found) not in (1, len(mask))
     ):
         return found, torch.ones_like(found[..., 1:], dtype=torch.bool), False
-    real = (mask == 0 if mask.is_floating_point() and bool((mask < 0).any()) else mask != 0).to(found.device)
+    real = (mask == 0 if mask.is_floating_point() and bool((mask <= 0).all()) else mask != 0).to(found.device)
     return found.expand(mask.shape), real[..., 1:] & real[..., :-1], True

@@ -54,7 +54,8 @@ class Session:
         parameters: these.
         constants: the model's other parameters and its buffers.
         accumulators: one for each watched parameter.
-        reorders: rows may lie in another order in every batch, though no graph shows it.
+        by_losses: a sample is what a loss belongs to, wherever it lies: sizes tell nothing about whose data are whose,
+            and rows may be others' in every batch, though no graph shows it.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Session:
         parameters: list[Tensor],
         constants: list[Tensor],
         accumulators: Accumulators,
-        reorders: bool = False,
+        by_losses: bool = False,
     ) -> None:
         self.names, self.parameters, self.accumulators = names, parameters, accumulators
         self.interception = Interception(parameters, constants, Idle())
@@ -76,7 +77,8 @@ class Session:
         self._in_backward: set[int] = set()  # parameters that are used in calls made by backward passes
         self._dtypes: set[torch.dtype] = set()  # of the gradients in verified batches
         self._is_verified = False
-        self._reorders = reorders  # rows may lie in another order in every batch
+        self._by_losses = by_losses
+        self._reorders = by_losses  # rows may lie in another order in every batch
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
@@ -297,7 +299,8 @@ class Session:
         coupled = [tapped for tapped in collected.mixed if tapped.call.differentiable_inputs]
         known = batch.independent
         if known is None:
-            known = all(is_about_positions(tapped, len(batch.losses)) for tapped in bare)
+            n_samples = None if self._by_losses else len(batch.losses)
+            known = all(is_about_positions(tapped, n_samples) for tapped in bare)
         if not bare or not known:
             hint = "" if coupled or batch.independent is not None else UNKNOWN
             raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint)
