@@ -23,6 +23,11 @@ X, Y = torch.randn(4, 6), torch.tensor([0, 3, 1, 2])
 NX, NY = X.cpu().numpy(), Y.cpu().numpy()
 
 
+def here(tensor):
+    """Move what a loader yields to where the models are."""
+    return tensor.to(torch.empty(0).device)
+
+
 # ---- a third element ---------------------------------------------------------------------------------------
 
 READINGS = r"weights, which must .*(task id|second view)"
@@ -91,7 +96,7 @@ def test_an_accumulator_takes_weights_as_they_are_given():
     model, losses = mlp(), []
     for weights in (torch.tensor([1, 0, 2, 1]), [1, 0, 2, 1], np.array([1.0, 0.0, 2.0, 1.0])):
         with wplfast.FisherAccumulator(model) as acc:
-            acc.backward(ce(model(X), Y), weights)
+            acc.backward(ce(model(here(X)), here(Y)), weights)
         losses.append(acc.result().flat)
     assert torch.equal(losses[0], losses[1])
     assert torch.equal(losses[0], losses[2])
@@ -137,7 +142,7 @@ class OfDict(nn.Module):
 
 
 def expected(model):
-    return fisher_loop(model, [(X, Y)], ce)
+    return fisher_loop(model, [(here(X), here(Y))], ce)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +229,7 @@ def test_packed_sequences_are_one_argument():
     sequence = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3] * 4, device="cpu"), batch_first=True)
     assert moved(sequence, torch.device("cpu")).batch_sizes.device.type == "cpu"
     fisher = wplfast.fisher_diagonal(model, [(sequence, Y)], ce)
-    assert_close(fisher, fisher_loop(model, [(x, Y)], ce), rtol=1e-9, model_rtol=1e-9)
+    assert_close(fisher, fisher_loop(model, [(x, here(Y))], ce), rtol=1e-9, model_rtol=1e-9)
 
 
 def test_lists_that_zip():
@@ -236,7 +241,7 @@ def test_lists_that_zip():
         return torch.stack([F.cross_entropy(p, t["c"]) for p, t in zip(outputs, targets, strict=False)])
 
     fisher = wplfast.fisher_diagonal(model, data, loss, verify=False)
-    assert_close(fisher, fisher_loop(model, [(X.double(), Y)], ce), rtol=1e-9, model_rtol=1e-9)
+    assert_close(fisher, fisher_loop(model, [(here(X).double(), here(Y))], ce), rtol=1e-9, model_rtol=1e-9)
 
 
 def test_lists_of_images_are_positional():
@@ -387,7 +392,7 @@ def test_batches_that_reach_no_parameter(order, options):
     for sign in order:
         x = torch.randn(4, 6, dtype=torch.float64)
         x[:, 0] = sign
-        data.append((x, Y))
+        data.append((x, here(Y)))
     fisher = wplfast.fisher_diagonal(model, data, ce, **options)
     reached = [batch for batch, sign in zip(data, order, strict=True) if sign > 0]
     assert fisher.n_samples == 12
@@ -407,7 +412,8 @@ def test_batches_that_reach_no_parameter(order, options):
 def test_batches_whose_losses_are_constant(first):
     """A loss that returns zeros where no target counts."""
     model = mlp().double()
-    data = [(X.double(), Y), (X.double() + 1, torch.full_like(Y, -100)), (X.double() - 1, Y)]
+    x, y = here(X).double(), here(Y)
+    data = [(x, y), (x + 1, torch.full_like(y, -100)), (x - 1, y)]
     data = [data[1], data[0], data[2]] if first else data
 
     def loss(outputs, targets):
@@ -437,24 +443,24 @@ def test_losses_without_a_graph_in_all_batches():
     with pytest.raises(ValueError, match="those of no batch do: was the model run under no_grad"):
         wplfast.fisher_diagonal(Blind(), [(X, Y)] * 3, ce)
     with wplfast.FisherAccumulator(model) as acc:
-        acc.backward(ce(model(X), Y).detach())
+        acc.backward(ce(model(here(X)), here(Y)).detach())
         with pytest.raises(ValueError, match="those of no batch do"):
             acc.result()
-        acc.backward(ce(model(X), Y))
+        acc.backward(ce(model(here(X)), here(Y)))
         assert acc.result().n_samples == 8
 
 
 def test_losses_that_reach_parameters_of_the_loss_alone():
     model, scale = mlp().double(), torch.ones((), dtype=torch.float64, requires_grad=True)
-    x = X.double()
+    x, y = here(X).double(), here(Y)
 
     def loss(outputs, targets):
         reached = targets.dtype == torch.int64
         return ce(outputs, targets) if reached else scale * outputs.detach().square().sum(1)
 
-    fisher = wplfast.fisher_diagonal(model, [(x, Y), (x, Y.int())], loss)
+    fisher = wplfast.fisher_diagonal(model, [(x, y.int()), (x, y)], loss)
     assert fisher.n_samples == 8
-    want = {name: f / 2 for name, f in fisher_loop(model, [(x, Y)], ce).items()}
+    want = {name: f / 2 for name, f in fisher_loop(model, [(x, y)], ce).items()}
     assert_close(fisher, want, rtol=1e-9, model_rtol=1e-9)
     assert scale.grad is None
 
