@@ -55,7 +55,7 @@ class Batch:
                 f"got {_form(item)}; pass unpack= for any other form, for example {example}"
             )
         inputs, targets, *rest = parts
-        if isinstance(inputs, Mapping):
+        if type(inputs) is not Tensor and isinstance(inputs, Mapping):
             inputs = dict(inputs)
         found = packed(inputs) if samples == "batch" else None
         if found is not None:
@@ -63,11 +63,13 @@ class Batch:
         if _are_numbers(targets):
             targets = np.asarray(targets) if isinstance(targets[0], np.generic) else torch.tensor(targets)
         weights = _weights(rest[0], unpack is not None) if rest else None
-        return Batch(*moved((inputs, targets, weights), device))
+        return Batch(moved(inputs, device), moved(targets, device), moved(weights, device))
 
     @property
     def is_empty(self) -> bool:
         """Whether the batch holds no sample: many models fail on none."""
+        if type(self.targets) is Tensor and self.targets.numel():
+            return False
         x, y = (next((t for t in tensors_in(part) if t.dim()), None) for part in (self.inputs, self.targets))
         if y is not None:
             return not len(y) and (x is None or not x.numel())
@@ -113,26 +115,30 @@ def moved(tree: Any, device: torch.device) -> Any:
     Containers keep their types; dataclasses are copied; an object with ``.to`` (a graph, a tokenizer's output, a packed
     sequence) moves itself. Anything else is passed on.
     """
+    if tree is None or isinstance(tree, type):
+        return tree
     if isinstance(tree, Tensor):
         return tree.detach().to(device, non_blocking=True)
+    if type(tree) is dict:
+        return {key: moved(value, device) for key, value in tree.items()}
     if isinstance(tree, (np.ndarray, np.generic)):
         return _of_numpy(tree).to(device, non_blocking=True) if tree.dtype.kind in "biufc" else tree
-    if isinstance(tree, dict) and type(tree) is not dict and not hasattr(tree, "to"):
-        tree = copy.copy(tree)
-        for key, value in tree.items():
-            tree[key] = moved(value, device)
-        return tree
-    if not isinstance(tree, type) and callable(getattr(tree, "to", None)):
+    if callable(getattr(tree, "to", None)):
         own: Any = copy.copy(tree) if isinstance(tree, Mapping) else tree  # whose .to may be in place
         return own.to(device)
-    if isinstance(tree, Mapping):
-        return {key: moved(value, device) for key, value in tree.items()}
     if isinstance(tree, tuple):
         items = [moved(item, device) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if isinstance(tree, list):
         return [moved(item, device) for item in tree]
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+    if isinstance(tree, dict):
+        tree = copy.copy(tree)
+        for key, value in tree.items():
+            tree[key] = moved(value, device)
+        return tree
+    if isinstance(tree, Mapping):
+        return {key: moved(value, device) for key, value in tree.items()}
+    if dataclasses.is_dataclass(tree):
         tree = copy.copy(tree)
         for field in dataclasses.fields(tree):
             object.__setattr__(tree, field.name, moved(getattr(tree, field.name), device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ def packed(inputs: Any) -> str | None:
     Args:
         inputs: the model's: a dict, or a tuple with dicts.
     """
+    if type(inputs) is Tensor:
+        return None
     if isinstance(inputs, (tuple, list)):
         return next(filter(None, map(packed, (part for part in inputs if isinstance(part, Mapping)))), None)
     if not isinstance(inputs, Mapping):
@@ -44,6 +47,7 @@ def _is_integers(value: Any) -> bool:
     return isinstance(value, (Tensor, np.ndarray)) or (isinstance(value, list) and {*map(type, value)} == {int})
 
 
+@lru_cache(maxsize=1024)
 def _kind(name: Any) -> Any:
     """Return what tells whether an input of this name shows several documents in a row; None if none does."""
     if name in ("position_ids", "input_pos"):

@@ -9,6 +9,11 @@ UNKNOWN = (
     "use fisher_diagonal with samples='batch', which runs a sample alone, or pass independent=True"
 )
 
+ACROSS_LOSSES = (
+    ". Where a loss belongs to a packed document: do documents attend to each other? Models of Hugging Face keep them "
+    "apart by position_ids, without an attention mask and with use_cache=False alone"
+)
+
 
 def is_about_positions(tapped: TappedCall, n_samples: int | None) -> bool:
     """Tell whether the data of a call are not samples: a range of indices, or of sizes that no batch axis fits in.

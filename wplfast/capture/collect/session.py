@@ -30,7 +30,7 @@ from ..trace.intercept import Interception
 from .batch import Batch, SingleSample
 from .identity import verify_batch, watching
 from .leaf_grads import LeafGrads
-from .mixed import UNKNOWN, describe, is_about_positions
+from .mixed import ACROSS_LOSSES, UNKNOWN, describe, is_about_positions
 from .one_by_one import one_by_one
 from .passes import CollectPass, Idle, ProbePass
 from .round import Round
@@ -303,6 +303,7 @@ class Session:
             known = all(is_about_positions(tapped, n_samples) for tapped in bare)
         if not bare or not known:
             hint = "" if coupled or batch.independent is not None else UNKNOWN
+            hint += ACROSS_LOSSES if self._by_losses else ""
             raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint)
         self.interception.mark_parameter_only(bare)
         if may_replay and (dry or self.n_batches == 0):
