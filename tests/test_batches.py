@@ -428,7 +428,7 @@ def test_batches_whose_losses_are_constant(first):
         assert torch.equal(acc.result().flat, fisher.flat)
 
 
-def test_losses_without_a_graph_in_all_batches():
+def test_losses_without_a_graph_in_all_batches(caplog):
     model = mlp()
 
     class Blind(nn.Module):
@@ -442,6 +442,7 @@ def test_losses_without_a_graph_in_all_batches():
 
     with pytest.raises(ValueError, match="those of no batch do: was the model run under no_grad"):
         wplfast.fisher_diagonal(Blind(), [(X, Y)] * 3, ce)
+    assert [r.message for r in caplog.records if "gradients of zero" in r.message] == [caplog.records[0].message]
     with wplfast.FisherAccumulator(model) as acc:
         acc.backward(ce(model(here(X)), here(Y)).detach())
         with pytest.raises(ValueError, match="those of no batch do"):

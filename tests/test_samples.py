@@ -358,6 +358,7 @@ RISING = torch.arange(T)
         {"x": torch.zeros(2, T, 3), "position_ids": RESTARTS},
         {"pixel_values": torch.zeros(2, 3, 4, 4), "input_ids": IDS, "position_ids": RESTARTS},
         {"tokens": IDS, "input_pos": RESTARTS},
+        {"input_ids": IDS, "position_ids": RESTARTS.expand(3, 2, T)},  # time, height, width
         {"input_ids": IDS[:1], "position_ids": RESTARTS[:1].numpy()},
         {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 3, 6], dtype=torch.int32)},
         {"input_ids": IDS[:1], "cu_seqlens": [0, 3, 6]},
@@ -399,7 +400,8 @@ def test_packed_rows_are_refused(inputs):
             "attention_mask": torch.tensor([[0.0] * 3 + [-1e9] * 3, [0.0] * 6]),
         },
         {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 2, 2, 3], [0, 0, 0, 0, 1, 2]])},  # around an image
-        {"input_ids": IDS, "position_ids": RESTARTS.expand(3, 2, T)},  # time, height, width
+        {"input_ids": IDS, "position_ids": torch.stack([RISING.expand(2, T), RESTARTS, RESTARTS])},  # height, width
+        {"patches": torch.zeros(2, T, 3), "position_ids": RESTARTS},
         {"pixel_values": torch.zeros(2, T, 3), "position_ids": RESTARTS},  # columns of patches
         {"pixel_values": torch.zeros(2, T, 3), "position_ids": torch.zeros(2, T, 2).long()},
         {"input_ids": IDS, "position_ids": RESTARTS.float()},

@@ -99,6 +99,7 @@ class FisherAccumulator:
         self.n_samples = 0
         self._total_weight = 0.0
         self.n_skipped = 0
+        self._saw_constants = False
         self._seconds = 0.0
         self._invalid: str | None = None
 
@@ -199,6 +200,9 @@ class FisherAccumulator:
             return
         if not losses.requires_grad:
             session.pass_over(retain_graph)
+            if not self._saw_constants:
+                self._saw_constants = True
+                logger.warning("losses of a batch do not depend on the parameters: they count with gradients of zero")
             self._count(losses, weights, count)
             return
         if session.n_batches == 0:

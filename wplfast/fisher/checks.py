@@ -63,5 +63,5 @@ def check_weights(weights: Tensor | None, losses: Tensor) -> Tensor | None:
         raise ValueError(f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}")
     weights = weights.detach().to(losses.device, torch.float64)
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-        raise ValueError("weights must be finite and not negative")
+        raise ValueError("weights, such as the third element of a batch, must be finite and not negative")
     return weights.contiguous()

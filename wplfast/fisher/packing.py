@@ -59,8 +59,11 @@ def _kind(name: Any) -> Any:
 
 def _restarts(positions: Tensor, inputs: Mapping[Any, Any]) -> bool:
     """Tell whether positions [N, T], [1, T] or [T] begin at 0 after others that rose."""
-    if positions.dim() > 2 or ("input_ids" not in inputs and any(str(key).startswith("pixel") for key in inputs)):
-        return False  # several positions a token, or patches of an image
+    if positions.dim() == 3 and len(positions) in (3, 4):  # of text or time first, then of height and width
+        positions = positions[0]
+    patches = "input_ids" not in inputs and any(str(key).startswith(("pixel", "image", "patch")) for key in inputs)
+    if positions.dim() > 2 or patches:
+        return False
     positions, together, is_known = _with_padding(positions, inputs)
     rises = together & (positions.diff() == 1) & (positions[..., :-1] >= 0)
     before = rises.cumsum(-1) - rises.long() > 0  # an earlier token of the row rose
