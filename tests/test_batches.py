@@ -364,6 +364,12 @@ class Folds(nn.Module):
         (X, [], False),
         (Graph(X, Y), None, False),
         ({"state": torch.zeros(0, 3), "x": X}, Y, False),
+        ({"state": torch.zeros(0, 3), "x": X}, {"y": Y}, False),
+        (X, [{"boxes": torch.zeros(0, 4)}] * 4, False),
+        (Graph(X, Y), [{"boxes": torch.zeros(0, 4)}] * 4, False),
+        (X[:0], {"y": Y[:0]}, True),
+        (torch.zeros(4, 0), {"y": torch.zeros(4, 0)}, False),
+        (X[:0], {"y": Y[:0], "scale": torch.tensor(2.0)}, True),
     ],
 )
 def test_which_batches_hold_no_sample(inputs, targets, empty):

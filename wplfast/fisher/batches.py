@@ -68,12 +68,15 @@ class Batch:
     @property
     def is_empty(self) -> bool:
         """Whether the batch holds no sample: many models fail on none."""
-        if type(self.targets) is Tensor and self.targets.numel():
-            return False
-        x, y = (next((t for t in tensors_in(part) if t.dim()), None) for part in (self.inputs, self.targets))
-        if y is not None:
-            return not len(y) and (x is None or not x.numel())
-        return not len(x) if x is not None else isinstance(self.targets, (list, tuple)) and not self.targets
+        if isinstance(self.targets, Tensor):
+            if self.targets.numel():
+                return False
+            first = next((t for t in tensors_in(self.inputs) if t.dim()), self.targets)
+            return not len(self.targets) and not first.numel()
+        given = [t for t in tensors_in(self.inputs) if t.dim()]
+        if not given:  # an object, whose targets may well be boxes of which there are none
+            return isinstance(self.targets, (list, tuple)) and not self.targets
+        return not any(len(t) for t in (*given, *tensors_in(self.targets)) if t.dim())
 
     def forward(self, model: nn.Module) -> Any:
         """Call the model: a tuple is positional, a dict keywords, anything else one argument."""
