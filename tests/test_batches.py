@@ -155,7 +155,6 @@ def expected(model):
         ((X, Y.tolist()), {}),
         ((X, tuple(Y.tolist())), {}),
         ((X, list(NY)), {}),
-        ((X, Y.int()), {}),
         ((X, list(NY.astype(np.int32))), {}),
         (Pair(X, Y), {}),
         (([X], Y), {}),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .documents import check_integers, numbered, sample_ids
+from .documents import numbered, sample_ids
 
 __all__ = ["cross_entropy", "logits_of", "sample_ids"]
 
@@ -43,7 +43,7 @@ def cross_entropy(
 
     Args:
         outputs: logits [N, C] or [N, ..., C] (classes last), float; or an object with ``.logits``.
-        targets: class indices [N] or [N, ...], integers.
+        targets: class indices [N] or [N, ...], int64.
         ignore_index: targets that do not count, such as padding; a sample without any other target has loss 0.
         token_reduction: how the tokens of one sample are combined.
         shift: predict token t + 1 from position t, as causal language models of Hugging Face do with their labels.
@@ -55,7 +55,7 @@ def cross_entropy(
         Losses [N], in nats; with sample_ids one for each document, in the order in which they begin.
 
     Raises:
-        TypeError: if outputs holds no logits, or targets or sample_ids hold no integers.
+        TypeError: if outputs holds no logits, or sample_ids no integers.
         ValueError: if the shapes do not fit, a document lies in several rows, or token_reduction is unknown.
 
     Example:
@@ -69,8 +69,7 @@ def cross_entropy(
     if logits.dim() < 2 or targets.shape != logits.shape[:-1]:
         expected = f"logits [N, ..., C] and targets of shape {list(logits.shape[:-1])}"
         raise ValueError(f"expected {expected}, got logits {list(logits.shape)} and targets {list(targets.shape)}")
-    check_integers("targets", targets)
-    targets, number, n_documents = targets.long(), None, 0
+    number, n_documents = None, 0
     if sample_ids is not None:
         number, n_documents = numbered(sample_ids.to(targets.device), targets.shape)
         targets = targets.masked_fill(number == n_documents, ignore_index)

@@ -61,7 +61,7 @@ class Batch:
         if found is not None:
             raise ValueError(f"a row of this batch holds several documents ({found}), so a row is no sample: {ADVICE}")
         if _are_numbers(targets):
-            targets = np.asarray(targets) if isinstance(targets[0], np.generic) else torch.tensor(targets)
+            targets = _of_numbers(targets)
         weights = _weights(rest[0], unpack is not None) if rest else None
         return Batch(moved(inputs, device), moved(targets, device), moved(weights, device))
 
@@ -160,6 +160,14 @@ def _are_numbers(items: Any) -> bool:
     """Tell whether something is a list or tuple of plain numbers."""
     numbers = (int, float, np.number, np.bool_)
     return isinstance(items, (list, tuple)) and bool(items) and all(isinstance(item, numbers) for item in items)
+
+
+def _of_numbers(items: list[Any] | tuple[Any, ...]) -> Tensor:
+    """Make a tensor of a list: integers become int64, floating point numbers of Python PyTorch's default."""
+    if not isinstance(items[0], np.generic):
+        return torch.tensor(items)
+    found = torch.from_numpy(np.asarray(items))
+    return found if found.is_floating_point() or found.dtype == torch.bool else found.long()
 
 
 def _weights(found: Any, unpacked: bool) -> Any:
