@@ -86,6 +86,12 @@ def numbered(ids: Tensor, shape: torch.Size) -> tuple[Tensor, int]:
     return order.argsort()[number].view(shape), int((names >= 0).sum())
 
 
+def sums(of_tokens: Tensor, number: Tensor, n_documents: int) -> Tensor:
+    """Sum over the tokens of each document, in float32 or wider, and leave out padding; return [M]."""
+    wide = of_tokens.reshape(-1).to(torch.promote_types(of_tokens.dtype, torch.float32))
+    return wide.new_zeros(n_documents + 1).index_add(0, number.reshape(-1), wide)[:-1]
+
+
 def check_integers(name: str, tensor: Tensor) -> None:
     """Refuse a tensor of floating point numbers.
 

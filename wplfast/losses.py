@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .documents import numbered, sample_ids
+from .documents import numbered, sample_ids, sums
 
 __all__ = ["cross_entropy", "logits_of", "sample_ids"]
 
@@ -83,12 +82,12 @@ def cross_entropy(
     losses = F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=ignore_index, reduction="none"
     )
-
-    def total(of_tokens: Tensor) -> Tensor:
-        if number is None:
-            return of_tokens.reshape(len(targets), targets.shape[1:].numel()).sum(1)
-        wide = of_tokens.reshape(-1).to(torch.promote_types(of_tokens.dtype, torch.float32))
-        return wide.new_zeros(n_documents + 1).index_add(0, number.reshape(-1), wide)[:-1]
-
-    summed = total(losses).to(losses.dtype)
-    return summed / total(targets != ignore_index).clamp_min(1) if token_reduction == "mean" else summed
+    if number is not None:
+        summed = sums(losses, number, n_documents).to(losses.dtype)
+        counted = sums(targets != ignore_index, number, n_documents)
+        return summed / counted.clamp_min(1) if token_reduction == "mean" else summed
+    losses = losses.view(len(targets), targets.shape[1:].numel()).sum(1)
+    if token_reduction == "mean":
+        counted = (targets != ignore_index).reshape(targets.shape[0], -1).sum(1)
+        losses = losses / counted.clamp_min(1)
+    return losses
