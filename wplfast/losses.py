@@ -7,6 +7,10 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from .documents import numbered, sample_ids, sums
+
+__all__ = ["cross_entropy", "logits_of", "sample_ids"]
+
 
 def logits_of(outputs: Any) -> Tensor:
     """Return the logits of a tensor, a Hugging Face ``ModelOutput`` or a dict with ``logits``.
@@ -28,6 +32,7 @@ def cross_entropy(
     ignore_index: int = -100,
     token_reduction: Literal["sum", "mean"] = "sum",
     shift: bool = False,
+    sample_ids: Tensor | None = None,
 ) -> Tensor:
     """Return the cross-entropy of each sample.
 
@@ -41,13 +46,16 @@ def cross_entropy(
         ignore_index: targets that do not count, such as padding; a sample without any other target has loss 0.
         token_reduction: how the tokens of one sample are combined.
         shift: predict token t + 1 from position t, as causal language models of Hugging Face do with their labels.
+        sample_ids: where rows hold several documents, which one each token belongs to: integers of the targets' shape
+            (or [1, T]: the same in each row), negative at padding, as ``losses.sample_ids`` makes them. A document is a
+            sample then, ``fisher_diagonal(..., samples="losses")``, and shift predicts nothing across documents.
 
     Returns:
-        Losses [N], in nats.
+        Losses [N], in nats; with sample_ids one for each document, in the order in which they begin.
 
     Raises:
-        TypeError: if outputs holds no logits.
-        ValueError: if the shapes do not fit or token_reduction is unknown.
+        TypeError: if outputs holds no logits, or sample_ids no integers.
+        ValueError: if the shapes do not fit, a document lies in several rows, or token_reduction is unknown.
 
     Example:
         >>> import torch, wplfast
@@ -60,14 +68,25 @@ def cross_entropy(
     if logits.dim() < 2 or targets.shape != logits.shape[:-1]:
         expected = f"logits [N, ..., C] and targets of shape {list(logits.shape[:-1])}"
         raise ValueError(f"expected {expected}, got logits {list(logits.shape)} and targets {list(targets.shape)}")
+    number, n_documents = None, 0
+    if sample_ids is not None:
+        number, n_documents = numbered(sample_ids.to(targets.device), targets.shape)
+        targets = targets.masked_fill(number == n_documents, ignore_index)
     if shift:
-        if logits.dim() < 3:
+        if logits.dim() < 3 and number is None:
             raise ValueError(f"shift=True needs logits [N, T, C], got {list(logits.shape)}")
         logits, targets = logits[..., :-1, :], targets[..., 1:]
+        if number is not None:
+            number, following = number[..., :-1], number[..., 1:]
+            targets = targets.masked_fill(number != following, ignore_index)
     losses = F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=ignore_index, reduction="none"
     )
-    losses = losses.view(targets.shape[0], -1).sum(1)
+    if number is not None:
+        summed = sums(losses, number, n_documents).to(losses.dtype)
+        counted = sums(targets != ignore_index, number, n_documents)
+        return summed / counted.clamp_min(1) if token_reduction == "mean" else summed
+    losses = losses.view(len(targets), targets.shape[1:].numel()).sum(1)
     if token_reduction == "mean":
         counted = (targets != ignore_index).reshape(targets.shape[0], -1).sum(1)
         losses = losses / counted.clamp_min(1)

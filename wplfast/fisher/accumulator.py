@@ -45,6 +45,8 @@ class FisherAccumulator:
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf (costs one more Fisher of memory).
         independent: True if you know that no sample's loss depends on another sample. Only needed where one batch
             cannot tell whether an operation's data are samples, such as float tables without a batch axis.
+        samples: ``"losses"`` if what a loss owns may lie elsewhere in every batch, such as documents packed into rows:
+            rows are measured in each batch then, at the price of about one more backward pass.
 
     Attributes:
         n_samples: number of samples accumulated so far.
@@ -76,14 +78,17 @@ class FisherAccumulator:
         verify: bool | Literal["always"] = True,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         independent: bool | None = None,
+        samples: Literal["batch", "losses"] = "batch",
     ) -> None:
         """See the class."""
+        if samples not in ("batch", "losses"):
+            raise ValueError(f"samples must be 'batch' or 'losses', got {samples!r}")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
         self.model = model
         self.parameters = named(model if params is None else params)
         check_supported(self.parameters)
-        self._verify, self._independent = verify, independent
+        self._verify, self._independent, self._by_losses = verify, independent, samples == "losses"
         self._skip = on_nonfinite == "skip"
         self._fisher = Buffers(self.parameters)
         self._gradient = Buffers(self.parameters) if with_grad else None
@@ -98,6 +103,7 @@ class FisherAccumulator:
         self._total_weight = 0.0
         self.n_skipped = 0
         self._unchecked: list[str] = []
+        self._saw_constants = False
         self._seconds = 0.0
         self._invalid: str | None = None
 
@@ -116,7 +122,9 @@ class FisherAccumulator:
         if any(is_watched(p) for p in others):
             raise WplfastError("another Fisher pass watches parameters of this model; run one pass at a time")
         parameters, constants = list(self.parameters.values()), [*others, *self.model.buffers()]
-        self._session = Session(list(self.parameters), parameters, constants, self._accumulators, self.directions)
+        self._session = Session(
+            list(self.parameters), parameters, constants, self._accumulators, self.directions, self._by_losses
+        )
         with ExitStack() as stack:
             for parameter in (*self.parameters.values(), *others):
                 stack.callback(_restore, parameter, parameter.grad, parameter.requires_grad)
@@ -149,7 +157,8 @@ class FisherAccumulator:
         """Accumulate one batch; do not reduce the losses and do not call ``losses.backward`` yourself.
 
         Args:
-            losses: one loss per sample, [N], floating point, with a graph.
+            losses: one loss per sample, [N], floating point. Losses without a graph (no parameter was reached) count
+                with gradients of zero, unless those of all batches are.
             weights: optional non-negative weights [N]; they enter outside the square.
             retain_graph: keep the graph for further losses of the same forward pass.
 
@@ -188,11 +197,19 @@ class FisherAccumulator:
         weights = check_weights(weights, losses)
         check_batch_statistics(self._batch_norms)
         if not len(losses):
+            session.pass_over(retain_graph)
             return
         if not bool(torch.isfinite(losses.detach()).all()):
             bad = int((~torch.isfinite(losses.detach())).nonzero()[0])
             session.abandon()
             self._nonfinite(f"the loss of sample {bad} is {losses[bad].item()}", len(losses))
+            return
+        if not losses.requires_grad:
+            session.pass_over(retain_graph)
+            if not self._saw_constants:
+                self._saw_constants = True
+                logger.warning("losses of a batch do not depend on the parameters: they count with gradients of zero")
+            self._count(losses, weights, count)
             return
         if session.n_batches == 0:
             self._spare_leaves(losses)
@@ -225,6 +242,10 @@ class FisherAccumulator:
         for main, staged in ((self._fisher, self._staged), (self._gradient, self._staged_gradient)):
             if main is not None and staged is not None:
                 main.add_and_clear(staged)
+        self._count(losses, weights, count)
+
+    def _count(self, losses: Tensor, weights: Tensor | None, count: int | None) -> None:
+        """Count the samples of a batch that is accumulated."""
         self.n_samples += len(losses) if count is None else count
         self._total_weight += len(losses) if weights is None else float(weights.sum())
 
@@ -233,6 +254,7 @@ class FisherAccumulator:
 
         Raises:
             WplfastError: if nothing was accumulated or a batch failed.
+            ValueError: if the losses of no batch depend on the parameters.
         """
         return self._result(final=False)
 
@@ -245,6 +267,11 @@ class FisherAccumulator:
         session = self._usable()
         if not self.n_samples:
             raise WplfastError("nothing was accumulated: call backward(losses) at least once")
+        if not session.n_batches:
+            raise ValueError(
+                "losses must depend on the parameters through a graph, and those of no batch do: was the model run "
+                "under no_grad?"
+            )
         if not self._total_weight > 0:
             raise WplfastError("the weights of all samples are zero")
         if final:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ def fisher_diagonal(
     verify: bool | Literal["always"] = True,
     on_nonfinite: Literal["raise", "skip"] = "raise",
     progress: bool = False,
+    samples: Literal["batch", "losses"] = "batch",
     independent: bool | None = None,
 ) -> Fisher:
     """Estimate the diagonal Fisher information, a mean over samples of squared per-sample gradients.
@@ -57,7 +58,8 @@ def fisher_diagonal(
         model: the module. Its parameters, flags, gradients and the RNG state are afterwards what they were.
         data: yields ``(inputs, targets)``, ``(inputs, targets, weights)`` or a dict with ``labels``; inputs are a
             tensor, a tuple (positional) or a dict (keywords). Batches are moved to the model's device. Sample weights
-            [N] enter outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``.
+            [N], floating point, enter outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``. Empty batches are left
+            out.
         loss_fn: ``loss_fn(outputs, targets)`` returns one loss per sample, [N]; see :mod:`wplfast.losses`. For "mc" and
             "exact" it must be the negative log-likelihood of ``likelihood``.
         params: what to estimate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
@@ -80,13 +82,20 @@ def fisher_diagonal(
             the parts shows them (half of a small batch, an eighth of a large one, and the last sample).
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf.
         progress: show a progress bar with samples per second.
+        samples: what a sample is. ``"batch"``: one of the N that the batch holds. ``"losses"``: whatever an entry of
+            the losses, [M], belongs to, however many rows it owns: a packed document (losses from
+            ``losses.cross_entropy(..., sample_ids=)``), a graph, a preference pair, an episode. ``max_samples``,
+            weights and ``n_samples`` count these. Who owns which row is measured in every batch, which takes about one
+            more backward pass each, and no sample is run alone to check.
         independent: True if you know that no sample's loss depends on another sample; it is not checked then.
 
     Returns:
         A mapping from names to float32 (float64 for float64 parameters) tensors of the parameters' shapes.
 
     Raises:
-        ValueError: if data is empty, losses are not [N], or an option does not fit.
+        TypeError: if a batch is of no known form, or its third element is no weights.
+        ValueError: if data is empty, losses are not [N] or those of no batch depend on the parameters, a row holds
+            several documents though ``samples="batch"``, or an option does not fit.
         CoupledSamplesError: if a sample's loss depends on other samples.
         NonFiniteError: if a loss or gradient is NaN or infinite.
         VerificationError: if captured gradients disagree with autograd.
@@ -102,7 +111,13 @@ def fisher_diagonal(
     """
     _check_options(fisher_type, mc_samples, max_samples)
     accumulator = FisherAccumulator(
-        model, params, with_grad=with_grad, verify=verify, on_nonfinite=on_nonfinite, independent=independent
+        model,
+        params,
+        with_grad=with_grad,
+        verify=verify,
+        on_nonfinite=on_nonfinite,
+        independent=independent,
+        samples=samples,
     )
     device = device_of(itertools.chain(model.parameters(), accumulator.parameters.values()))
     if generator is None:
@@ -111,6 +126,8 @@ def fisher_diagonal(
     deterministic = not (train and any(module.training for module in model.modules()))
     if verify and not deterministic:
         accumulator.note_unchecked("modules are in training mode")
+    if verify and samples == "losses":
+        accumulator.note_unchecked("samples='losses' says nothing about where in a batch they lie")
     run = _Pass(
         accumulator,
         model,
@@ -121,13 +138,16 @@ def fisher_diagonal(
         generator,
         max_samples,
         device,
-        verify if deterministic else False,
+        verify if deterministic and samples == "batch" else False,
         before=Snapshot(model),
         declared=independent is True,
+        samples=samples,
     )
     with undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
         for item in data:
-            run.run(Batch.of(item, unpack, device))
+            batch = Batch.of(item, unpack, device, samples)
+            if not batch.is_empty:
+                run.run(batch)
             done = accumulator.n_samples
             bar.set_postfix_str(f"{done / max(time.time() - started, 1e-9):,.0f} samples/s", refresh=False)
             bar.update(1)
@@ -162,6 +182,7 @@ class _Pass:
     verify: bool | Literal["always"]  # run parts of the first batch, or of all batches
     before: Snapshot  # what a forward pass may change, as it was before this batch's
     declared: bool  # the user says that samples are independent
+    samples: str
 
     def __post_init__(self) -> None:
         """Prepare to run parts of batches."""
@@ -191,7 +212,8 @@ class _Pass:
         for index, (targets, share) in enumerate(terms):
             losses = self.loss_fn(outputs, targets)
             check_losses(losses)
-            batch.check_n_losses(losses)
+            if self.samples == "batch":
+                batch.check_n_losses(losses)
             first = index == 0
             if first:
                 findings = self._examine(batch, targets, losses, state)
@@ -212,7 +234,7 @@ class _Pass:
 
     def _examine(self, batch: Batch, targets: Any, losses: Tensor, state: Tensor) -> Findings:
         """Find out whether samples are independent, in the first batch that tells or in all."""
-        if not self.verify or (self._is_examined and self.verify != "always"):
+        if not self.verify or not losses.requires_grad or (self._is_examined and self.verify != "always"):
             return Findings()
         findings = self._examination.examine(batch, targets, losses, self.before, state, not self.declared)
         if findings.unchecked:
@@ -243,7 +265,10 @@ class _Pass:
         """Give samples beyond max_samples the weight zero; return how many samples count, and the weights."""
         if weights is not None:
             if weights.shape != losses.shape:
-                raise ValueError(f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}")
+                raise ValueError(
+                    f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}; "
+                    "a batch's third element is taken for weights: drop it with unpack= if it is something else"
+                )
             weights = weights.to(losses.device, torch.float64)
         room = len(losses) if self.max_samples is None else self.max_samples - self.accumulator.n_samples
         if room >= len(losses):
@@ -253,7 +278,16 @@ class _Pass:
 
 
 def _product(weights: Tensor | None, share: Tensor | float, losses: Tensor) -> Tensor | None:
-    """Multiply sample weights (None: 1) with the share of a term."""
+    """Multiply sample weights (None: 1) with the share of a term.
+
+    Raises:
+        ValueError: if a share is of each row of outputs, and losses are of something else.
+    """
+    if isinstance(share, Tensor) and share.shape != losses.shape:
+        raise ValueError(
+            "fisher_type='exact' needs one loss for each row of the outputs, "
+            f"{list(share.shape)}, got {list(losses.shape)}; use fisher_type='mc'"
+        )
     if weights is None and not isinstance(share, Tensor):
         return None if share == 1 else torch.full(losses.shape, share, dtype=torch.float64, device=losses.device)
     return share if weights is None else weights * share  # type: ignore[return-value]
@@ -270,8 +304,12 @@ def _check_options(fisher_type: str, mc_samples: int, max_samples: int | None) -
 
 
 def _bar(data: Iterable[Any], progress: bool) -> Any:
-    """Make the progress bar."""
-    total = len(data) if isinstance(data, Sized) else None
+    """Make the progress bar. Streams have no length or a wrong one, and loaders of them warn once they were asked."""
+    total = None
+    streams = isinstance(getattr(data, "dataset", None), torch.utils.data.IterableDataset)
+    if progress and isinstance(data, Sized) and not streams:
+        with suppress(Exception):
+            total = len(data)
     return tqdm(total=total, unit="batch", desc="Fisher", disable=not progress, leave=False)
 
 

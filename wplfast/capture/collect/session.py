@@ -31,7 +31,7 @@ from ..trace.intercept import Interception
 from .batch import Batch, SingleSample
 from .identity import verify_batch, watching
 from .leaf_grads import LeafGrads
-from .mixed import UNKNOWN, describe, is_about_positions
+from .mixed import ACROSS_LOSSES, UNKNOWN, describe, is_about_positions
 from .one_by_one import one_by_one
 from .passes import CollectPass, Idle, ProbePass
 from .round import Round
@@ -56,6 +56,8 @@ class Session:
         constants: the model's other parameters and its buffers.
         accumulators: one for each watched parameter.
         directions: what gradients are projected on when a batch is verified.
+        by_losses: a sample is what a loss belongs to, wherever it lies: sizes tell nothing about whose data are whose,
+            and rows may be others' in every batch, though no graph shows it.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Session:
         constants: list[Tensor],
         accumulators: Accumulators,
         directions: Directions,
+        by_losses: bool = False,
     ) -> None:
         self.names, self.parameters, self.accumulators, self.directions = names, parameters, accumulators, directions
         self.interception = Interception(parameters, constants, Idle())
@@ -77,7 +80,8 @@ class Session:
         self._in_backward: set[int] = set()  # parameters that are used in calls made by backward passes
         self._dtypes: set[torch.dtype] = set()  # of the gradients in verified batches
         self._is_verified = False
-        self._reorders = False  # rows may lie in another order in every batch
+        self._by_losses = by_losses
+        self._reorders = by_losses  # rows may lie in another order in every batch
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
@@ -235,6 +239,10 @@ class Session:
             batch = SteadyBatch(taps, layouts, asleep, self.accumulators, self.names)
             self.interception.cache.keep_steady(key, batch)
 
+    def pass_over(self, retain_graph: bool) -> None:
+        """Let go of a forward pass without gradients, unless further losses of it follow."""
+        self.interception.relay.is_over = not retain_graph
+
     def abandon(self) -> None:
         """Forget a batch that will not be accumulated."""
         self._leaf_grads.drop()
@@ -302,9 +310,11 @@ class Session:
         coupled = [tapped for tapped in collected.mixed if tapped.call.differentiable_inputs]
         known = batch.independent
         if known is None:
-            known = all(is_about_positions(tapped, len(batch.losses)) for tapped in bare)
+            n_samples = None if self._by_losses else len(batch.losses)
+            known = all(is_about_positions(tapped, n_samples) for tapped in bare)
         if not bare or not known:
             hint = "" if coupled or batch.independent is not None else UNKNOWN
+            hint += ACROSS_LOSSES if self._by_losses else ""
             raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint)
         self.interception.mark_parameter_only(bare)
         if may_replay and (dry or self.n_batches == 0):

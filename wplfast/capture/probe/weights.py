@@ -72,7 +72,7 @@ class Projection:
     @staticmethod
     def of(gradient: Tensor, n_samples: int) -> Projection:
         """Project a gradient of an output (at least 1-D)."""
-        flat = gradient.reshape(-1, 1) if gradient.dim() == 1 else gradient.reshape(-1, gradient.shape[-1])
+        flat = gradient.reshape(-1, 1) if gradient.dim() == 1 else gradient.flatten(0, -2)
         rows = flat @ _direction(flat.shape[1], flat.dtype, flat.device)
         columns = None
         if gradient.dim() > 1 and gradient.shape[-1] % n_samples == 0:

@@ -23,5 +23,7 @@ RULES: list[Rule] = [LINEAR, SHIFT, SCALE, MATMUL, CONV, NORM, EMBEDDING, EINSUM
 
 
 def rule_for(call: Call) -> Rule:
-    """Return the first rule that matches a call."""
+    """Return the first rule that matches a call; calls on empty tensors are left to PyTorch."""
+    if not all(shape.numel() for shape in (*call.input_shapes, *(operand.value.shape for operand in call.operands))):
+        return GENERIC
     return next(rule for rule in RULES if rule.matches(call))

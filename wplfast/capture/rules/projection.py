@@ -27,7 +27,7 @@ class Direction(NamedTuple):
 
     def of(self, gradients: Tensor) -> Tensor:
         """Project gradients [N, ...] of R * C elements each; [N, k]."""
-        matrices = gradients.to(self.rows.dtype).reshape(-1, len(self.rows), len(self.columns))
+        matrices = gradients.to(self.rows.dtype).reshape(len(gradients), len(self.rows), len(self.columns))
         return ((matrices @ self.columns) * self.rows).sum(1)
 
 
