@@ -292,11 +292,11 @@ class FisherAccumulator:
             parameters=self.parameters,
         )
 
-    def note_unchecked(self, why: str) -> None:
+    def note_unchecked(self, why: str, level: int = logging.WARNING) -> None:
         """Say once that samples could not be run in batches of their own, and keep it for the report."""
         if why not in self._unchecked:
             self._unchecked.append(why)
-            logger.warning("whether samples depend on each other through their inputs was not checked: %s", why)
+            logger.log(level, "whether samples depend on each other through their inputs was not checked: %s", why)
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext, suppress
@@ -125,9 +126,9 @@ def fisher_diagonal(
     started = time.time()
     deterministic = not (train and any(module.training for module in model.modules()))
     if verify and not deterministic:
-        accumulator.note_unchecked("modules are in training mode")
+        accumulator.note_unchecked("modules are in training mode", logging.INFO)
     if verify and samples == "losses":
-        accumulator.note_unchecked("samples='losses' says nothing about where in a batch they lie")
+        accumulator.note_unchecked("samples='losses' does not say where in a batch they lie", logging.INFO)
     run = _Pass(
         accumulator,
         model,
