@@ -96,8 +96,7 @@ class WeightPlasticityLoss(Saved):
         if self._groups.anchors is None or (active is not None and len(active) == 0):
             return self._nothing(active)
         groups = self._active_groups(active)
-        if torch.is_grad_enabled() and not groups[0].theta[0].requires_grad:
-            self._say_if_frozen(groups)
+        self._say_what_is_not_there(groups, torch.is_grad_enabled())
         return total([group.value() for group in groups])
 
     def add_grad_(self, scale: float | Tensor = 1.0, active: Sequence[str] | None = None) -> Tensor:
@@ -123,8 +122,7 @@ class WeightPlasticityLoss(Saved):
             if self._groups.anchors is None or (active is not None and len(active) == 0):
                 return self._nothing(active)
             groups = self._active_groups(active)
-            if not groups[0].theta[0].requires_grad:
-                self._say_if_frozen(groups)
+            self._say_what_is_not_there(groups, True)
             if len(groups) > 1:  # or an error in a later one would leave the earlier ones added
                 for group in groups:
                     group.check_parameter_grads()
@@ -393,8 +391,6 @@ class WeightPlasticityLoss(Saved):
         """Return the groups of an active set, after checking that the parameters are where they were."""
         key = None if active is None else tuple(active)
         groups = self._groups
-        if not groups.anchored:
-            self._said.warn(UNANCHORED)
         found = groups.find(key)
         if found is not None:
             return found
@@ -407,8 +403,15 @@ class WeightPlasticityLoss(Saved):
                 self._commit(groups.with_anchors(anchors))
         return self._groups.make(key)
 
+    def _say_what_is_not_there(self, groups: Sequence[ParamGroup], grad: bool) -> None:
+        """Say so, once, if there are no anchors, or no parameter takes the gradient that is wanted."""
+        if not self._groups.anchored:
+            self._said.warn(UNANCHORED)
+        if grad and not groups[0].theta[0].requires_grad:  # the first one mostly does, and that is all it costs
+            self._say_if_frozen(groups)
+
     def _say_if_frozen(self, groups: Sequence[ParamGroup]) -> None:
-        """Say so if no parameter takes a gradient."""
+        """Say so, once, if no parameter takes a gradient."""
         if FROZEN not in self._said and not any(group.trains() for group in groups):
             self._said.warn(FROZEN)
 
