@@ -78,7 +78,8 @@ def faults(
             expected = [] if kind == "constant" else list(p.shape)
             got = list(state[key].shape) if key in state else None
             if got != expected and (strict or got is None or not _within(got, expected)):
-                misfits[key] = f"{kind}[{name!r}] must have shape {expected}, got {got}"
+                hint = "; strict=False loads these entries" if got is not None and _within(got, expected) else ""
+                misfits[key] = f"{kind}[{name!r}] must have shape {expected}, got {got}{hint}"
         shapes = {state[key].shape for kind, key in keys.items() if kind != "constant" and key in state}
         if not strict and len(shapes) > 1:
             misfits |= dict.fromkeys(keys.values(), "")
