@@ -89,7 +89,7 @@ def test_a_closure_by_keyword_and_one_that_returns_nothing():
     optimizer = torch.optim.SGD(data.model.parameters(), 0.0)
     data.wpl.attach(optimizer)
     loss = optimizer.step(closure=data.loss)
-    assert float(loss) == pytest.approx(float(data.loss() + data.penalty()), rel=1e-5)
+    assert loss.item() == pytest.approx((data.loss() + data.penalty()).item(), rel=1e-5)
     assert data.model["trunk"].weight.grad.abs().min() > 0
     assert optimizer.step(lambda: None) is None
 

@@ -14,6 +14,7 @@ from ..errors import NameMismatchError, NonFiniteError
 from ..fisher.result import Fisher
 from ..ops.layout import by_kind
 from ..params import check_names, some
+from .references import References
 
 AnchorRule: TypeAlias = Literal["merge", "replace"]
 Normalization: TypeAlias = Literal["trace", "max"]
@@ -138,13 +139,14 @@ def check_mapping(given: Any, what: str) -> None:
 
 
 def check_extra(
-    fisher: Mapping[str, Tensor], covered: Mapping[str, Tensor], prefix: str, extra: Extra = "error"
+    fisher: Mapping[str, Tensor], found: Sequence[str], references: References, prefix: str, extra: Extra
 ) -> None:
     """Require that no name of a Fisher is left over: its parameter would silently not be anchored.
 
     Args:
         fisher: diagonals by name. With a prefix, other parts' names are left alone.
-        covered: all parameters of the penalty by name.
+        found: names that were taken from it.
+        references: to all parameters of the penalty, of which some may be inactive.
         prefix: put before every name when it is looked up.
         extra: ``"ignore"`` leaves out what is left over.
 
@@ -154,16 +156,18 @@ def check_extra(
     """
     if extra not in get_args(Extra):
         raise ValueError(f"extra must be 'error' or 'ignore', got {extra!r}")
-    if extra == "ignore":
+    taken = set(found)
+    left = [key for key in fisher if key.startswith(prefix) and key not in taken]
+    if extra == "ignore" or not left:
         return
-    by_identity = fisher.names_of(list(covered.values())) if isinstance(fisher, Fisher) and not prefix else {}
-    known = {by_identity.get(index, prefix + name) for index, name in enumerate(covered)}
-    more = [key for key in fisher if key.startswith(prefix) and key not in known]
-    if more:
+    by_identity = fisher.names_of(references.tensors()) if isinstance(fisher, Fisher) and not prefix else {}
+    covered = {by_identity.get(index, prefix + name) for index, name in enumerate(references.names)}
+    left = [key for key in left if key not in covered]
+    if left:
         raise NameMismatchError(
-            f"fisher has {len(more)} names that this penalty does not cover: {some(more)}; it covers "
-            f"{some(list(covered))}. If the model grew, call rebind(module, new='add') first; if they are not meant, "
-            "pass extra='ignore', fisher.select(names), or fisher_diagonal(..., params=) the part that is shared"
+            f"fisher has {len(left)} names that this penalty does not cover: {some(left)}; it covers "
+            f"{some(references.names)}. If the model grew, call rebind(module, new='add') first; if they are not "
+            "meant, pass extra='ignore', fisher.select(names), or fisher_diagonal(..., params=) the part that is shared"
         )
 
 

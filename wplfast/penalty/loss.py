@@ -31,7 +31,8 @@ class WeightPlasticityLoss(Saved):
 
     The module refers to the parameters without owning them: ``wpl.parameters()`` is empty, and as a submodule it adds
     only its anchors to ``state_dict``. It never copies them either; each call checks that they are where they were, and
-    follows them to another device, dtype or address.
+    follows them to another device, dtype or address. A parameter that a module replaced, lost or got since is an error
+    that asks for :meth:`rebind`.
 
     Args:
         params: the shared parameters: a module (those that require grad), a mapping or (name, tensor) pairs.
@@ -74,7 +75,7 @@ class WeightPlasticityLoss(Saved):
             raise ValueError(f"l2 must be finite and not negative, got {l2}")
         self._fisher_dtype = fisher_dtype if fisher_dtype == torch.bfloat16 else None
         strength = alpha_tensor(alpha, references.names, device_of(references.tensors()))
-        self._alpha, self._said = alpha, Said()
+        self._alpha, self._said = _kept(alpha), Said()
         self._groups = ParamGroups(references, self._blank(references, l2), strength, float(l2))
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ class WeightPlasticityLoss(Saved):
             with torch.inference_mode(False):
                 anchors = None if groups.anchors is None else groups.anchors_beside(tensors)
             self._commit(ParamGroups(groups.references, anchors, values, groups.l2, groups.active_sets))
-        self._alpha = value  # what joins later takes its strength from here
+        self._alpha = _kept(value)
 
     # ---- anchors ---------------------------------------------------------------------------------------------------
 
@@ -233,7 +234,7 @@ class WeightPlasticityLoss(Saved):
             else:
                 anchors = groups.anchors_beside(tensors, indices if groups.outlast(options) else None)
             newer = newer_anchor(parameters, fisher, theta_hat, prefix, options)
-            check_extra(fisher, dict(zip(references.names, tensors, strict=True)), prefix, extra)
+            check_extra(fisher, newer.keys, references, prefix, extra)
             in_place = anchors is not groups.anchors
             self._commit(groups.with_anchors(anchors.consolidated(indices, newer, options, in_place)))
         self._said.hush(UNANCHORED)
@@ -336,7 +337,8 @@ class WeightPlasticityLoss(Saved):
         It calls :meth:`add_grad_` for the parameters that the optimizer holds: after clipping, and under a
         ``GradScaler`` after unscaling. ``step(closure)`` adds it after each call of the closure, and the penalty to the
         loss that it returns, as line searches want. Do not add ``wpl()`` to the loss as well. (A hook of your own must
-        return None: ``lambda *_: wpl.add_grad_()`` returns a tensor, which PyTorch refuses.)
+        return None: ``lambda *_: wpl.add_grad_()`` returns a tensor, which PyTorch refuses.) A copy of the optimizer is
+        not attached, as PyTorch copies no hooks.
 
         Args:
             optimizer: over some of the penalty's parameters, and any others.
@@ -422,3 +424,8 @@ class WeightPlasticityLoss(Saved):
         self._groups.references.chosen(active)
         first = self._groups.references.tensors()[0]
         return torch.zeros((), dtype=flat_dtype(first.dtype), device=first.device)
+
+
+def _kept(alpha: Alpha) -> Alpha:
+    """Return alpha as it is kept for parameters that join later."""
+    return dict(alpha) if isinstance(alpha, Mapping) else alpha

@@ -154,7 +154,7 @@ class ParamGroups:
         """Return groups of other parameters, which have names of these or are not anchored.
 
         Args:
-            references: to the other parameters.
+            references: to the other parameters; those that join come last.
             strengths: alpha of those that have no name of these, if it has one entry per parameter.
 
         Raises:
@@ -175,7 +175,7 @@ class ParamGroups:
             if alpha.dim():
                 joined = [name for name, source in zip(references.names, sources, strict=True) if source is None]
                 alpha = alpha[[source for source in sources if source is not None]]
-                alpha = torch.cat([alpha, strengths(joined).to(alpha)]) if joined else alpha  # they come last
+                alpha = torch.cat([alpha, strengths(joined).to(alpha).expand(len(joined))]) if joined else alpha
         return ParamGroups(references, anchors, alpha, self.l2, self.active_sets)
 
     def outlast(self, options: Options) -> bool:

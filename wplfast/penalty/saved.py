@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
+_LOAD_STATE_DICT = getattr(nn.Module.load_state_dict, "__code__", None)
 
 
 class Saved(nn.Module):
@@ -51,6 +52,8 @@ class Saved(nn.Module):
 
     def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> _IncompatibleKeys:
         """Read anchors that :meth:`save` wrote, by name; on an error nothing changes.
+
+        The penalty then pulls towards the file's anchors, wherever the parameters are.
 
         Args:
             path: of the file.
@@ -162,8 +165,6 @@ class Saved(nn.Module):
 def _strict_call(default: bool) -> bool:
     """Tell whether the ``load_state_dict`` that is going on is strict; PyTorch tells its modules that every one is."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is nn.Module.load_state_dict.__code__:
-            return bool(frame.f_locals["strict"])
+    while frame is not None and frame.f_code is not _LOAD_STATE_DICT:
         frame = frame.f_back
-    return default
+    return default if frame is None else bool(frame.f_locals.get("strict", default))
