@@ -64,8 +64,14 @@ OPTIMIZERS = {
 }
 
 
+MARKS = {"fused AdamW": pytest.mark.not_rehearsed("fused optimizers")}
+optimizers = pytest.mark.parametrize(
+    "make", [pytest.param(make, id=name, marks=MARKS.get(name, ())) for name, make in OPTIMIZERS.items()]
+)
+
+
 @pytest.mark.parametrize("closure", [False, True], ids=["step()", "step(closure)"])
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@optimizers
 def test_attached_it_is_as_in_the_loss(make, closure):
     found, with_it = train(make, True, closure=closure)
     wanted, losses = train(make, False, closure=closure)

@@ -50,7 +50,7 @@ class Saved(nn.Module):
         """
         storage.save(path, self._state(), "penalty", {"n_anchors": str(self.n_anchors)})
 
-    def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> _IncompatibleKeys:
+    def load(self, path: str | os.PathLike[str], strict: bool = True) -> _IncompatibleKeys:
         """Read anchors that :meth:`save` wrote, by name; on an error nothing changes.
 
         The penalty then pulls towards the file's anchors, wherever the parameters are.
