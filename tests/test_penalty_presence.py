@@ -350,6 +350,13 @@ def test_what_is_no_fisher_is_an_error_that_says_what_to_do(wrong):
         wpl.consolidate(random_fisher(module), theta_hat=module)
 
 
+def test_a_penalty_takes_no_inputs():
+    module = trunk()
+    module.append(anchored(module))
+    with pytest.raises(TypeError, match="got a Tensor: the penalty takes no inputs"):
+        module(torch.randn(2, 7, 5))
+
+
 def test_functional_takes_lists_and_says_how_to_make_them():
     module = nn.Linear(2, 2)
     lists = (

@@ -167,11 +167,11 @@ class References:
         links = {(id(holder), key): (holder, key, value) for i in indices for holder, key, value in self._paths[i]}
         return list(links.values())
 
-    def chosen(self, active: Sequence[str] | None) -> list[str]:
+    def chosen(self, active: Sequence[str] | Tensor | None) -> list[str]:
         """Return the active names, checked; None stands for all.
 
         Raises:
-            TypeError: if it is a string.
+            TypeError: if it is a string or a tensor.
             ValueError: if a name occurs twice.
             NameMismatchError: if a name is unknown.
         """
@@ -179,6 +179,8 @@ class References:
             return self.names
         if isinstance(active, str):
             raise TypeError(f"active must be a sequence of names, got the string {active!r}")
+        if isinstance(active, Tensor):
+            raise TypeError("active must be a sequence of names, got a Tensor: the penalty takes no inputs, call wpl()")
         check_names(self.names, active, "the penalty")
         if len(set(active)) != len(active):
             raise ValueError("active must name each parameter once")
