@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import storage
 from ..capture.accumulators import SLOW_RULES
@@ -70,6 +70,7 @@ class Fisher(Mapping[str, Tensor]):
         n_samples: number of samples behind it.
         total_weight: sum of their weights (n_samples if they carried none).
         mean_grad: parameter name -> ``sum_n w_n g_n / sum_n w_n``; None unless asked for.
+        theta_hat: parameter name -> its values that the Fisher belongs to, where a file kept them; else None.
         report: how the pass was served.
 
     Example:
@@ -87,12 +88,16 @@ class Fisher(Mapping[str, Tensor]):
         *,
         total_weight: float | None = None,
         mean_grad: Mapping[str, Tensor] | None = None,
+        theta_hat: Mapping[str, Tensor] | None = None,
         report: Report | None = None,
         metadata: Mapping[str, str] | None = None,
         parameters: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Wrap diagonals; see the class. ``parameters`` are remembered weakly, for matching by identity."""
         self._tensors = dict(tensors)
+        if theta_hat is not None:
+            check_names(theta_hat, self._tensors, "theta_hat")
+        self.theta_hat = None if theta_hat is None else {name: theta_hat[name] for name in self._tensors}
         self._parameters = {name: weakref.ref(p) for name, p in (parameters or {}).items()}
         self.n_samples = n_samples
         self.total_weight = float(n_samples) if total_weight is None else total_weight
@@ -137,7 +142,7 @@ class Fisher(Mapping[str, Tensor]):
         Raises:
             TypeError: if other is no Fisher.
             NameMismatchError: if the names differ.
-            ValueError: if shapes differ.
+            ValueError: if shapes differ, or both have theta_hat and they differ.
         """
         if not isinstance(other, Fisher):
             return NotImplemented
@@ -161,6 +166,7 @@ class Fisher(Mapping[str, Tensor]):
             self.n_samples + other.n_samples,
             total_weight=total,
             mean_grad=mean(self.mean_grad or {}, other.mean_grad or {}) if both else None,
+            theta_hat=_common(self.theta_hat, other.theta_hat),
             metadata=self.metadata,
         )
 
@@ -207,14 +213,24 @@ class Fisher(Mapping[str, Tensor]):
         self.total_weight, self.n_samples = total, round(samples)
         return self
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], theta_hat: nn.Module | Mapping[str, Tensor] | None = None) -> None:
         """Write a safetensors file atomically: diagonals, mean gradients, counts, provenance.
+
+        Args:
+            path: of the file.
+            theta_hat: the model, or its parameters by name, whose values are to be kept beside F. A penalty that
+                consolidates what :meth:`load` returns is anchored there, whatever its parameters' values are by then.
+                Default: what this Fisher has itself. Without it, a penalty is anchored where its parameters are.
 
         Raises:
             OSError: if the file cannot be written.
+            NameMismatchError: if theta_hat lacks a parameter.
+            ValueError: if a shape differs.
         """
         tensors = {f"fisher.{name}": tensor for name, tensor in self.items()}
         tensors |= {f"mean_grad.{name}": tensor for name, tensor in (self.mean_grad or {}).items()}
+        values = self.theta_hat if theta_hat is None else self._values(theta_hat)
+        tensors |= {f"theta_hat.{name}": tensor for name, tensor in (values or {}).items()}
         counts = {"n_samples": str(self.n_samples), "total_weight": repr(self.total_weight)}
         storage.save(path, tensors, "fisher", {**self.metadata, **counts, "names": json.dumps(list(self))})
 
@@ -227,7 +243,7 @@ class Fisher(Mapping[str, Tensor]):
             ValueError: if the file is truncated, foreign or of another version.
         """
         tensors, metadata = storage.load(path, "fisher")
-        parts: dict[str, dict[str, Tensor]] = {"fisher": {}, "mean_grad": {}}
+        parts: dict[str, dict[str, Tensor]] = {"fisher": {}, "mean_grad": {}, "theta_hat": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor.to(device)
@@ -237,8 +253,27 @@ class Fisher(Mapping[str, Tensor]):
             int(metadata.pop("n_samples")),
             total_weight=float(metadata.pop("total_weight")),
             mean_grad=parts["mean_grad"] or None,
+            theta_hat=parts["theta_hat"] or None,
             metadata={key: value for key, value in metadata.items() if not key.startswith("wplfast.")},
         )
+
+    def _values(self, theta_hat: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters' values under this Fisher's names, found by identity, then by name.
+
+        Raises:
+            NameMismatchError: if one is missing.
+            ValueError: if a shape differs.
+        """
+        given = dict(theta_hat.named_parameters() if isinstance(theta_hat, nn.Module) else theta_hat)
+        names = list(given)
+        found = {mine: given[names[i]] for i, mine in self.names_of(list(given.values())).items()}
+        check_names(given, [name for name in self if name not in found], "theta_hat")
+        values = {name: found[name] if name in found else given[name] for name in self}
+        for name, value in values.items():
+            if value.shape != self[name].shape:
+                expected, got = list(self[name].shape), list(value.shape)
+                raise ValueError(f"theta_hat[{name!r}] must have shape {expected} as its Fisher, got {got}")
+        return values
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Fisher:
         """Apply a function to every tensor."""
@@ -263,12 +298,28 @@ class Fisher(Mapping[str, Tensor]):
             for old, new in names.items()
             if old in self._parameters and (p := self._parameters[old]()) is not None
         }
+        hats = self.theta_hat
         return Fisher(
             tensors,
             self.n_samples,
             total_weight=self.total_weight,
             mean_grad=grad,
+            theta_hat=None if hats is None else {new: hats[old] for old, new in names.items()},
             report=report,
             metadata=self.metadata,
             parameters=references,
         )
+
+
+def _common(first: Mapping[str, Tensor] | None, second: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+    """Return the parameters' values that belong to two Fishers: those of the one that has some.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if first is None or second is None:
+        return second if first is None else first
+    for name, value in first.items():
+        if not torch.equal(value, second[name].to(value.device)):
+            raise ValueError(f"Fishers of different models do not add up: theta_hat[{name!r}] differs")
+    return first

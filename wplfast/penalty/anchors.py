@@ -124,23 +124,26 @@ class Anchors:
             and torch.equal(self.constant, other.constant)
         )
 
-    def moved(self, parameters: Sequence[Tensor], sources: Sequence[int] | None = None) -> Anchors:
+    def moved(self, parameters: Sequence[Tensor], sources: Sequence[int | None] | None = None) -> Anchors:
         """Return these anchors laid out beside other parameters.
 
         Args:
             parameters: they may be on other devices, of other dtypes, and larger in any dimension: what is beyond the
                 old shape is free (F = 0).
-            sources: for each, which of the old anchors it takes; default: the same position's.
+            sources: for each, which of the old anchors it takes, None where it is not anchored; default: the same
+                position's.
         """
-        sources = range(len(parameters)) if sources is None else sources
         new = Anchors(parameters, self._fisher_dtype)
-        for i, source in enumerate(sources):
+        pairs = enumerate(range(len(parameters)) if sources is None else sources)
+        taken = {i: source for i, source in pairs if source is not None}
+        for i, source in taken.items():
             corner = tuple(slice(0, size) for size in self.fisher[source].shape)
             new.theta_hat[i][corner] = self.theta_hat[source].to(new.theta_hat[i])
             new.fisher[i][corner] = self.fisher[source].to(new.fisher[i])
             if self.offset is not None:
                 new.with_offset()[i][corner] = self.offset[source].to(new.fisher[i].device)
-        new.constant, new.bound = self.constant[list(sources)], self.bound[list(sources)]
+        for column, old in ((new.constant, self.constant), (new.bound, self.bound)):
+            column[list(taken)] = old[list(taken.values())]
         new.n_anchors = self.n_anchors
         return new
 

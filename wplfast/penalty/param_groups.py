@@ -8,7 +8,7 @@ address, dtype, device, shape and stride with what the group was made from.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
 
@@ -48,18 +48,18 @@ class ParamGroup:
     ) -> None:
         self.indices = list(indices)
         theta = references.tensors()
-        self._theta = [theta[i] for i in indices]
+        self.theta = [theta[i] for i in indices]
         for i in indices:
             if theta[i].numel() and not theta[i].data_ptr():
                 raise StaleParameterError(f"{references.names[i]!r} has no memory: its storage was freed")
         self._links = references.links(indices)
-        device = self._theta[0].device
+        device = self.theta[0].device
         chosen = alpha if alpha.dim() == 0 else alpha[self.indices]
         self._alpha = chosen.to(device)  # the penalty's own where that is on this device
         self._one = scalar(1.0, device)
-        self._arguments = PenaltyArguments(self._theta, *anchors.columns(indices), self._alpha, scalar(l2, device))
+        self._arguments = PenaltyArguments(self.theta, *anchors.columns(indices), self._alpha, scalar(l2, device))
         self._constant = anchors.constants(indices, alpha.dim() == 0, device)
-        self._gaps = any(not is_dense(p) for p in self._theta)
+        self._gaps = any(not is_dense(p) for p in self.theta)
         kind = PreparedPenalty if self._gaps else backends.prepared_penalty(device.type)
         self._prepared = kind(*self._arguments, self._constant)
         self._prepared.remember()
@@ -69,6 +69,10 @@ class ParamGroup:
         chosen = alpha if alpha.dim() == 0 else alpha[self.indices]
         if chosen is not self._alpha:
             self._alpha.copy_(chosen)
+
+    def trains(self) -> bool:
+        """Tell whether a parameter requires grad."""
+        return any(p.requires_grad for p in self.theta)
 
     def unchanged(self) -> bool:
         """Tell whether the parameters are what and where they were, and their modules still hold them."""
@@ -86,7 +90,7 @@ class ParamGroup:
         self.check_parameter_grads()
         prepared = self._dense()
         value, packed = prepared.with_grad()
-        for p, gradient in zip(self._theta, prepared.views(packed), strict=True):
+        for p, gradient in zip(self.theta, prepared.views(packed), strict=True):
             if p.requires_grad:
                 step = (factor * gradient).to(p.dtype)
                 p.grad = step if p.grad is None else p.grad.add_(step)
@@ -94,11 +98,11 @@ class ParamGroup:
 
     def check_parameter_grads(self) -> None:
         """Check every ``.grad`` before anything is written to one."""
-        check_parameter_grads(self._theta)
+        check_parameter_grads(self.theta)
 
     def _dense(self) -> PreparedPenalty:
         """Return the penalty over copies of the parameters that have gaps in memory."""
-        theta = [p if is_dense(p) else p.contiguous() for p in self._theta]
+        theta = [p if is_dense(p) else p.contiguous() for p in self.theta]
         return PreparedPenalty(*self._arguments._replace(theta=theta), self._constant)
 
 
@@ -127,6 +131,7 @@ class ParamGroups:
         active_sets: Iterable[ActiveSet] = (),
     ) -> None:
         self.references, self.anchors, self.alpha, self.l2 = references, anchors, alpha, l2
+        self.anchored = anchors is not None and anchors.n_anchors > 0
         self._alpha_version = alpha._version
         self._groups: OrderedDict[ActiveSet, list[ParamGroup]] = OrderedDict()
         if anchors is not None:
@@ -143,24 +148,34 @@ class ParamGroups:
         """Return groups of the same parameters with other anchors."""
         if not anchors.evaluates_as(self.anchors):
             return ParamGroups(self.references, anchors, self.alpha, self.l2, self.active_sets)
-        return self._twin(anchors=anchors)
+        return self._twin(anchors=anchors, anchored=anchors.n_anchors > 0)
 
-    def rebound(self, references: References) -> ParamGroups:
-        """Return groups of other parameters that have names of these.
+    def rebound(self, references: References, strengths: Callable[[Sequence[str]], Tensor]) -> ParamGroups:
+        """Return groups of other parameters, which have names of these or are not anchored.
+
+        Args:
+            references: to the other parameters; those that join come last.
+            strengths: alpha of those that have no name of these, if it has one entry per parameter.
 
         Raises:
-            ValueError: if a parameter is smaller than its anchor or has another number of dimensions.
+            ValueError: if a parameter is smaller than its anchor or has another number of dimensions, or a name
+                matches no prefix of alpha.
         """
-        sources = [self.references.index[name] for name in references.names]
-        theta, anchors = references.tensors(), self.anchors
+        sources = [self.references.index.get(name) for name in references.names]
+        theta, anchors, alpha = references.tensors(), self.anchors, self.alpha
         with torch.inference_mode(False), torch.no_grad():
             if anchors is not None:
                 for name, parameter, source in zip(references.names, theta, sources, strict=True):
+                    if source is None:
+                        continue
                     old, new = list(anchors.fisher[source].shape), list(parameter.shape)
                     if len(new) != len(old) or any(a < b for a, b in zip(new, old, strict=True)):
                         raise ValueError(f"params[{name!r}] must have at least its anchor's shape {old}, got {new}")
                 anchors = anchors.moved(theta, sources)
-            alpha = self.alpha if self.alpha.dim() == 0 else self.alpha[sources]
+            if alpha.dim():
+                joined = [name for name, source in zip(references.names, sources, strict=True) if source is None]
+                alpha = alpha[[source for source in sources if source is not None]]
+                alpha = torch.cat([alpha, strengths(joined).to(alpha).expand(len(joined))]) if joined else alpha
         return ParamGroups(references, anchors, alpha, self.l2, self.active_sets)
 
     def outlast(self, options: Options) -> bool:
@@ -198,7 +213,7 @@ class ParamGroups:
             self.take_alpha()  # somebody wrote to it
         if anchors is not None and anchors.pending is not None:
             anchors.settle()  # an interrupt came between
-        if groups is None:
+        if groups is None or not self.references.complete():
             return None
         for group in groups:
             if not group.unchanged():
