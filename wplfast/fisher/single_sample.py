@@ -61,7 +61,7 @@ def run_single_sample(
     half = half or torch.is_autocast_enabled(losses.device.type)
     tolerance = 5e-2 if half else TOLERANCE.get(losses.dtype, 1e-3)
     verdict: bool | None = None
-    with preserved(model), _without_hooks(parameters), torch._C.DisableTorchFunctionSubclass():
+    with preserved(model), torch._C.DisableTorchFunctionSubclass(), _without_grads(parameters):
         for inputs, target in _cuts(batch.inputs, targets, n_samples):
             try:
                 loss = loss_fn(Batch(inputs, target, None).forward(model), target)
@@ -71,11 +71,12 @@ def run_single_sample(
                 continue
             verdict = bool((loss.detach() - expected[-1]).abs().max() <= tolerance * level)
             if verdict:
-                try:
-                    gradients = torch.autograd.grad(loss.sum(), list(parameters), allow_unused=True)
-                except RuntimeError:  # reentrant checkpoints want .backward(), which would run the users' hooks
-                    return True, None
-                return True, SingleSample(n_samples - 1, [None if g is None else g / 2 for g in gradients])
+                # Not torch.autograd.grad, which does not see what checkpoints add to .grad by a backward() of their own.
+                for p in parameters:
+                    p.grad = None
+                loss.sum().backward()
+                gradients = [None if p.grad is None else p.grad / 2 for p in parameters]
+                return True, SingleSample(n_samples - 1, gradients)
     return verdict, None
 
 
@@ -103,13 +104,13 @@ def _cuts(inputs: Any, targets: Any, n_samples: int) -> Iterator[tuple[Any, Any]
 
 
 @contextmanager
-def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Take the users' gradient hooks off the parameters, so that they see no gradients of ours."""
-    hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+def _without_grads(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Take the parameters' gradients away meanwhile."""
+    grads = [p.grad for p in parameters]
     try:
-        for p, _ in hooks:
-            p._backward_hooks = None
+        for p in parameters:
+            p.grad = None
         yield
     finally:
-        for p, own in hooks:
-            p._backward_hooks = own
+        for p, grad in zip(parameters, grads, strict=True):
+            p.grad = grad

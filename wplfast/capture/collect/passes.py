@@ -11,6 +11,7 @@ from ...errors import NonFiniteError, WplfastError
 from ..call_site import TappedCall
 from ..probe.infer import LayoutInference, Verdict
 from ..sample_layout import SampleLayout
+from ..trace.nested import SECOND_DERIVATIVE
 from .round import OutputGrads, Round
 
 
@@ -22,10 +23,7 @@ class Idle:
     ) -> Sequence[Tensor | None]:
         """Let gradients pass; refuse to be a part of a second derivative."""
         if torch.is_grad_enabled():
-            raise WplfastError(
-                "a second derivative through watched parameters (create_graph=True inside the model or the loss) "
-                "is not supported: per-sample gradients cannot be captured there"
-            )
+            raise WplfastError(SECOND_DERIVATIVE)
         return tapped.nothing
 
 

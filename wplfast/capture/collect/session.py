@@ -27,6 +27,7 @@ from ..call_site import Listener
 from ..probe.graph import Fingerprint, fingerprint, reorders_rows
 from ..probe.infer import Check, LayoutInference
 from ..trace.intercept import Interception
+from ..trace.nested import current_task
 from .batch import Batch, SingleSample
 from .identity import verify_batch, watching
 from .leaf_grads import LeafGrads
@@ -245,10 +246,15 @@ class Session:
         total = losses.sum() if weights is None else (losses * weights.to(losses)).sum()
         relay = self.interception.relay
         relay.listener, relay.site = listener, None
+
+        def begin(_: Tensor) -> None:
+            relay.task = current_task()
+
+        total.register_hook(begin)
         try:
             total.backward(retain_graph=keep)
         finally:
-            relay.listener = relay.idle
+            relay.listener, relay.task = relay.idle, -1
 
     def _probe(self, batch: Batch, digit: int, with_ordinary: bool) -> None:
         """Run one probing pass; with ``with_ordinary``, keep the parameters' ordinary gradients to verify with."""
@@ -287,7 +293,8 @@ class Session:
         coupled = [tapped for tapped in collected.mixed if tapped.call.differentiable_inputs]
         known = batch.independent
         if known is None:
-            known = all(is_about_positions(tapped, len(batch.losses)) for tapped in bare)
+            known = not self.interception.has_asked
+            known = known and all(is_about_positions(tapped, len(batch.losses)) for tapped in bare)
         if not bare or not known:
             hint = "" if coupled or batch.independent is not None else UNKNOWN
             raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint)

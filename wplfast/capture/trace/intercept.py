@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import CoupledSamplesError, WplfastError
-from ..call import Call, autocast_state, floating, is_in_place, kind_of, random_state
+from ..call import Call, Operand, autocast_state, floating, is_in_place, kind_of, random_state
 from ..call_site import CallSite, Listener, Relay, TappedCall
 from ..rules import rule_for
 from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
 from .call_cache import CachedCall, CallCache
 from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
+from .nested import DERIVATIVES
 from .operands import Operands, Sorter
 from .product import folded, multiply_and_tap, product_of
 from .tap import tap
@@ -33,6 +34,7 @@ class Interception:
         leaves: what stands for the parameters in parameter-only graphs, and takes ordinary gradients.
         reorders: a call was seen whose rows lie in an order, or number, that depends on the data.
         n_parameter_only: number of call sites that were found to have no sample axis.
+        has_asked: the forward pass took gradients with respect to parameters, which may enter it as data.
     """
 
     def __init__(self, parameters: list[Tensor], constants: list[Tensor], idle: Listener) -> None:
@@ -48,18 +50,22 @@ class Interception:
         self.taps: list[TappedCall] = []
         self.derived: list[Derived] = []
         self.leaves = self._operands.leaves
-        self.reorders = False
+        self.reorders = self.has_asked = False
         self.n_parameter_only = 0
 
     def start_batch(self) -> None:
         """Forget the calls of the last forward pass."""
         self.cache.restart(len(self.taps))
-        self.taps, self.derived, self.relay.is_over = [], [], False
+        self.taps, self.derived, self.relay.is_over, self.has_asked = [], [], False, False
 
     @property
     def _is_backward(self) -> bool:
         """Whether a backward pass runs, which makes calls itself: those of checkpoints."""
         return self.relay.listener is not self.relay.idle
+
+    def operand(self, tensor: Tensor) -> Operand | None:
+        """Return the operand that a tensor is, if it is a watched parameter or was computed from some alone."""
+        return self._operands.of(tensor)
 
     def mark_parameter_only(self, taps: Iterable[TappedCall]) -> None:
         """Take the results of these calls for derived from parameters, from the next forward pass on."""
@@ -89,6 +95,8 @@ class Interception:
                 cached = self.cache.find(func, args, self._operands)
                 if cached is not None:
                     return self._tap_again(cached, args)
+            if func in DERIVATIVES:
+                return DERIVATIVES[func](self, *args, **kwargs)
             name = getattr(func, "__name__", str(func))
             if is_about_itself(func, name, len(args) + len(kwargs)):
                 return func(*args, **kwargs)
