@@ -21,11 +21,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...errors import CoupledSamplesError, WplfastError
+from ...errors import CoupledSamplesError, VerificationError, WplfastError
 from ..accumulators import Accumulators
 from ..call_site import Listener
 from ..probe.graph import Fingerprint, fingerprint, reorders_rows
+from ..probe.hooks import called_in
 from ..probe.infer import Check, LayoutInference
+from ..probe.weights import Projection
 from ..trace.intercept import Interception
 from ..trace.nested import current_task
 from .batch import Batch, SingleSample
@@ -33,7 +35,7 @@ from .identity import verify_batch, watching
 from .leaf_grads import LeafGrads
 from .mixed import UNKNOWN, describe, is_about_positions
 from .one_by_one import one_by_one
-from .passes import CollectPass, Idle, ProbePass
+from .passes import CollectPass, Idle, ProbePass, ProjectionPass
 from .round import Round
 from .steady import Layouts, SteadyBatch
 
@@ -72,6 +74,7 @@ class Session:
         self._dtypes: set[torch.dtype] = set()  # of the gradients in verified batches
         self._is_verified = False
         self._reorders = False  # rows may lie in another order in every batch
+        self._is_bent = False  # a hook or a Function keeps gradients from scaling with the losses
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
@@ -171,15 +174,21 @@ class Session:
             or inference.has_dormant
             or bool(self._in_backward or self._unseen)
         )
+        with_ordinary = batch.verify
         for attempt in range(MAX_ROUNDS):
-            for digit in range(passes):
-                self._probe(batch, digit, with_ordinary=batch.verify and attempt == digit == 0)
+            self._probe(batch, passes, with_ordinary, wanted)
+            with_ordinary = False
             if passes and not (first or attempt) and may_replay and inference.is_new(taps):
                 dry = self._collect_round(batch, wanted, dry=True)  # learn of replays before anything is accumulated
-                if dry.mixed and not self._learn_from(dry, batch, may_replay, dry=True):
+                if self._must_probe_in_pairs(dry, batch):
+                    self._probe(batch, inference.probe_in_pairs(), batch.verify, wanted)
+                elif dry.mixed and not self._learn_from(dry, batch, may_replay, dry=True):
                     return False
             collected = self._collect_round(batch, wanted, dry=False)
-            if collected.mixed:
+            if self._must_probe_in_pairs(collected, batch):
+                inference.probe_in_pairs()
+                with_ordinary = batch.verify
+            elif collected.mixed:
                 if not self._learn_from(collected, batch, may_replay, dry=False):
                     return False
                 batch.one_by_one |= {index for tapped in collected.mixed for index in tapped.parameters}
@@ -195,12 +204,25 @@ class Session:
             passes = inference.probe_weights.rounds
         else:
             raise WplfastError(f"could not measure which samples the uses of {self._some(wanted or set())} belong to")
-        one_by_one(batch, self._unseen, self._run, self._leaf_grads, self.accumulators)
+        astray = one_by_one(batch, self._unseen, self._run, self._leaf_grads, self.accumulators)
+        if astray:
+            raise CoupledSamplesError(
+                f"the gradients of {self._some(astray)} for one sample after the other do not add up to that of the batch: "
+                "something mixes samples, or adds to what has no gradient" + self._hooks(batch)
+            )
         if batch.verify:
             seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
-            weights, fisher = inference.probe_weights.weights(0), self.accumulators.fisher
-            if verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, fisher):
-                self._is_verified = self._is_verified or len(batch.losses) > 1
+            weights, fisher = inference.probe_weights.verifying, self.accumulators.fisher
+            try:
+                finite = verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, fisher)
+            except VerificationError:
+                if not first or inference.in_pairs or not self._is_nonlinear(batch, (-(2.0**8), 2.0**-8)):
+                    raise
+                self._clear()
+                inference.in_pairs = self._is_bent = True
+                batch.captured, batch.of_single_sample, batch.ordinary = {}, {}, []
+                return self._collect(batch, check, may_replay)
+            self._is_verified = self._is_verified or (finite and len(batch.losses) > 1)
         if whole and not (attempt or batch.one_by_one):
             self._remember((len(batch.losses), graph), collected.layouts)
         return True
@@ -256,19 +278,34 @@ class Session:
         finally:
             relay.listener, relay.task = relay.idle, -1
 
-    def _probe(self, batch: Batch, digit: int, with_ordinary: bool) -> None:
-        """Run one probing pass; with ``with_ordinary``, keep the parameters' ordinary gradients to verify with."""
-        listener = ProbePass(self._inference, self._in_backward, with_ordinary)
-        self._run(batch.losses, self._inference.probe_weights.weights(digit), listener, keep=True)
-        if with_ordinary:
-            batch.ordinary = self._leaf_grads.take()
+    def _probe(self, batch: Batch, passes: int, with_ordinary: bool, wanted: set[int] | None) -> None:
+        """Run probing passes; ``with_ordinary``, keep the ordinary gradients of wanted parameters to verify with."""
+        inference = self._inference
+        if with_ordinary and inference.in_pairs:
+            self._probe_once(batch, None, wanted)
+            inference.start_probing()
+        for digit in range(passes):
+            verifies = with_ordinary and not (digit or inference.in_pairs)
+            self._probe_once(batch, inference.probe_weights.weights(digit), wanted if verifies else set())
+            if inference.has_half and not inference.in_pairs:
+                self._probe(batch, inference.probe_in_pairs(), with_ordinary, wanted)
+                return
+
+    def _probe_once(self, batch: Batch, weights: Tensor | None, ordinary: set[int] | None) -> None:
+        """Run one probing pass; keep the ordinary gradients of some parameters (None: all)."""
+        listener = ProbePass(self._inference, self._in_backward, ordinary != set())
+        self._run(batch.losses, weights, listener, keep=True)
+        if ordinary != set():
+            found = self._leaf_grads.take()
+            known = batch.ordinary or found
+            batch.ordinary = [f if ordinary is None or i in ordinary else known[i] for i, f in enumerate(found)]
             self._dtypes |= listener.dtypes
 
     def _collect_round(self, batch: Batch, wanted: set[int] | None, dry: bool) -> CollectPass:
         """Run the collecting pass and accumulate all that can be; a dry one only measures."""
         round_ = None
         if not dry:
-            weights = self._inference.probe_weights.weights(0)
+            weights = self._inference.probe_weights.verifying
             watch = watching(batch, weights, self.accumulators.fisher) if batch.verify else None
             round_ = Round(self.interception.taps, self.accumulators, self.names, wanted, watch)
             round_.excluded |= self._unseen
@@ -282,6 +319,54 @@ class Session:
 
     # ---- what cannot be collected ----------------------------------------------------------------------------------
 
+    def _must_probe_in_pairs(self, collected: CollectPass, batch: Batch) -> bool:
+        """Tell whether gradients do not scale with the losses, so that samples are to be told in another way."""
+        mixed, n_samples = collected.mixed, len(batch.losses)
+        if self._inference.in_pairs or not (mixed or collected.moved):
+            nonlinear = False
+        elif not any(tapped.call.differentiable_inputs for tapped in (*mixed, *collected.moved)):
+            unclear = [tapped for tapped in (*mixed, *collected.moved) if not is_about_positions(tapped, n_samples)]
+            nonlinear = bool(unclear) and self._is_nonlinear(batch, (-(2.0**8),))
+        elif any(not t.call.differentiable_inputs and is_about_positions(t, n_samples) for t in mixed):
+            nonlinear = False  # what follows from positions may seem mixed: they are learnt of first
+        else:
+            nonlinear = self._is_nonlinear(batch, (-(2.0**8), 2.0**-8))
+        self._is_bent = self._is_bent or nonlinear
+        if collected.moved and not nonlinear:
+            raise VerificationError(
+                f"the rows of {collected.moved[0].call.name} belong to other samples than in earlier batches (does the "
+                "model order them by the data?); pass verify='always' to measure every batch"
+            )
+        return nonlinear
+
+    def _is_nonlinear(self, batch: Batch, factors: tuple[float, ...]) -> bool:
+        """Tell whether some gradient is not multiplied by a factor as all losses are: a hook, or a Function, sees to that.
+
+        Autograd itself is linear.
+        """
+        plain = self._projected(batch, 1.0)
+        return any(
+            not all(one.is_scaled(other, factor) for one, other in zip(self._projected(batch, factor), plain, strict=False))
+            for factor in factors
+        )
+
+    def _projected(self, batch: Batch, factor: float) -> list[Projection]:
+        """Return projections of all gradients for losses times a factor."""
+        listener = ProjectionPass(len(batch.losses))
+        self._run(batch.losses, torch.full((len(batch.losses),), factor, device="cpu"), listener, keep=True)
+        self._leaf_grads.drop()
+        return listener.found
+
+    def _hooks(self, batch: Batch) -> str:
+        """Name what autograd calls in a backward pass of the batch, for a message."""
+        found = called_in(lambda: self._projected(batch, 1.0))
+        return f". Hooks and Functions that may mix them: {', '.join(found[:6])}" if found else ""
+
+    def _clear(self) -> None:
+        """Forget all that was accumulated."""
+        for index in range(len(self.parameters)):
+            self.accumulators.clear(index)
+
     def _learn_from(self, collected: CollectPass, batch: Batch, may_replay: bool, dry: bool) -> bool:
         """Learn from calls that mix samples; tell whether the batch can go on without another forward pass.
 
@@ -291,18 +376,20 @@ class Session:
         """
         bare = [tapped for tapped in collected.mixed if not tapped.call.differentiable_inputs]
         coupled = [tapped for tapped in collected.mixed if tapped.call.differentiable_inputs]
+        positions = [tapped for tapped in bare if is_about_positions(tapped, len(batch.losses))]
+        if self._is_bent and not positions:
+            raise CoupledSamplesError(describe(collected.mixed[0], self.names) + self._hooks(batch))
         known = batch.independent
         if known is None:
-            known = not self.interception.has_asked
-            known = known and all(is_about_positions(tapped, len(batch.losses)) for tapped in bare)
+            known = not self.interception.has_asked and positions == bare
         if not bare or not known:
             hint = "" if coupled or batch.independent is not None else UNKNOWN
-            raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint)
-        self.interception.mark_parameter_only(bare)
-        if may_replay and (dry or self.n_batches == 0):
+            raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint + self._hooks(batch))
+        can_replay = may_replay and (dry or self.n_batches == 0)
+        self.interception.mark_parameter_only(positions if can_replay and positions else bare)
+        if can_replay:
             if self.n_batches == 0:
-                for index in range(len(self.parameters)):
-                    self.accumulators.clear(index)
+                self._clear()
             self.interception.start_batch()
             return False
         if coupled and not batch.independent:

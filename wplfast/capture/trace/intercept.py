@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import CoupledSamplesError, WplfastError
 from ..call import Call, Operand, autocast_state, floating, is_in_place, kind_of, random_state
 from ..call_site import CallSite, Listener, Relay, TappedCall
+from ..probe.graph import may_reorder, structure_behind
 from ..rules import rule_for
 from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
@@ -19,8 +20,8 @@ from .call_cache import CachedCall, CallCache
 from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
 from .nested import DERIVATIVES
 from .operands import Operands, Sorter
-from .product import folded, multiply_and_tap, product_of
-from .tap import tap
+from .product import PRODUCT_NODE, folded, multiply_and_tap, product_of
+from .tap import TAP_NODE, tap
 
 
 class Interception:
@@ -99,6 +100,9 @@ class Interception:
                 return DERIVATIVES[func](self, *args, **kwargs)
             name = getattr(func, "__name__", str(func))
             if is_about_itself(func, name, len(args) + len(kwargs)):
+                if name == "register_hook" and isinstance(args[0], Derived):
+                    args[0]._origin = None  # each sample's gradient goes through the graph, and through the hook
+                    return args[0]._graph.register_hook(*args[1:], **kwargs)
                 return func(*args, **kwargs)
             if kwargs.get("scale_grad_by_freq"):
                 raise CoupledSamplesError(
@@ -152,7 +156,12 @@ class Interception:
     def _site(self, call: Call, inputs: list[Tensor]) -> CallSite:
         """Return the site of a call that comes next."""
         here = self.cache.here.site
-        return self.cache.site(call, inputs, (self.relay.site or here.in_backward) if self._is_backward else here)
+        if not self._is_backward:
+            return self.cache.site(call, inputs, here)
+        # The graph behind the losses tells nothing of what a backward pass computes.
+        behind = structure_behind(inputs, (TAP_NODE, PRODUCT_NODE))
+        self.reorders = self.reorders or any(isinstance(kind, type) and may_reorder(kind) for kind in behind)
+        return self.cache.site(call, inputs, self.relay.site or here.in_backward, behind)
 
     def _arrive(self, site: CallSite, call: Call, inputs: list[Tensor]) -> CachedCall | None:
         """Go on to a site; return the place of a call of these sizes there, unless a backward pass runs."""

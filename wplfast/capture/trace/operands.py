@@ -54,7 +54,8 @@ class Operands:
         leaves = tuple(self.leaves[i] for i in indices)
         region = None
         leaf = leaves[0]
-        if len(leaves) == 1 and graph._base is leaf and leaf.is_contiguous() and graph.dtype == leaf.dtype:
+        is_view = graph._base is leaf and not graph._backward_hooks
+        if len(leaves) == 1 and is_view and leaf.is_contiguous() and graph.dtype == leaf.dtype:
             offset = int(graph.storage_offset()) - int(leaf.storage_offset())
             region = (indices[0], graph.size(), graph.stride(), offset)
         return Operand(tensor, value, indices, graph, leaves, region, origin)

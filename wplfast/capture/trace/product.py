@@ -136,6 +136,9 @@ class _TappedProduct(torch.autograd.Function):
 #: ``Function.apply`` without its check for functorch transforms, under which nothing is tapped anyway.
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, _TappedProduct).apply
 
+#: The type of its nodes in a graph.
+PRODUCT_NODE: type = _TappedProduct._backward_cls  # type: ignore[attr-defined]
+
 
 def folded(args: tuple[Any, ...], is_constant: Callable[[Tensor], bool]) -> tuple[Any, ...]:
     """Copy the input of ``F.linear`` where PyTorch does so for a weight that requires grad.

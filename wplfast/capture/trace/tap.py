@@ -51,3 +51,6 @@ class _Tap(torch.autograd.Function):
 
 #: ``Function.apply`` without its check for functorch transforms, under which nothing is tapped anyway.
 _apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Tap).apply
+
+#: The type of its nodes in a graph.
+TAP_NODE: type = _Tap._backward_cls  # type: ignore[attr-defined]
