@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.collect.batch import SingleSample
+from ..capture.probe.graph import leaves
 from ..capture.watched import map_tensors, tensors_in
 from .batches import Batch
 from .preserve import preserved
@@ -61,7 +62,7 @@ def run_single_sample(
     half = half or torch.is_autocast_enabled(losses.device.type)
     tolerance = 5e-2 if half else TOLERANCE.get(losses.dtype, 1e-3)
     verdict: bool | None = None
-    with preserved(model), torch._C.DisableTorchFunctionSubclass(), _without_grads(parameters):
+    with preserved(model), torch._C.DisableTorchFunctionSubclass():
         for inputs, target in _cuts(batch.inputs, targets, n_samples):
             try:
                 loss = loss_fn(Batch(inputs, target, None).forward(model), target)
@@ -72,10 +73,12 @@ def run_single_sample(
             verdict = bool((loss.detach() - expected[-1]).abs().max() <= tolerance * level)
             if verdict:
                 # Not torch.autograd.grad, which does not see what checkpoints add to .grad by a backward() of their own.
-                for p in parameters:
-                    p.grad = None
-                loss.sum().backward()
-                gradients = [None if p.grad is None else p.grad / 2 for p in parameters]
+                with _without_grads([*parameters, *leaves(loss)]):
+                    try:
+                        loss.sum().backward()
+                    except RuntimeError:  # the model's own, for two samples
+                        return True, None
+                    gradients = [None if p.grad is None else p.grad / 2 for p in parameters]
                 return True, SingleSample(n_samples - 1, gradients)
     return verdict, None
 
@@ -104,13 +107,13 @@ def _cuts(inputs: Any, targets: Any, n_samples: int) -> Iterator[tuple[Any, Any]
 
 
 @contextmanager
-def _without_grads(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Take the parameters' gradients away meanwhile."""
-    grads = [p.grad for p in parameters]
+def _without_grads(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Take the gradients of leaves away meanwhile."""
+    grads = {id(t): (t, t.grad) for t in tensors}
     try:
-        for p in parameters:
-            p.grad = None
+        for t, _ in grads.values():
+            t.grad = None
         yield
     finally:
-        for p, grad in zip(parameters, grads, strict=True):
-            p.grad = grad
+        for t, grad in grads.values():
+            t.grad = grad

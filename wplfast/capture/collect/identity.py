@@ -105,7 +105,8 @@ def check_identity(
         if index in skipped or (expected is None and got is None):
             continue
         difference = torch.zeros_like(fisher[index]) if got is None else got.clone()
-        size = max(scales[index], floor)
+        least = torch.finfo(dtypes[index]).tiny * difference.numel() ** 0.5  # below, all is rounding
+        size = max(scales[index], floor, least)
         if expected is not None:
             difference -= expected.to(difference.dtype)
             size = max(size, float(expected.norm()) / largest)

@@ -106,7 +106,9 @@ def structure_behind(tensors: Sequence[Tensor], ends: Container[type]) -> tuple[
             continue
         seen.add(node)
         kind = type(node)
-        found += [kind, len(node._input_metadata[0].shape), *(getattr(node, name) for name in _attributes_of(kind)[0])]
+        found.append(kind)
+        for name in _attributes_of(kind)[0]:
+            found.append(getattr(node, name))
         if kind not in ends:
             stack.extend(following for following, _ in node.next_functions)
     return tuple(found)

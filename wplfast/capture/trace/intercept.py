@@ -18,7 +18,7 @@ from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
 from .call_cache import CachedCall, CallCache
 from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
-from .nested import DERIVATIVES
+from .nested import DERIVATIVES, is_recomputing
 from .operands import Operands, Sorter
 from .product import PRODUCT_NODE, folded, multiply_and_tap, product_of
 from .tap import TAP_NODE, tap
@@ -158,8 +158,8 @@ class Interception:
         here = self.cache.here.site
         if not self._is_backward:
             return self.cache.site(call, inputs, here)
-        # The graph behind the losses tells nothing of what a backward pass computes.
-        behind = structure_behind(inputs, (TAP_NODE, PRODUCT_NODE))
+        # The graph behind the losses tells nothing of what a backward pass computes, unless it only computes it again.
+        behind = () if is_recomputing() else structure_behind(inputs, (TAP_NODE, PRODUCT_NODE))
         self.reorders = self.reorders or any(isinstance(kind, type) and may_reorder(kind) for kind in behind)
         return self.cache.site(call, inputs, self.relay.site or here.in_backward, behind)
 
