@@ -25,6 +25,9 @@ class Interceptor(Protocol):
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function some of whose arguments are watched."""
 
+    def note_without_grad(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Hear of a torch function that runs without grad mode."""
+
 
 #: Functions that matter without grad mode too.
 _DERIVATIVES = frozenset({torch.autograd.grad, torch.autograd.backward})
@@ -45,6 +48,11 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             interceptor = tensor._pass if isinstance(tensor, Derived) else _interceptors.get(id(tensor))
             if interceptor is not None:
                 return interceptor.call(func, args, kwargs)
+    else:
+        for argument in args:
+            if (interceptor := _interceptors.get(id(argument))) is not None:
+                interceptor.note_without_grad(func, args)
+                break
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 

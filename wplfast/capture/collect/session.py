@@ -65,6 +65,7 @@ class Session:
         self.names, self.parameters, self.accumulators = names, parameters, accumulators
         self.interception = Interception(parameters, constants, Idle())
         self.n_batches = 0
+        self.frozen: list[Tensor] = []  # parameters that require no grad during the pass, and only then
         self._leaf_grads = LeafGrads(parameters, self.interception)
         self._inference = LayoutInference()
         self._structures: dict[tuple[object, ...], int] = {}  # of graphs, numbered
@@ -118,7 +119,7 @@ class Session:
             learnt = self.interception.n_parameter_only
             if replay is None or fruitless == MAX_ROUNDS:
                 raise WplfastError("could not measure which samples the uses of the parameters belong to")
-            batch = Batch(replay(), batch.verify, retain_graph, independent, single_sample)
+            batch = Batch(replay(), batch.verify, retain_graph, independent, batch.single_sample)
         self.interception.relay.is_over = not retain_graph
         self.n_batches += 1
 
@@ -210,6 +211,8 @@ class Session:
                 f"the gradients of {self._some(astray)} for one sample after the other do not add up to that of the batch: "
                 "something mixes samples, or adds to what has no gradient" + self._hooks(batch)
             )
+        if first and not self._are_reached(batch, may_replay):
+            return False
         if batch.verify:
             seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
             weights, fisher = inference.probe_weights.verifying, self.accumulators.fisher
@@ -395,6 +398,28 @@ class Session:
         if coupled and not batch.independent:
             raise CoupledSamplesError(describe(coupled[0], self.names) + UNKNOWN)
         return True
+
+    def _are_reached(self, batch: Batch, may_replay: bool) -> bool:
+        """Tell whether parameters that checkpoints use got gradients; if not, prepare for the batch to be run again.
+
+        A checkpoint has none if its inputs require no grad, as where all before it is frozen for the pass.
+        """
+        tapped = {index for t in self.interception.taps for index in t.parameters}
+        lost = self.interception.without_grad - tapped - self._in_backward - self._unseen
+        if not lost or not self.frozen:
+            return True
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        self.frozen = []
+        if not may_replay:
+            raise WplfastError(
+                f"{self._some(lost)} got no gradient, perhaps because a checkpoint's inputs require none: parameters outside "
+                "of params are frozen for the pass. Pass params that come before it too, and select from the result"
+            )
+        self._clear()
+        self.interception.start_batch()
+        batch.single_sample = None  # had none either
+        return False
 
     def _find_unseen(self, squared: set[int]) -> set[int]:
         """Return the parameters that gradients arrived at past the taps, and remember them."""

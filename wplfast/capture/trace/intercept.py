@@ -35,6 +35,7 @@ class Interception:
         leaves: what stands for the parameters in parameter-only graphs, and takes ordinary gradients.
         reorders: a call was seen whose rows lie in an order, or number, that depends on the data.
         n_parameter_only: number of call sites that were found to have no sample axis.
+        without_grad: parameters that were used without grad mode, as in the forward pass of a checkpoint.
         has_asked: the forward pass took gradients with respect to parameters, which may enter it as data.
     """
 
@@ -52,6 +53,7 @@ class Interception:
         self.derived: list[Derived] = []
         self.leaves = self._operands.leaves
         self.reorders = self.has_asked = False
+        self.without_grad: set[int] = set()
         self.n_parameter_only = 0
 
     def start_batch(self) -> None:
@@ -63,6 +65,11 @@ class Interception:
     def _is_backward(self) -> bool:
         """Whether a backward pass runs, which makes calls itself: those of checkpoints."""
         return self.relay.listener is not self.relay.idle
+
+    def note_without_grad(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Note the parameters among the arguments of a call without grad mode."""
+        if not is_about_itself(func, getattr(func, "__name__", ""), len(args)):
+            self.without_grad |= {index for a in args for index in self._operands.index_of(a)}
 
     def operand(self, tensor: Tensor) -> Operand | None:
         """Return the operand that a tensor is, if it is a watched parameter or was computed from some alone."""

@@ -35,6 +35,11 @@ class Operands:
         index = self._index.get(id(tensor))
         return None if index is None else self.watched(index)
 
+    def index_of(self, value: Any) -> tuple[int, ...]:
+        """Return the index of a watched parameter, if a value is one."""
+        index = self._index.get(id(value))
+        return () if index is None else (index,)
+
     def watched(self, index: int) -> Operand:
         """Return a watched parameter's operand, where the parameter is now."""
         leaf, tensor = self.leaves[index], self._parameters[index]
