@@ -106,6 +106,7 @@ class CollectPass:
         retry: parameters with a use that needs more probing passes.
         mixed: calls whose outputs' rows belong to no single sample.
         moved: calls whose outputs' rows belong to other samples than in earlier batches.
+        foreign: calls whose outputs' gradients stayed as they were when the losses got weights.
         layouts: by the index of a tapped call, what its outputs' layouts were.
     """
 
@@ -122,6 +123,7 @@ class CollectPass:
         self.retry: set[int] = set()
         self.mixed: list[TappedCall] = []
         self.moved: list[TappedCall] = []
+        self.foreign: list[TappedCall] = []
         self.layouts: dict[int, Sequence[SampleLayout | None]] = {}
 
     def receive(
@@ -137,7 +139,7 @@ class CollectPass:
             layouts = self._inference.layouts(tapped, grads)
             if layouts is Verdict.NONFINITE:
                 raise NonFiniteError(f"a gradient of {self._names[min(parameters)]!r} is NaN or infinite")
-            if layouts is Verdict.FOREIGN:
+            if layouts is Verdict.FOREIGN and self._inference.in_pairs:
                 raise WplfastError(
                     f"{self._names[min(parameters)]!r} gets a gradient ({tapped.call.name}) from a backward() that a hook or "
                     "a Function runs inside the backward pass, and that does not come from the losses: PyTorch adds it to "
@@ -149,6 +151,8 @@ class CollectPass:
                     self.mixed.append(tapped)
                 elif layouts is Verdict.MOVED:
                     self.moved.append(tapped)
+                elif layouts is Verdict.FOREIGN:
+                    self.foreign.append(tapped)
                 if self._round is not None:
                     self._round.excluded |= parameters
             else:

@@ -167,7 +167,7 @@ class Session:
         graph = batch.graph or fingerprint(batch.losses)
         structure = self._number(graph.structure)
         inference.start_batch(len(batch.losses), structure, Check.TRUST if first else check, self._reorders)
-        passes = max(inference.passes_needed(taps), int(batch.verify))
+        passes = max(inference.passes_needed(taps), int(batch.verify and len(batch.losses) > 1))
         batch.keep = (
             batch.retain_graph
             or passes > 0
@@ -284,11 +284,12 @@ class Session:
     def _probe(self, batch: Batch, passes: int, with_ordinary: bool, wanted: set[int] | None) -> None:
         """Run probing passes; ``with_ordinary``, keep the ordinary gradients of wanted parameters to verify with."""
         inference = self._inference
-        if with_ordinary and inference.in_pairs:
+        apart = inference.in_pairs or len(batch.losses) == 1
+        if with_ordinary and apart:
             self._probe_once(batch, None, wanted)
             inference.start_probing()
         for digit in range(passes):
-            verifies = with_ordinary and not (digit or inference.in_pairs)
+            verifies = with_ordinary and not (digit or apart)
             self._probe_once(batch, inference.probe_weights.weights(digit), wanted if verifies else set())
             if inference.has_half and not inference.in_pairs:
                 self._probe(batch, inference.probe_in_pairs(), with_ordinary, wanted)
@@ -325,7 +326,11 @@ class Session:
     def _must_probe_in_pairs(self, collected: CollectPass, batch: Batch) -> bool:
         """Tell whether gradients do not scale with the losses, so that samples are to be told in another way."""
         mixed, n_samples = collected.mixed, len(batch.losses)
-        if self._inference.in_pairs or not (mixed or collected.moved):
+        if self._inference.in_pairs:
+            nonlinear = False
+        elif collected.foreign:
+            nonlinear = True  # or what arrives there is foreign indeed: seen then
+        elif not (mixed or collected.moved):
             nonlinear = False
         elif not any(tapped.call.differentiable_inputs for tapped in (*mixed, *collected.moved)):
             unclear = [tapped for tapped in (*mixed, *collected.moved) if not is_about_positions(tapped, n_samples)]

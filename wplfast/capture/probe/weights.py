@@ -69,7 +69,9 @@ class ProbeWeights:
     @property
     def verifying(self) -> Tensor:
         """The weights of the losses in the pass whose ordinary gradients are compared, float64 [N] on the CPU."""
-        return torch.ones(self.n_samples, dtype=torch.float64, device="cpu") if self.in_pairs else self.weights(0)
+        if self.in_pairs or self.n_samples == 1:
+            return torch.ones(self.n_samples, dtype=torch.float64, device="cpu")
+        return self.weights(0)
 
     def by_rows(self, digit: int, layout: AxisLayout, shape: torch.Size, like: Tensor) -> Tensor:
         """Return the weight of every row's sample, once for all outputs of one shape: recurrent cells have many."""
