@@ -217,7 +217,9 @@ def test_a_norm_over_each_sample(verify):
 @pytest.mark.parametrize("place", ["a layer", "an embedding"])
 @pytest.mark.parametrize("name", MIXING)
 def test_hooks_that_mix_samples_are_an_error_that_names_them(name, place, n_samples, verify):
-    with pytest.raises(CoupledSamplesError, match=r"samples are coupled at .* Hooks and Functions .*test_hooks\.py:\d+"):
+    with pytest.raises(
+        CoupledSamplesError, match=r"samples are coupled at .* Hooks and Functions .*test_hooks\.py:\d+"
+    ):
         accumulated(build(PLACES[place](MIXING[name])), rows([n_samples]), verify)
     with pytest.raises(WplfastError):
         diagonal(build(PLACES[place](MIXING[name])), rows([n_samples]), verify)
@@ -384,7 +386,9 @@ def test_the_axis_is_found_by_what_changes(axis):
     owner = torch.arange(N).repeat_interleave(axis.inner).repeat(axis.outer)
     gradient = torch.randn(shape)
     plain = Projection.of(gradient.sign(), N)
-    passes = [Projection.of((gradient * codes.weights(d).to(gradient)[owner][:, None]).sign(), N) for d in range(codes.rounds)]
+    passes = [
+        Projection.of((gradient * codes.weights(d).to(gradient)[owner][:, None]).sign(), N) for d in range(codes.rounds)
+    ]
     found = [
         c
         for c in candidates(shape, N)

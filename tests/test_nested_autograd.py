@@ -164,25 +164,21 @@ CHECKPOINTS = {
     "several inputs": lambda m, x: m.head(
         Checkpoint.apply(lambda h, k: torch.tanh(m.b(h) * k) + k @ m.b.weight, m.a(x), m.c(x))
     ),
-    "nested": lambda m, x: m.head(
-        Checkpoint.apply(lambda h: m.c(Checkpoint.apply(lambda k: block(m, k), h)), m.a(x))
-    ),
-    "inside a checkpoint": lambda m, x: m.head(
-        plain(lambda h: Checkpoint.apply(m.b, torch.tanh(m.c(h))), m.a(x))
-    ),
+    "nested": lambda m, x: m.head(Checkpoint.apply(lambda h: m.c(Checkpoint.apply(lambda k: block(m, k), h)), m.a(x))),
+    "inside a checkpoint": lambda m, x: m.head(plain(lambda h: Checkpoint.apply(m.b, torch.tanh(m.c(h))), m.a(x))),
     "inside a reentrant one": lambda m, x: m.head(
         reentrant(lambda h: Checkpoint.apply(m.b, torch.tanh(m.c(h))), m.a(x))
     ),
-    "around a checkpoint": lambda m, x: m.head(Checkpoint.apply(lambda h: plain(lambda k: block(m, k), m.c(h)), m.a(x))),
+    "around a checkpoint": lambda m, x: m.head(
+        Checkpoint.apply(lambda h: plain(lambda k: block(m, k), m.c(h)), m.a(x))
+    ),
     "around a reentrant one": lambda m, x: m.head(
         Checkpoint.apply(lambda h: reentrant(lambda k: block(m, k), m.c(h)), m.a(x))
     ),
     "used outside too": lambda m, x: m.head(Checkpoint.apply(lambda h: block(m, h), torch.tanh(m.b(m.a(x))))),
     "twice": lambda m, x: m.head(Checkpoint.apply(m.b, torch.tanh(Checkpoint.apply(m.b, m.a(x))))),
     "reentrant": lambda m, x: m.head(reentrant(lambda h: block(m, h), torch.tanh(m.a(x)))),
-    "reentrant, behind an embedding": lambda m, x: m.head(
-        reentrant(lambda h: block(m, h), m.emb(tokens(x))).mean(1)
-    ),
+    "reentrant, behind an embedding": lambda m, x: m.head(reentrant(lambda h: block(m, h), m.emb(tokens(x))).mean(1)),
     "reentrant, tokens inside": lambda m, x: m.head(
         reentrant(lambda t, h: torch.tanh(m.b(m.emb(t))) + h.unsqueeze(1), tokens(x), m.a(x)).mean(1)
     ),
@@ -426,9 +422,14 @@ def test_a_hook_that_begins_to_accumulate_later_is_an_error():
         return m.head(torch.tanh(m.b(torch.tanh(m.a(x))))) if forward.calls < 2 else before(m, x)
 
     model._forward_function = forward
-    with wplfast.FisherAccumulator(model) as acc, pytest.raises(WplfastError, match="backward"):
-        for forward.calls, (x, y) in enumerate(data):
+    forward.calls = 0
+    with wplfast.FisherAccumulator(model) as acc:
+        for x, y in data[:2]:
             acc.backward(classify(model(x), y))
+            forward.calls += 1
+        losses = classify(model(data[2][0]), data[2][1])
+        with pytest.raises(WplfastError, match="backward"):
+            acc.backward(losses)
 
 
 @pytest.mark.parametrize("verify", [True, False])

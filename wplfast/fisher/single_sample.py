@@ -72,7 +72,7 @@ def run_single_sample(
                 continue
             verdict = bool((loss.detach() - expected[-1]).abs().max() <= tolerance * level)
             if verdict:
-                # Not torch.autograd.grad, which does not see what checkpoints add to .grad by a backward() of their own.
+                # Not torch.autograd.grad: checkpoints add to .grad by a backward() of their own.
                 with _without_grads([*parameters, *leaves(loss)]):
                     try:
                         loss.sum().backward()

@@ -141,9 +141,9 @@ class CollectPass:
                 raise NonFiniteError(f"a gradient of {self._names[min(parameters)]!r} is NaN or infinite")
             if layouts is Verdict.FOREIGN and self._inference.in_pairs:
                 raise WplfastError(
-                    f"{self._names[min(parameters)]!r} gets a gradient ({tapped.call.name}) from a backward() that a hook or "
-                    "a Function runs inside the backward pass, and that does not come from the losses: PyTorch adds it to "
-                    ".grad, though it is no part of their gradients. Use torch.autograd.grad there, or take the hook off"
+                    f"{self._names[min(parameters)]!r} gets a gradient ({tapped.call.name}) from a backward() that a "
+                    "hook or a Function runs inside the backward pass, and that does not come from the losses: PyTorch "
+                    "adds it to .grad, though it is no part of theirs. Use torch.autograd.grad there, or no such hook"
                 )
             if isinstance(layouts, Verdict):
                 self.retry |= parameters

@@ -5,6 +5,7 @@ Each batch runs, on one graph,
 1. *probing* backward passes, only while some call has not been measured (the first batch) or is routed anew in every
    batch: the losses times powers of two (:mod:`wplfast.capture.probe`). In a verified batch the first one also computes
    the parameters' ordinary gradients;
+   Where gradients do not scale with the losses (a hook that clips them, float16), more such passes come in pairs;
 2. one *collecting* backward pass with weights 1 (:class:`.passes.CollectPass`). The gradients that taps see become grad
    samples; once all uses of a parameter are in, they are summed per sample, squared and accumulated;
 3. *one backward pass per sample*, for those parameters alone that are used where nothing can be seen (a custom
@@ -25,17 +26,16 @@ from ...errors import CoupledSamplesError, VerificationError, WplfastError
 from ..accumulators import Accumulators
 from ..call_site import Listener
 from ..probe.graph import Fingerprint, fingerprint, reorders_rows
-from ..probe.hooks import called_in
 from ..probe.infer import Check, LayoutInference
-from ..probe.weights import Projection
 from ..trace.intercept import Interception
 from ..trace.nested import current_task
 from .batch import Batch, SingleSample
 from .identity import verify_batch, watching
 from .leaf_grads import LeafGrads
+from .linearity import Linearity
 from .mixed import UNKNOWN, describe, is_about_positions
 from .one_by_one import one_by_one
-from .passes import CollectPass, Idle, ProbePass, ProjectionPass
+from .passes import CollectPass, Idle, ProbePass
 from .round import Round
 from .steady import Layouts, SteadyBatch
 
@@ -75,7 +75,7 @@ class Session:
         self._dtypes: set[torch.dtype] = set()  # of the gradients in verified batches
         self._is_verified = False
         self._reorders = False  # rows may lie in another order in every batch
-        self._is_bent = False  # a hook or a Function keeps gradients from scaling with the losses
+        self._linearity = Linearity(self._run, self._leaf_grads)
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
@@ -181,12 +181,12 @@ class Session:
             with_ordinary = False
             if passes and not (first or attempt) and may_replay and inference.is_new(taps):
                 dry = self._collect_round(batch, wanted, dry=True)  # learn of replays before anything is accumulated
-                if self._must_probe_in_pairs(dry, batch):
+                if self._must_pair(dry, batch):
                     self._probe(batch, inference.probe_in_pairs(), batch.verify, wanted)
                 elif dry.mixed and not self._learn_from(dry, batch, may_replay, dry=True):
                     return False
             collected = self._collect_round(batch, wanted, dry=False)
-            if self._must_probe_in_pairs(collected, batch):
+            if self._must_pair(collected, batch):
                 inference.probe_in_pairs()
                 with_ordinary = batch.verify
             elif collected.mixed:
@@ -208,8 +208,8 @@ class Session:
         astray = one_by_one(batch, self._unseen, self._run, self._leaf_grads, self.accumulators)
         if astray:
             raise CoupledSamplesError(
-                f"the gradients of {self._some(astray)} for one sample after the other do not add up to that of the batch: "
-                "something mixes samples, or adds to what has no gradient" + self._hooks(batch)
+                f"the gradients of {self._some(astray)} for one sample after the other do not add up to that of the "
+                "batch: something mixes samples, or adds to what has no gradient" + self._linearity.names(batch)
             )
         if first and not self._are_reached(batch, may_replay):
             return False
@@ -219,10 +219,10 @@ class Session:
             try:
                 finite = verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, fisher)
             except VerificationError:
-                if not first or inference.in_pairs or not self._is_nonlinear(batch, (-(2.0**8), 2.0**-8)):
+                if not first or inference.in_pairs or not self._linearity.is_bent_in(batch):
                     raise
                 self._clear()
-                inference.in_pairs = self._is_bent = True
+                inference.in_pairs = True
                 batch.captured, batch.of_single_sample, batch.ordinary = {}, {}, []
                 return self._collect(batch, check, may_replay)
             self._is_verified = self._is_verified or (finite and len(batch.losses) > 1)
@@ -323,52 +323,16 @@ class Session:
 
     # ---- what cannot be collected ----------------------------------------------------------------------------------
 
-    def _must_probe_in_pairs(self, collected: CollectPass, batch: Batch) -> bool:
-        """Tell whether gradients do not scale with the losses, so that samples are to be told in another way."""
-        mixed, n_samples = collected.mixed, len(batch.losses)
-        if self._inference.in_pairs:
-            nonlinear = False
-        elif collected.foreign:
-            nonlinear = True  # or what arrives there is foreign indeed: seen then
-        elif not (mixed or collected.moved):
-            nonlinear = False
-        elif not any(tapped.call.differentiable_inputs for tapped in (*mixed, *collected.moved)):
-            unclear = [tapped for tapped in (*mixed, *collected.moved) if not is_about_positions(tapped, n_samples)]
-            nonlinear = bool(unclear) and self._is_nonlinear(batch, (-(2.0**8),))
-        elif any(not t.call.differentiable_inputs and is_about_positions(t, n_samples) for t in mixed):
-            nonlinear = False  # what follows from positions may seem mixed: they are learnt of first
-        else:
-            nonlinear = self._is_nonlinear(batch, (-(2.0**8), 2.0**-8))
-        self._is_bent = self._is_bent or nonlinear
-        if collected.moved and not nonlinear:
+    def _must_pair(self, collected: CollectPass, batch: Batch) -> bool:
+        """Tell whether samples are to be told in another way, since gradients do not scale with the losses."""
+        failed = collected.mixed or collected.moved or collected.foreign
+        explained = bool(failed) and not self._inference.in_pairs and self._linearity.explains(collected, batch)
+        if collected.moved and not explained:
             raise VerificationError(
                 f"the rows of {collected.moved[0].call.name} belong to other samples than in earlier batches (does the "
                 "model order them by the data?); pass verify='always' to measure every batch"
             )
-        return nonlinear
-
-    def _is_nonlinear(self, batch: Batch, factors: tuple[float, ...]) -> bool:
-        """Tell whether some gradient is not multiplied by a factor as all losses are: a hook, or a Function, sees to that.
-
-        Autograd itself is linear.
-        """
-        plain = self._projected(batch, 1.0)
-        return any(
-            not all(one.is_scaled(other, factor) for one, other in zip(self._projected(batch, factor), plain, strict=False))
-            for factor in factors
-        )
-
-    def _projected(self, batch: Batch, factor: float) -> list[Projection]:
-        """Return projections of all gradients for losses times a factor."""
-        listener = ProjectionPass(len(batch.losses))
-        self._run(batch.losses, torch.full((len(batch.losses),), factor, device="cpu"), listener, keep=True)
-        self._leaf_grads.drop()
-        return listener.found
-
-    def _hooks(self, batch: Batch) -> str:
-        """Name what autograd calls in a backward pass of the batch, for a message."""
-        found = called_in(lambda: self._projected(batch, 1.0))
-        return f". Hooks and Functions that may mix them: {', '.join(found[:6])}" if found else ""
+        return explained
 
     def _clear(self) -> None:
         """Forget all that was accumulated."""
@@ -385,14 +349,14 @@ class Session:
         bare = [tapped for tapped in collected.mixed if not tapped.call.differentiable_inputs]
         coupled = [tapped for tapped in collected.mixed if tapped.call.differentiable_inputs]
         positions = [tapped for tapped in bare if is_about_positions(tapped, len(batch.losses))]
-        if self._is_bent and not positions:
-            raise CoupledSamplesError(describe(collected.mixed[0], self.names) + self._hooks(batch))
+        if self._linearity.is_bent and not positions:
+            raise CoupledSamplesError(describe(collected.mixed[0], self.names) + self._linearity.names(batch))
         known = batch.independent
         if known is None:
             known = not self.interception.has_asked and positions == bare
         if not bare or not known:
             hint = "" if coupled or batch.independent is not None else UNKNOWN
-            raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint + self._hooks(batch))
+            raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint + self._linearity.names(batch))
         can_replay = may_replay and (dry or self.n_batches == 0)
         self.interception.mark_parameter_only(positions if can_replay and positions else bare)
         if can_replay:
@@ -418,8 +382,8 @@ class Session:
         self.frozen = []
         if not may_replay:
             raise WplfastError(
-                f"{self._some(lost)} got no gradient, perhaps because a checkpoint's inputs require none: parameters outside "
-                "of params are frozen for the pass. Pass params that come before it too, and select from the result"
+                f"{self._some(lost)} got no gradient, perhaps because a checkpoint's inputs require none: parameters "
+                "outside of params are frozen for the pass. Let params hold some that come before it, and select then"
             )
         self._clear()
         self.interception.start_batch()

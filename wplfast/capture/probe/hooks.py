@@ -13,11 +13,14 @@ import torch
 _TORCH = os.path.dirname(torch.__file__)
 _OURS = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 #: Files of PyTorch from which a backward pass calls what others wrote.
-_CALLERS = tuple(os.path.join(_TORCH, *path) for path in (("autograd", "graph.py"), ("autograd", "function.py"), ("utils", "hooks.py")))
+_CALLERS = tuple(
+    os.path.join(_TORCH, *path)
+    for path in (("autograd", "graph.py"), ("autograd", "function.py"), ("utils", "hooks.py"))
+)
 
 
 def called_in(run: Callable[[], Any]) -> list[str]:
-    """Name the Python functions of others that autograd calls while ``run`` runs; those in other threads stay unseen."""
+    """Name the functions of others that autograd calls while ``run`` runs, in this thread (on CPUs, that is all)."""
     found: dict[str, None] = {}
     before = sys.getprofile()
 

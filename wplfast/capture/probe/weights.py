@@ -42,7 +42,7 @@ class ProbeWeights:
     """
 
     def __init__(self, n_samples: int, generator: torch.Generator, in_pairs: bool = False) -> None:
-        """Draw a random numbering; digit d of a sample's number decides about its weight in pass d, or the d-th pair."""
+        """Draw a random numbering; digit d of a number decides about the weight in pass d, or the d-th pair."""
         self.n_samples, self.in_pairs = n_samples, in_pairs
         self.order = torch.randperm(n_samples, generator=generator, device="cpu")
         self.rounds = 1

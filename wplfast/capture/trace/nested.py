@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .intercept import Interception
 
 #: The number of the task that runs in this thread; -1 where none does.
-current_task: Callable[[], int] = torch._C._current_graph_task_id  # type: ignore[attr-defined]
+current_task: Callable[[], int] = torch._C._current_graph_task_id
 
 SECOND_DERIVATIVE = (
     "a second derivative through watched parameters (create_graph=True inside the model or the loss) is not supported: "
@@ -53,8 +53,9 @@ def listener_of(node: Node, tapped: TappedCall) -> Listener:
     """
     accumulates = False
     for leaf, _ in node.next_functions[-len(tapped.call.operands) :]:
+        assert leaf is not None
         try:
-            accumulates |= torch._C._will_engine_execute_node(leaf)  # type: ignore[attr-defined]
+            accumulates |= torch._C._will_engine_execute_node(leaf)
         except RuntimeError:  # of a leaf that ``grad`` was asked for
             return _ASKED
     relay = tapped.relay
@@ -67,7 +68,7 @@ def listener_of(node: Node, tapped: TappedCall) -> Listener:
 
 def is_recomputing() -> bool:
     """Tell whether a checkpoint that is not reentrant runs its forward pass again, for the tensors that were saved."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_recomputation_hook")
 
 
@@ -143,8 +144,8 @@ def backward(
     relay = interception.relay
     if relay.listener is relay.idle:
         raise WplfastError(
-            "backward(inputs=...) asks for the .grad of watched parameters inside the model's forward pass, which stays "
-            "as it was; use torch.autograd.grad there"
+            "backward(inputs=...) asks for the .grad of watched parameters inside the model's forward pass, where none "
+            "is computed; use torch.autograd.grad there"
         )
     targets = [tensor if o is None else o.leaf for tensor, o in zip(inputs, operands, strict=True)]
     asked = {index for operand in operands if operand is not None for index in operand.parameters}

@@ -137,7 +137,7 @@ class _TappedProduct(torch.autograd.Function):
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, _TappedProduct).apply
 
 #: The type of its nodes in a graph.
-PRODUCT_NODE: type = _TappedProduct._backward_cls  # type: ignore[attr-defined]
+PRODUCT_NODE: type = _TappedProduct._backward_cls
 
 
 def folded(args: tuple[Any, ...], is_constant: Callable[[Tensor], bool]) -> tuple[Any, ...]:

@@ -53,4 +53,4 @@ class _Tap(torch.autograd.Function):
 _apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Tap).apply
 
 #: The type of its nodes in a graph.
-TAP_NODE: type = _Tap._backward_cls  # type: ignore[attr-defined]
+TAP_NODE: type = _Tap._backward_cls
