@@ -320,7 +320,25 @@ def penalised(m, x):
     return m.head(torch.tanh(m.a(x)) * (1 + step.sum()))
 
 
+def with_jacobian(m, x, vectorize):
+    """A Jacobian in the forward pass."""
+    jacobian = torch.autograd.functional.jacobian
+    return m.head(torch.tanh(m.a(x) + jacobian(lambda z: torch.tanh(m.a(z)).sum(0), x, vectorize=vectorize).sum(0)))
+
+
+def many_levels(m, x):
+    """More levels than one thread of autograd's engine takes."""
+
+    def nest(levels, h):
+        return Checkpoint.apply(lambda k: nest(levels - 1, k), h) if levels else torch.tanh(m.b(h))
+
+    return m.head(nest(65, m.a(x)))
+
+
 DERIVATIVES = {
+    "jacobian": lambda m, x: with_jacobian(m, x, vectorize=False),
+    "jacobian, vectorized": lambda m, x: with_jacobian(m, x, vectorize=True),
+    "many levels": many_levels,
     "fixed point": lambda m, x: fixed_point(m, x, in_hook=False),
     "fixed point, run again in the hook": lambda m, x: fixed_point(m, x, in_hook=True),
     "adversarial, grad": lambda m, x: attacked(m, x, by_backward=False),

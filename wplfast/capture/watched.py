@@ -165,12 +165,12 @@ def watch(parameters: dict[str, Tensor], interceptor: Interceptor) -> Iterator[N
         classes = [type(p) for p in parameters.values()]
         found = [hooks for p in parameters.values() for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
         asleep = [(hooks, dict(hooks)) for hooks in found if hooks]
-        for hooks, _ in asleep:
-            hooks.clear()
         for parameter, cls in zip(parameters.values(), classes, strict=True):
             parameter.__class__ = _SWAPS[cls]
             _interceptors[id(parameter)] = interceptor
     try:
+        for hooks, _ in asleep:
+            hooks.clear()
         yield
     finally:
         with _lock:
