@@ -25,6 +25,12 @@ class Interceptor(Protocol):
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function some of whose arguments are watched."""
 
+    def note_without_grad(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Hear of a torch function that runs without grad mode."""
+
+
+#: Functions that matter without grad mode too.
+_DERIVATIVES = frozenset({torch.autograd.grad, torch.autograd.backward})
 
 _interceptors: dict[int, Interceptor] = {}  # id(parameter) -> the pass that watches it
 _lock = threading.Lock()
@@ -33,7 +39,7 @@ _lock = threading.Lock()
 def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """Hand a call to the pass that watches one of its arguments."""
     kwargs = kwargs or {}
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or func in _DERIVATIVES:
         for argument in args:  # most calls have their tensors right here
             interceptor = _interceptors.get(id(argument))
             if interceptor is not None:
@@ -42,6 +48,11 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             interceptor = tensor._pass if isinstance(tensor, Derived) else _interceptors.get(id(tensor))
             if interceptor is not None:
                 return interceptor.call(func, args, kwargs)
+    else:
+        for argument in args:
+            if (interceptor := _interceptors.get(id(argument))) is not None:
+                interceptor.note_without_grad(func, args)
+                break
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
@@ -140,6 +151,8 @@ def check_supported(parameters: dict[str, Tensor]) -> None:
 def watch(parameters: dict[str, Tensor], interceptor: Interceptor) -> Iterator[None]:
     """Send every call that consumes one of the parameters to ``interceptor`` while the context is open.
 
+    Their gradient hooks, among them optimizers that step in the backward pass, sleep meanwhile.
+
     Raises:
         WplfastError: if another pass watches one of them already.
         UnsupportedParameterError: if the class of one cannot be swapped.
@@ -150,16 +163,22 @@ def watch(parameters: dict[str, Tensor], interceptor: Interceptor) -> Iterator[N
             if id(parameter) in _interceptors:
                 raise WplfastError(f"{name!r} is being watched by another Fisher pass; run one pass at a time")
         classes = [type(p) for p in parameters.values()]
+        found = [hooks for p in parameters.values() for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
+        asleep = [(hooks, dict(hooks)) for hooks in found if hooks]
         for parameter, cls in zip(parameters.values(), classes, strict=True):
             parameter.__class__ = _SWAPS[cls]
             _interceptors[id(parameter)] = interceptor
     try:
+        for hooks, _ in asleep:
+            hooks.clear()
         yield
     finally:
         with _lock:
             for parameter, cls in zip(parameters.values(), classes, strict=True):
                 parameter.__class__ = cls
                 del _interceptors[id(parameter)]
+            for hooks, own in asleep:
+                hooks.update(own)
 
 
 def tensors_in(tree: Any) -> Iterable[Tensor]:

@@ -132,7 +132,8 @@ class FisherAccumulator:
             for parameter in self.parameters.values():
                 parameter.grad = None
                 parameter.requires_grad_(True)
-            for parameter in others:
+            self._session.frozen += [parameter for parameter in others if parameter.requires_grad]
+            for parameter in self._session.frozen:
                 parameter.requires_grad_(False)
             # Frozen parameters would let PyTorch take a fast path whose padded outputs are others (nested tensors).
             stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())

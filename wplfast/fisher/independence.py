@@ -192,7 +192,8 @@ class Examination:
 
         def arrived(index: int, parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
+            if gradient is None:
+                return
             part = self._directions[index].of(gradient.to_dense().unsqueeze(0))[0] / len(losses)
             found[index] = found[index] + part if index in found else part
 
@@ -202,6 +203,8 @@ class Examination:
                 stack.callback(handle.remove)
             if losses.requires_grad:
                 losses.sum().backward()
+            for index, parameter in enumerate(self._parameters):
+                arrived(index, parameter)  # what a Function added by itself
         return SingleSample(len(trial.expected) - 1, found)
 
 

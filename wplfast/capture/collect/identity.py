@@ -68,7 +68,16 @@ def verify_batch(
     own = {p.dtype for p in parameters}
     coarsest = {dtype: max(seen | {dtype}, key=lambda d: torch.finfo(d).eps) for dtype in own}
     dtypes = [coarsest[p.dtype] for p in parameters]
-    check_identity(names, batch.captured, batch.ordinary, sums.sqrt(), weights, dtypes, batch.one_by_one | unseen)
+    check_identity(
+        names,
+        batch.captured,
+        batch.ordinary,
+        sums.sqrt(),
+        [f.numel() for f in fisher],
+        weights,
+        dtypes,
+        batch.one_by_one | unseen,
+    )
     if batch.single_sample is not None:
         check_single_sample(names, batch.of_single_sample, batch.single_sample.gradients, dtypes)
     return True
@@ -83,6 +92,7 @@ def check_identity(
     captured: Mapping[int, Tensor],
     ordinary: Mapping[int, Tensor],
     scales: Tensor,
+    numels: Sequence[int],
     probe_weights: Tensor,
     dtypes: Sequence[torch.dtype],
     skipped: set[int],
@@ -94,6 +104,7 @@ def check_identity(
         captured: index -> projections of ``sum_n c_n g_n`` from captured rows; absent where no use was collected.
         ordinary: those of the ordinary gradients; absent where none arrived.
         scales: sqrt(sum_n |g_n|^2), which rounding is relative to, [P].
+        numels: the parameters' numbers of elements.
         probe_weights: the weights c_n.
         dtypes: the parameters' dtypes.
         skipped: indices not to compare (they were not captured but computed by autograd itself).
@@ -106,8 +117,11 @@ def check_identity(
         return
     got, expected = (_norms_and_projections(side, chosen) for side in (captured, ordinary))
     largest = float(probe_weights.abs().max())
-    floor = 1e-3 * max(1e-300, float(scales.square().sum())) ** 0.5  # some gradients are zero but for rounding
-    sizes = torch.maximum(scales[chosen].clamp_min(floor), expected[0] / largest)
+    # Some gradients are zero but for rounding, and subnormal ones are little else.
+    least = torch.tensor([torch.finfo(dtypes[i]).tiny for i in chosen], dtype=torch.float64, device="cpu")
+    elements = torch.tensor([numels[i] for i in chosen], dtype=torch.float64, device="cpu")
+    floor = (least * elements.sqrt()).clamp_min(1e-3 * max(1e-300, float(scales.square().sum())) ** 0.5)
+    sizes = torch.maximum(torch.maximum(scales[chosen], floor), expected[0] / largest)
     errors = _norms(got[1] - expected[1]) / largest
     allowed = torch.tensor([TOLERANCE[dtypes[i]] for i in chosen], dtype=torch.float64, device="cpu") * sizes
     for position in (~(errors <= allowed)).nonzero().flatten().tolist():

@@ -24,8 +24,10 @@ def one_by_one(
     leaf_grads: LeafGrads,
     accumulators: Accumulators,
     directions: Directions,
-) -> None:
+) -> set[int]:
     """Accumulate the squares of some parameters of a batch.
+
+    A sample's gradient is what arrives where all other losses have weight 0.
 
     Args:
         batch: the batch, whose graph is kept; ``batch.one_by_one`` are parameters to accumulate.
@@ -34,11 +36,25 @@ def one_by_one(
         leaf_grads: where ordinary gradients arrive.
         accumulators: what to add to.
         directions: what a single sample's gradients are projected on.
+
+    Returns:
+        Parameters whose gradients do not add up to that of the whole batch.
     """
     wanted = batch.one_by_one | unseen
     if not wanted:
-        return
+        return set()
     started, listener = time.perf_counter(), OrdinaryPass(wanted)
+    rest: dict[int, Tensor] = {}  # of the whole batch's gradient, once the samples' own are taken off
+    squares: dict[int, Tensor | int] = {}
+    overflown: set[int] = set()
+    run(batch.losses, None, listener, True)
+    for index, gradient in enumerate(leaf_grads.take()):
+        if index in wanted and gradient is not None:
+            rest[index] = gradient.to(accumulators.fisher[index].dtype, copy=True)
+            squares[index] = rest[index].square().sum()
+            if not bool(torch.isfinite(rest[index].sum())):
+                overflown.add(index)
+    leaf_grads.drop()
     for sample in range(len(batch.losses)):
         one = torch.zeros(len(batch.losses), device="cpu")
         one[sample] = 1
@@ -50,6 +66,8 @@ def one_by_one(
             if gradient is None:
                 continue
             wide = gradient.to(accumulators.fisher[index].dtype).unsqueeze(0).contiguous()
+            rest[index] = rest.get(index, torch.zeros_like(wide[0])).sub_(wide[0])
+            squares[index] = squares.get(index, 0) + wide.square().sum()
             ops.accumulate_squares_(accumulators.fisher[index], wide, weight)
             if batch.single_sample is not None and sample == batch.single_sample.sample:
                 batch.of_single_sample[index] = directions[index].of(wide)[0]
@@ -59,3 +77,7 @@ def one_by_one(
     for index in wanted:
         accumulators.rules[index].add("one by one")
     accumulators.seconds["one by one"] += time.perf_counter() - started
+    tolerance = 1e-6 if batch.losses.dtype == torch.float64 else 5e-2
+    floor = 1e-6 * max(map(float, squares.values()), default=0.0)
+    sizes = {index: max(float(square), floor) ** 0.5 for index, square in squares.items()}
+    return {i for i, size in sizes.items() if not float(rest[i].norm()) <= tolerance * size} - overflown

@@ -10,16 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import CoupledSamplesError, WplfastError
-from ..call import Call, autocast_state, floating, is_in_place, kind_of, random_state
+from ..call import Call, Operand, autocast_state, floating, is_in_place, kind_of, random_state
 from ..call_site import CallSite, Listener, Relay, TappedCall
+from ..probe.graph import may_reorder, structure_behind
 from ..rules import rule_for
 from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
 from .call_cache import CachedCall, CallCache
 from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
+from .nested import DERIVATIVES, is_recomputing
 from .operands import Operands, Sorter
-from .product import folded, multiply_and_tap, product_of
-from .tap import tap
+from .product import PRODUCT_NODE, folded, multiply_and_tap, product_of
+from .tap import TAP_NODE, tap
 
 
 class Interception:
@@ -33,6 +35,8 @@ class Interception:
         leaves: what stands for the parameters in parameter-only graphs, and takes ordinary gradients.
         reorders: a call was seen whose rows lie in an order, or number, that depends on the data.
         n_parameter_only: number of call sites that were found to have no sample axis.
+        without_grad: parameters that were used without grad mode, as in the forward pass of a checkpoint.
+        has_asked: the forward pass took gradients with respect to parameters, which may enter it as data.
     """
 
     def __init__(self, parameters: list[Tensor], constants: list[Tensor], idle: Listener) -> None:
@@ -48,18 +52,28 @@ class Interception:
         self.taps: list[TappedCall] = []
         self.derived: list[Derived] = []
         self.leaves = self._operands.leaves
-        self.reorders = False
+        self.reorders = self.has_asked = False
+        self.without_grad: set[int] = set()
         self.n_parameter_only = 0
 
     def start_batch(self) -> None:
         """Forget the calls of the last forward pass."""
         self.cache.restart(len(self.taps))
-        self.taps, self.derived, self.relay.is_over = [], [], False
+        self.taps, self.derived, self.relay.is_over, self.has_asked = [], [], False, False
 
     @property
     def _is_backward(self) -> bool:
         """Whether a backward pass runs, which makes calls itself: those of checkpoints."""
         return self.relay.listener is not self.relay.idle
+
+    def note_without_grad(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Note the parameters among the arguments of a call without grad mode."""
+        if not is_about_itself(func, getattr(func, "__name__", ""), len(args)):
+            self.without_grad |= {index for a in args for index in self._operands.index_of(a)}
+
+    def operand(self, tensor: Tensor) -> Operand | None:
+        """Return the operand that a tensor is, if it is a watched parameter or was computed from some alone."""
+        return self._operands.of(tensor)
 
     def mark_parameter_only(self, taps: Iterable[TappedCall]) -> None:
         """Take the results of these calls for derived from parameters, from the next forward pass on."""
@@ -89,8 +103,13 @@ class Interception:
                 cached = self.cache.find(func, args, self._operands)
                 if cached is not None:
                     return self._tap_again(cached, args)
+            if func in DERIVATIVES:
+                return DERIVATIVES[func](self, *args, **kwargs)
             name = getattr(func, "__name__", str(func))
             if is_about_itself(func, name, len(args) + len(kwargs)):
+                if name == "register_hook" and isinstance(args[0], Derived):
+                    args[0]._origin = None  # each sample's gradient goes through the graph, and through the hook
+                    return args[0]._graph.register_hook(*args[1:], **kwargs)
                 return func(*args, **kwargs)
             if kwargs.get("scale_grad_by_freq"):
                 raise CoupledSamplesError(
@@ -144,7 +163,12 @@ class Interception:
     def _site(self, call: Call, inputs: list[Tensor]) -> CallSite:
         """Return the site of a call that comes next."""
         here = self.cache.here.site
-        return self.cache.site(call, inputs, (self.relay.site or here.in_backward) if self._is_backward else here)
+        if not self._is_backward:
+            return self.cache.site(call, inputs, here)
+        # The graph behind the losses tells nothing of what a backward pass computes, unless it only computes it again.
+        behind = () if is_recomputing() else structure_behind(inputs, (TAP_NODE, PRODUCT_NODE))
+        self.reorders = self.reorders or any(isinstance(kind, type) and may_reorder(kind) for kind in behind)
+        return self.cache.site(call, inputs, self.relay.site or here.in_backward, behind)
 
     def _arrive(self, site: CallSite, call: Call, inputs: list[Tensor]) -> CachedCall | None:
         """Go on to a site; return the place of a call of these sizes there, unless a backward pass runs."""

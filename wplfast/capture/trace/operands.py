@@ -35,6 +35,11 @@ class Operands:
         index = self._index.get(id(tensor))
         return None if index is None else self.watched(index)
 
+    def index_of(self, value: Any) -> tuple[int, ...]:
+        """Return the index of a watched parameter, if a value is one."""
+        index = self._index.get(id(value))
+        return () if index is None else (index,)
+
     def watched(self, index: int) -> Operand:
         """Return a watched parameter's operand, where the parameter is now."""
         leaf, tensor = self.leaves[index], self._parameters[index]
@@ -54,7 +59,8 @@ class Operands:
         leaves = tuple(self.leaves[i] for i in indices)
         region = None
         leaf = leaves[0]
-        if len(leaves) == 1 and graph._base is leaf and leaf.is_contiguous() and graph.dtype == leaf.dtype:
+        is_view = graph._base is leaf and not graph._backward_hooks
+        if len(leaves) == 1 and is_view and leaf.is_contiguous() and graph.dtype == leaf.dtype:
             offset = int(graph.storage_offset()) - int(leaf.storage_offset())
             region = (indices[0], graph.size(), graph.stride(), offset)
         return Operand(tensor, value, indices, graph, leaves, region, origin)
