@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import storage
 from ..errors import NameMismatchError
+from ..ops.consolidation import Consolidation
 from ..ops.layout import flat_dtype
 from ..params import Params, device_of
 from .anchors import Anchors
@@ -153,7 +155,7 @@ class WeightPlasticityLoss(nn.Module):
 
     @alpha.setter
     def alpha(self, value: Alpha) -> None:
-        groups = self._settled()
+        groups = self._groups
         tensors = groups.references.tensors()
         values = alpha_tensor(value, groups.references.names, device_of(tensors))
         if values.shape == groups.alpha.shape:
@@ -208,7 +210,7 @@ class WeightPlasticityLoss(nn.Module):
             NonFiniteError: if a Fisher or an anchor has NaN or inf.
         """
         options = Options(weight, decay, anchor, normalize, clip_norm)
-        groups = self._settled()
+        groups = self._groups
         references = groups.references
         names = references.chosen(active)
         if not names:
@@ -222,7 +224,8 @@ class WeightPlasticityLoss(nn.Module):
                 anchors = groups.anchors_beside(tensors, indices if groups.outlast(options) else None)
             newer = newer_anchor(parameters, fisher, theta_hat, prefix, options)
             in_place = anchors is not groups.anchors
-            self._commit(groups.with_anchors(anchors.consolidated(indices, newer, options, in_place)))
+            anchors, change = anchors.consolidated(indices, newer, options, in_place)
+            self._commit(groups.with_anchors(anchors), change)
 
     def update(
         self,
@@ -296,7 +299,7 @@ class WeightPlasticityLoss(nn.Module):
         """
         if missing not in ("error", "drop"):
             raise ValueError(f"missing must be 'error' or 'drop', got {missing!r}")
-        groups = self._settled()
+        groups = self._groups
         names = groups.references.names
         if missing == "drop":
             given = References(params)
@@ -321,7 +324,7 @@ class WeightPlasticityLoss(nn.Module):
 
     def _by_name(self, column: Literal["fisher", "theta_hat"]) -> dict[str, Tensor]:
         """Return one of the anchors' lists by name."""
-        groups = self._settled()
+        groups = self._groups
         if groups.anchors is None or groups.anchors.n_anchors == 0:
             return {}
         return dict(zip(groups.references.names, getattr(groups.anchors, column), strict=True))
@@ -379,7 +382,7 @@ class WeightPlasticityLoss(nn.Module):
 
     def _state(self) -> dict[str, Tensor]:
         """Return the anchors as named tensors."""
-        groups = self._settled()
+        groups = self._groups
         return to_state(groups.references.names, groups.anchors)
 
     def _restore(self, state: Mapping[str, Tensor], strict: bool = True) -> Faults:
@@ -425,17 +428,17 @@ class WeightPlasticityLoss(nn.Module):
                 self._commit(groups.with_anchors(anchors))
         return self._groups.make(key)
 
-    def _settled(self) -> ParamGroups:
-        """Return the groups, after finishing what an interrupt left of a consolidation."""
-        self._groups.settle()
-        return self._groups
+    def _commit(self, groups: ParamGroups, change: Consolidation | None = None) -> None:
+        """Put groups in the place of those that are, and change the buffers that they share, all at once.
 
-    def _commit(self, groups: ParamGroups) -> None:
-        """Put groups in the place of those that are: all that they hold changes at this moment."""
-        try:
-            self._groups = groups
-        finally:  # at once if an interrupt comes here, or compiled code and CUDA graphs would see buffers half written
-            self._groups.settle()
+        Interrupts are raised between steps of Python code. There are none between the last step of the change and the
+        assignment: no function here is written in Python, nor called through one (attributes of a module are, and
+        functions of PyTorch under a mode).
+        """
+        steps = [] if change is None else change.steps()
+        steps.append(partial(self.__dict__.__setitem__, "_groups", groups))
+        with torch._C.DisableTorchFunction():
+            list(map(partial.__call__, steps))
 
     def _blank(self, references: References, l2: float) -> Anchors | None:
         """Return anchors that do not hold, where there is a weight decay term to evaluate."""
