@@ -53,7 +53,7 @@ def prepared_penalty(device_type: str) -> type[PreparedPenalty]:
 
 
 def consolidation(device_types: Iterable[str]) -> type[Consolidation]:
-    """Return the class of consolidations on some device types: a backend's own where one serves all, or the common one."""
+    """Return the class of consolidations on some device types: the one backend's own, or the common one."""
     kinds = {getattr(_available.get(serving(kind)), "consolidation", Consolidation) for kind in set(device_types)}
     return kinds.pop() if len(kinds) == 1 else Consolidation
 

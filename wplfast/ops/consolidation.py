@@ -6,9 +6,10 @@ This one computes in plain PyTorch, on any device; a backend may give a subclass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +23,15 @@ _LEAST = torch.finfo(torch.float64).tiny
 class Consolidation:
     """What becomes of anchors; nothing of them changes until the calls of :meth:`steps` are made.
 
-    ``total = decay F + weight F_new``; F becomes that and theta_hat the newer one's. In a merge, with ``gap = theta_hat
-    + offset - theta_hat_new``, offset becomes ``decay F / total gap`` (0 where total is) and c gains ``sum decay F weight
-    F_new / total gap^2``; otherwise offset becomes 0.
+    F becomes ``total = decay F + weight F_new``, and theta_hat the newer one's. In a merge, with
+    ``gap = theta_hat + offset - theta_hat_new``, offset becomes ``decay F / total gap`` (0 where total is) and c gains
+    ``sum decay F weight F_new / total gap^2``; otherwise offset becomes 0.
 
     Args:
         theta_hat: dense tensors, as for offset and fisher; one entry per parameter in each list.
         offset: of the merged anchors; empty means zero, which a merge does not take.
         fisher: of the merged anchors, of its own dtype each.
-        new_theta_hat: on theta_hat's devices, of any dtype and memory order, apart from the anchors' memory as new_fisher is.
+        new_theta_hat: on theta_hat's devices, of any dtype and memory order, apart from the anchors' memory.
         new_fisher: likewise.
         decay: factor on what was there.
         weight: factor on what is new.
@@ -52,7 +53,8 @@ class Consolidation:
         in_place: bool = False,
     ) -> None:
         self.theta_hat, self.offset, self.fisher = theta_hat, offset, fisher
-        self.new_theta_hat, self.new_fisher = new_theta_hat, new_fisher
+        # PyTorch's copies to another type forget the sign of lazily negated tensors.
+        self.new_theta_hat, self.new_fisher = ([t.resolve_neg() for t in c] for c in (new_theta_hat, new_fisher))
         self.decay, self.weight, self.merge, self.in_place = decay, weight, merge, in_place
         self._prepare()
 
@@ -85,7 +87,7 @@ class Consolidation:
             chosen = [self._fisher[k] for k in positions]
             torch._foreach_mul_(chosen, list(factors[positions].to(chosen[0].device).unbind()))
 
-    def steps(self) -> list[Callable[[], object]]:
+    def steps(self) -> list[partial[Any]]:
         """Return calls that change the anchors, all by the last one, which runs no Python code.
 
         They refer to what they need through this object, which must live until then.
@@ -120,9 +122,10 @@ def _run(tensor: Tensor) -> Tensor:
 def _merge_run(run: Sequence[Tensor], weight: float, decay: float) -> Tensor:
     """Merge one run of a parameter's tensors, in float64 throughout; return what it adds to c, 0-d."""
     theta_hat, offset, fisher, to_theta_hat, to_offset, to_fisher, new_hat, new_fisher = run
-    gap = theta_hat.double().add_(offset)
+    copy = partial(torch.Tensor.to, dtype=torch.float64, copy=True)  # of float64 too: the anchors are not to change
+    gap = copy(theta_hat).add_(offset)
     gap.sub_(to_theta_hat.copy_(new_hat))  # theta_bar - theta_hat of the newer anchor
-    share, added = fisher.double().mul_(decay), new_fisher.to(torch.float64, copy=True).mul_(weight)
+    share, added = copy(fisher).mul_(decay), copy(new_fisher).mul_(weight)
     total = share + added
     to_fisher.copy_(total)
     shift = share.div_(total.clamp_(min=_LEAST)).mul_(gap)  # 0 where F is 0, at a fifth of the price of torch.where

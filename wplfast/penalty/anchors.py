@@ -35,11 +35,12 @@ class Anchors:
 
     All tensors are views of flat buffers, in the memory order of their parameters.
 
-    A consolidation is atomic. :meth:`consolidated` changes nothing that can be seen: it returns successors that share the
-    buffers, and what is to be done to these. Whoever commits it puts the successors in the place of these anchors and
-    changes the buffers in one go (see :meth:`wplfast.WeightPlasticityLoss._commit`). The buffers themselves stay: second
-    derivatives tell by their versions that an anchor changed, groups of parameters and CUDA graphs hold their addresses,
-    and parameters that moved to buffers of their own, a part at a time, would keep alive the memory that they came from.
+    A consolidation is atomic. :meth:`consolidated` changes nothing that can be seen: it returns successors that share
+    the buffers, and what is to be done to these. Whoever commits puts the successors in the place of these anchors and
+    changes the buffers in one go (:meth:`.WeightPlasticityLoss._commit`). The buffers themselves stay: second
+    derivatives tell by their versions that an anchor changed, groups of parameters and CUDA graphs hold their
+    addresses, and parameters that moved to buffers of their own, a part at a time, would keep alive the memory that
+    they came from.
 
     Args:
         parameters: they give shapes, devices, dtypes and memory orders.

@@ -107,8 +107,8 @@ class ParamGroups:
 
     A penalty holds one of these at a time. References, anchors and the form of alpha never change in it: who changes
     them makes another one, with the groups of all active sets that were in use, and puts it in the place of the first.
-    That one assignment, with what a consolidation does to buffers, is the change, so that an interrupt or an error leaves
-    the old whole or the new whole. Groups are made ahead of it because compiled code takes what it finds.
+    That one assignment, with what a consolidation does to buffers, is the change, so that an interrupt or an error
+    leaves the old whole or the new whole. Groups are made ahead of it because compiled code takes what it finds.
 
     Args:
         references: to all parameters.

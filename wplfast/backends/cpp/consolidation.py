@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class CppConsolidation(Consolidation):
         """Multiply what F becomes by factors."""
         self._factors = factors.contiguous()
 
-    def steps(self) -> list[Callable[[], object]]:
+    def steps(self) -> list[partial[Any]]:
         """Return calls that change the anchors; their versions change first, which an interrupt may leave at that."""
         factors = 0 if self._factors is None else self._factors.data_ptr()
         changed = [*self.theta_hat, *self.offset, *self.fisher]
@@ -61,4 +61,4 @@ def _wide(tensor: Tensor, fisher: Tensor) -> torch.dtype:
 
 def _given(tensor: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor of a type, dense and in the memory order of another one."""
-    return in_order_of(tensor.to(dtype).resolve_neg(), like)
+    return in_order_of(tensor.to(dtype), like)
