@@ -91,7 +91,8 @@ void penalty_binding(int mode, int dtype, int fisher_dtype, const py::list& nume
 }
 
 // Changes the anchors where `measured`, an address of 2 n doubles, is 0; otherwise writes there what it would come to.
-// `dtypes` has theta_hat's, F's and the newer F's of every parameter; `factors`, an address of n doubles, scales both F.
+// `dtypes` has theta_hat's, F's and the newer F's of every parameter; `factors`, an address of n doubles, scales both
+// F.
 void consolidate_binding(bool merge, double decay, double weight, const py::list& numels, const py::list& dtypes,
                          const py::list& theta_hat, const py::list& offset, const py::list& fisher,
                          const py::list& new_theta_hat, const py::list& new_fisher, uintptr_t factors,
@@ -119,6 +120,10 @@ void consolidate_binding(bool merge, double decay, double weight, const py::list
                   static_cast<Dtype>(types[3 * p + 2]),
                   factor * decay,
                   factor * weight};
+    const AnchorUpdate& u = updates[p];
+    if (u.numel > 0 && !(u.theta_hat && u.fisher && u.new_theta_hat && u.new_fisher)) {
+      throw py::value_error("tensor " + std::to_string(p) + " has no memory: its storage was freed, or is elsewhere");
+    }
   }
   const ConsolidateCall call{updates.data(), n, merge, threads};
   py::gil_scoped_release release;

@@ -1,7 +1,8 @@
 // A newer anchor enters the anchors of many tensors, in place and in one parallel region. Per element:
 //   total = decay F + weight F_new,   F <- total,   theta_hat <- theta_new
 //   replace: offset <- 0
-//   merge:   offset <- decay F / total gap,   c += decay F weight F_new / total gap^2,   gap = theta_hat + offset - theta_new
+//   merge:   offset <- decay F / total gap,   c += decay F weight F_new / total gap^2,
+//            gap = theta_hat + offset - theta_new
 #pragma once
 
 #include <cstdint>
@@ -12,9 +13,9 @@ namespace wplfast {
 
 // One parameter: a run of `numel` elements in each array, none of which overlap.
 struct AnchorUpdate {
-  void* theta_hat;  // storage type
-  void* offset;     // compute type; null where there is none, which a merge needs
-  void* fisher;     // compute type, or bfloat16
+  void* theta_hat;            // storage type
+  void* offset;               // compute type; null where there is none, which a merge needs
+  void* fisher;               // compute type, or bfloat16
   const void* new_theta_hat;  // storage type
   const void* new_fisher;     // double, or float beside a compute type of float
   int64_t numel;

@@ -30,7 +30,7 @@ WPLFAST_INLINE void narrow(float* to, F64 value) {
 }
 
 WPLFAST_INLINE void narrow(BFloat16* to, F64 value) {  // F is no NaN
-  const HalfU32 bits = (HalfU32)__builtin_convertvector(value, HalfF32);
+  const HalfU32 bits = (HalfU32) __builtin_convertvector(value, HalfF32);
   const HalfU32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   *reinterpret_cast<LooseQuarterU16*>(to) = __builtin_convertvector(rounded, QuarterU16);
 }
