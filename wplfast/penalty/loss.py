@@ -157,7 +157,7 @@ class WeightPlasticityLoss(Saved):
 
     @alpha.setter
     def alpha(self, value: Alpha) -> None:
-        groups = self._settled()
+        groups = self._groups
         tensors = groups.references.tensors()
         values = alpha_tensor(value, groups.references.names, device_of(tensors))
         if values.shape == groups.alpha.shape:
@@ -221,7 +221,7 @@ class WeightPlasticityLoss(Saved):
         check_mapping(fisher, "fisher")
         if theta_hat is not None:
             check_mapping(theta_hat, "theta_hat")
-        groups = self._settled()
+        groups = self._groups
         references = groups.references
         names = references.chosen(active)
         if not names:
@@ -236,7 +236,8 @@ class WeightPlasticityLoss(Saved):
             newer = newer_anchor(parameters, fisher, theta_hat, prefix, options)
             check_extra(fisher, newer.keys, references, prefix, extra)
             in_place = anchors is not groups.anchors
-            self._commit(groups.with_anchors(anchors.consolidated(indices, newer, options, in_place)))
+            anchors, change = anchors.consolidated(indices, newer, options, in_place)
+            self._commit(groups.with_anchors(anchors), change)
         self._said.hush(UNANCHORED)
         if not any(newer.largest):
             self._said.warn(ZERO_FISHER)
@@ -327,7 +328,7 @@ class WeightPlasticityLoss(Saved):
         for what, value, other in (("new", new, "add"), ("missing", missing, "drop")):
             if value not in ("error", other):
                 raise ValueError(f"{what} must be 'error' or {other!r}, got {value!r}")
-        groups = self._settled()
+        groups = self._groups
         references = groups.references.again(params, new, missing)
         self._commit(groups.rebound(references, lambda names: alpha_tensor(self._alpha, names, groups.alpha.device)))
 
@@ -374,7 +375,7 @@ class WeightPlasticityLoss(Saved):
 
     def _by_name(self, column: Literal["fisher", "theta_hat"]) -> dict[str, Tensor]:
         """Return one of the anchors' lists by name."""
-        groups = self._settled()
+        groups = self._groups
         if groups.anchors is None or groups.anchors.n_anchors == 0:
             return {}
         return dict(zip(groups.references.names, getattr(groups.anchors, column), strict=True))

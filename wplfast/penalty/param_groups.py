@@ -111,8 +111,8 @@ class ParamGroups:
 
     A penalty holds one of these at a time. References, anchors and the form of alpha never change in it: who changes
     them makes another one, with the groups of all active sets that were in use, and puts it in the place of the first.
-    That one assignment is the change, so that an interrupt or an error leaves the old whole or the new whole. Groups
-    are made ahead of it because compiled code takes what it finds.
+    That one assignment, with what a consolidation does to buffers, is the change, so that an interrupt or an error
+    leaves the old whole or the new whole. Groups are made ahead of it because compiled code takes what it finds.
 
     Args:
         references: to all parameters.
@@ -206,13 +206,11 @@ class ParamGroups:
 
     def find(self, key: ActiveSet) -> list[ParamGroup] | None:
         """Return an active set's groups, or None if there are none or a parameter is not what and where it was."""
-        groups, anchors = self._groups.get(key), self.anchors
+        groups = self._groups.get(key)
         if torch.compiler.is_compiling():  # addresses cannot be looked at while tracing; shapes and dtypes are guarded
-            return groups if anchors is not None and anchors.pending is None else None
+            return groups
         if self.alpha._version != self._alpha_version:
             self.take_alpha()  # somebody wrote to it
-        if anchors is not None and anchors.pending is not None:
-            anchors.settle()  # an interrupt came between
         if groups is None or not self.references.complete():
             return None
         for group in groups:
@@ -246,11 +244,6 @@ class ParamGroups:
                 group.set_alpha(self.alpha)
         self._alpha_version = version  # last, so that the next call makes up for an interrupt
 
-    def settle(self) -> None:
-        """Finish what an interrupt left of the last consolidation."""
-        if self.anchors is not None:
-            self.anchors.settle()
-
     def _twin(self, **changes: Any) -> ParamGroups:
         """Return one that shares all but some attributes."""
         twin = ParamGroups.__new__(ParamGroups)
@@ -259,12 +252,10 @@ class ParamGroups:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle names, anchors and alpha: a copy elsewhere must be bound to parameters there."""
-        self.settle()
         return {**self.__dict__, "_groups": OrderedDict(), "_alpha_version": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParamGroups:
         """Copy anchors and alpha; refer to copied parameters where the same deepcopy copied them."""
-        self.settle()
         with torch.inference_mode(False), torch.no_grad():
             anchors = None if self.anchors is None else self.anchors.moved(self.anchors.theta_hat)
             copies = {"anchors": anchors, "alpha": self.alpha.clone(), "references": self.references.copied(memo)}

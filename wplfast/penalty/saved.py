@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from .. import storage
 from ..errors import NameMismatchError
+from ..ops.consolidation import Consolidation
 from .anchors import Anchors
 from .param_groups import ParamGroups
 from .references import References
@@ -107,7 +109,7 @@ class Saved(nn.Module):
 
     def _state(self) -> dict[str, Tensor]:
         """Return the anchors as named tensors."""
-        groups = self._settled()
+        groups = self._groups
         return to_state(groups.references.names, groups.anchors)
 
     def _restore(self, state: Mapping[str, Tensor], strict: bool) -> Faults:
@@ -144,17 +146,17 @@ class Saved(nn.Module):
         twin.__dict__ = {**self.__dict__, "_groups": deepcopy(self._groups), "_said": deepcopy(self._said)}
         return twin
 
-    def _settled(self) -> ParamGroups:
-        """Return the groups, after finishing what an interrupt left of a consolidation."""
-        self._groups.settle()
-        return self._groups
+    def _commit(self, groups: ParamGroups, change: Consolidation | None = None) -> None:
+        """Put groups in the place of those that are, and change the buffers that they share, all at once.
 
-    def _commit(self, groups: ParamGroups) -> None:
-        """Put groups in the place of those that are: all that they hold changes at this moment."""
-        try:
-            self._groups = groups
-        finally:  # at once if an interrupt comes here, or compiled code and CUDA graphs would see buffers half written
-            self._groups.settle()
+        Interrupts are raised between steps of Python code. There are none between the last step of the change and the
+        assignment: no function here is written in Python, nor called through one (attributes of a module are, and
+        functions of PyTorch under a mode).
+        """
+        steps = [] if change is None else change.steps()
+        steps.append(partial(self.__dict__.__setitem__, "_groups", groups))
+        with torch._C.DisableTorchFunction():
+            list(map(partial.__call__, steps))
 
     def _blank(self, references: References, l2: float) -> Anchors | None:
         """Return anchors that do not hold, where there is a weight decay term to evaluate."""
