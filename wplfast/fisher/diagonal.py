@@ -15,15 +15,15 @@ from tqdm.auto import tqdm
 
 from ..capture.call import random_state, set_random_state
 from ..capture.collect.batch import SingleSample
-from ..losses import logits_of
 from ..params import Params, device_of
 from ..version import __version__
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
 from .checks import check_losses
+from .drawn import DrawnTargets
 from .preserve import Snapshot
 from .result import Fisher
-from .sampling import Likelihood, draw
+from .sampling import Likelihood
 from .single_sample import run_single_sample
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -100,16 +100,17 @@ def fisher_diagonal(
     device = device_of(itertools.chain(model.parameters(), accumulator.parameters.values()))
     if generator is None:
         generator = torch.Generator(device).manual_seed(0)
+    drawn = None
+    if fisher_type != "empirical":
+        watched = list(accumulator.parameters.values())
+        drawn = DrawnTargets(loss_fn, likelihood, fisher_type == "exact", mc_samples, generator, watched)
     started = time.time()
     deterministic = not (train and any(module.training for module in model.modules()))
     run = _Pass(
         accumulator,
         model,
-        loss_fn,
-        fisher_type,
-        likelihood,
-        mc_samples,
-        generator,
+        loss_fn if drawn is None else drawn.loss,
+        drawn,
         max_samples,
         device,
         check=bool(verify) and deterministic,
@@ -143,10 +144,7 @@ class _Pass:
     accumulator: FisherAccumulator
     model: nn.Module
     loss_fn: LossFn
-    fisher_type: str
-    likelihood: Likelihood
-    mc_samples: int
-    generator: torch.Generator
+    drawn: DrawnTargets | None  # None: the given targets
     max_samples: int | None
     device: torch.device
     check: bool  # run a sample of the first batch alone
@@ -200,20 +198,10 @@ class _Pass:
 
     def _terms(self, batch: Batch, outputs: Any) -> Iterator[tuple[Any, Tensor | float]]:
         """Yield targets, and what their losses' squared gradients count: a number, or one for each sample."""
-        if self.fisher_type == "empirical":
+        if self.drawn is None:
             yield batch.targets, 1.0
-        elif self.fisher_type == "mc":
-            for _ in range(self.mc_samples):
-                yield draw(outputs, batch.targets, self.likelihood, self.generator), 1 / self.mc_samples
         else:
-            logits = logits_of(outputs)
-            if logits.dim() != 2:
-                raise ValueError(
-                    f"fisher_type='exact' needs outputs [N, C], got {list(logits.shape)}; use fisher_type='mc'"
-                )
-            probabilities = logits.detach().double().softmax(1).nan_to_num(nan=0.0)  # the losses are NaN there too
-            for c, share in enumerate(probabilities.unbind(1)):
-                yield torch.full((len(logits),), c, device=logits.device), share
+            yield from self.drawn.terms(outputs, batch.targets)
 
     def _limit(self, weights: Tensor | None, losses: Tensor) -> tuple[int, Tensor | None]:
         """Give samples beyond max_samples the weight zero; return how many samples count, and the weights."""
