@@ -58,14 +58,16 @@ class DrawnTargets:
         self.loss_fn, self.likelihood, self.generator, self.parameters = loss_fn, likelihood, generator, parameters
         self.mc_samples, self.exact = mc_samples, exact
         self._reading: Reading | None = None
+        self._factor = 1.0  # of the losses: shares sum to 1, but the Fishers of several labels add up
         self._checked = False  # a sampler
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the losses of targets of this class's making."""
-        if not isinstance(targets, Swapped):
-            return self.loss_fn(outputs, targets)
-        assert self._reading is not None
-        return self.loss_fn(_swapped(self._reading, outputs, targets.rows), targets.targets)
+        if isinstance(targets, Swapped):
+            assert self._reading is not None
+            return self.loss_fn(_swapped(self._reading, outputs, targets.rows), targets.targets)
+        losses = self.loss_fn(outputs, targets)
+        return losses if self._factor == 1 else losses * self._factor
 
     def terms(self, outputs: Any, targets: Any) -> Iterator[tuple[Any, Tensor | float]]:
         """Yield targets, and what their losses' squared gradients count: a number, or one for each sample."""
@@ -96,12 +98,14 @@ class DrawnTargets:
     def _bernoulli(self, reading: Reading, logits: Tensor, targets: Any) -> Iterator[tuple[Any, Tensor | float]]:
         """Yield 0 and 1 for one label after the other, the others at their mean, where their gradient is zero."""
         means = logits.sigmoid()
-        for k in range(logits[0].numel()):
+        n_labels = logits[:1].numel()
+        self._factor = n_labels**0.5
+        for k in range(n_labels):
             share = means.reshape(len(means), -1)[:, k].double().nan_to_num(nan=0.0)
             for value in (0.0, 1.0):
                 rows = means.clone()
                 rows.view(len(means), -1)[:, k] = value
-                yield self._targets(reading, logits, targets, rows), share if value else 1 - share
+                yield self._targets(reading, logits, targets, rows), (share if value else 1 - share) / n_labels
 
     def _read(self, likelihood: str, outputs: Any, targets: Any) -> Reading:
         """Return how the loss reads this batch."""
@@ -124,7 +128,7 @@ class DrawnTargets:
             ValueError: if there are several.
         """
         found = fit("bernoulli", self.loss_fn, outputs, targets, self.parameters)
-        if found is not None and found.logits.get(outputs)[0].numel() > 1:
+        if found is not None and found.logits.get(outputs)[:1].numel() > 1:
             raise ValueError(
                 "fisher_type='exact' with several logits for each sample needs a loss that takes labels between 0 and "
                 "1, as binary_cross_entropy_with_logits does; use fisher_type='mc'"
