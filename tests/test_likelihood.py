@@ -157,6 +157,35 @@ def test_padding_that_is_a_class(padding, reduction):
     close(got, want)
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_that_is_a_class_and_comes_late(left):
+    """No sample of the first batch is padded, and the padding is one of many classes."""
+    seen = []
+
+    def loss(outputs, targets):
+        seen.append(targets)
+        return ce(outputs, targets, ignore_index=70)
+
+    torch.manual_seed(0)
+    model, x = Tokens(classes=90), torch.randint(0, 7, (2, 4))
+    first, second = torch.randint(0, 50, (2, 4)), torch.randint(0, 50, (2, 4))
+    second[1, slice(2) if left else slice(2, None)] = 70
+    fd(model, [(x, first), (x, second)], loss, fisher_type="mc", verify=False)
+    last = seen[-1] == 70
+    assert torch.equal(last, second == 70)
+
+
+@pytest.mark.parametrize("ignored", [255, 1])
+def test_exact_leaves_ignored_samples_out(ignored):
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 4).double(), torch.randn(5, 3).double(), torch.tensor([0, 2, ignored, 3, ignored])
+    got = fd(model, [(x, y)], lambda o, y: ce(o, y, ignored), fisher_type="exact")
+    kept = y != ignored
+    want = fd(model, [(x[kept], y[kept])], ce, fisher_type="exact")
+    close(got, {n: f * 3 / 5 for n, f in want.items()}, 1e-9)
+    assert got.n_samples == 5
+
+
 def test_time_first_and_classes_in_the_middle():
     model, (x, y) = Tokens(dims=(1, 0, 2)), data()
     loss = lambda o, y: ce(o.transpose(0, 1), y.T, IGNORED)  # noqa: E731
@@ -355,12 +384,13 @@ def test_other_losses_are_refused_elementwise(name):
 
 
 def test_unsuitable_outputs():
+    boxes = lambda o, y: torch.stack([part["box"] for part in y])  # noqa: E731
     x = torch.randn(6, 3)
     for model in (nn.Linear(3, 1), nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))):
         with pytest.raises(ValueError, match="use likelihood='bernoulli' for one logit"):
             fd(model, [(x, torch.ones(6))], lambda o, y: o.view(-1), fisher_type="mc")
     with pytest.raises(ValueError, match="could not be evaluated on targets drawn"):
-        fd(nn.Linear(3, 4), [(x, [{"box": x}] * 6)], lambda o, y: y[0]["box"], fisher_type="mc")
+        fd(nn.Linear(3, 4), [(x, [{"box": x}] * 6)], boxes, fisher_type="mc")
     with pytest.raises(ValueError, match="losses must have one value per sample"):
         fd(nn.Linear(3, 4), [(x, torch.ones(6).long())], F.cross_entropy, fisher_type="mc")
 

@@ -58,16 +58,17 @@ def fisher_diagonal(
             tensor, a tuple (positional) or a dict (keywords). Batches are moved to the model's device. Sample weights
             [N] enter outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``.
         loss_fn: ``loss_fn(outputs, targets)`` returns one loss per sample, [N]; see :mod:`wplfast.losses`. For "mc" and
-            "exact" it must be the negative log-likelihood of ``likelihood``.
+            "exact" it must be -log p of ``likelihood``, or its mean over tokens. How it reads labels (shifted, ignored
+            positions, classes not last, one-hot) is found out on the first batch, and labels are drawn accordingly.
         params: what to estimate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
             all of the model's parameters that require grad. The cost falls with the subset.
         unpack: turns what ``data`` yields into such a tuple.
         fisher_type: ``"empirical"`` (given targets), ``"mc"`` (targets drawn from the model) or ``"exact"``
-            (expectation
-            over all classes of outputs [N, C]: one forward pass, C backward passes).
+            (expectation over all classes of outputs [N, C]: one forward pass, C backward passes).
         likelihood: what "mc" draws from: categorical, bernoulli, gaussian (unit variance) or a sampler
-            ``(outputs, generator) -> targets``.
-        mc_samples: draws per sample.
+            ``(outputs, generator) -> targets``, whose draws are compared with the loss where that is one of these.
+            "exact" takes categorical, and bernoulli for one logit or several of each sample.
+        mc_samples: draws per sample, stratified: less noise than that of as many independent ones.
         max_samples: stop after so many samples.
         generator: for the draws, of the outputs' device; default: a fresh one with a fixed seed.
         train: leave the modules' modes as they are (dropout on) instead of eval mode.
@@ -81,7 +82,8 @@ def fisher_diagonal(
         A mapping from names to float32 (float64 for float64 parameters) tensors of the parameters' shapes.
 
     Raises:
-        ValueError: if data is empty, losses are not [N], or an option does not fit.
+        ValueError: if data is empty, losses are not [N], an option does not fit, or the loss ("mc", "exact") is not
+            -log p of the targets that are drawn for it (label smoothing, class weights, a missing 1/2, ...).
         CoupledSamplesError: if a sample's loss depends on other samples.
         NonFiniteError: if a loss or gradient is NaN or infinite.
         VerificationError: if captured gradients disagree with autograd.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,8 @@ class DrawnTargets:
         self.loss_fn, self.likelihood, self.generator, self.parameters = loss_fn, likelihood, generator, parameters
         self.mc_samples, self.exact = mc_samples, exact
         self._reading: Reading | None = None
+        self._tried: Tensor | None = None  # [C]: the loss was evaluated on labels of this class
+        self._all_tried = False
         self._factor = 1.0  # of the losses: shares sum to 1, but the Fishers of several labels add up
         self._checked = False  # a sampler
 
@@ -109,8 +112,9 @@ class DrawnTargets:
 
     def _read(self, likelihood: str, outputs: Any, targets: Any) -> Reading:
         """Return how the loss reads this batch."""
-        if self._reading is not None and self._reading.fits(outputs, targets):
-            return self._reading
+        known = self._reading
+        if known is not None and known.fits(outputs, targets) and not self._may_be_padding(known, outputs, targets):
+            return known
         soft = self.exact and likelihood == "bernoulli"
         try:
             found = fit(likelihood, self.loss_fn, outputs, targets, self.parameters, soft)
@@ -118,8 +122,36 @@ class DrawnTargets:
             if not soft:
                 raise
             found = self._hard(outputs, targets)
-        self._reading = found  # None where no label of this batch counts: the next one is asked
-        return found or next(readings(likelihood, outputs, targets))
+        if found is None:  # no label of this batch counts: the next one is asked
+            return known or next(readings(likelihood, outputs, targets))
+        if found.ignored is None and known is not None:
+            found = replace(found, ignored=known.ignored)
+        self._reading = found
+        self._note_classes(found, outputs, targets)
+        return found
+
+    def _note_classes(self, reading: Reading, outputs: Any, targets: Any) -> None:
+        """Note the classes that the loss was tried on: labels of the probe's own, and the given ones."""
+        logits = reading.logits.get(outputs)
+        given = reading.given(logits, targets)
+        if not reading.categorical or given is None or given.dim() < 2:
+            return
+        if self._tried is None:
+            self._tried = torch.zeros(reading.n_classes(logits), dtype=torch.bool, device=logits.device)
+        self._tried[: sum(given.shape) - given.dim() + 1] = True
+        self._tried[given[reading.counts(given, len(self._tried))]] = True
+        self._all_tried = bool(self._tried.all())
+
+    def _may_be_padding(self, reading: Reading, outputs: Any, targets: Any) -> bool:
+        """Tell whether a sequence starts or ends with a class, twice, that the loss was never tried on."""
+        if self._all_tried or self._tried is None:
+            return False
+        given = reading.given(reading.logits.get(outputs), targets)
+        if given is None or given.shape[-1] < 2:
+            return False
+        pairs = torch.stack([given[..., :2], given[..., -2:]]).flatten(0, -2)
+        counts = reading.counts(pairs[:, 0], len(self._tried)) & (pairs[:, 0] == pairs[:, 1])
+        return bool((counts & ~self._tried[pairs[:, 0].clamp(0, len(self._tried) - 1)]).any())
 
     def _hard(self, outputs: Any, targets: Any) -> Reading | None:
         """Return how the loss reads labels 0 and 1 alone, if there is one logit for each sample.

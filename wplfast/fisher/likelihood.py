@@ -221,8 +221,9 @@ class Probe:
         best: tuple[Tensor, Tensor] | None = None
         for weight in (1.0, 0.0) if self.normalised else (1.0,):
             scales = -at_label / (1 - weight * p[labels])
-            rest = found - weight * scales.unsqueeze(-1) * p
-            rest = rest.scatter_add_(-1, index, scales.unsqueeze(-1)).abs().amax(-1)
+            rest = torch.addcmul(found, scales.unsqueeze(-1), p, value=-weight)
+            low, high = rest.scatter_add_(-1, index, scales.unsqueeze(-1)).aminmax(dim=-1)
+            rest = torch.maximum(high, -low)
             if best is None or bool(rest.max() < best[1].max()):
                 best = scales, rest
         assert best is not None
@@ -351,9 +352,9 @@ def _values(probe: Probe, evaluation: Evaluation) -> str:
     """Say what the loss is for a sample, and what -log p is."""
     losses, n_samples = evaluation.losses.detach().double(), len(evaluation.losses)
     shape = probe.reading.alignment.row_shape(probe.rows, evaluation.labels.shape)
-    if evaluation.labels.shape != shape or n_samples == 0 or shape[0] != n_samples:
-        return ""
     known = probe.reading.counts(evaluation.labels, probe.reading.n_classes(probe.logits))
+    if evaluation.labels.shape != shape or n_samples == 0 or shape[0] != n_samples or not bool(known.any()):
+        return ""
     labels = evaluation.labels
     if probe.reading.categorical:
         rows = -probe.base.log_softmax(0)[labels.clamp(0, len(probe.base) - 1)]

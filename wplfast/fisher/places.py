@@ -64,7 +64,7 @@ def logits_places(outputs: Any) -> list[Place]:
     for names in (("logits",), ("start_logits", "end_logits")):
         if all(isinstance(named.get(name), Tensor) for name in names):
             return [Place(tuple(_number(found, named[name]) for name in names))]
-    floats = [index for index, tensor in enumerate(found) if tensor.is_floating_point()]
+    floats = [index for index, tensor in enumerate(found) if tensor.is_floating_point() and tensor.dim()]
     places = [Place((index,)) for index in floats[:4]]
     if len(floats) > 1 and found[floats[0]].shape == found[floats[1]].shape:
         places.append(Place((floats[0], floats[1])))
