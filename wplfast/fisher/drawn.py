@@ -59,8 +59,7 @@ class DrawnTargets:
         self.loss_fn, self.likelihood, self.generator, self.parameters = loss_fn, likelihood, generator, parameters
         self.mc_samples, self.exact = mc_samples, exact
         self._reading: Reading | None = None
-        self._tried: Tensor | None = None  # [C]: the loss was evaluated on labels of this class
-        self._all_tried = False
+        self._all_tried = False  # the loss was evaluated on labels of all classes
         self._factor = 1.0  # of the losses: shares sum to 1, but the Fishers of several labels add up
         self._checked = False  # a sampler
 
@@ -124,34 +123,23 @@ class DrawnTargets:
             found = self._hard(outputs, targets)
         if found is None:  # no label of this batch counts: the next one is asked
             return known or next(readings(likelihood, outputs, targets))
-        if found.ignored is None and known is not None:
-            found = replace(found, ignored=known.ignored)
+        if known is not None and found.tried is not None and known.tried is not None:
+            ignored = known.ignored if found.ignored is None else found.ignored
+            found = replace(found, ignored=ignored, tried=found.tried | known.tried)
+        self._all_tried = found.tried is None or bool(found.tried.all())
         self._reading = found
-        self._note_classes(found, outputs, targets)
         return found
-
-    def _note_classes(self, reading: Reading, outputs: Any, targets: Any) -> None:
-        """Note the classes that the loss was tried on: labels of the probe's own, and the given ones."""
-        logits = reading.logits.get(outputs)
-        given = reading.given(logits, targets)
-        if not reading.categorical or given is None or given.dim() < 2:
-            return
-        if self._tried is None:
-            self._tried = torch.zeros(reading.n_classes(logits), dtype=torch.bool, device=logits.device)
-        self._tried[: sum(given.shape) - given.dim() + 1] = True
-        self._tried[given[reading.counts(given, len(self._tried))]] = True
-        self._all_tried = bool(self._tried.all())
 
     def _may_be_padding(self, reading: Reading, outputs: Any, targets: Any) -> bool:
         """Tell whether a sequence starts or ends with a class, twice, that the loss was never tried on."""
-        if self._all_tried or self._tried is None:
+        if reading.tried is None or self._all_tried:
             return False
         given = reading.given(reading.logits.get(outputs), targets)
-        if given is None or given.shape[-1] < 2:
+        if given is None or given.dim() < 2 or given.shape[-1] < 2:
             return False
         pairs = torch.stack([given[..., :2], given[..., -2:]]).flatten(0, -2)
-        counts = reading.counts(pairs[:, 0], len(self._tried)) & (pairs[:, 0] == pairs[:, 1])
-        return bool((counts & ~self._tried[pairs[:, 0].clamp(0, len(self._tried) - 1)]).any())
+        counts = reading.counts(pairs[:, 0], len(reading.tried)) & (pairs[:, 0] == pairs[:, 1])
+        return bool((counts & ~reading.tried[pairs[:, 0].clamp(0, len(reading.tried) - 1)]).any())
 
     def _hard(self, outputs: Any, targets: Any) -> Reading | None:
         """Return how the loss reads labels 0 and 1 alone, if there is one logit for each sample.

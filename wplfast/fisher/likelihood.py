@@ -24,6 +24,9 @@ from .reading import Reading, readings
 #: Largest difference from a gradient of -log p, relative to it, for float32 and for types that only run in half.
 TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
 
+#: What finding a class to ignore may cost: evaluations of the loss, and logits in all of them.
+MOST_EVALUATIONS, MOST_ELEMENTS = 64, 1 << 22
+
 _REASONS = {
     "categorical": "label smoothing, class weights, a temperature, a focal or margin term, classes that are masked "
     "inside the loss, or probabilities where the likelihood takes logits",
@@ -94,24 +97,36 @@ class Probe:
         if self.reading.likelihood == "gaussian":
             generator = torch.Generator().manual_seed(1 + first)
             return torch.randn(self.labels_shape, generator=generator).to(self.logits)
-        count = torch.full((), first, device=self.logits.device)
-        for dim, size in enumerate(self.labels_shape):
-            steps = torch.arange(size, device=self.logits.device)
-            count = count.unsqueeze(-1) + steps if dim else count + steps
-        labels = count % (self.reading.n_classes(self.logits) or 2)
+        n_values = self.reading.n_classes(self.logits) or 2
+        count, step = torch.full((), first, device=self.logits.device), 1
+        for size in reversed(self.labels_shape):
+            step += step % n_values == 0
+            steps = torch.arange(size, device=self.logits.device) * step
+            count = steps.view(-1, *[1] * count.dim()) + count
+            step *= size
+        labels = count % n_values
         if self.reading.categorical:
             return labels
         return labels.to(self.logits.dtype) * (0.5 if self.soft else 1.0) + (0.25 if self.soft else 0.0)
 
     def own(self, first: int) -> Evaluation:
         """Evaluate the loss on labels of our own where the given ones count."""
-        labels = self.own_labels(first)
+        return self.own_evaluation(self.own_labels(first))
+
+    def own_evaluation(self, labels: Tensor) -> Evaluation:
+        """Evaluate the loss on labels, but for those that do not count."""
         targets = self.reading.targets(self.logits, self.targets, labels, of_rows=False)
         if self.given is not None:
             labels = torch.where(
                 self.reading.counts(self.given, self.reading.n_classes(self.logits)), labels, self.given
             )
         return self.evaluate(targets, labels)
+
+    def of_rows(self, labels: Tensor, reading: Reading) -> Evaluation:
+        """Evaluate the loss on labels for the rows, where the given ones count."""
+        blank = torch.zeros(self.labels_shape, dtype=labels.dtype, device=labels.device)
+        arranged = reading.alignment.to_labels(labels, blank)
+        return self.own_evaluation(arranged)
 
     def second(self) -> Evaluation:
         """Evaluate the loss on the given labels, or on others of our own if it does not take those."""
@@ -319,28 +334,48 @@ def _aligned(probe: Probe, own: Evaluation) -> Reading | None:
     for alignment in alignments(probe.rows, own.labels.shape):
         reading = replace(probe.reading, alignment=alignment)
         try:
-            once = probe.scales(own, reading)
+            found = [probe.scales(own, reading)]
             second = second or probe.second()
-            twice = probe.scales(second, reading)
-            counted = [scales != 0 for scales, _, _ in (once, twice)]
-            if not bool((counted[0] | counted[1]).any()):
+            found.append(probe.scales(second, reading))
+            used = (found[0][0] != 0) | (found[1][0] != 0)
+            if not bool(used.any()):
                 return None
-            return _with_ignored(reading, counted, [once, twice])
+            return _with_ignored(probe, reading, found, used)
         except MismatchError as error:
             first = error if first is None or not str(first) else first
     raise first or MismatchError("")
 
 
-def _with_ignored(reading: Reading, counted: list[Tensor], found: list[tuple[Tensor, Tensor, Tensor]]) -> Reading:
-    """Find a label within the likelihood's range that the loss ignores: its row counts with another label."""
-    missing = [labels[known & ~counted[i] & counted[1 - i]] for i, (_, labels, known) in enumerate(found)]
+def _with_ignored(probe: Probe, reading: Reading, found: list[tuple[Tensor, Tensor, Tensor]], used: Tensor) -> Reading:
+    """Find a label within the likelihood's range that the loss ignores: its row is used with another label.
+
+    Args:
+        probe: the probe.
+        reading: the reading so far.
+        found: scales, labels of the rows and which may count, of two evaluations.
+        used: which rows count with some label.
+    """
+    n_classes = reading.n_classes(probe.logits)
+    if reading.categorical:
+        tried = torch.zeros(n_classes, dtype=torch.bool, device=used.device)
+        budget = min(MOST_EVALUATIONS, MOST_ELEMENTS // max(1, probe.logits.numel()))
+        for evaluation in range(2 + budget):
+            if evaluation >= 2:  # classes that neither labels of our own nor the given ones had
+                untried = (~tried).nonzero()[:, 0]
+                if not len(untried):
+                    break
+                labels = torch.zeros_like(used, dtype=torch.int64)
+                labels[used] = untried[torch.arange(int(used.sum()), device=used.device) % len(untried)]
+                found.append(probe.scales(probe.of_rows(labels, reading), reading))
+            _, labels, known = found[evaluation]
+            tried[labels[known & used]] = True
+        reading = replace(reading, tried=tried)
+    missing = [labels[known & used & (scales == 0)] for scales, labels, known in found]
     ignored = torch.cat(missing).unique()
     if not len(ignored):
         return reading
     value = ignored[0].item()
-    if len(ignored) > 1 or any(
-        bool((labels[c] == value).any()) for (_, labels, _), c in zip(found, counted, strict=True)
-    ):
+    if len(ignored) > 1 or any(bool((labels[scales != 0] == value).any()) for scales, labels, _ in found):
         shown = ", ".join(f"{v:g}" for v in ignored[:4].tolist())
         raise MismatchError(f"whether labels such as {shown} count depends on more than one label to ignore")
     if reading.likelihood == "bernoulli":

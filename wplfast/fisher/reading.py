@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Reading:
         one_hot: labels are vectors along ``dim``, as soft labels are.
         alignment: which label belongs to which row.
         ignored: a label within the range of labels that the loss does not count, such as padding.
+        tried: [C]: classes that the loss was evaluated on, so that ``ignored`` cannot be another of these.
     """
 
     likelihood: str
@@ -36,6 +37,7 @@ class Reading:
     one_hot: bool = False
     alignment: Alignment = IN_PLACE
     ignored: float | None = None
+    tried: Tensor | None = field(default=None, compare=False)
 
     @property
     def categorical(self) -> bool:
