@@ -132,6 +132,15 @@ def test_labels_that_were_shifted_before():
     close(got, expectation(model, x, y, shifted, "sum"))
 
 
+@pytest.mark.parametrize("at", [0, -1])
+def test_one_label_for_a_sequence(at):
+    model, (x, y) = Tokens(), data()
+    y = torch.where(y[:, :1] == IGNORED, 0, y[:, :1])
+    y[1] = IGNORED
+    got = fd(model, [(x, y[:, 0])], lambda o, y: ce(o[:, at], y, IGNORED), fisher_type="mc", mc_samples=300)
+    close(got, expectation(model, x, y, lambda t: at % 3, "sum"))
+
+
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("how", ["counted", "all"])
 def test_means_over_tokens(shift, how):
@@ -384,13 +393,15 @@ def test_other_losses_are_refused_elementwise(name):
 
 
 def test_unsuitable_outputs():
-    boxes = lambda o, y: torch.stack([part["box"] for part in y])  # noqa: E731
+    boxes = lambda o, y: torch.stack([part.get("box") for part in y])  # noqa: E731
     x = torch.randn(6, 3)
     for model in (nn.Linear(3, 1), nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))):
         with pytest.raises(ValueError, match="use likelihood='bernoulli' for one logit"):
             fd(model, [(x, torch.ones(6))], lambda o, y: o.view(-1), fisher_type="mc")
     with pytest.raises(ValueError, match="could not be evaluated on targets drawn"):
         fd(nn.Linear(3, 4), [(x, [{"box": x}] * 6)], boxes, fisher_type="mc")
+    with pytest.raises(ValueError, match=r"could not be evaluated .* a part of the classes alone"):
+        fd(nn.Linear(3, 4), [(x, torch.ones(6).long())], lambda o, y: ce(o[:, :2], y), fisher_type="mc")
     with pytest.raises(ValueError, match="losses must have one value per sample"):
         fd(nn.Linear(3, 4), [(x, torch.ones(6).long())], F.cross_entropy, fisher_type="mc")
 
@@ -537,7 +548,7 @@ def test_a_gaussian_sampler_of_another_variance():
 
 
 def test_draws_have_the_distribution_and_rows_are_independent():
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]] * 3000).double()
     p = logits[0].softmax(0)
     for count in (1, 5):
@@ -571,7 +582,7 @@ def test_generator_and_reports_are_left_alone():
     model, (x, y) = Tokens(), data()
     scale = torch.zeros(1, requires_grad=True)
     loss = lambda o, y: ce(o, y, IGNORED) + 0 * scale  # noqa: E731
-    first, second = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    first, second = (torch.Generator(torch.get_default_device()).manual_seed(1) for _ in range(2))
     fd(model, [(x, y)], loss, fisher_type="mc", generator=first)
     draw(torch.zeros(3, 3, 3), "categorical", second)
     assert torch.equal(first.get_state(), second.get_state())

@@ -122,7 +122,7 @@ class DrawnTargets:
                 raise
             found = self._hard(outputs, targets)
         if found is None:  # no label of this batch counts: the next one is asked
-            return known or next(readings(likelihood, outputs, targets))
+            return known or readings(likelihood, outputs, targets)[0]
         if known is not None and found.tried is not None and known.tried is not None:
             ignored = known.ignored if found.ignored is None else found.ignored
             found = replace(found, ignored=ignored, tried=found.tried | known.tried)

@@ -8,6 +8,7 @@ in it (label smoothing, class weights, masked classes, a missing 1/2). That cost
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -301,7 +302,10 @@ def fit(
         ValueError: if the loss is not -log p for any reading, with what differs and what to do.
     """
     failures: list[tuple[Exception, str]] = []
+    most_classes = sys.maxsize
     for reading in readings(likelihood, outputs, targets):
+        if reading.n_classes(reading.logits.get(outputs)) > most_classes:
+            continue  # labels that the loss may not take: on a GPU, that would end the process
         probe = Probe(reading, loss_fn, outputs, targets, parameters, soft)
         evaluation = None
         try:
@@ -309,14 +313,16 @@ def fit(
             return _aligned(probe, evaluation)
         except Exception as error:
             failures.append((error, "" if evaluation is None else _values(probe, evaluation)))
+            if isinstance(error, MismatchError) and reading.categorical:
+                most_classes = min(most_classes, reading.n_classes(probe.logits))
     cause, values = min(failures, key=lambda found: 2 * (not isinstance(found[0], MismatchError)) + (not found[1]))
     if not isinstance(cause, MismatchError):
         if str(cause).startswith("losses must"):
             raise cause
         raise ValueError(
             f"loss_fn could not be evaluated on targets drawn for likelihood={likelihood!r}: "
-            f"{type(cause).__name__}: {cause}. If the loss takes other targets, pass likelihood= a sampler, "
-            "(outputs, generator) -> targets, or use fisher_type='empirical'"
+            f"{type(cause).__name__}: {cause}. If the loss takes other targets, or a part of the classes alone, "
+            "pass likelihood= a sampler, (outputs, generator) -> targets, or use fisher_type='empirical'"
         ) from cause
     what = f" ({cause})" if str(cause) else ""
     raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -113,8 +112,8 @@ class Reading:
         return self.labels.put(targets, labels)
 
 
-def readings(likelihood: str, outputs: Any, targets: Any) -> Iterator[Reading]:
-    """Yield ways to read outputs and targets, likely ones first; alignments are for the loss to tell.
+def readings(likelihood: str, outputs: Any, targets: Any) -> list[Reading]:
+    """List ways to read outputs and targets, likely ones first; alignments are for the loss to tell.
 
     Raises:
         TypeError: if the outputs hold no floating point tensor.
@@ -123,6 +122,7 @@ def readings(likelihood: str, outputs: Any, targets: Any) -> Iterator[Reading]:
     places = logits_places(outputs)
     if not places:
         raise TypeError(f"outputs must be a tensor, hold tensors or have .logits, got {type(outputs).__name__}")
+    found: list[tuple[bool, Reading]] = []  # whether labels lie as rows do
     for place in places:
         logits = place.get(outputs)
         shape = logits.shape
@@ -140,10 +140,11 @@ def readings(likelihood: str, outputs: Any, targets: Any) -> Iterator[Reading]:
             for labels in label_places(targets, len(place.indices) > 1, not whole.categorical):
                 given = labels.get(targets)
                 if whole.categorical and given.is_floating_point() and given.shape == shape:
-                    yield replace(whole, labels=labels, one_hot=True)
+                    found.append((True, replace(whole, labels=labels, one_hot=True)))
                 elif first := next(alignments(rows, given.shape), None):
-                    yield replace(whole, labels=labels, alignment=first)
-            yield whole
+                    found.append((first == IN_PLACE, replace(whole, labels=labels, alignment=first)))
+            found.append((False, whole))
+    return [reading for _, reading in sorted(found, key=lambda pair: not pair[0])]
 
 
 def _classes(vectors: Tensor, dim: int) -> Tensor:
