@@ -322,6 +322,7 @@ OTHERS = {
     "masked": masked_classes,
     "mean squared": squared,
     "regularised": lambda o, y: ce(o, y) + 0.1 * o.square().sum(1),
+    "z-loss": lambda o, y: ce(o, y) + 1e-3 * o.logsumexp(1).square(),
     "nll of logits": lambda o, y: F.nll_loss(o, y, reduction="none"),
     "of probabilities": lambda o, y: F.nll_loss(o.softmax(1).log_softmax(1), y, reduction="none"),
 }
@@ -377,6 +378,11 @@ ELEMENTWISE = {
             o, y, pos_weight=torch.full((4,), 2.0).to(o), reduction="none"
         ).sum(1),
         "pos_weight",
+    ),
+    "of probabilities": (
+        "bernoulli",
+        lambda o, y: F.binary_cross_entropy(o.clamp(0.01, 0.99), y, reduction="none").sum(1),
+        r"for sample \d of a test .* probabilities where the likelihood takes logits",
     ),
     "gaussian for bernoulli": ("bernoulli", losses.mse, "is not -log p"),
     "bernoulli for gaussian": ("gaussian", bce, "is not -log p"),

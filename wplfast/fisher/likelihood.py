@@ -87,17 +87,21 @@ class Probe:
         self.given = reading.given(self.logits, targets)
         self.labels_shape = self.rows if self.given is None else self.given.shape
         self.parameters = {id(p) for p in parameters}
-        generator = torch.Generator().manual_seed(0)
+        device = self.logits.device
+        generator = torch.Generator(device).manual_seed(0)
         shape = (reading.n_classes(self.logits),) if reading.categorical else self.logits.shape
-        base = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.logits.device)
+        base = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
+        if reading.likelihood == "bernoulli":  # a loss of probabilities would end the process on a GPU
+            base = base.sigmoid()
         self.normalised = reading.categorical and _is_normalised(self.logits, reading.dim)
         self.base = base.log_softmax(0) if self.normalised else base
 
     def own_labels(self, first: int) -> Tensor:
         """Make labels of which neighbours differ along every dimension; soft ones for a loss that must take them."""
         if self.reading.likelihood == "gaussian":
-            generator = torch.Generator().manual_seed(1 + first)
-            return torch.randn(self.labels_shape, generator=generator).to(self.logits)
+            device = self.logits.device
+            generator = torch.Generator(device).manual_seed(1 + first)
+            return torch.randn(self.labels_shape, generator=generator, device=device).to(self.logits.dtype)
         n_values = self.reading.n_classes(self.logits) or 2
         count, step = torch.full((), first, device=self.logits.device), 1
         for size in reversed(self.labels_shape):
@@ -238,8 +242,7 @@ class Probe:
         for weight in (1.0, 0.0) if self.normalised else (1.0,):
             scales = -at_label / (1 - weight * p[labels])
             rest = torch.addcmul(found, scales.unsqueeze(-1), p, value=-weight)
-            low, high = rest.scatter_add_(-1, index, scales.unsqueeze(-1)).aminmax(dim=-1)
-            rest = torch.maximum(high, -low)
+            rest = torch.linalg.vector_norm(rest.scatter_add_(-1, index, scales.unsqueeze(-1)), 1, -1)
             if best is None or bool(rest.max() < best[1].max()):
                 best = scales, rest
         assert best is not None
