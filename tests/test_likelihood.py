@@ -384,6 +384,7 @@ ELEMENTWISE = {
         lambda o, y: F.binary_cross_entropy(o.clamp(0.01, 0.99), y, reduction="none").sum(1),
         r"for sample \d of a test .* probabilities where the likelihood takes logits",
     ),
+    "plus or minus one": ("bernoulli", lambda o, y: F.softplus(-y * o).sum(1), "is not -log p"),
     "gaussian for bernoulli": ("bernoulli", losses.mse, "is not -log p"),
     "bernoulli for gaussian": ("gaussian", bce, "is not -log p"),
 }
@@ -396,6 +397,19 @@ def test_other_losses_are_refused_elementwise(name):
     model, x, y = nn.Linear(3, 4), torch.randn(6, 3), torch.randint(0, 2, (6, 4)).float()
     with pytest.raises(ValueError, match=message):
         fd(model, [(x, y)], loss, fisher_type="mc", likelihood=likelihood)
+
+
+def test_labels_of_one_logit_that_are_plus_or_minus_one():
+    loss = lambda o, y: F.softplus(-y * o[:, 0])  # noqa: E731
+    with pytest.raises(ValueError, match="is not -log p of targets drawn for likelihood='bernoulli'"):
+        fd(nn.Linear(3, 1), [(torch.randn(6, 3), torch.ones(6))], loss, fisher_type="mc", likelihood="bernoulli")
+
+
+def test_a_batch_without_samples():
+    model, x, y = nn.Linear(3, 4), torch.randn(6, 3), torch.zeros(6).long()
+    loss = lambda o, y: F.cross_entropy(o, y, reduction="none")  # noqa: E731
+    for kind in ("mc", "exact"):
+        assert fd(model, [(x[:0], y[:0]), (x, y)], loss, fisher_type=kind).n_samples == 6
 
 
 def test_unsuitable_outputs():

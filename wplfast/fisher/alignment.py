@@ -32,17 +32,15 @@ class Alignment:
 
     def fits(self, rows: Sequence[int], labels: Sequence[int]) -> bool:
         """Tell whether labels of this shape can belong to such rows."""
-        labels = self._whole(labels)
-        shape = self.row_shape(rows, labels)
+        shape, labels = self.row_shape(rows, labels), self._whole(labels)
         if self.dim is None or len(shape) != len(labels) or self.dim >= len(shape):
             return shape == tuple(labels)
         return all(a == b for d, (a, b) in enumerate(zip(shape, labels, strict=True)) if d != self.dim)
 
     def to_rows(self, labels: Tensor, rows: Sequence[int], fill: float) -> Tensor:
         """Arrange labels as the rows are, ``fill`` where a row has none: shape ``row_shape``."""
-        labels = labels.reshape(self._whole(labels.shape))
         arranged = labels.new_full(self.row_shape(rows, labels.shape), fill)
-        of_rows, of_labels = self._parts(arranged, labels)
+        of_rows, of_labels = self._parts(arranged, labels.reshape(self._whole(labels.shape)))
         of_rows.copy_(of_labels)
         return arranged
 
@@ -89,6 +87,6 @@ def alignments(rows: Sequence[int], labels: Sequence[int]) -> Iterator[Alignment
             if len(differing) == 1:
                 yield Alignment(differing[0], offset, from_end)
     for dim in range(1, len(rows)):  # one label for a whole sequence, at its end or its start
-        if len(rows) == len(labels) + 1 and (*rows[:dim], *rows[dim + 1 :]) == tuple(labels):
+        if rows[dim] > 1 and len(rows) == len(labels) + 1 and (*rows[:dim], *rows[dim + 1 :]) == tuple(labels):
             yield Alignment(dim, 0, True, single=True)
             yield Alignment(dim, 0, False, single=True)

@@ -30,7 +30,8 @@ MOST_EVALUATIONS, MOST_ELEMENTS = 64, 1 << 22
 
 _REASONS = {
     "categorical": "label smoothing, class weights, a temperature, a focal or margin term, classes that are masked "
-    "inside the loss, or probabilities where the likelihood takes logits",
+    "inside the loss, probabilities where the likelihood takes logits, or another likelihood's loss "
+    "(likelihood='gaussian' for regression, 'bernoulli' for yes-or-no labels)",
     "bernoulli": "pos_weight, a mean over the labels, or probabilities where the likelihood takes logits",
     "gaussian": "a missing 1/2, a mean over the dimensions, or another variance than 1",
 }
@@ -310,6 +311,8 @@ def fit(
         if reading.n_classes(reading.logits.get(outputs)) > most_classes:
             continue  # labels that the loss may not take: on a GPU, that would end the process
         probe = Probe(reading, loss_fn, outputs, targets, parameters, soft)
+        if not probe.logits.numel():
+            return None
         evaluation = None
         try:
             evaluation = probe.own(0)
@@ -324,8 +327,8 @@ def fit(
             raise cause
         raise ValueError(
             f"loss_fn could not be evaluated on targets drawn for likelihood={likelihood!r}: "
-            f"{type(cause).__name__}: {cause}. If the loss takes other targets, or a part of the classes alone, "
-            "pass likelihood= a sampler, (outputs, generator) -> targets, or use fisher_type='empirical'"
+            f"{type(cause).__name__}: {str(cause).rstrip('.')}. If the loss takes other targets, "
+            "or a part of the classes alone, pass likelihood= a sampler, (outputs, generator) -> targets, or use fisher_type='empirical'"
         ) from cause
     what = f" ({cause})" if str(cause) else ""
     raise ValueError(
