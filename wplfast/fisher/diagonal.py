@@ -16,16 +16,16 @@ from tqdm.auto import tqdm
 
 from ..capture.call import random_state, set_random_state
 from ..errors import CoupledSamplesError
-from ..losses import logits_of
 from ..params import Params, device_of
 from ..version import __version__
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
 from .checks import check_losses
+from .drawn import DrawnTargets
 from .independence import Examination, Findings
 from .preserve import Snapshot
 from .result import Fisher
-from .sampling import Likelihood, draw
+from .sampling import Likelihood
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -62,16 +62,17 @@ def fisher_diagonal(
             [N], floating point, enter outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``. Empty batches are left
             out.
         loss_fn: ``loss_fn(outputs, targets)`` returns one loss per sample, [N]; see :mod:`wplfast.losses`. For "mc" and
-            "exact" it must be the negative log-likelihood of ``likelihood``.
+            "exact" it must be -log p of ``likelihood``, or its mean over tokens. How it reads labels (shifted, ignored
+            positions, classes not last, one-hot) is found out on the first batch, and labels are drawn accordingly.
         params: what to estimate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
             all of the model's parameters that require grad. The cost falls with the subset.
         unpack: turns what ``data`` yields into such a tuple.
         fisher_type: ``"empirical"`` (given targets), ``"mc"`` (targets drawn from the model) or ``"exact"``
-            (expectation
-            over all classes of outputs [N, C]: one forward pass, C backward passes).
+            (expectation over all classes of outputs [N, C]: one forward pass, C backward passes).
         likelihood: what "mc" draws from: categorical, bernoulli, gaussian (unit variance) or a sampler
-            ``(outputs, generator) -> targets``.
-        mc_samples: draws per sample.
+            ``(outputs, generator) -> targets``, whose draws are compared with the loss where that is one of these.
+            "exact" takes categorical, and bernoulli for one logit or several of each sample.
+        mc_samples: draws per sample, stratified: less noise than that of as many independent ones.
         max_samples: stop after so many samples.
         generator: for the draws, of the outputs' device; default: a fresh one with a fixed seed.
         train: leave the modules' modes as they are (dropout on) instead of eval mode.
@@ -96,7 +97,8 @@ def fisher_diagonal(
     Raises:
         TypeError: if a batch is of no known form, or its third element is no weights.
         ValueError: if data is empty, losses are not [N] or those of no batch depend on the parameters, a row holds
-            several documents though ``samples="batch"``, or an option does not fit.
+            several documents though ``samples="batch"``, an option does not fit, or the loss ("mc", "exact") is not
+            -log p of the targets that are drawn for it (label smoothing, class weights, a missing 1/2, ...).
         CoupledSamplesError: if a sample's loss depends on other samples.
         NonFiniteError: if a loss or gradient is NaN or infinite.
         VerificationError: if captured gradients disagree with autograd.
@@ -123,6 +125,10 @@ def fisher_diagonal(
     device = device_of(itertools.chain(model.parameters(), accumulator.parameters.values()))
     if generator is None:
         generator = torch.Generator(device).manual_seed(0)
+    drawn = None
+    if fisher_type != "empirical":
+        watched = list(accumulator.parameters.values())
+        drawn = DrawnTargets(loss_fn, likelihood, fisher_type == "exact", mc_samples, generator, watched)
     started = time.time()
     deterministic = not (train and any(module.training for module in model.modules()))
     if verify and not deterministic:
@@ -132,11 +138,8 @@ def fisher_diagonal(
     run = _Pass(
         accumulator,
         model,
-        loss_fn,
-        fisher_type,
-        likelihood,
-        mc_samples,
-        generator,
+        loss_fn if drawn is None else drawn.loss,
+        drawn,
         max_samples,
         device,
         verify if deterministic and samples == "batch" else False,
@@ -174,10 +177,7 @@ class _Pass:
     accumulator: FisherAccumulator
     model: nn.Module
     loss_fn: LossFn
-    fisher_type: str
-    likelihood: Likelihood
-    mc_samples: int
-    generator: torch.Generator
+    drawn: DrawnTargets | None  # None: the given targets
     max_samples: int | None
     device: torch.device
     verify: bool | Literal["always"]  # run parts of the first batch, or of all batches
@@ -247,20 +247,10 @@ class _Pass:
 
     def _terms(self, batch: Batch, outputs: Any) -> Iterator[tuple[Any, Tensor | float]]:
         """Yield targets, and what their losses' squared gradients count: a number, or one for each sample."""
-        if self.fisher_type == "empirical":
+        if self.drawn is None:
             yield batch.targets, 1.0
-        elif self.fisher_type == "mc":
-            for _ in range(self.mc_samples):
-                yield draw(outputs, batch.targets, self.likelihood, self.generator), 1 / self.mc_samples
         else:
-            logits = logits_of(outputs)
-            if logits.dim() != 2:
-                raise ValueError(
-                    f"fisher_type='exact' needs outputs [N, C], got {list(logits.shape)}; use fisher_type='mc'"
-                )
-            probabilities = logits.detach().double().softmax(1).nan_to_num(nan=0.0)  # the losses are NaN there too
-            for c, share in enumerate(probabilities.unbind(1)):
-                yield torch.full((len(logits),), c, device=logits.device), share
+            yield from self.drawn.terms(outputs, batch.targets)
 
     def _limit(self, weights: Tensor | None, losses: Tensor) -> tuple[int, Tensor | None]:
         """Give samples beyond max_samples the weight zero; return how many samples count, and the weights."""
