@@ -328,7 +328,7 @@ class WeightPlasticityLoss(nn.Module):
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: storage.FilePath) -> None:
         """Write the anchors to a safetensors file, atomically.
 
         Raises:
@@ -336,19 +336,20 @@ class WeightPlasticityLoss(nn.Module):
         """
         storage.save(path, self._state(), "penalty", {"n_anchors": str(self.n_anchors)})
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: storage.FilePath) -> None:
         """Read anchors that :meth:`save` wrote, strictly by name and shape; on an error nothing changes.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is truncated, foreign or of another version, or a shape differs.
+            ValueError: if the file is truncated, damaged, foreign or of another version, a shape differs, or it holds
+                values that no penalty has.
             NameMismatchError: if names differ.
         """
         state, _ = storage.load(path, "penalty")
         found = self._restore(state)
         if found.missing or found.unexpected:
             raise NameMismatchError(
-                f"{os.fspath(path)}: missing {found.missing[:6]}, unexpected {found.unexpected[:6]}"
+                f"{os.fsdecode(path)}: missing {found.missing[:6]}, unexpected {found.unexpected[:6]}"
             )
         if found.errors:
             raise ValueError("; ".join(found.errors))

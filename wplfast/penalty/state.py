@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.expect import describe
 from ..ops.layout import flat_dtype
 from .anchors import Anchors, kept_as
 
@@ -51,6 +52,10 @@ def faults(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], fisher
         parameters: by name.
         fisher_dtype: as :class:`Anchors` takes it.
     """
+    for key in ("version", "n_anchors"):
+        count = state.get(key)
+        if isinstance(count, Tensor) and (count.numel() != 1 or count.is_floating_point() or count.is_complex()):
+            return Faults([], [], [f"{key} must be one integer, got {describe(count)}"])
     wanted, optional = {"version", "n_anchors"}, {f"offset.{name}" for name in parameters}
     if has_anchors(state):
         wanted |= {f"{kind}.{name}" for kind in ("fisher", "theta_hat", "constant") for name in parameters}
@@ -71,6 +76,8 @@ def faults(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], fisher
             if tensor.shape != expected:
                 got = list(tensor.shape)
                 found.errors.append(f"{kind}[{name!r}] must have shape {list(expected)}, got {got}")
+            elif not tensor.is_floating_point():
+                found.errors.append(f"{kind}[{name!r}] must be of a floating point type, got {describe(tensor)}")
             elif not bool(tensor.to(dtype).isfinite().all()) or (kind == "fisher" and bool((tensor < 0).any())):
                 not_negative = " and not negative" if kind == "fisher" else ""
                 found.errors.append(f"{kind}[{name!r}] must be finite{not_negative} in {dtype}")
