@@ -9,14 +9,15 @@ directly; there the gradient arrives at the parameter's ``.grad``, which is how 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedParameterError, WplfastError
+from ..undo import Undo
 
 
 class Interceptor(Protocol):
@@ -136,9 +137,8 @@ def check_supported(parameters: dict[str, Tensor]) -> None:
             )
 
 
-@contextmanager
-def watch(parameters: dict[str, Tensor], interceptor: Interceptor) -> Iterator[None]:
-    """Send every call that consumes one of the parameters to ``interceptor`` while the context is open.
+def watch(parameters: dict[str, Tensor], interceptor: Interceptor, undo: Undo) -> None:
+    """Send every call that consumes one of the parameters to ``interceptor``, until ``undo`` is closed.
 
     Raises:
         WplfastError: if another pass watches one of them already.
@@ -149,17 +149,12 @@ def watch(parameters: dict[str, Tensor], interceptor: Interceptor) -> Iterator[N
         for name, parameter in parameters.items():
             if id(parameter) in _interceptors:
                 raise WplfastError(f"{name!r} is being watched by another Fisher pass; run one pass at a time")
-        classes = [type(p) for p in parameters.values()]
-        for parameter, cls in zip(parameters.values(), classes, strict=True):
-            parameter.__class__ = _SWAPS[cls]
+        tensors = list(parameters.values())
+        undo.by(setattr, tensors, repeat("__class__"), [type(p) for p in tensors])
+        undo.by(_interceptors.pop, [id(p) for p in tensors], repeat(None))
+        for parameter in tensors:
             _interceptors[id(parameter)] = interceptor
-    try:
-        yield
-    finally:
-        with _lock:
-            for parameter, cls in zip(parameters.values(), classes, strict=True):
-                parameter.__class__ = cls
-                del _interceptors[id(parameter)]
+            parameter.__class__ = _SWAPS[type(parameter)]
 
 
 def tensors_in(tree: Any) -> Iterable[Tensor]:

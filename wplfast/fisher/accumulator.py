@@ -6,8 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from types import TracebackType
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -20,9 +19,11 @@ from ..capture.probe.graph import leaves
 from ..capture.watched import Derived, check_supported, is_watched, watch
 from ..errors import CoupledSamplesError, NonFiniteError, WplfastError
 from ..params import Params, named
+from ..undo import Undo, UndoOnExit
 from .buffers import Buffers
 from .checks import batch_norms, check_batch_statistics, check_losses, check_weights
 from .result import Fisher, Report
+from .undisturbed import FAST_ATTENTION, compiler_stance
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class FisherAccumulator:
         target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
         self._accumulators = Accumulators(target.views, None if gradient is None else gradient.views)
         self._session: Session | None = None
-        self._stack = ExitStack()
+        self._undo = Undo()
         self.n_samples = 0
         self._total_weight = 0.0
         self.n_skipped = 0
@@ -107,37 +108,40 @@ class FisherAccumulator:
         """
         if self._session is not None:
             raise WplfastError("this FisherAccumulator is open already, or was closed; make a new one")
+        try:
+            self._open()
+            return self
+        except BaseException:
+            self._undo.close()
+            raise
+
+    #: Gives everything back as it was.
+    __exit__ = UndoOnExit()
+
+    def _open(self) -> None:
+        """Change the model, each change after what gives it back."""
         watched = {id(p) for p in self.parameters.values()}
         others = [p for p in self.model.parameters() if id(p) not in watched]
         if any(is_watched(p) for p in others):
             raise WplfastError("another Fisher pass watches parameters of this model; run one pass at a time")
         parameters, constants = list(self.parameters.values()), [*others, *self.model.buffers()]
         self._session = Session(list(self.parameters), parameters, constants, self._accumulators)
-        with ExitStack() as stack:
-            for parameter in (*self.parameters.values(), *others):
-                stack.callback(_restore, parameter, parameter.grad, parameter.requires_grad)
-            stack.enter_context(watch(self.parameters, self._session.interception))
-            for parameter in self.parameters.values():
-                parameter.grad = None
-                parameter.requires_grad_(True)
-            for parameter in others:
-                parameter.requires_grad_(False)
-            # Frozen parameters would let PyTorch take a fast path whose padded outputs are others (nested tensors).
-            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-            torch.backends.mha.set_fastpath_enabled(False)
-            if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            self._stack = stack.pop_all()
+        undo, frozen = self._undo, [p for p in others if p.requires_grad]
+        undo.then(self._session.release)
+        grads, flags = [p.grad for p in parameters], [p.requires_grad for p in parameters]
+        watch(self.parameters, self._session.interception, undo)
+        undo.by(setattr, parameters + frozen, repeat("requires_grad"), flags + [True] * len(frozen))
+        undo.by(setattr, parameters, repeat("grad"), grads)
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        # Frozen parameters would let PyTorch take a fast path whose padded outputs are others (nested tensors).
+        FAST_ATTENTION.hold(undo)
+        if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
+            compiler_stance().hold(undo)
         self._batch_norms = batch_norms(self.model)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give everything back as it was."""
-        self._stack.close()
-        if self._session is not None:
-            self._session.release()
 
     # ---- accumulation ----------------------------------------------------------------------------------------------
 
@@ -291,7 +295,7 @@ class FisherAccumulator:
         own = {id(p) for p in (*self.parameters.values(), *self._usable().interception.leaves)}
         for leaf in leaves(losses):
             if id(leaf) not in own and not isinstance(leaf, Derived):
-                self._stack.callback(_restore, leaf, leaf.grad, leaf.requires_grad)
+                self._undo.by(setattr, [leaf], ["grad"], [leaf.grad])
                 leaf.grad = None
 
     def _log_slow(self) -> None:
@@ -300,9 +304,3 @@ class FisherAccumulator:
         if slow:
             shown = ", ".join(slow[:6]) + (f" and {len(slow) - 6} more" if len(slow) > 6 else "")
             logger.info("served by the exact per-sample path (slower): %s", shown)
-
-
-def _restore(parameter: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
-    """Give a parameter its gradient and flag back."""
-    parameter.requires_grad_(requires_grad)
-    parameter.grad = grad

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from .preserve import Snapshot
 from .result import Fisher
 from .sampling import Likelihood, draw
 from .single_sample import run_single_sample
+from .undisturbed import Undisturbed
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -115,7 +115,7 @@ def fisher_diagonal(
         check=bool(verify) and deterministic,
         before=Snapshot(model),
     )
-    with undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
+    with Undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
         for item in data:
             run.run(Batch.of(item, unpack, device))
             done = accumulator.n_samples
@@ -249,25 +249,3 @@ def _bar(data: Iterable[Any], progress: bool) -> Any:
     """Make the progress bar."""
     total = len(data) if isinstance(data, Sized) else None
     return tqdm(total=total, unit="batch", desc="Fisher", disable=not progress, leave=False)
-
-
-def _cuda_devices(device: torch.device) -> list[torch.device]:
-    """List the devices whose RNG the pass may use."""
-    return [device] if device.type == "cuda" else []
-
-
-@contextmanager
-def undisturbed(model: nn.Module, train: bool, device: torch.device) -> Iterator[None]:
-    """Run in eval mode (unless train), with gradients on; restore modes and RNG."""
-    modes = [(module, module.training) for module in model.modules()]
-    rnn = not train and device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module, _ in modes)
-    # In eval mode cuDNN has no backward pass through an RNN; PyTorch's own kernels have.
-    kernels = torch.backends.cudnn.flags(enabled=False) if rnn else nullcontext()
-    with torch.random.fork_rng(devices=_cuda_devices(device)), torch.enable_grad(), kernels:
-        try:
-            if not train:
-                model.eval()
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
+
+from ..undo import Undo
 
 
 class Snapshot:
@@ -40,11 +39,22 @@ class Snapshot:
 
     def restore(self) -> None:
         """Set everything back."""
-        for module, attributes, buffers in self._attributes:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        self.restoring().close()
+
+    def restoring(self) -> Undo:
+        """Return a context that sets everything back when it ends; no module is seen without its attributes."""
+        undo = Undo()
+        for dicts, before in (
+            ([m.__dict__ for m, _, _ in self._attributes], [attributes for _, attributes, _ in self._attributes]),
+            ([m._buffers for m, _, _ in self._attributes], [buffers for _, _, buffers in self._attributes]),
+        ):
+            undo.by(dict.clear, dicts)
+            undo.by(dict.update, dicts, before)
+        undo.then(self._restore_buffers)
+        return undo
+
+    def _restore_buffers(self) -> None:
+        """Write back the values of buffers that were written to."""
         with torch.no_grad():
             for key, (buffer, version, value) in self._copies.items():
                 if buffer._version != version:
@@ -52,11 +62,6 @@ class Snapshot:
                     self._copies[key] = buffer, buffer._version, value
 
 
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module) -> Undo:
     """Restore attributes and buffers of all modules afterwards."""
-    snapshot = Snapshot(model)
-    try:
-        yield
-    finally:
-        snapshot.restore()
+    return Snapshot(model).restoring()

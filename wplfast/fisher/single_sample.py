@@ -6,9 +6,8 @@ CPU: the backward pass of ``batch_norm`` in eval mode, for N = 1 and gradients o
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from itertools import product, repeat
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..capture.collect.batch import SingleSample
 from ..capture.watched import map_tensors, tensors_in
+from ..undo import Undo
 from .batches import Batch
 from .preserve import preserved
 
@@ -61,7 +61,7 @@ def run_single_sample(
     half = half or torch.is_autocast_enabled(losses.device.type)
     tolerance = 5e-2 if half else TOLERANCE.get(losses.dtype, 1e-3)
     verdict: bool | None = None
-    with preserved(model), _without_hooks(parameters), torch._C.DisableTorchFunctionSubclass():
+    with torch._C.DisableTorchFunctionSubclass(), preserved(model), _WithoutHooks(parameters):
         for inputs, target in _cuts(batch.inputs, targets, n_samples):
             try:
                 loss = loss_fn(Batch(inputs, target, None).forward(model), target)
@@ -98,18 +98,20 @@ def _cuts(inputs: Any, targets: Any, n_samples: int) -> Iterator[tuple[Any, Any]
         return map_tensors(part, tree)
 
     for spared in [None, *(cuttable[:8] if len(cuttable) > 2 else [])]:
-        for of_inputs, of_targets in itertools.product((0, 1), repeat=2):
+        for of_inputs, of_targets in product((0, 1), repeat=2):
             yield cut(inputs, of_inputs, spared), cut(targets, of_targets, spared)
 
 
-@contextmanager
-def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+class _WithoutHooks(Undo):
     """Take the users' gradient hooks off the parameters, so that they see no gradients of ours."""
-    hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
-    try:
-        for p, _ in hooks:
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        """Take them off these."""
+        super().__init__()
+        self._hooked = [p for p in parameters if p._backward_hooks]
+
+    def change(self) -> None:
+        """Take them off."""
+        self.by(setattr, self._hooked, repeat("_backward_hooks"), [p._backward_hooks for p in self._hooked])
+        for p in self._hooked:
             p._backward_hooks = None
-        yield
-    finally:
-        for p, own in hooks:
-            p._backward_hooks = own
