@@ -42,11 +42,17 @@ class Undo(io.IOBase):
 
     def by(self, function: Callable[..., object], *columns: Iterable[Any]) -> None:
         """Call a function once for each row of the columns, in the end. It must be of C and not run any Python."""
-        if not self._steps and torch._C._len_torch_function_stack():  # a default device: setters would ask Python
-            guard = torch._C.DisableTorchFunction()
-            self._steps.append(map(type(guard).__enter__, [guard]))
-            self._then.append(map(type(guard).__exit__, [guard], [None], [None], [None]))
+        if not self._steps:
+            self._remember_torch_functions()
         self._steps.append(map(function, *columns))
+
+    def _remember_torch_functions(self) -> None:
+        """Let this thread ask subclasses and modes about torch functions in the end as now, and not before that."""
+        before, guard = torch._C.DisableTorchFunction(), torch._C.DisableTorchFunction()
+        before.__enter__(), before.__exit__(None, None, None)  # it remembers what was
+        if torch._C._len_torch_function_stack():  # a default device: setters would call its mode, which is of Python
+            self._steps.append(map(type(guard).__enter__, [guard]))
+        self._then.append(map(type(before).__exit__, [before], [None], [None], [None]))
 
     def then(self, function: Callable[[], object]) -> None:
         """Call a function after all that, which may be of Python: an interrupt may keep it from being called."""

@@ -35,6 +35,11 @@ class FisherAccumulator:
     gradients are not computed; ``.grad``, ``requires_grad`` and the parameters are afterwards what they were before.
     The caller chooses the module's mode (``model.eval()``) and device.
 
+    That holds after an error and after any number of interrupts too. A pass is used in the thread that opened it; passes
+    over different models may run in several threads at once. Meanwhile other threads may run this model without
+    gradients; with gradients they get an error. ``nn.DataParallel`` copies parameters in a way that is not seen: its
+    model is served one sample at a time.
+
     Args:
         model: the module; its parameters outside ``params`` are frozen for the pass.
         params: what to accumulate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
@@ -158,6 +163,8 @@ class FisherAccumulator:
             NonFiniteError: if a loss or a Fisher entry is NaN or infinite (unless ``on_nonfinite="skip"``).
             CoupledSamplesError: if a sample's loss depends on other samples.
             VerificationError: if captured gradients disagree with autograd on the first batch.
+            WplfastError: if this is not the thread that opened the pass, or a ``.backward()`` that is not of this pass
+                reached a parameter.
         """
         self.accumulate(losses, weights, retain_graph=retain_graph)
 
@@ -184,6 +191,7 @@ class FisherAccumulator:
             single_sample: the gradients of that sample, to compare with.
         """
         session = self._usable()
+        session.interception.check_thread()
         check_losses(losses)
         weights = check_weights(weights, losses)
         check_batch_statistics(self._batch_norms)
@@ -252,6 +260,8 @@ class FisherAccumulator:
             raise WplfastError("nothing was accumulated: call backward(losses) at least once")
         if not self._total_weight > 0:
             raise WplfastError("the weights of all samples are zero")
+        if is_watched(next(iter(self.parameters.values()))):
+            session.check_leaves()
         if final:
             self._invalid = "its result was taken"
         gradient = None if self._gradient is None else self._gradient.divided(self._total_weight, final)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -39,21 +43,10 @@ class Snapshot:
 
     def restore(self) -> None:
         """Set everything back."""
-        self.restoring().close()
+        with Preserved(self):
+            pass
 
-    def restoring(self) -> Undo:
-        """Return a context that sets everything back when it ends; no module is seen without its attributes."""
-        undo = Undo()
-        for dicts, before in (
-            ([m.__dict__ for m, _, _ in self._attributes], [attributes for _, attributes, _ in self._attributes]),
-            ([m._buffers for m, _, _ in self._attributes], [buffers for _, _, buffers in self._attributes]),
-        ):
-            undo.by(dict.clear, dicts)
-            undo.by(dict.update, dicts, before)
-        undo.then(self._restore_buffers)
-        return undo
-
-    def _restore_buffers(self) -> None:
+    def restore_buffers(self) -> None:
         """Write back the values of buffers that were written to."""
         with torch.no_grad():
             for key, (buffer, version, value) in self._copies.items():
@@ -61,7 +54,25 @@ class Snapshot:
                     buffer.copy_(value)
                     self._copies[key] = buffer, buffer._version, value
 
+    def dictionaries(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Yield dictionaries of modules, and what was in them."""
+        for module, attributes, buffers in self._attributes:
+            yield module.__dict__, attributes
+            yield module._buffers, buffers
 
-def preserved(model: nn.Module) -> Undo:
-    """Restore attributes and buffers of all modules afterwards."""
-    return Snapshot(model).restoring()
+
+class Preserved(Undo):
+    """Set everything back afterwards; no line of Python sees a module without its attributes."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        """Set back to how it was then."""
+        super().__init__()
+        self._snapshot = snapshot
+
+    def change(self) -> None:
+        """Say what it was."""
+        calls: list[partial[Any]] = []
+        for now, before in self._snapshot.dictionaries():
+            calls += [partial(now.clear), partial(now.update, before)]
+        self.by(partial.__call__, calls)
+        self.then(self._snapshot.restore_buffers)

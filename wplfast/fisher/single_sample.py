@@ -17,7 +17,7 @@ from ..capture.collect.batch import SingleSample
 from ..capture.watched import map_tensors, tensors_in
 from ..undo import Undo
 from .batches import Batch
-from .preserve import preserved
+from .preserve import Preserved, Snapshot
 
 #: Largest relative difference that rounding may make between a batch and a single sample.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -61,7 +61,7 @@ def run_single_sample(
     half = half or torch.is_autocast_enabled(losses.device.type)
     tolerance = 5e-2 if half else TOLERANCE.get(losses.dtype, 1e-3)
     verdict: bool | None = None
-    with torch._C.DisableTorchFunctionSubclass(), preserved(model), _WithoutHooks(parameters):
+    with torch._C.DisableTorchFunctionSubclass(), Preserved(Snapshot(model)), _WithoutHooks(parameters):
         for inputs, target in _cuts(batch.inputs, targets, n_samples):
             try:
                 loss = loss_fn(Batch(inputs, target, None).forward(model), target)
