@@ -530,3 +530,17 @@ def test_replicas_in_threads():
     fisher = wplfast.fisher_diagonal(model, data, ce)
     assert_close(fisher, fisher_loop(model, data, ce), 1e-10, 1e-12)
     assert set(fisher.report.slow) == set(fisher)
+
+
+def test_no_lock_is_left_behind():
+    """An interrupt in the progress bar's constructor leaves its lock to this thread: others must not need it."""
+    from tqdm.auto import tqdm
+
+    model, done = mlp(), threading.Event()
+    with tqdm.get_lock():
+        thread = threading.Thread(
+            target=lambda: (wplfast.fisher_diagonal(model, batches(), ce), done.set()), daemon=True
+        )
+        thread.start()
+        assert done.wait(30)
+    thread.join()

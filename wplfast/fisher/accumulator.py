@@ -35,8 +35,8 @@ class FisherAccumulator:
     gradients are not computed; ``.grad``, ``requires_grad`` and the parameters are afterwards what they were before.
     The caller chooses the module's mode (``model.eval()``) and device.
 
-    That holds after an error and after any number of interrupts too. A pass is used in the thread that opened it; passes
-    over different models may run in several threads at once. Meanwhile other threads may run this model without
+    That holds after an error and after any number of interrupts too. A pass is used in the thread that opened it, and
+    passes over different models may run in several threads at once. Meanwhile other threads may run this model without
     gradients; with gradients they get an error. ``nn.DataParallel`` copies parameters in a way that is not seen: its
     model is served one sample at a time.
 

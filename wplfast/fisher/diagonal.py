@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,8 +120,9 @@ def fisher_diagonal(
         for item in data:
             run.run(Batch.of(item, unpack, device))
             done = accumulator.n_samples
-            bar.set_postfix_str(f"{done / max(time.time() - started, 1e-9):,.0f} samples/s", refresh=False)
-            bar.update(1)
+            if bar is not None:
+                bar.set_postfix_str(f"{done / max(time.time() - started, 1e-9):,.0f} samples/s", refresh=False)
+                bar.update(1)
             if max_samples is not None and done >= max_samples:
                 break
         if not accumulator.n_samples:
@@ -246,6 +248,8 @@ def _check_options(fisher_type: str, mc_samples: int, max_samples: int | None) -
 
 
 def _bar(data: Iterable[Any], progress: bool) -> Any:
-    """Make the progress bar."""
+    """Make the progress bar; None without: even a disabled one takes a lock, which an interrupt may leave locked."""
+    if not progress:
+        return nullcontext()
     total = len(data) if isinstance(data, Sized) else None
-    return tqdm(total=total, unit="batch", desc="Fisher", disable=not progress, leave=False)
+    return tqdm(total=total, unit="batch", desc="Fisher", leave=False)
