@@ -34,6 +34,7 @@ class Interception:
         leaves: what stands for the parameters in parameter-only graphs, and takes ordinary gradients.
         reorders: a call was seen whose rows lie in an order, or number, that depends on the data.
         n_parameter_only: number of call sites that were found to have no sample axis.
+        thread: the one that opened the pass.
     """
 
     def __init__(self, parameters: list[Tensor], constants: list[Tensor], idle: Listener) -> None:
@@ -51,7 +52,7 @@ class Interception:
         self.leaves = self._operands.leaves
         self.reorders = False
         self.n_parameter_only = 0
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
 
     def start_batch(self) -> None:
         """Forget the calls of the last forward pass."""
@@ -73,7 +74,7 @@ class Interception:
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function some of whose arguments are watched or derived."""
-        if threading.get_ident() != self._thread and not _is_of_autograd():
+        if threading.get_ident() != self.thread and not _is_of_autograd():
             if not is_about_itself(func, getattr(func, "__name__", str(func)), len(args) + len(kwargs)):
                 self.check_thread()
             with torch._C.DisableTorchFunctionSubclass():
@@ -152,7 +153,7 @@ class Interception:
         Raises:
             WplfastError: if this is not the thread that opened the pass.
         """
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self.thread:
             raise WplfastError(
                 "another thread uses parameters that a Fisher pass watches: it would get no gradients, and the pass "
                 "its calls; let it wait for the pass, give it a copy of the model, or run the model there under "
