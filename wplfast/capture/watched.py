@@ -9,14 +9,16 @@ directly; there the gradient arrives at the parameter's ``.grad``, which is how 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import repeat
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedParameterError, WplfastError
+from ..undo import Undo
 
 
 class Interceptor(Protocol):
@@ -147,9 +149,8 @@ def check_supported(parameters: dict[str, Tensor]) -> None:
             )
 
 
-@contextmanager
-def watch(parameters: dict[str, Tensor], interceptor: Interceptor) -> Iterator[None]:
-    """Send every call that consumes one of the parameters to ``interceptor`` while the context is open.
+def watch(parameters: dict[str, Tensor], interceptor: Interceptor, undo: Undo) -> None:
+    """Send every call that consumes one of the parameters to ``interceptor``, until ``undo`` is closed.
 
     Their gradient hooks, among them optimizers that step in the backward pass, sleep meanwhile.
 
@@ -162,23 +163,17 @@ def watch(parameters: dict[str, Tensor], interceptor: Interceptor) -> Iterator[N
         for name, parameter in parameters.items():
             if id(parameter) in _interceptors:
                 raise WplfastError(f"{name!r} is being watched by another Fisher pass; run one pass at a time")
-        classes = [type(p) for p in parameters.values()]
-        found = [hooks for p in parameters.values() for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
-        asleep = [(hooks, dict(hooks)) for hooks in found if hooks]
-        for parameter, cls in zip(parameters.values(), classes, strict=True):
-            parameter.__class__ = _SWAPS[cls]
+        tensors = list(parameters.values())
+        found = [hooks for p in tensors for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
+        awake = [hooks for hooks in found if hooks]
+        undo.by(setattr, tensors, repeat("__class__"), [type(p) for p in tensors])
+        undo.by(_interceptors.pop, [id(p) for p in tensors], repeat(None))
+        undo.by(partial.__call__, [partial(hooks.update, dict(hooks)) for hooks in awake])
+        for parameter in tensors:
             _interceptors[id(parameter)] = interceptor
-    try:
-        for hooks, _ in asleep:
+            parameter.__class__ = _SWAPS[type(parameter)]
+        for hooks in awake:
             hooks.clear()
-        yield
-    finally:
-        with _lock:
-            for parameter, cls in zip(parameters.values(), classes, strict=True):
-                parameter.__class__ = cls
-                del _interceptors[id(parameter)]
-            for hooks, own in asleep:
-                hooks.update(own)
 
 
 def tensors_in(tree: Any) -> Iterable[Tensor]:

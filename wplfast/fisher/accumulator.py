@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from types import TracebackType
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -21,9 +21,11 @@ from ..capture.rules.projection import Directions
 from ..capture.watched import Derived, check_supported, is_watched, watch
 from ..errors import NonFiniteError, WplfastError
 from ..params import Params, named
+from ..undo import Undo, UndoOnExit
 from .buffers import Buffers
 from .checks import batch_norms, check_batch_statistics, check_losses, check_weights
 from .result import Fisher, Report
+from .undisturbed import FAST_ATTENTION, compiler_stance
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,11 @@ class FisherAccumulator:
     Inside the context, run the model as usual and hand its per-sample losses to :meth:`backward`. Ordinary weight
     gradients are not computed; ``.grad``, ``requires_grad`` and the parameters are afterwards what they were before.
     The caller chooses the module's mode (``model.eval()``) and device.
+
+    That holds after an error and after any number of interrupts too. A pass is used in the thread that opened it, and
+    passes over different models may run in several threads at once. Meanwhile other threads may run this model without
+    gradients; with gradients they get an error. ``nn.DataParallel`` copies parameters in a way that is not seen: its
+    model is served one sample at a time.
 
     Args:
         model: the module; its parameters outside ``params`` are frozen for the pass.
@@ -98,7 +105,7 @@ class FisherAccumulator:
         self._accumulators = Accumulators(target.views, None if gradient is None else gradient.views)
         self.directions = Directions(target.views)
         self._session: Session | None = None
-        self._stack = ExitStack()
+        self._undo = Undo()
         self.n_samples = 0
         self._total_weight = 0.0
         self.n_skipped = 0
@@ -117,6 +124,18 @@ class FisherAccumulator:
         """
         if self._session is not None:
             raise WplfastError("this FisherAccumulator is open already, or was closed; make a new one")
+        try:
+            self._open()
+            return self
+        except BaseException:
+            self._undo.close()
+            raise
+
+    #: Gives everything back as it was.
+    __exit__ = UndoOnExit()
+
+    def _open(self) -> None:
+        """Change the model, each change after what gives it back."""
         watched = {id(p) for p in self.parameters.values()}
         others = [p for p in self.model.parameters() if id(p) not in watched]
         if any(is_watched(p) for p in others):
@@ -125,32 +144,23 @@ class FisherAccumulator:
         self._session = Session(
             list(self.parameters), parameters, constants, self._accumulators, self.directions, self._by_losses
         )
-        with ExitStack() as stack:
-            for parameter in (*self.parameters.values(), *others):
-                stack.callback(_restore, parameter, parameter.grad, parameter.requires_grad)
-            stack.enter_context(watch(self.parameters, self._session.interception))
-            for parameter in self.parameters.values():
-                parameter.grad = None
-                parameter.requires_grad_(True)
-            self._session.frozen += [parameter for parameter in others if parameter.requires_grad]
-            for parameter in self._session.frozen:
-                parameter.requires_grad_(False)
-            # Frozen parameters would let PyTorch take a fast path whose padded outputs are others (nested tensors).
-            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-            torch.backends.mha.set_fastpath_enabled(False)
-            if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            self._stack = stack.pop_all()
+        undo, frozen = self._undo, [p for p in others if p.requires_grad]
+        self._session.frozen += frozen
+        undo.then(self._session.release)
+        grads, flags = [p.grad for p in parameters + frozen], [p.requires_grad for p in parameters]
+        watch(self.parameters, self._session.interception, undo)
+        undo.by(setattr, parameters + frozen, repeat("requires_grad"), flags + [True] * len(frozen))
+        undo.by(setattr, parameters + frozen, repeat("grad"), grads)
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        # Frozen parameters would let PyTorch take a fast path whose padded outputs are others (nested tensors).
+        FAST_ATTENTION.hold(undo)
+        if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
+            compiler_stance().hold(undo)
         self._batch_norms = batch_norms(self.model)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give everything back as it was."""
-        self._stack.close()
-        if self._session is not None:
-            self._session.release()
 
     # ---- accumulation ----------------------------------------------------------------------------------------------
 
@@ -168,6 +178,8 @@ class FisherAccumulator:
             NonFiniteError: if a loss or a Fisher entry is NaN or infinite (unless ``on_nonfinite="skip"``).
             CoupledSamplesError: if a sample's loss depends on other samples.
             VerificationError: if captured gradients disagree with autograd on the first batch.
+            WplfastError: if this is not the thread that opened the pass, or a ``.backward()`` that is not of this pass
+                reached a parameter.
         """
         self.accumulate(losses, weights, retain_graph=retain_graph)
 
@@ -194,6 +206,8 @@ class FisherAccumulator:
             single_sample: the gradients of that sample, to compare with.
         """
         session = self._usable()
+        if threading.get_ident() != session.interception.thread:
+            session.interception.check_thread()
         check_losses(losses)
         weights = check_weights(weights, losses)
         check_batch_statistics(self._batch_norms)
@@ -275,6 +289,8 @@ class FisherAccumulator:
             )
         if not self._total_weight > 0:
             raise WplfastError("the weights of all samples are zero")
+        if is_watched(next(iter(self.parameters.values()))):
+            session.check_leaves()
         if final:
             self._invalid = "its result was taken"
         gradient = None if self._gradient is None else self._gradient.divided(self._total_weight, final)
@@ -325,7 +341,7 @@ class FisherAccumulator:
         own = {id(p) for p in (*self.parameters.values(), *self._usable().interception.leaves)}
         for leaf in leaves(losses):
             if id(leaf) not in own and not isinstance(leaf, Derived):
-                self._stack.callback(_restore, leaf, leaf.grad, leaf.requires_grad)
+                self._undo.by(setattr, [leaf], ["grad"], [leaf.grad])
                 leaf.grad = None
 
     def _log_slow(self) -> None:
@@ -334,9 +350,3 @@ class FisherAccumulator:
         if slow:
             shown = ", ".join(slow[:6]) + (f" and {len(slow) - 6} more" if len(slow) > 6 else "")
             logger.info("served by the exact per-sample path (slower): %s", shown)
-
-
-def _restore(parameter: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
-    """Give a parameter its gradient and flag back."""
-    parameter.requires_grad_(requires_grad)
-    parameter.grad = grad

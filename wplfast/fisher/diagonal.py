@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from .independence import Examination, Findings
 from .preserve import Snapshot
 from .result import Fisher
 from .sampling import Likelihood
+from .undisturbed import Undisturbed
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -147,14 +148,15 @@ def fisher_diagonal(
         declared=independent is True,
         samples=samples,
     )
-    with undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
+    with Undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
         for item in data:
             batch = Batch.of(item, unpack, device, samples)
             if not batch.is_empty:
                 run.run(batch)
             done = accumulator.n_samples
-            bar.set_postfix_str(f"{done / max(time.time() - started, 1e-9):,.0f} samples/s", refresh=False)
-            bar.update(1)
+            if bar is not None:
+                bar.set_postfix_str(f"{done / max(time.time() - started, 1e-9):,.0f} samples/s", refresh=False)
+                bar.update(1)
             if max_samples is not None and done >= max_samples:
                 break
         if not accumulator.n_samples:
@@ -295,32 +297,15 @@ def _check_options(fisher_type: str, mc_samples: int, max_samples: int | None) -
 
 
 def _bar(data: Iterable[Any], progress: bool) -> Any:
-    """Make the progress bar. Streams have no length or a wrong one, and loaders of them warn once they were asked."""
+    """Make the progress bar; None without: even a disabled one takes a lock, which an interrupt may leave locked.
+
+    Streams have no length or a wrong one, and loaders of them warn once they were asked.
+    """
+    if not progress:
+        return nullcontext()
     total = None
     streams = isinstance(getattr(data, "dataset", None), torch.utils.data.IterableDataset)
-    if progress and isinstance(data, Sized) and not streams:
+    if isinstance(data, Sized) and not streams:
         with suppress(Exception):
             total = len(data)
-    return tqdm(total=total, unit="batch", desc="Fisher", disable=not progress, leave=False)
-
-
-def _cuda_devices(device: torch.device) -> list[torch.device]:
-    """List the devices whose RNG the pass may use."""
-    return [device] if device.type == "cuda" else []
-
-
-@contextmanager
-def undisturbed(model: nn.Module, train: bool, device: torch.device) -> Iterator[None]:
-    """Run in eval mode (unless train), with gradients on; restore modes and RNG."""
-    modes = [(module, module.training) for module in model.modules()]
-    rnn = not train and device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module, _ in modes)
-    # In eval mode cuDNN has no backward pass through an RNN; PyTorch's own kernels have.
-    kernels = torch.backends.cudnn.flags(enabled=False) if rnn else nullcontext()
-    with torch.random.fork_rng(devices=_cuda_devices(device)), torch.enable_grad(), kernels:
-        try:
-            if not train:
-                model.eval()
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    return tqdm(total=total, unit="batch", desc="Fisher", leave=False)

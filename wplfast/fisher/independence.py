@@ -14,10 +14,10 @@ CPU: the backward pass of ``batch_norm`` in eval mode, for N = 1 and gradients o
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -28,9 +28,10 @@ from ..capture.call import random_state, set_random_state
 from ..capture.collect.batch import SingleSample
 from ..capture.probe.graph import leaves
 from ..capture.rules.projection import Directions
+from ..undo import Undo
 from .batches import Batch
 from .cutting import Cut, Parts
-from .preserve import Snapshot
+from .preserve import Rewound, Snapshot
 
 #: Largest relative difference that rounding may make between batches of other sizes.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -99,9 +100,10 @@ class Examination:
             return Findings()
         self._n_batches += 1
         now = random_state(self._device)
-        with before.rewound() as rewind, torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+        rewound = Rewound(before)
+        with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad(), rewound:
             try:
-                return self._examine(_Trial(self, batch, targets, expected, rewind, random), refusing)
+                return self._examine(_Trial(self, batch, targets, expected, rewound.rewind, random), refusing)
             finally:
                 set_random_state(self._device, now)
 
@@ -197,10 +199,7 @@ class Examination:
             part = self._directions[index].of(gradient.to_dense().unsqueeze(0))[0] / len(losses)
             found[index] = found[index] + part if index in found else part
 
-        with _grads_apart([*self._parameters, *leaves(losses)]), ExitStack() as stack:
-            for index, parameter in enumerate(self._parameters):
-                handle = parameter.register_post_accumulate_grad_hook(partial(arrived, index))
-                stack.callback(handle.remove)
+        with _GradsApart(self._parameters, leaves(losses), arrived):
             if losses.requires_grad:
                 losses.sum().backward()
             for index, parameter in enumerate(self._parameters):
@@ -309,22 +308,36 @@ def _used(cut: Cut, whole: Cut) -> set[int | None]:
     return {dim for dim, possible in zip(cut, whole, strict=True) if possible is not None}
 
 
-@contextmanager
-def _grads_apart(tensors: Sequence[Any]) -> Iterator[None]:
-    """Let a backward pass leave gradients at leaves, without the users' hooks, and put everything back."""
-    kept = [(t, t.grad, t._backward_hooks, t._post_accumulate_grad_hooks) for t in tensors]
-    try:
-        for tensor, _, hooks, after in kept:
+class _GradsApart(Undo):
+    """Let a backward pass leave gradients at leaves, without the users' hooks, and put everything back.
+
+    Args:
+        parameters: those whose gradients are wanted.
+        leaves: others that gradients may arrive at.
+        arrived: called with a parameter's index and the parameter, when its gradient is there.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Any], leaves: Sequence[Any], arrived: Callable[[int, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self._parameters, self._tensors, self._arrived = parameters, [*parameters, *leaves], arrived
+
+    def change(self) -> None:
+        """Take gradients and hooks away."""
+        tensors = self._tensors
+        self.by(setattr, tensors, repeat("grad"), [t.grad for t in tensors])
+        hooked = [t for t in tensors if t._backward_hooks is not None]
+        self.by(setattr, hooked, repeat("_backward_hooks"), [t._backward_hooks for t in hooked])
+        followed = [t for t in tensors if t._post_accumulate_grad_hooks is not None]
+        after = [t._post_accumulate_grad_hooks for t in followed]
+        self.by(setattr, followed, repeat("_post_accumulate_grad_hooks"), after)
+        for tensor in tensors:
             tensor.grad = None
-            if hooks is not None:
-                tensor._backward_hooks = None
-            if after is not None:
-                tensor._post_accumulate_grad_hooks = OrderedDict()  # None would leave them
-        yield
-    finally:
-        for tensor, grad, hooks, after in reversed(kept):
-            tensor.grad = grad
-            if hooks is not None:
-                tensor._backward_hooks = hooks
-            if after is not None:
-                tensor._post_accumulate_grad_hooks = after
+        for tensor in hooked:
+            tensor._backward_hooks = None
+        for tensor in (*followed, *self._parameters):
+            tensor._post_accumulate_grad_hooks = OrderedDict()  # None would leave those that are there
+        self.by(partial.__call__, [partial(p._post_accumulate_grad_hooks.clear) for p in self._parameters])
+        for index, parameter in enumerate(self._parameters):
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))

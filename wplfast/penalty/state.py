@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.expect import describe
 from ..ops.layout import flat_dtype
 from .anchors import Anchors, kept_as
 
@@ -62,6 +63,10 @@ def faults(
             that does not fit makes its key missing and unexpected, as everything of a parameter that is not whole.
     """
     head = ["version", "n_anchors"]
+    for key in head:
+        count = state.get(key)
+        if isinstance(count, Tensor) and (count.numel() != 1 or count.is_floating_point() or count.is_complex()):
+            return Faults([], [], [f"{key} must be one integer, got {describe(count)}"], set())
     kinds = ["fisher", "theta_hat", "constant"] if has_anchors(state) else []
     if any(f"offset.{name}" in state for name in parameters):
         kinds.append("offset")  # all of them or none
@@ -115,7 +120,9 @@ def _bad_values(
     errors = []
     for kind, key in keys.items():
         tensor = state[key]
-        if not bool(tensor.to(dtypes[kind]).isfinite().all()) or (kind == "fisher" and bool((tensor < 0).any())):
+        if not tensor.is_floating_point():
+            errors.append(f"{kind}[{name!r}] must be of a floating point type, got {describe(tensor)}")
+        elif not bool(tensor.to(dtypes[kind]).isfinite().all()) or (kind == "fisher" and bool((tensor < 0).any())):
             not_negative = " and not negative" if kind == "fisher" else ""
             errors.append(f"{kind}[{name!r}] must be finite{not_negative} in {dtypes[kind]}")
     return errors

@@ -118,6 +118,8 @@ class Session:
             CoupledSamplesError: if a sample's loss depends on other samples.
             VerificationError: if captured and ordinary gradients disagree.
         """
+        if not self.n_batches:
+            self.check_leaves()
         self.accumulators.weights = weights
         # A batch of one sample verifies little: the first does, and then the first one of several samples.
         due = verify and not self._is_verified and (not self.n_batches or len(losses) > 1)
@@ -268,6 +270,19 @@ class Session:
     def pass_over(self, retain_graph: bool) -> None:
         """Let go of a forward pass without gradients, unless further losses of it follow."""
         self.interception.relay.is_over = not retain_graph
+
+    def check_leaves(self) -> None:
+        """Look for gradients that are not of this pass, which would be lost when it ends.
+
+        Raises:
+            WplfastError: if there are some.
+        """
+        found = self._leaf_grads.past_the_taps()
+        if found:
+            raise WplfastError(
+                f"a gradient arrived at {self._some(found)} that this pass did not compute: do not call .backward() "
+                "during a pass, in any thread, and let backward passes end before it starts"
+            )
 
     def abandon(self) -> None:
         """Forget a batch that will not be accumulated."""
@@ -425,7 +440,7 @@ class Session:
         if fresh and self.n_batches:
             raise WplfastError(
                 f"a gradient arrived at {self._some(fresh)} through an operation that cannot be seen (a custom "
-                "autograd.Function, TorchScript), though not in the first batch"
+                "autograd.Function, TorchScript), or from another thread, though not in the first batch"
             )
         for index in fresh & squared:
             self.accumulators.clear(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -37,6 +38,7 @@ class Interception:
         n_parameter_only: number of call sites that were found to have no sample axis.
         without_grad: parameters that were used without grad mode, as in the forward pass of a checkpoint.
         has_asked: the forward pass took gradients with respect to parameters, which may enter it as data.
+        thread: the one that opened the pass.
     """
 
     def __init__(self, parameters: list[Tensor], constants: list[Tensor], idle: Listener) -> None:
@@ -55,6 +57,7 @@ class Interception:
         self.reorders = self.has_asked = False
         self.without_grad: set[int] = set()
         self.n_parameter_only = 0
+        self.thread = threading.get_ident()
 
     def start_batch(self) -> None:
         """Forget the calls of the last forward pass."""
@@ -85,6 +88,11 @@ class Interception:
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function some of whose arguments are watched or derived."""
+        if threading.get_ident() != self.thread and not _is_of_autograd():
+            if not is_about_itself(func, getattr(func, "__name__", str(func)), len(args) + len(kwargs)):
+                self.check_thread()
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if self.relay.is_over:
             self.start_batch()
         if func in SEEN_THROUGH:
@@ -157,6 +165,19 @@ class Interception:
             autocast=autocast_state(found.operands[0].value.device.type) if found.operands else None,
         )
         return call, inputs
+
+    def check_thread(self) -> None:
+        """Refuse to mix what threads do.
+
+        Raises:
+            WplfastError: if this is not the thread that opened the pass.
+        """
+        if threading.get_ident() != self.thread:
+            raise WplfastError(
+                "another thread uses parameters that a Fisher pass watches: it would get no gradients, and the pass "
+                "its calls; let it wait for the pass, give it a copy of the model, or run the model there under "
+                "torch.no_grad(). A pass is used in the thread that opened it"
+            )
 
     # ---- where calls stand -----------------------------------------------------------------------------------------
 
@@ -314,3 +335,11 @@ class Interception:
             (tensor,) = tap(tapped, [like], inputs)
             self._add(tapped)
             return tensor
+
+
+def _is_of_autograd() -> bool:
+    """Tell whether this is a thread in which autograd runs backward passes on a device: they may recompute calls."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    known = threading._active.get(threading.get_ident())  # type: ignore[attr-defined]
+    return known is None or isinstance(known, threading._DummyThread)
