@@ -26,7 +26,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ....version import __version__
+from .... import __version__
 from .. import kernel, launch
 from ..fisher_plan import choose_plan
 from . import archives as packs
