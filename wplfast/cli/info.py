@@ -41,12 +41,18 @@ def kernels() -> list[tuple[str, str]]:
     from ..backends.triton import kernel
     from ..backends.triton.packs import archives as packs
 
-    rows = []
+    launcher = {
+        "jit": "Triton's own launcher (WPLFAST_KERNELS=relaunch, auto: faster ones, which no GPU has tried yet)",
+        "relaunch": "Triton's own launcher, then as compiled (WPLFAST_KERNELS=relaunch)",
+        "auto": "packs, else Triton's JIT (WPLFAST_KERNELS=auto)",
+        "pack": "packs alone (WPLFAST_KERNELS=pack)",
+    }
+    rows = [("kernels launched by", launcher[kernel.mode()])]
     for arch, path in sorted(packs.present().items()):
         pack = packs.open_pack(path)
         held = "unusable" if pack is None else f"{len(pack)} kernels by Triton {pack.triton}"
         rows.append((f"kernels sm_{arch}", f"{held}, {path.stat().st_size / 1e6:.1f} MB"))
-    if not rows:
+    if len(rows) == 1:
         rows.append(("kernels", "none precompiled"))
     for i in range(torch.cuda.device_count()):
         pack = packs.find(torch.cuda.get_device_capability(i)) if kernel.SERVER is not None else None
