@@ -90,10 +90,8 @@ def gives_way(operator: Callable[..., Any], *added_to: str) -> Callable[..., Any
             except KernelError as error:
                 return give_way(error, arguments, ())
         kind = (name, *map(_kind, arguments))
-        if kind in _STARTED or _capturing():  # a graph would replay the copies
-            copies = None
-        else:
-            copies = _copies([arguments[i] for i in places])
+        known = kind in _STARTED or _capturing()  # a graph would replay the copies
+        copies = None if known else _copies([arguments[i] for i in places])
         launches = COUNT[0]
         try:
             operator(*arguments)
