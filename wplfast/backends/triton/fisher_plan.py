@@ -164,7 +164,7 @@ def run_planned(
             run(plan)
             return
         except TooLargeError as error:
-            if error.kernel != kernel:
+            if error.kernel != kernel or plan.tile in unfit:  # another kernel, or a plan that was asked for
                 raise
             logger.info("%s gives way to a smaller tile: %s", plan.tile, error)
             _UNFIT[kind] = unfit | {plan.tile}
