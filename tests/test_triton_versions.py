@@ -6,11 +6,13 @@ test`` installs them; ``WPLFAST_TRITONS`` names other folders.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +129,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     triton.runtime.driver.set_active(device)
     yield device
     forget()
+    gc.collect()  # compiled kernels ask the driver to unload them
     kernel.serve(server)
     vars(triton.runtime.driver).update(before)
 
@@ -358,6 +361,19 @@ def test_what_is_not_the_kernels_fault_is_raised_as_it_is(text: str, gpu: Device
         operators.fisher_linear_(*layer())
     assert not isinstance(raised.value, kernel.KernelError)
     assert not backends.gave_way()
+
+
+def test_nothing_of_a_failed_call_is_kept(gpu: Device) -> None:
+    gpu.refused["fisher_linear_kernel"] = NO_IMAGE
+    given = layer()
+    kept = [weakref.ref(x) for x in given]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        operators.fisher_linear_(*given)
+    del given
+    NO_IMAGE.__traceback__ = None
+    gc.collect()
+    assert not [x for x in kept if x() is not None]
 
 
 def test_other_dtypes_are_still_served_by_kernels(gpu: Device) -> None:

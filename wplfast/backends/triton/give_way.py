@@ -21,7 +21,7 @@ from .kernel import COUNT, KernelError
 from .launch import INTERPRETED
 
 #: (operator, dtype, device) that plain PyTorch serves -> the kernel and what is wrong with it.
-_GAVE_WAY: dict[tuple[str, torch.dtype, torch.device], KernelError] = {}
+_GAVE_WAY: dict[tuple[str, torch.dtype, torch.device], tuple[str, str]] = {}
 #: Calls like these have launched all of their kernels before.
 _STARTED: set[tuple[object, ...]] = set()
 _MOST_KINDS = 1 << 14
@@ -32,8 +32,8 @@ _INPUTS = {"activations", "grads", "grad_outputs", "inputs", "tensor", "theta"}
 def gave_way() -> dict[str, str]:
     """Return the kernels that plain PyTorch stands in for in this process, with the reasons."""
     return {
-        f"{error.kernel} (in {name}, {dtype}, {device})": error.reason
-        for (name, dtype, device), error in _GAVE_WAY.items()
+        f"{kernel} (in {name}, {dtype}, {device})": reason
+        for (name, dtype, device), (kernel, reason) in _GAVE_WAY.items()
     }
 
 
@@ -71,7 +71,7 @@ def gives_way(operator: Callable[..., Any], *added_to: str) -> Callable[..., Any
         for tensor, copy in written:
             tensor.copy_(copy)
         _, dtype, device = place(arguments)
-        _GAVE_WAY[name, dtype, device] = error
+        _GAVE_WAY[name, dtype, device] = error.kernel, error.reason  # not the error, whose traceback holds tensors
         warnings.warn(
             f"{error}. Plain PyTorch computes {name} for {dtype} on {device} from here on: as exact, but slower. "
             "`wplfast info` says what is installed, `wplfast selftest` what works",
