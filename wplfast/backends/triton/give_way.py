@@ -124,5 +124,5 @@ def _copies(tensors: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
 def _kind(argument: Any) -> object:
     """Return all of an argument that a kernel is compiled for."""
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.device, argument.shape, argument.stride(), argument.data_ptr() % 16
+        return argument.dtype, argument.get_device(), argument.shape, argument.stride(), argument.data_ptr() % 16
     return tuple(argument) if isinstance(argument, list) else argument
