@@ -49,8 +49,9 @@ pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter comp
 
 ARCHITECTURES = [80, 90, 100, 120]
 #: Bytes that a thread may spill: the assembler puts a value or two into memory on one or another architecture though
-#: registers are free (which, differs between versions of Triton), outside the loops on tensor cores.
-FEW_BYTES = 16
+#: registers are free (which, differs between versions of Triton), outside the loops on tensor cores. With Triton 3.7 up
+#: to 32 bytes, of threads with 40 (penalty, sm_100) and 48 registers (embedding, sm_90).
+FEW_BYTES = 32 if triton.__version__.startswith("3.7.") else 16
 
 #: Columns of tensor memory.
 COLUMNS = 512
@@ -89,8 +90,7 @@ def test_penalty_moves_16_bytes_a_thread(
     loads, stores = vector_widths(compiled.asm["ptx"], "ld"), vector_widths(compiled.asm["ptx"], "st")
     name = f"penalty {dtype} F {fisher} mode {mode} offset {int(offset)} blocks {n_blocks}"
     report(name, arch, used, f"ld {loads} st {stores}")
-    # Triton 3.7 has 32 bytes in memory on sm_100, of a thread with 40 registers, outside of any loop.
-    assert used["spills"] <= (2 * FEW_BYTES if triton.__version__.startswith("3.7.") else FEW_BYTES)
+    assert used["spills"] <= FEW_BYTES
     # Three programs of 8 warps fit a multiprocessor; of a value's, whose loop is unrolled, two load as much at a time.
     assert used["registers"] <= (88 if mode == penalty_kernel.VALUE and n_blocks > 1 else 80)
     assert used["shared"] <= 64, "streams of different widths must not meet by way of shared memory"
