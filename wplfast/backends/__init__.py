@@ -46,6 +46,12 @@ def serving(device_type: str) -> str:
     return _serving.get(device_type.upper(), "reference")
 
 
+def gave_way() -> dict[str, str]:
+    """Return what plain PyTorch does in this process since a kernel could not be compiled or started, and why."""
+    found: dict[str, str] = getattr(_available.get("triton"), "gave_way", dict)()
+    return found
+
+
 def prepared_penalty(device_type: str) -> type[PreparedPenalty]:
     """Return the class of prepared penalties on a device type: a backend's own, or the common one."""
     own: type[PreparedPenalty] | None = getattr(_available.get(serving(device_type)), "prepared_penalty", None)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .. import __version__
 from ..capture.call import random_state, set_random_state
 from ..errors import CoupledSamplesError
 from ..params import Params, device_of
-from ..version import __version__
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
 from .checks import check_losses
