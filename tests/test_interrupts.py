@@ -22,9 +22,9 @@ from torch import nn
 
 import wplfast
 from wplfast.capture import watched
+from wplfast.capture.undo import Undo
 from wplfast.errors import WplfastError
 from wplfast.fisher.undisturbed import CUDNN, Undisturbed
-from wplfast.undo import Undo
 
 FOLDER = Path(wplfast.__file__).parent
 

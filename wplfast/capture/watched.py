@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedParameterError, WplfastError
-from ..undo import Undo
+from .undo import Undo
 
 
 class Interceptor(Protocol):

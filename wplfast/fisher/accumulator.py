@@ -18,10 +18,10 @@ from ..capture.collect.batch import SingleSample
 from ..capture.collect.session import Session
 from ..capture.probe.graph import leaves
 from ..capture.rules.projection import Directions
+from ..capture.undo import Undo, UndoOnExit
 from ..capture.watched import Derived, check_supported, is_watched, watch
 from ..errors import NonFiniteError, WplfastError
 from ..params import Params, named
-from ..undo import Undo, UndoOnExit
 from .buffers import Buffers
 from .checks import batch_norms, check_batch_statistics, check_losses, check_weights
 from .result import Fisher, Report

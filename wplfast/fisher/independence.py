@@ -28,7 +28,7 @@ from ..capture.call import random_state, set_random_state
 from ..capture.collect.batch import SingleSample
 from ..capture.probe.graph import leaves
 from ..capture.rules.projection import Directions
-from ..undo import Undo
+from ..capture.undo import Undo
 from .batches import Batch
 from .cutting import Cut, Parts
 from .preserve import Rewound, Snapshot

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..undo import Undo
+from ..capture.undo import Undo
 
 #: A module, its attributes, its buffers.
 _State = list[tuple[nn.Module, dict[str, Any], dict[str, Tensor | None]]]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..undo import Shared, Undo
+from ..capture.undo import Shared, Undo
 
 #: Whether attention of PyTorch may take its fast path.
 FAST_ATTENTION: Shared[bool] = Shared(
