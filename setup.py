@@ -50,9 +50,9 @@ def cuda_archs() -> list[int]:
 
 def version() -> str:
     """Return the package's version, with the packs that a wheel holds as its local part."""
-    plain = re.search(r'^__version__ = "(.+)"', Path("wplfast/version.py").read_text(), re.MULTILINE)
+    plain = re.search(r'^__version__ = "(.+)"', Path("wplfast/__init__.py").read_text(), re.MULTILINE)
     if plain is None:
-        raise SystemExit("wplfast/version.py has no __version__")
+        raise SystemExit("wplfast/__init__.py has no __version__")
     packs = ".".join(f"sm{arch}" for arch in cuda_archs())
     return f"{plain[1]}+{packs}" if packs else plain[1]
 

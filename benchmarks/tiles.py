@@ -37,9 +37,9 @@ def plans(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, o
 
 def under(plan: object, accumulators: Sequence[Tensor], g: Tensor, a: Tensor, *more: Tensor | None) -> None:
     """Run the kernel under a plan; ``more``: weights and the accumulator of the gradient."""
-    from wplfast.backends.triton import fisher_linear
+    from wplfast.backends.triton import fisher_linear, fisher_plan
 
-    with mock.patch.object(fisher_linear, "choose_plan", return_value=plan):
+    with mock.patch.object(fisher_plan, "choose_plan", return_value=plan):
         fisher_linear.fisher_linear_(accumulators[0], a, g, *(more or (None, None)))
 
 

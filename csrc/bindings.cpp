@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "consolidate.h"
 #include "fisher_conv.h"
 #include "fisher_embedding.h"
 #include "fisher_linear.h"
@@ -86,6 +87,51 @@ void penalty_binding(int mode, int dtype, int fisher_dtype, const py::list& nume
     *static_cast<double*>(pointer(value)) = sum;
   } else {
     *static_cast<float*>(pointer(value)) = static_cast<float>(sum);
+  }
+}
+
+// Changes the anchors where `measured`, an address of 2 n doubles, is 0; otherwise writes there what it would come to.
+// `dtypes` has theta_hat's, F's and the newer F's of every parameter; `factors`, an address of n doubles, scales both
+// F.
+void consolidate_binding(bool merge, double decay, double weight, const py::list& numels, const py::list& dtypes,
+                         const py::list& theta_hat, const py::list& offset, const py::list& fisher,
+                         const py::list& new_theta_hat, const py::list& new_fisher, uintptr_t factors,
+                         uintptr_t measured, int threads) {
+  const Integers sizes(numels), types(dtypes), hats(theta_hat), offsets(offset), fishers(fisher);
+  const Integers new_hats(new_theta_hat), new_fishers(new_fisher);
+  const int64_t n = sizes.size();
+  check_lengths(3 * n, types, "dtypes", false);
+  check_lengths(n, hats, "theta_hat", false);
+  check_lengths(n, offsets, "offset", !merge);
+  check_lengths(n, fishers, "fisher", false);
+  check_lengths(n, new_hats, "new_theta_hat", false);
+  check_lengths(n, new_fishers, "new_fisher", false);
+  std::vector<AnchorUpdate> updates(n);
+  for (int64_t p = 0; p < n; ++p) {
+    const double factor = factors == 0 ? 1.0 : static_cast<const double*>(pointer(factors))[p];
+    updates[p] = {hats.pointer_at(p),
+                  offsets.size() > 0 ? offsets.pointer_at(p) : nullptr,
+                  fishers.pointer_at(p),
+                  new_hats.pointer_at(p),
+                  new_fishers.pointer_at(p),
+                  static_cast<int64_t>(sizes[p]),
+                  static_cast<Dtype>(types[3 * p]),
+                  static_cast<Dtype>(types[3 * p + 1]),
+                  static_cast<Dtype>(types[3 * p + 2]),
+                  factor * decay,
+                  factor * weight};
+    const AnchorUpdate& u = updates[p];
+    if (u.numel > 0 && !(u.theta_hat && u.fisher && u.new_theta_hat && u.new_fisher)) {
+      throw py::value_error("tensor " + std::to_string(p) + " has no memory: its storage was freed, or is elsewhere");
+    }
+  }
+  const ConsolidateCall call{updates.data(), n, merge, threads};
+  py::gil_scoped_release release;
+  if (measured == 0) {
+    consolidate(call);
+  } else {
+    double* const sums = static_cast<double*>(pointer(measured));
+    measure_consolidation(call, sums, sums + n);
   }
 }
 
@@ -203,6 +249,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace wplfast;
   m.doc() = "CPU kernels of wplfast over raw addresses; see wplfast/backends/cpp/.";
   m.def("penalty", &penalty_binding, "Value of the penalty, optionally storing or adding its gradient.");
+  m.def("consolidate", &consolidate_binding, "A newer anchor enters the anchors, or what it would come to.");
   py::class_<ParameterTable>(m, "ParameterTable", py::module_local(),
                              "What parameters were when a table of them was made.")
       .def(py::init<const py::capsule&, const py::list&>())

@@ -186,14 +186,23 @@ def test_parameters_are_swapped_inside_and_restored_after():
     optimizer.step()
 
 
-def test_another_thread_is_seen_too():
+def test_another_thread_is_refused():
+    """It cannot be told from one that trains the model; tests/test_interrupts.py has more of them."""
     m, (x, y) = model(), batch()[0]
-    losses = []
+    errors = []
+
+    def forward():
+        try:
+            ce(m(x), y)
+        except wplfast.errors.WplfastError as error:
+            errors.append(str(error))
+
     with wplfast.FisherAccumulator(m) as acc:
-        thread = threading.Thread(target=lambda: losses.append(ce(m(x), y)))
+        thread = threading.Thread(target=forward)
         thread.start()
         thread.join()
-        acc.backward(losses[0])
+        acc.backward(ce(m(x), y))
+    assert "another thread uses parameters" in errors[0]
     assert torch.equal(acc.result().flat, wplfast.fisher_diagonal(m, [(x, y)], ce).flat)
 
 

@@ -132,7 +132,7 @@ class Overflow(torch.autograd.Function):
 def test_generator_of_another_device(likelihood):
     logits = torch.zeros(3, 4, device="meta")
     with pytest.raises(ValueError, match="generator must be of the outputs' device, meta, got one of cpu"):
-        draw(logits, None, likelihood, torch.Generator("cpu"))
+        draw(logits, likelihood, torch.Generator("cpu"))
 
 
 @pytest.mark.parametrize("options", [{"fisher_type": "exact"}, {"fisher_type": "mc", "mc_samples": 3}])

@@ -338,7 +338,7 @@ def test_environment_and_information(folder: Path) -> None:
     assert f"kernels sm_{ARCH}" in done.stdout
     assert f"kernels by Triton {triton.__version__}" in done.stdout
     wrong = subprocess.run(program, capture_output=True, text=True, env={**environment, "WPLFAST_KERNELS": "aot"})
-    assert "must be 'auto', 'jit' or 'pack', got 'aot'" in wrong.stderr + wrong.stdout
+    assert "must be 'jit', 'relaunch', 'auto' or 'pack', got 'aot'" in wrong.stderr + wrong.stdout
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,9 @@ def test_tiles_of_their_own_and_shared_ones(gradient: bool, t: int, d_in: int, m
     ("layer", "dtype"), [(kernels.Layer(3, 40, 136, 72), "bf16"), (kernels.Layer(3, 16, 72, 136), "fp32")]
 )
 def test_the_sweep_runs(layer: kernels.Layer, dtype: str) -> None:
-    before, device = fisher_linear.choose_plan, torch.device(DEVICE)
+    before, device = fisher_plan.choose_plan, torch.device(DEVICE)
     record = kernels.measure(partial(tiles.tiled, layer=layer, dtype=dtype), device, True)
-    assert fisher_linear.choose_plan is before
+    assert fisher_plan.choose_plan is before
     assert record["left_out"] == {}
     assert set(record["times"]) - {kernels.OURS, kernels.PLAIN, "copy"} == set(
         tiles.plans(layer, kernels.DTYPES[dtype], device)

@@ -41,6 +41,7 @@ from wplfast.backends.triton import (  # noqa: E402
     split,
     squares,
 )
+from wplfast.backends.triton import kernel as kernels  # noqa: E402
 from wplfast.backends.triton.launch import Relaunched  # noqa: E402
 from wplfast.backends.triton.prepared import TritonPenalty  # noqa: E402
 
@@ -48,8 +49,12 @@ pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter comp
 
 ARCHITECTURES = [80, 90, 100, 120]
 #: Bytes that a thread may spill: the assembler puts a value or two into memory on one or another architecture though
-#: registers are free (which, differs between versions of Triton), outside the loops on tensor cores.
-FEW_BYTES = 16
+#: registers are free (which, differs between versions of Triton), outside the loops on tensor cores. With Triton 3.7 up
+#: to 32 bytes, of threads with 40 (penalty, sm_100) and 48 registers (embedding, sm_90).
+FEW_BYTES = 32 if triton.__version__.startswith("3.7.") else 16
+
+#: Columns of tensor memory.
+COLUMNS = 512
 
 
 def report(name: str, arch: int, used: dict[str, int], remark: str) -> None:
@@ -125,6 +130,7 @@ def test_fisher_linear_resources(kind: str, steps: int, gradient: bool, arch: in
         assert used["spills"] <= FEW_BYTES
         assert not [line for line in product_loop(compiled) if re.search(r"\b(LDL|STL)\b", line)]
         assert used["shared"] <= SHARED[arch]
+        assert (getattr(compiled.metadata, "tmem_size", None) or 0) <= COLUMNS, "tensor memory"
         assert programs_per_processor(arch, used["registers"], used["shared"], tile.warps) >= 1
         assert products > 0 or kind == "ieee"
         # Both kinds of stores, as wide as they go.
@@ -180,8 +186,10 @@ def test_fisher_conv_resources(terms, size, steps, gradient, changes, arch, monk
     copies, stores = asynchronous_copies(ptx), vector_widths(ptx, "st")
     name = f"conv {terms} {tile.m}x{tile.n}x{tile.k} w{tile.warps} s{tile.stages} T{steps} {changes or gradient}"
     report(name, arch, used, f"mma {len(re.findall(TENSOR_CORES[arch], ptx))} cp.async {copies} st {stores}")
-    assert used["spills"] == 0
+    assert used["spills"] <= FEW_BYTES
+    assert not [line for line in product_loop(compiled) if re.search(r"\b(LDL|STL)\b", line)]
     assert used["shared"] <= SHARED[arch]
+    assert (getattr(compiled.metadata, "tmem_size", None) or 0) <= COLUMNS, "tensor memory"
     assert re.search(TENSOR_CORES[arch], ptx)
     assert copies[16] > 0, "operands must come 16 bytes at a time"
     assert copies[4] == copies[8] == 0
@@ -352,6 +360,7 @@ def launches() -> Iterator[list[tuple[str, tuple]]]:
 def test_prepared_penalties_launch_what_the_jit_would(
     dtype: torch.dtype, launches: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernels, "RELAUNCHES", True)
     looks, run = [], triton.JITFunction.run
     monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **kwargs: (looks.append(1), run(*args, **kwargs))[1])
     theta = [torch.nn.Parameter(torch.randn(size).to(dtype)) for size in (5000, 7)]
@@ -391,7 +400,10 @@ def test_scale_unless_one_is_compiled_once_for_all_sizes(launches: list) -> None
     assert len(launches) == 7
 
 
-def test_a_kernel_that_cannot_be_launched_again_goes_through_the_jit(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_kernel_that_cannot_be_launched_again_goes_through_the_jit(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "RELAUNCHES", True)
     tried, jitted = [], []
 
     class Compiled(triton.compiler.CompiledKernel):

@@ -157,7 +157,7 @@ def test_wheel_holds_the_package_alone(names, about):
     assert package <= set(names)
     assert len(names) == len(set(names))
     assert all(re.fullmatch(r"wplfast/_C\.[\w.-]+\.so|" + PACKS + r"sm_\d+\.zip", name) for name in others), others
-    assert set(about) == {"METADATA", "WHEEL", "RECORD", "top_level.txt", "licenses/LICENSE"}
+    assert set(about) == {"METADATA", "WHEEL", "RECORD", "top_level.txt", "entry_points.txt", "licenses/LICENSE"}
 
 
 def test_version_names_the_precompiled_kernels(wheel, names):

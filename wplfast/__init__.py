@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+__version__ = "0.1.0"  # before the modules that write it into what they make
+
 from . import backends, errors, functional, losses, ops
 from .fisher.accumulator import FisherAccumulator
 from .fisher.diagonal import fisher_diagonal
 from .fisher.result import Fisher
 from .fisher.verify import verify_fisher
 from .penalty.loss import WeightPlasticityLoss
-from .version import __version__
 
 __all__ = [
     "Fisher",

@@ -1,81 +1,10 @@
-"""``python -m wplfast info``: what is installed and what will run where."""
+"""``python -m wplfast``: the command line, see :mod:`wplfast.cli`."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import platform
 import sys
 
-import torch
-
-from . import __version__, backends
-
-
-def info() -> list[tuple[str, str]]:
-    """Return what there is to know about this installation, as pairs of label and value."""
-    rows = [
-        ("wplfast", __version__),
-        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("torch", torch.__version__),
-        ("triton", _version("triton")),
-        ("cpu served by", backends.serving("cpu")),
-        ("cuda served by", backends.serving("cuda")),
-    ]
-    cpp = backends.available().get("cpp")
-    rows.append(("cpp instruction set", cpp.ISA if cpp is not None else "-"))
-    rows.append(("threads", str(torch.get_num_threads())))
-    if torch.cuda.is_available():
-        rows += [(f"gpu {i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
-    else:
-        rows.append(("gpu", "none"))
-    rows += kernels()
-    rows += [(f"{name} is missing", reason) for name, reason in backends.missing().items()]
-    return rows
-
-
-def kernels() -> list[tuple[str, str]]:
-    """Return which packs of precompiled Triton kernels there are, and which GPU they serve."""
-    if "triton" not in backends.available():
-        return []
-    from .backends.triton import kernel
-    from .backends.triton.packs import archives as packs
-
-    rows = []
-    for arch, path in sorted(packs.present().items()):
-        pack = packs.open_pack(path)
-        held = "unusable" if pack is None else f"{len(pack)} kernels by Triton {pack.triton}"
-        rows.append((f"kernels sm_{arch}", f"{held}, {path.stat().st_size / 1e6:.1f} MB"))
-    if not rows:
-        rows.append(("kernels", "none precompiled"))
-    for i in range(torch.cuda.device_count()):
-        pack = packs.find(torch.cuda.get_device_capability(i)) if kernel.SERVER is not None else None
-        rows.append(
-            (f"gpu {i} kernels from", "Triton's JIT" if pack is None else f"{pack.path.name}, else Triton's JIT")
-        )
-    return rows
-
-
-def _version(package: str) -> str:
-    """Return an installed package's version."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m wplfast", description="wplfast, from the command line")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="print versions, backends, instruction set and threads")
-    parser.parse_args(argv)
-    rows = info()
-    width = max(len(label) for label, _ in rows)
-    for label, value in rows:
-        print(f"{label:<{width}}  {value}")
-    return 0
-
+from .cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .ops import check_penalty
 from .ops.arguments import PenaltyArguments
@@ -36,6 +37,7 @@ def wpl_penalty(
         A 0-d tensor, float32 or wider, differentiable (twice) with respect to params; on the first parameter's device.
 
     Raises:
+        TypeError: if a list is something else (a mapping, a module, one tensor).
         ValueError: if lengths, shapes, dtypes or devices do not fit.
 
     Example:
@@ -47,7 +49,9 @@ def wpl_penalty(
 
     Source: arXiv:1902.08232.
     """
-    for what, tensors in (("theta_hat", theta_hat), ("fisher", fisher)):
+    for what, tensors in (("params", params), ("theta_hat", theta_hat), ("fisher", fisher)):
+        if not isinstance(tensors, list | tuple):
+            _check_list(what, tensors)
         if len(tensors) != len(params):
             raise ValueError(f"{what} must hold {len(params)} tensors, as params does, got {len(tensors)}")
     if not params:
@@ -63,3 +67,25 @@ def wpl_penalty(
         check_penalty.check_arguments(arguments)
         values.append(differentiable(PreparedPenalty(*arguments)))
     return total(values)
+
+
+def _check_list(what: str, given: Any) -> None:
+    """Require a sequence of tensors, and tell what else to pass in the place of what is none.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if isinstance(given, Mapping):
+        do = "names are not matched here. Pass [params[n] for n in names], [theta_hat[n] for n in names] and so on"
+    elif isinstance(given, Tensor):
+        do = "pass [tensor]"
+    elif isinstance(given, nn.Module) and not isinstance(given, nn.ParameterList):
+        do = "pass list(module.parameters()), and theta_hat and fisher in this order"
+    elif hasattr(given, "__len__") and hasattr(given, "__getitem__"):
+        return
+    else:
+        do = "pass list(...) of it"
+    raise TypeError(
+        f"{what} must be a list of tensors, got {type(given).__name__}: {do}. WeightPlasticityLoss takes modules and "
+        "mappings, and matches names"
+    )

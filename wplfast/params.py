@@ -83,7 +83,7 @@ def check_names(given: Iterable[str], wanted: Iterable[str], what: str) -> None:
     missing = [name for name in wanted if name not in have]
     if not missing:
         return
-    lines = [f"{what} lacks {len(missing)} of {len(wanted)} names: {_some(missing)}; it has {_some(given)}"]
+    lines = [f"{what} lacks {len(missing)} of {len(wanted)} names: {some(missing)}; it has {some(given)}"]
     prefix = suggest_prefix(given, wanted)
     if prefix is not None:
         lines.append(f"prefix={prefix!r} would match them")
@@ -102,7 +102,7 @@ def suggest_prefix(given: list[str], wanted: list[str]) -> str | None:
     return None
 
 
-def _some(names: list[str], most: int = 6) -> str:
+def some(names: list[str], most: int = 6) -> str:
     """List a few names for a message."""
     shown = ", ".join(map(repr, names[:most]))
     return f"[{shown}{', ...' if len(names) > most else ''}]"

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "consolidate.h"
 #include "fisher_linear.h"
 #include "fuzz.h"
 #include "isa.h"
@@ -114,6 +115,57 @@ void fuzz_streaming_penalty(Dtype dtype) {
   expect_close("streamed value", got, want, want, is_wide(dtype) ? 1e-12 : 1e-6);
 }
 
+void fuzz_consolidate() {
+  const bool merge = coin(), has_offset = merge || coin();
+  std::vector<Array> theta_hat, offset, fisher, new_hat, new_fisher;
+  std::vector<AnchorUpdate> updates;
+  const int64_t n = integer(1, 6);
+  const auto positive = [] { return coin() ? 0.0 : std::abs(normal()); };
+  for (int64_t p = 0; p < n; ++p) {
+    const Dtype dtype = static_cast<Dtype>(integer(0, 3)), wide = compute_type(dtype);
+    const Dtype fisher_dtype = wide == Dtype::f32 && coin() ? Dtype::bf16 : wide;
+    const Dtype new_fisher_dtype = coin() ? Dtype::f64 : wide;
+    const int64_t numel = coin() ? integer(0, 70) : integer(0, 30000);
+    theta_hat.emplace_back(dtype, numel, normal);
+    offset.emplace_back(wide, numel, normal);
+    fisher.emplace_back(fisher_dtype, numel, positive);
+    new_hat.emplace_back(dtype, numel, normal);
+    new_fisher.emplace_back(new_fisher_dtype, numel, positive);
+    updates.push_back({nullptr, nullptr, nullptr, nullptr, nullptr, numel, dtype, fisher_dtype, new_fisher_dtype,
+                       0.5 * static_cast<double>(integer(0, 2)), 0.25 * static_cast<double>(integer(0, 2))});
+  }
+  for (int64_t p = 0; p < n; ++p) {
+    updates[p].theta_hat = theta_hat[p].data();
+    updates[p].offset = has_offset ? offset[p].data() : nullptr;
+    updates[p].fisher = fisher[p].data();
+    updates[p].new_theta_hat = new_hat[p].data();
+    updates[p].new_fisher = new_fisher[p].data();
+  }
+  const ConsolidateCall call{updates.data(), n, merge, static_cast<int>(integer(1, 4))};
+  const std::vector<Array> hat_before = theta_hat, offset_before = offset, fisher_before = fisher;
+  std::vector<double> added(n), squares(n);
+  measure_consolidation(call, added.data(), squares.data());
+  consolidate(call);
+  for (int64_t p = 0; p < n; ++p) {
+    double c = 0, square = 0;
+    for (int64_t i = 0; i < updates[p].numel; ++i) {
+      const double share = updates[p].decay * fisher_before[p].get(i),
+                   entering = updates[p].weight * new_fisher[p].get(i);
+      const double total = share + entering, hat = hat_before[p].get(i), newer = new_hat[p].get(i);
+      const double gap = hat + offset_before[p].get(i) - newer, shift = total > 0 ? share / total * gap : 0;
+      c += shift * gap * entering;
+      square += total * total;
+      expect(theta_hat[p].get(i) == newer, "theta_hat", theta_hat[p].get(i), newer);
+      expect_close("consolidated F", fisher[p].get(i), total, total, storage_epsilon(updates[p].fisher_dtype));
+      const double size = std::abs(hat) + std::abs(newer) + std::abs(offset_before[p].get(i));
+      const double moved = merge ? shift : has_offset ? 0 : offset_before[p].get(i);
+      expect_close("offset", offset[p].get(i), moved, size, storage_epsilon(compute_type(updates[p].dtype)));
+    }
+    expect_close("c", added[p], merge ? c : 0, c, 1e-12);
+    expect_close("squares of F", squares[p], square, square, 1e-12);
+  }
+}
+
 void fuzz_fisher_linear() {
   const Dtype dtype = static_cast<Dtype>(integer(0, 3)), wide = compute_type(dtype);
   const int64_t n = integer(0, 9), t = coin() ? 1 : coin() ? integer(0, 12) : integer(1, 400);
@@ -196,6 +248,7 @@ int main(int argc, char** argv) {
   generator.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0);
   for (int64_t round = 0; round < rounds; ++round) {
     fuzz_penalty();
+    fuzz_consolidate();
     fuzz_fisher_linear();
     fuzz_squares();
     fuzz_conv();

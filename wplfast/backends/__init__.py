@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 from types import ModuleType
 
+from ..ops.consolidation import Consolidation
 from ..ops.contract import SCHEMAS, add_kernel
 from ..ops.prepared import PreparedPenalty
 
@@ -44,10 +46,22 @@ def serving(device_type: str) -> str:
     return _serving.get(device_type.upper(), "reference")
 
 
+def gave_way() -> dict[str, str]:
+    """Return what plain PyTorch does in this process since a kernel could not be compiled or started, and why."""
+    found: dict[str, str] = getattr(_available.get("triton"), "gave_way", dict)()
+    return found
+
+
 def prepared_penalty(device_type: str) -> type[PreparedPenalty]:
     """Return the class of prepared penalties on a device type: a backend's own, or the common one."""
     own: type[PreparedPenalty] | None = getattr(_available.get(serving(device_type)), "prepared_penalty", None)
     return own or PreparedPenalty
+
+
+def consolidation(device_types: Iterable[str]) -> type[Consolidation]:
+    """Return the class of consolidations on some device types: the one backend's own, or the common one."""
+    kinds = {getattr(_available.get(serving(kind)), "consolidation", Consolidation) for kind in set(device_types)}
+    return kinds.pop() if len(kinds) == 1 else Consolidation
 
 
 def _load() -> None:

@@ -108,15 +108,17 @@ class Relay:
     Attributes:
         idle: what listens while no backward pass of ours runs.
         listener: what listens now.
+        task: the number that autograd gave to the backward pass that runs; -1 where none does.
         site: where the last call stood that this backward pass made itself (checkpoints); None before the first.
         is_over: the last batch was collected: the next call begins another one.
     """
 
-    __slots__ = ("idle", "is_over", "listener", "site")
+    __slots__ = ("idle", "is_over", "listener", "site", "task")
 
     def __init__(self, idle: Listener) -> None:
         """Begin with nothing but who listens meanwhile."""
         self.idle = self.listener = idle
+        self.task = -1
         self.site: CallSite | None = None
         self.is_over = False
 
@@ -129,23 +131,23 @@ class TappedCall:
         site: where.
         rule: how its per-sample gradients are computed.
         relay: where gradients are reported.
-        index: how many calls were tapped before it; -1 for calls made inside of a backward pass.
+        index: how many calls were tapped before it; -1 for calls made inside of a backward pass, or reached by one
+            that runs inside of another.
         shapes: of its floating point outputs.
         nothing: what a listener returns that computes no ordinary gradients.
     """
 
-    __slots__ = ("call", "has_fired", "index", "nothing", "relay", "rule", "shapes", "site")
+    __slots__ = ("call", "index", "nothing", "relay", "rule", "shapes", "site")
 
     def __init__(self, call: Call, site: CallSite, rule: Rule, relay: Relay, index: int) -> None:
         """Describe a call."""
         self.call, self.site, self.rule, self.relay, self.index = call, site, rule, relay, index
         self.shapes: Sequence[torch.Size] = ()
         self.nothing = call.no_gradients
-        self.has_fired = False
 
     @property
     def in_backward(self) -> bool:
-        """Whether the call was made inside of a backward pass, by a checkpoint that recomputes."""
+        """Whether the call belongs to a backward pass inside of another, of a checkpoint that recomputes."""
         return self.index < 0
 
     @property

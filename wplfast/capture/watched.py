@@ -9,14 +9,16 @@ directly; there the gradient arrives at the parameter's ``.grad``, which is how 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import repeat
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedParameterError, WplfastError
+from .undo import Undo
 
 
 class Interceptor(Protocol):
@@ -25,6 +27,12 @@ class Interceptor(Protocol):
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function some of whose arguments are watched."""
 
+    def note_without_grad(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Hear of a torch function that runs without grad mode."""
+
+
+#: Functions that matter without grad mode too.
+_DERIVATIVES = frozenset({torch.autograd.grad, torch.autograd.backward})
 
 _interceptors: dict[int, Interceptor] = {}  # id(parameter) -> the pass that watches it
 _lock = threading.Lock()
@@ -33,7 +41,7 @@ _lock = threading.Lock()
 def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """Hand a call to the pass that watches one of its arguments."""
     kwargs = kwargs or {}
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or func in _DERIVATIVES:
         for argument in args:  # most calls have their tensors right here
             interceptor = _interceptors.get(id(argument))
             if interceptor is not None:
@@ -42,6 +50,11 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             interceptor = tensor._pass if isinstance(tensor, Derived) else _interceptors.get(id(tensor))
             if interceptor is not None:
                 return interceptor.call(func, args, kwargs)
+    else:
+        for argument in args:
+            if (interceptor := _interceptors.get(id(argument))) is not None:
+                interceptor.note_without_grad(func, args)
+                break
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
@@ -137,9 +150,10 @@ def check_supported(parameters: dict[str, Tensor]) -> None:
             )
 
 
-@contextmanager
-def watch(parameters: dict[str, Tensor], interceptor: Interceptor) -> Iterator[None]:
-    """Send every call that consumes one of the parameters to ``interceptor`` while the context is open.
+def watch(parameters: dict[str, Tensor], interceptor: Interceptor, undo: Undo) -> None:
+    """Send every call that consumes one of the parameters to ``interceptor``, until ``undo`` is closed.
+
+    Their gradient hooks, among them optimizers that step in the backward pass, sleep meanwhile.
 
     Raises:
         WplfastError: if another pass watches one of them already.
@@ -150,17 +164,17 @@ def watch(parameters: dict[str, Tensor], interceptor: Interceptor) -> Iterator[N
         for name, parameter in parameters.items():
             if id(parameter) in _interceptors:
                 raise WplfastError(f"{name!r} is being watched by another Fisher pass; run one pass at a time")
-        classes = [type(p) for p in parameters.values()]
-        for parameter, cls in zip(parameters.values(), classes, strict=True):
-            parameter.__class__ = _SWAPS[cls]
+        tensors = list(parameters.values())
+        found = [hooks for p in tensors for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
+        awake = [hooks for hooks in found if hooks]
+        undo.by(setattr, tensors, repeat("__class__"), [type(p) for p in tensors])
+        undo.by(_interceptors.pop, [id(p) for p in tensors], repeat(None))
+        undo.by(partial.__call__, [partial(hooks.update, dict(hooks)) for hooks in awake])
+        for parameter in tensors:
             _interceptors[id(parameter)] = interceptor
-    try:
-        yield
-    finally:
-        with _lock:
-            for parameter, cls in zip(parameters.values(), classes, strict=True):
-                parameter.__class__ = cls
-                del _interceptors[id(parameter)]
+            parameter.__class__ = _SWAPS[type(parameter)]
+        for hooks in awake:
+            hooks.clear()
 
 
 def tensors_in(tree: Any) -> Iterable[Tensor]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from types import TracebackType
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -17,12 +17,15 @@ from ..capture.accumulators import SLOW_RULES, Accumulators
 from ..capture.collect.batch import SingleSample
 from ..capture.collect.session import Session
 from ..capture.probe.graph import leaves
+from ..capture.rules.projection import Directions
+from ..capture.undo import Undo, UndoOnExit
 from ..capture.watched import Derived, check_supported, is_watched, watch
 from ..errors import NonFiniteError, WplfastError
 from ..params import Params, named
 from .buffers import Buffers
 from .checks import batch_norms, check_batch_statistics, check_losses, check_weights
 from .result import Fisher, Report
+from .undisturbed import FAST_ATTENTION, compiler_stance
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,11 @@ class FisherAccumulator:
     gradients are not computed; ``.grad``, ``requires_grad`` and the parameters are afterwards what they were before.
     The caller chooses the module's mode (``model.eval()``) and device.
 
+    That holds after an error and after any number of interrupts too. A pass is used in the thread that opened it, and
+    passes over different models may run in several threads at once. Meanwhile other threads may run this model without
+    gradients; with gradients they get an error. ``nn.DataParallel`` copies parameters in a way that is not seen: its
+    model is served one sample at a time.
+
     Args:
         model: the module; its parameters outside ``params`` are frozen for the pass.
         params: what to accumulate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
@@ -44,11 +52,14 @@ class FisherAccumulator:
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf (costs one more Fisher of memory).
         independent: True if you know that no sample's loss depends on another sample. Only needed where one batch
             cannot tell whether an operation's data are samples, such as float tables without a batch axis.
+        samples: ``"losses"`` if what a loss owns may lie elsewhere in every batch, such as documents packed into rows:
+            rows are measured in each batch then, at the price of about one more backward pass.
 
     Attributes:
         n_samples: number of samples accumulated so far.
         n_skipped: number of samples left out as not finite.
         parameters: the watched parameters by name.
+        directions: what gradients are projected on where two ways to compute them are compared.
 
     Raises:
         UnsupportedParameterError: if a parameter is a tensor subclass such as DTensor.
@@ -74,14 +85,17 @@ class FisherAccumulator:
         verify: bool | Literal["always"] = True,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         independent: bool | None = None,
+        samples: Literal["batch", "losses"] = "batch",
     ) -> None:
         """See the class."""
+        if samples not in ("batch", "losses"):
+            raise ValueError(f"samples must be 'batch' or 'losses', got {samples!r}")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
         self.model = model
         self.parameters = named(model if params is None else params, complex_too=True)
         check_supported(self.parameters)
-        self._verify, self._independent = verify, independent
+        self._verify, self._independent, self._by_losses = verify, independent, samples == "losses"
         self._skip = on_nonfinite == "skip"
         self._fisher = Buffers(self.parameters)
         self._gradient = Buffers(self.parameters, torch.view_as_complex) if with_grad else None
@@ -89,12 +103,14 @@ class FisherAccumulator:
         self._staged_gradient = Buffers(self.parameters) if self._skip and with_grad else None
         target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
         self._accumulators = Accumulators(target.views, None if gradient is None else gradient.views)
+        self.directions = Directions(target.views)
         self._session: Session | None = None
-        self._stack = ExitStack()
+        self._undo = Undo()
         self.n_samples = 0
         self._total_weight = 0.0
         self.n_skipped = 0
         self._unchecked: list[str] = []
+        self._saw_constants = False
         self._seconds = 0.0
         self._invalid: str | None = None
 
@@ -108,37 +124,43 @@ class FisherAccumulator:
         """
         if self._session is not None:
             raise WplfastError("this FisherAccumulator is open already, or was closed; make a new one")
+        try:
+            self._open()
+            return self
+        except BaseException:
+            self._undo.close()
+            raise
+
+    #: Gives everything back as it was.
+    __exit__ = UndoOnExit()
+
+    def _open(self) -> None:
+        """Change the model, each change after what gives it back."""
         watched = {id(p) for p in self.parameters.values()}
         others = [p for p in self.model.parameters() if id(p) not in watched]
         if any(is_watched(p) for p in others):
             raise WplfastError("another Fisher pass watches parameters of this model; run one pass at a time")
         parameters, constants = list(self.parameters.values()), [*others, *self.model.buffers()]
-        self._session = Session(list(self.parameters), parameters, constants, self._accumulators)
-        with ExitStack() as stack:
-            for parameter in (*self.parameters.values(), *others):
-                stack.callback(_restore, parameter, parameter.grad, parameter.requires_grad)
-            stack.enter_context(watch(self.parameters, self._session.interception))
-            for parameter in self.parameters.values():
-                parameter.grad = None
-                parameter.requires_grad_(True)
-            for parameter in others:
-                parameter.requires_grad_(False)
-            # Frozen parameters would let PyTorch take a fast path whose padded outputs are others (nested tensors).
-            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-            torch.backends.mha.set_fastpath_enabled(False)
-            if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            self._stack = stack.pop_all()
+        self._session = Session(
+            list(self.parameters), parameters, constants, self._accumulators, self.directions, self._by_losses
+        )
+        undo, frozen = self._undo, [p for p in others if p.requires_grad]
+        self._session.frozen += frozen
+        undo.then(self._session.release)
+        grads, flags = [p.grad for p in parameters + frozen], [p.requires_grad for p in parameters]
+        watch(self.parameters, self._session.interception, undo)
+        undo.by(setattr, parameters + frozen, repeat("requires_grad"), flags + [True] * len(frozen))
+        undo.by(setattr, parameters + frozen, repeat("grad"), grads)
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        # Frozen parameters would let PyTorch take a fast path whose padded outputs are others (nested tensors).
+        FAST_ATTENTION.hold(undo)
+        if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
+            compiler_stance().hold(undo)
         self._batch_norms = batch_norms(self.model)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give everything back as it was."""
-        self._stack.close()
-        if self._session is not None:
-            self._session.release()
 
     # ---- accumulation ----------------------------------------------------------------------------------------------
 
@@ -146,7 +168,8 @@ class FisherAccumulator:
         """Accumulate one batch; do not reduce the losses and do not call ``losses.backward`` yourself.
 
         Args:
-            losses: one loss per sample, [N], floating point, with a graph.
+            losses: one loss per sample, [N], floating point. Losses without a graph (no parameter was reached) count
+                with gradients of zero, unless those of all batches are.
             weights: optional non-negative weights [N]; they enter outside the square.
             retain_graph: keep the graph for further losses of the same forward pass.
 
@@ -155,6 +178,8 @@ class FisherAccumulator:
             NonFiniteError: if a loss or a Fisher entry is NaN or infinite (unless ``on_nonfinite="skip"``).
             CoupledSamplesError: if a sample's loss depends on other samples.
             VerificationError: if captured gradients disagree with autograd on the first batch.
+            WplfastError: if this is not the thread that opened the pass, or a ``.backward()`` that is not of this pass
+                reached a parameter.
         """
         self.accumulate(losses, weights, retain_graph=retain_graph)
 
@@ -181,15 +206,25 @@ class FisherAccumulator:
             single_sample: the gradients of that sample, to compare with.
         """
         session = self._usable()
+        if threading.get_ident() != session.interception.thread:
+            session.interception.check_thread()
         check_losses(losses)
         weights = check_weights(weights, losses)
         check_batch_statistics(self._batch_norms)
         if not len(losses):
+            session.pass_over(retain_graph)
             return
         if not bool(torch.isfinite(losses.detach()).all()):
             bad = int((~torch.isfinite(losses.detach())).nonzero()[0])
             session.abandon()
             self._nonfinite(f"the loss of sample {bad} is {losses[bad].item()}", len(losses))
+            return
+        if not losses.requires_grad:
+            session.pass_over(retain_graph)
+            if not self._saw_constants:
+                self._saw_constants = True
+                logger.warning("losses of a batch do not depend on the parameters: they count with gradients of zero")
+            self._count(losses, weights, count)
             return
         if session.n_batches == 0:
             self._spare_leaves(losses)
@@ -222,6 +257,10 @@ class FisherAccumulator:
         for main, staged in ((self._fisher, self._staged), (self._gradient, self._staged_gradient)):
             if main is not None and staged is not None:
                 main.add_and_clear(staged)
+        self._count(losses, weights, count)
+
+    def _count(self, losses: Tensor, weights: Tensor | None, count: int | None) -> None:
+        """Count the samples of a batch that is accumulated."""
         self.n_samples += len(losses) if count is None else count
         self._total_weight += len(losses) if weights is None else float(weights.sum())
 
@@ -230,6 +269,7 @@ class FisherAccumulator:
 
         Raises:
             WplfastError: if nothing was accumulated or a batch failed.
+            ValueError: if the losses of no batch depend on the parameters.
         """
         return self._result(final=False)
 
@@ -242,8 +282,15 @@ class FisherAccumulator:
         session = self._usable()
         if not self.n_samples:
             raise WplfastError("nothing was accumulated: call backward(losses) at least once")
+        if not session.n_batches:
+            raise ValueError(
+                "losses must depend on the parameters through a graph, and those of no batch do: was the model run "
+                "under no_grad?"
+            )
         if not self._total_weight > 0:
             raise WplfastError("the weights of all samples are zero")
+        if is_watched(next(iter(self.parameters.values()))):
+            session.check_leaves()
         if final:
             self._invalid = "its result was taken"
         gradient = None if self._gradient is None else self._gradient.divided(self._total_weight, final)
@@ -262,11 +309,11 @@ class FisherAccumulator:
             parameters=self.parameters,
         )
 
-    def note_unchecked(self, why: str) -> None:
+    def note_unchecked(self, why: str, level: int = logging.WARNING) -> None:
         """Say once that samples could not be run in batches of their own, and keep it for the report."""
         if why not in self._unchecked:
             self._unchecked.append(why)
-            logger.warning("whether samples depend on each other through their inputs was not checked: %s", why)
+            logger.log(level, "whether samples depend on each other through their inputs was not checked: %s", why)
 
     @property
     def is_widened(self) -> bool:
@@ -299,7 +346,7 @@ class FisherAccumulator:
         own = {id(p) for p in (*self.parameters.values(), *self._usable().interception.leaves)}
         for leaf in leaves(losses):
             if id(leaf) not in own and not isinstance(leaf, Derived):
-                self._stack.callback(_restore, leaf, leaf.grad, leaf.requires_grad)
+                self._undo.by(setattr, [leaf], ["grad"], [leaf.grad])
                 leaf.grad = None
 
     def _log_slow(self) -> None:
@@ -308,9 +355,3 @@ class FisherAccumulator:
         if slow:
             shown = ", ".join(slow[:6]) + (f" and {len(slow) - 6} more" if len(slow) > 6 else "")
             logger.info("served by the exact per-sample path (slower): %s", shown)
-
-
-def _restore(parameter: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
-    """Give a parameter its gradient and flag back."""
-    parameter.requires_grad_(requires_grad)
-    parameter.grad = grad

@@ -32,11 +32,11 @@ def check_batch_statistics(modules: Mapping[str, nn.modules.batchnorm._BatchNorm
 
 
 def check_losses(losses: Tensor) -> None:
-    """Check that losses hold one value per sample and a graph.
+    """Check that losses hold one value per sample, of data.
 
     Raises:
         TypeError: if losses is no tensor.
-        ValueError: if it is not [N] or has no graph.
+        ValueError: if it is not [N].
     """
     if not isinstance(losses, Tensor):
         raise TypeError(f"losses must be a tensor of shape [N], got {type(losses).__name__}")
@@ -52,17 +52,16 @@ def check_losses(losses: Tensor) -> None:
         )
     if isinstance(losses, Derived):
         raise ValueError("losses must depend on data, got a function of the parameters alone")
-    if not losses.requires_grad:
-        raise ValueError("losses must depend on the parameters through a graph: was the model run under no_grad?")
 
 
 def check_weights(weights: Tensor | None, losses: Tensor) -> Tensor | None:
     """Check sample weights and bring them to float64 on the losses' device."""
     if weights is None:
         return None
+    weights = torch.as_tensor(weights)
     if weights.shape != losses.shape:
         raise ValueError(f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}")
     weights = weights.detach().to(losses.device, torch.float64)
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-        raise ValueError("weights must be finite and not negative")
+        raise ValueError("weights, such as the third element of a batch, must be finite and not negative")
     return weights.contiguous()

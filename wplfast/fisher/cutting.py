@@ -14,8 +14,8 @@ from ..capture.watched import map_parts
 #: For each part of a batch, the dimension along which its samples lie; None for a part that all samples share.
 Cut: TypeAlias = tuple[int | None, ...]
 
-#: Most parts that are spared one at a time.
-_MAX_SPARED = 8
+#: Most parts that are spared one at a time, and most whose first two dimensions both are tried.
+_MAX_SPARED, _MAX_EITHER = 8, 4
 
 
 class Parts:
@@ -40,11 +40,11 @@ class Parts:
         size too.
         """
         seen: set[Cut] = set()
-        for of_lists, of_inputs, of_targets in itertools.product((True, False), (0, 1), (0, 1)):
-            whole = tuple(
-                self._dim(part, of_inputs if i < self._n_inputs else of_targets, of_lists)
-                for i, part in enumerate(self._found)
-            )
+        either = [i for i, part in enumerate(self._found) if self._dim(part, 0, True) != self._dim(part, 1, True)]
+        firsts = itertools.product((0, 1), repeat=min(len(either), _MAX_EITHER))
+        for of_lists, dims in itertools.product((True, False), firsts):
+            first = dict(zip(either, dims, strict=False))
+            whole = tuple(self._dim(part, first.get(i, 0), of_lists) for i, part in enumerate(self._found))
             cut = [i for i, dim in enumerate(whole) if dim is not None]
             spared = cut[:_MAX_SPARED] if len(cut) > 1 else []
             for candidate in (whole, *(self.sparing(whole, {i}) for i in spared)):

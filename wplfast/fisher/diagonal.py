@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,18 +14,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .. import __version__
 from ..capture.call import random_state, set_random_state
 from ..errors import CoupledSamplesError
-from ..losses import logits_of
 from ..params import Params, device_of
-from ..version import __version__
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
 from .checks import check_losses
+from .drawn import DrawnTargets
 from .independence import Examination, Findings
 from .preserve import Snapshot
 from .result import Fisher
-from .sampling import Likelihood, draw
+from .sampling import Likelihood
+from .undisturbed import Undisturbed
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -46,6 +48,7 @@ def fisher_diagonal(
     verify: bool | Literal["always"] = True,
     on_nonfinite: Literal["raise", "skip"] = "raise",
     progress: bool = False,
+    samples: Literal["batch", "losses"] = "batch",
     independent: bool | None = None,
 ) -> Fisher:
     """Estimate the diagonal Fisher information, a mean over samples of squared per-sample gradients.
@@ -57,18 +60,20 @@ def fisher_diagonal(
         model: the module. Its parameters, flags, gradients and the RNG state are afterwards what they were.
         data: yields ``(inputs, targets)``, ``(inputs, targets, weights)`` or a dict with ``labels``; inputs are a
             tensor, a tuple (positional) or a dict (keywords). Batches are moved to the model's device. Sample weights
-            [N] enter outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``.
+            [N], floating point, enter outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``. Empty batches are left
+            out.
         loss_fn: ``loss_fn(outputs, targets)`` returns one loss per sample, [N]; see :mod:`wplfast.losses`. For "mc" and
-            "exact" it must be the negative log-likelihood of ``likelihood``.
+            "exact" it must be -log p of ``likelihood``, or its mean over tokens. How it reads labels (shifted, ignored
+            positions, classes not last, one-hot) is found out on the first batch, and labels are drawn accordingly.
         params: what to estimate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
             all of the model's parameters that require grad. The cost falls with the subset.
         unpack: turns what ``data`` yields into such a tuple.
         fisher_type: ``"empirical"`` (given targets), ``"mc"`` (targets drawn from the model) or ``"exact"``
-            (expectation
-            over all classes of outputs [N, C]: one forward pass, C backward passes).
+            (expectation over all classes of outputs [N, C]: one forward pass, C backward passes).
         likelihood: what "mc" draws from: categorical, bernoulli, gaussian (unit variance) or a sampler
-            ``(outputs, generator) -> targets``.
-        mc_samples: draws per sample.
+            ``(outputs, generator) -> targets``, whose draws are compared with the loss where that is one of these.
+            "exact" takes categorical, and bernoulli for one logit or several of each sample.
+        mc_samples: draws per sample, stratified: less noise than that of as many independent ones.
         max_samples: stop after so many samples.
         generator: for the draws, of the outputs' device; default: a fresh one with a fixed seed.
         train: leave the modules' modes as they are (dropout on) instead of eval mode.
@@ -80,6 +85,11 @@ def fisher_diagonal(
             the parts shows them (half of a small batch, an eighth of a large one, and the last sample).
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf.
         progress: show a progress bar with samples per second.
+        samples: what a sample is. ``"batch"``: one of the N that the batch holds. ``"losses"``: whatever an entry of
+            the losses, [M], belongs to, however many rows it owns: a packed document (losses from
+            ``losses.cross_entropy(..., sample_ids=)``), a graph, a preference pair, an episode. ``max_samples``,
+            weights and ``n_samples`` count these. Who owns which row is measured in every batch, which takes about one
+            more backward pass each, and no sample is run alone to check.
         independent: True if you know that no sample's loss depends on another sample; it is not checked then.
 
     Returns:
@@ -87,7 +97,10 @@ def fisher_diagonal(
         parameter F is real: the mean of ``|g_n|^2``, the squared derivatives by both parts added up.
 
     Raises:
-        ValueError: if data is empty, losses are not [N], or an option does not fit.
+        TypeError: if a batch is of no known form, or its third element is no weights.
+        ValueError: if data is empty, losses are not [N] or those of no batch depend on the parameters, a row holds
+            several documents though ``samples="batch"``, an option does not fit, or the loss ("mc", "exact") is not
+            -log p of the targets that are drawn for it (label smoothing, class weights, a missing 1/2, ...).
         CoupledSamplesError: if a sample's loss depends on other samples.
         NonFiniteError: if a loss or gradient is NaN or infinite.
         VerificationError: if captured gradients disagree with autograd.
@@ -103,35 +116,48 @@ def fisher_diagonal(
     """
     _check_options(fisher_type, mc_samples, max_samples)
     accumulator = FisherAccumulator(
-        model, params, with_grad=with_grad, verify=verify, on_nonfinite=on_nonfinite, independent=independent
+        model,
+        params,
+        with_grad=with_grad,
+        verify=verify,
+        on_nonfinite=on_nonfinite,
+        independent=independent,
+        samples=samples,
     )
     device = device_of(itertools.chain(model.parameters(), accumulator.parameters.values()))
     if generator is None:
         generator = torch.Generator(device).manual_seed(0)
+    drawn = None
+    if fisher_type != "empirical":
+        watched = list(accumulator.parameters.values())
+        drawn = DrawnTargets(loss_fn, likelihood, fisher_type == "exact", mc_samples, generator, watched)
     started = time.time()
     deterministic = not (train and any(module.training for module in model.modules()))
     if verify and not deterministic:
-        accumulator.note_unchecked("modules are in training mode")
+        accumulator.note_unchecked("modules are in training mode", logging.INFO)
+    if verify and samples == "losses":
+        accumulator.note_unchecked("samples='losses' does not say where in a batch they lie", logging.INFO)
     run = _Pass(
         accumulator,
         model,
-        loss_fn,
-        fisher_type,
-        likelihood,
-        mc_samples,
-        generator,
+        loss_fn if drawn is None else drawn.loss,
+        drawn,
         max_samples,
         device,
-        verify if deterministic else False,
+        verify if deterministic and samples == "batch" else False,
         before=Snapshot(model),
         declared=independent is True,
+        samples=samples,
     )
-    with undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
+    with Undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
         for item in data:
-            run.run(Batch.of(item, unpack, device))
+            batch = Batch.of(item, unpack, device, samples)
+            if not batch.is_empty:
+                run.run(batch)
             done = accumulator.n_samples
-            bar.set_postfix_str(f"{done / max(time.time() - started, 1e-9):,.0f} samples/s", refresh=False)
-            bar.update(1)
+            if bar is not None:
+                bar.set_postfix_str(f"{done / max(time.time() - started, 1e-9):,.0f} samples/s", refresh=False)
+                bar.update(1)
             if max_samples is not None and done >= max_samples:
                 break
         if not accumulator.n_samples:
@@ -154,20 +180,19 @@ class _Pass:
     accumulator: FisherAccumulator
     model: nn.Module
     loss_fn: LossFn
-    fisher_type: str
-    likelihood: Likelihood
-    mc_samples: int
-    generator: torch.Generator
+    drawn: DrawnTargets | None  # None: the given targets
     max_samples: int | None
     device: torch.device
     verify: bool | Literal["always"]  # run parts of the first batch, or of all batches
     before: Snapshot  # what a forward pass may change, as it was before this batch's
     declared: bool  # the user says that samples are independent
+    samples: str
 
     def __post_init__(self) -> None:
         """Prepare to run parts of batches."""
         parameters = list(self.accumulator.parameters.values())
-        self._examination = Examination(self.model, self.loss_fn, parameters, self.device)
+        directions = self.accumulator.directions
+        self._examination = Examination(self.model, self.loss_fn, parameters, directions, self.device)
         self._independent: bool | None = True if self.declared else None
         self._is_examined = False
 
@@ -191,7 +216,8 @@ class _Pass:
         for index, (targets, share) in enumerate(terms):
             losses = self.loss_fn(outputs, targets)
             check_losses(losses)
-            batch.check_n_losses(losses)
+            if self.samples == "batch":
+                batch.check_n_losses(losses)
             first = index == 0
             if first:
                 findings = self._examine(batch, targets, losses, state)
@@ -212,7 +238,7 @@ class _Pass:
 
     def _examine(self, batch: Batch, targets: Any, losses: Tensor, state: Tensor) -> Findings:
         """Find out whether samples are independent, in the first batch that tells or in all."""
-        if not self.verify or (self._is_examined and self.verify != "always"):
+        if not self.verify or not losses.requires_grad or (self._is_examined and self.verify != "always"):
             return Findings()
         self._examination.half = self.accumulator.is_widened
         findings = self._examination.examine(batch, targets, losses, self.before, state, not self.declared)
@@ -225,26 +251,19 @@ class _Pass:
 
     def _terms(self, batch: Batch, outputs: Any) -> Iterator[tuple[Any, Tensor | float]]:
         """Yield targets, and what their losses' squared gradients count: a number, or one for each sample."""
-        if self.fisher_type == "empirical":
+        if self.drawn is None:
             yield batch.targets, 1.0
-        elif self.fisher_type == "mc":
-            for _ in range(self.mc_samples):
-                yield draw(outputs, batch.targets, self.likelihood, self.generator), 1 / self.mc_samples
         else:
-            logits = logits_of(outputs)
-            if logits.dim() != 2:
-                raise ValueError(
-                    f"fisher_type='exact' needs outputs [N, C], got {list(logits.shape)}; use fisher_type='mc'"
-                )
-            probabilities = logits.detach().double().softmax(1).nan_to_num(nan=0.0)  # the losses are NaN there too
-            for c, share in enumerate(probabilities.unbind(1)):
-                yield torch.full((len(logits),), c, device=logits.device), share
+            yield from self.drawn.terms(outputs, batch.targets)
 
     def _limit(self, weights: Tensor | None, losses: Tensor) -> tuple[int, Tensor | None]:
         """Give samples beyond max_samples the weight zero; return how many samples count, and the weights."""
         if weights is not None:
             if weights.shape != losses.shape:
-                raise ValueError(f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}")
+                raise ValueError(
+                    f"weights must have shape {list(losses.shape)} as losses, got {list(weights.shape)}; "
+                    "a batch's third element is taken for weights: drop it with unpack= if it is something else"
+                )
             weights = weights.to(losses.device, torch.float64)
         room = len(losses) if self.max_samples is None else self.max_samples - self.accumulator.n_samples
         if room >= len(losses):
@@ -254,7 +273,16 @@ class _Pass:
 
 
 def _product(weights: Tensor | None, share: Tensor | float, losses: Tensor) -> Tensor | None:
-    """Multiply sample weights (None: 1) with the share of a term."""
+    """Multiply sample weights (None: 1) with the share of a term.
+
+    Raises:
+        ValueError: if a share is of each row of outputs, and losses are of something else.
+    """
+    if isinstance(share, Tensor) and share.shape != losses.shape:
+        raise ValueError(
+            "fisher_type='exact' needs one loss for each row of the outputs, "
+            f"{list(share.shape)}, got {list(losses.shape)}; use fisher_type='mc'"
+        )
     if weights is None and not isinstance(share, Tensor):
         return None if share == 1 else torch.full(losses.shape, share, dtype=torch.float64, device=losses.device)
     return share if weights is None else weights * share  # type: ignore[return-value]
@@ -271,28 +299,15 @@ def _check_options(fisher_type: str, mc_samples: int, max_samples: int | None) -
 
 
 def _bar(data: Iterable[Any], progress: bool) -> Any:
-    """Make the progress bar."""
-    total = len(data) if isinstance(data, Sized) else None
-    return tqdm(total=total, unit="batch", desc="Fisher", disable=not progress, leave=False)
+    """Make the progress bar; None without: even a disabled one takes a lock, which an interrupt may leave locked.
 
-
-def _cuda_devices(device: torch.device) -> list[torch.device]:
-    """List the devices whose RNG the pass may use."""
-    return [device] if device.type == "cuda" else []
-
-
-@contextmanager
-def undisturbed(model: nn.Module, train: bool, device: torch.device) -> Iterator[None]:
-    """Run in eval mode (unless train), with gradients on; restore modes and RNG."""
-    modes = [(module, module.training) for module in model.modules()]
-    rnn = not train and device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module, _ in modes)
-    # In eval mode cuDNN has no backward pass through an RNN; PyTorch's own kernels have.
-    kernels = torch.backends.cudnn.flags(enabled=False) if rnn else nullcontext()
-    with torch.random.fork_rng(devices=_cuda_devices(device)), torch.enable_grad(), kernels:
-        try:
-            if not train:
-                model.eval()
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    Streams have no length or a wrong one, and loaders of them warn once they were asked.
+    """
+    if not progress:
+        return nullcontext()
+    total = None
+    streams = isinstance(getattr(data, "dataset", None), torch.utils.data.IterableDataset)
+    if isinstance(data, Sized) and not streams:
+        with suppress(Exception):
+            total = len(data)
+    return tqdm(total=total, unit="batch", desc="Fisher", leave=False)

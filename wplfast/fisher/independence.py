@@ -14,9 +14,10 @@ CPU: the backward pass of ``batch_norm`` in eval mode, for N = 1 and gradients o
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -26,9 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..capture.call import random_state, set_random_state
 from ..capture.collect.batch import SingleSample
 from ..capture.probe.graph import leaves
+from ..capture.rules.projection import Directions
+from ..capture.undo import Undo
+from ..ops.layout import as_real
 from .batches import Batch
 from .cutting import Cut, Parts
-from .preserve import Snapshot
+from .preserve import Rewound, Snapshot
 
 #: Largest relative difference that rounding may make between batches of other sizes.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -61,6 +65,7 @@ class Examination:
         model: the module, in eval mode.
         loss_fn: the per-sample loss.
         parameters: the watched parameters.
+        directions: what their gradients are projected on.
         device: of the model.
 
     Attributes:
@@ -72,9 +77,11 @@ class Examination:
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor],
         parameters: Sequence[Tensor],
+        directions: Directions,
         device: torch.device,
     ) -> None:
-        self._model, self._loss_fn, self._parameters, self._device = model, loss_fn, parameters, device
+        self._model, self._loss_fn, self._device = model, loss_fn, device
+        self._parameters, self._directions = parameters, directions
         self._n_batches, self.half = 0, False
 
     def examine(
@@ -97,9 +104,10 @@ class Examination:
             return Findings()
         self._n_batches += 1
         now = random_state(self._device)
-        with before.rewound() as rewind, torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+        rewound = Rewound(before)
+        with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad(), rewound:
             try:
-                return self._examine(_Trial(self, batch, targets, expected, rewind, random), refusing)
+                return self._examine(_Trial(self, batch, targets, expected, rewound.rewind, random), refusing)
             finally:
                 set_random_state(self._device, now)
 
@@ -128,10 +136,12 @@ class Examination:
         cuts = list(trial.parts.cuts())
         if not cuts:
             return Findings(unchecked="no tensor of a batch has its size along dimension 0 or 1")
-        spared, last = trial.shared(cuts[0]), _last(len(trial.expected))
-        single = None if spared is None else trial.run(spared, last)
-        if single is not None and trial.differing(single, last) is None:
-            return Findings(True, self._gradients(trial, single))
+        last, whole = _last(len(trial.expected)), [cut for cut in cuts if None not in _used(cut, cuts[0])]
+        for cut in whole:
+            spared = trial.shared(cut)
+            single = None if spared is None else trial.run(spared, last)
+            if single is not None and trial.differing(single, last) is None:
+                return Findings(True, self._gradients(trial, single))
         draws = _Draws()  # type: ignore[no-untyped-call]
         everything = list(range(len(trial.expected)))
         with draws:
@@ -142,7 +152,7 @@ class Examination:
                 "the model's modules)"
             )
         sample = everything[-1] if differing is None else differing
-        verdicts = {trial.exchange(cut, sample) for cut in cuts if None not in _used(cut, cuts[0])}
+        verdicts = {trial.exchange(cut, sample) for cut in whole}
         if "unchanged" in verdicts:
             return self._of_another_size(trial, sample, draws.found)
         if differing is None:
@@ -183,12 +193,22 @@ class Examination:
         return chosen if len(chosen) > 1 else chosen * (2 if n_samples > 2 else 3)
 
     def _gradients(self, trial: _Trial, losses: Tensor) -> SingleSample:
-        """Run the backward pass of the last sample, which is all that a batch holds."""
-        with _grads_apart([*self._parameters, *leaves(losses)]):
+        """Run the backward pass of the last sample, which is all that a batch holds; keep projections alone."""
+        found: dict[int, Tensor] = {}
+
+        def arrived(index: int, parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                return
+            part = self._directions[index].of(as_real(gradient.to_dense()).unsqueeze(0))[0] / len(losses)
+            found[index] = found[index] + part if index in found else part
+
+        with _GradsApart(self._parameters, leaves(losses), arrived):
             if losses.requires_grad:
                 losses.sum().backward()
-            gradients = [None if p.grad is None else p.grad / len(losses) for p in self._parameters]
-        return SingleSample(len(trial.expected) - 1, gradients)
+            for index, parameter in enumerate(self._parameters):
+                arrived(index, parameter)  # what a Function added by itself
+        return SingleSample(len(trial.expected) - 1, found)
 
 
 class _Trial:
@@ -292,22 +312,36 @@ def _used(cut: Cut, whole: Cut) -> set[int | None]:
     return {dim for dim, possible in zip(cut, whole, strict=True) if possible is not None}
 
 
-@contextmanager
-def _grads_apart(tensors: Sequence[Any]) -> Iterator[None]:
-    """Let a backward pass leave gradients at leaves, without the users' hooks, and put everything back."""
-    kept = [(t, t.grad, t._backward_hooks, t._post_accumulate_grad_hooks) for t in tensors]
-    try:
-        for tensor, _, hooks, after in kept:
+class _GradsApart(Undo):
+    """Let a backward pass leave gradients at leaves, without the users' hooks, and put everything back.
+
+    Args:
+        parameters: those whose gradients are wanted.
+        leaves: others that gradients may arrive at.
+        arrived: called with a parameter's index and the parameter, when its gradient is there.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Any], leaves: Sequence[Any], arrived: Callable[[int, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self._parameters, self._tensors, self._arrived = parameters, [*parameters, *leaves], arrived
+
+    def change(self) -> None:
+        """Take gradients and hooks away."""
+        tensors = self._tensors
+        self.by(setattr, tensors, repeat("grad"), [t.grad for t in tensors])
+        hooked = [t for t in tensors if t._backward_hooks is not None]
+        self.by(setattr, hooked, repeat("_backward_hooks"), [t._backward_hooks for t in hooked])
+        followed = [t for t in tensors if t._post_accumulate_grad_hooks is not None]
+        after = [t._post_accumulate_grad_hooks for t in followed]
+        self.by(setattr, followed, repeat("_post_accumulate_grad_hooks"), after)
+        for tensor in tensors:
             tensor.grad = None
-            if hooks is not None:
-                tensor._backward_hooks = None
-            if after is not None:
-                tensor._post_accumulate_grad_hooks = OrderedDict()  # None would leave them
-        yield
-    finally:
-        for tensor, grad, hooks, after in reversed(kept):
-            tensor.grad = grad
-            if hooks is not None:
-                tensor._backward_hooks = hooks
-            if after is not None:
-                tensor._post_accumulate_grad_hooks = after
+        for tensor in hooked:
+            tensor._backward_hooks = None
+        for tensor in (*followed, *self._parameters):
+            tensor._post_accumulate_grad_hooks = OrderedDict()  # None would leave those that are there
+        self.by(partial.__call__, [partial(p._post_accumulate_grad_hooks.clear) for p in self._parameters])
+        for index, parameter in enumerate(self._parameters):
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))

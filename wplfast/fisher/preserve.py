@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Set
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..capture.undo import Undo
 
 #: A module, its attributes, its buffers.
 _State = list[tuple[nn.Module, dict[str, Any], dict[str, Tensor | None]]]
@@ -29,10 +31,10 @@ class Snapshot:
 
     def take(self) -> None:
         """Remember how they are now instead."""
-        self._attributes = self._state()
+        self._attributes = self.state()
         found = [buffer for _, _, buffers in self._attributes if buffers for buffer in buffers.values()]
         copies = {}
-        for buffer in (*found, *self._script_buffers()):
+        for buffer in (*found, *self.script_buffers()):
             if buffer is None or buffer.is_inference():  # which no forward pass can write to
                 continue
             known = self._copies.get(id(buffer))
@@ -43,60 +45,96 @@ class Snapshot:
 
     def restore(self) -> None:
         """Set everything back."""
-        _put(self._attributes)
-        self._undo(set())
+        with Preserved(self._attributes, self.restore_buffers):
+            pass
 
-    @contextmanager
-    def rewound(self) -> Iterator[Callable[[], None]]:
-        """Yield what sets everything back for a while; afterwards the modules are as they are now.
-
-        A graph of a forward pass since :meth:`take` stays usable: buffers that it wrote to are not written to again,
-        other tensors stand for them meanwhile.
-        """
-        written = {key for key, (buffer, version, _) in self._copies.items() if buffer._version != version}
-        now = self._state()
-        scripts = [(buffer, buffer.detach().clone()) for buffer in self._script_buffers() if id(buffer) in written]
-
-        def stand_in(buffer: Tensor | None) -> Tensor | None:
-            return self._copies[id(buffer)][2].clone() if id(buffer) in written else buffer
-
-        def rewind() -> None:
-            self._undo(written)
-            _put([(m, a, {name: stand_in(b) for name, b in buffers.items()}) for m, a, buffers in self._attributes])
-            with torch.no_grad():
-                for buffer, _ in scripts:
-                    buffer.copy_(self._copies[id(buffer)][2])
-
-        try:
-            yield rewind
-        finally:
-            self._undo(written)
-            _put(now)
-            with torch.no_grad():
-                for buffer, value in scripts:
-                    buffer.copy_(value)
-
-    def _undo(self, spared: set[int]) -> None:
-        """Give buffers back their values, but for some."""
+    def restore_buffers(self, spared: Set[int] = frozenset()) -> None:
+        """Write back the values of buffers that were written to, but for some (by id)."""
         with torch.no_grad():
             for key, (buffer, version, value) in self._copies.items():
                 if key not in spared and buffer._version != version:
                     buffer.copy_(value)
                     self._copies[key] = buffer, buffer._version, value
 
-    def _state(self) -> _State:
+    def written(self) -> set[int]:
+        """Return the ids of buffers that were written to since."""
+        return {key for key, (buffer, version, _) in self._copies.items() if buffer._version != version}
+
+    def value_of(self, buffer: Tensor) -> Tensor:
+        """Return a buffer's value as it was."""
+        return self._copies[id(buffer)][2]
+
+    @property
+    def attributes(self) -> _State:
+        """All attributes and buffers as they were."""
+        return self._attributes
+
+    def state(self) -> _State:
         """Return attributes and buffers as they are now."""
         return [(m, m.__dict__.copy(), m._buffers.copy()) for m in self._modules]
 
-    def _script_buffers(self) -> Iterable[Tensor]:
+    def script_buffers(self) -> Iterable[Tensor]:
         """Yield the buffers of TorchScript modules, whose places others cannot take."""
         return (buffer for module in self._scripts for buffer in module.buffers(recurse=False))
 
 
-def _put(state: _State) -> None:
-    """Set attributes and buffers."""
-    for module, attributes, buffers in state:
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
-        module._buffers.clear()
-        module._buffers.update(buffers)
+class Preserved(Undo):
+    """Set modules back afterwards; no line of Python sees one without its attributes.
+
+    Args:
+        state: attributes and buffers of modules.
+        then: called after them.
+    """
+
+    def __init__(self, state: _State, then: Callable[[], None]) -> None:
+        super().__init__()
+        self._state, self._then_call = state, then
+
+    def change(self) -> None:
+        """Say what it was."""
+        calls: list[partial[Any]] = []
+        for module, attributes, buffers in self._state:
+            calls += [partial(module.__dict__.clear), partial(module.__dict__.update, attributes)]
+            calls += [partial(module._buffers.clear), partial(module._buffers.update, buffers)]
+        self.by(partial.__call__, calls)
+        self.then(self._then_call)
+
+
+class Rewound(Preserved):
+    """Modules that :meth:`rewind` sets back to a snapshot, any number of times; afterwards they are as they are now.
+
+    A graph of a forward pass since the snapshot stays usable: buffers that it wrote to are not written to again, other
+    tensors stand for them meanwhile.
+
+    Args:
+        snapshot: to go back to.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot, self._written = snapshot, snapshot.written()
+        scripts = (b for b in snapshot.script_buffers() if id(b) in self._written)
+        self._scripts = [(buffer, buffer.detach().clone()) for buffer in scripts]
+        super().__init__(snapshot.state(), self._write_back)
+
+    def rewind(self) -> None:
+        """Set everything back to the snapshot."""
+        state = [
+            (m, a, {name: self._stand_in(b) for name, b in buffers.items()})
+            for m, a, buffers in self._snapshot.attributes
+        ]
+        with Preserved(state, partial(self._snapshot.restore_buffers, self._written)):
+            pass
+        with torch.no_grad():
+            for buffer, _ in self._scripts:
+                buffer.copy_(self._snapshot.value_of(buffer))
+
+    def _stand_in(self, buffer: Tensor | None) -> Tensor | None:
+        """Return what stands for a buffer."""
+        return self._snapshot.value_of(buffer).clone() if buffer is not None and id(buffer) in self._written else buffer
+
+    def _write_back(self) -> None:
+        """Give buffers that others could not stand for their values."""
+        self._snapshot.restore_buffers(self._written)
+        with torch.no_grad():
+            for buffer, value in self._scripts:
+                buffer.copy_(value)

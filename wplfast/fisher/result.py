@@ -9,11 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import storage
 from ..capture.accumulators import SLOW_RULES
-from ..params import check_names
+from ..ops.layout import as_real
+from ..params import Params, check_names, named, some
+from .buffers import Buffers
+from .faults import check_form, check_values, pop_counts
+
+#: Metadata of files of Fishers that were reduced.
+_REDUCED = "wplfast.all_reduced"
+
+#: Key of the names whose mean gradients are complex: files hold their real and imaginary parts, [*shape, 2].
+_COMPLEX = "wplfast.complex"
 
 
 @dataclass
@@ -70,7 +79,10 @@ class Fisher(Mapping[str, Tensor]):
         n_samples: number of samples behind it.
         total_weight: sum of their weights (n_samples if they carried none).
         mean_grad: parameter name -> ``sum_n w_n g_n / sum_n w_n``; None unless asked for.
+        theta_hat: parameter name -> its values that the Fisher belongs to, where a file kept them; else None.
         report: how the pass was served.
+        reduced: whether :meth:`all_reduce_` made it: what all ranks' samples are counted in already. Copies, parts,
+            files and sums of it are, too.
 
     Example:
         >>> import torch, wplfast
@@ -87,18 +99,49 @@ class Fisher(Mapping[str, Tensor]):
         *,
         total_weight: float | None = None,
         mean_grad: Mapping[str, Tensor] | None = None,
+        theta_hat: Mapping[str, Tensor] | None = None,
         report: Report | None = None,
         metadata: Mapping[str, str] | None = None,
         parameters: Mapping[str, Tensor] | None = None,
+        reduced: bool = False,
     ) -> None:
-        """Wrap diagonals; see the class. ``parameters`` are remembered weakly, for matching by identity."""
+        """Wrap diagonals; see the class. ``parameters`` are remembered weakly, for matching by identity.
+
+        Raises:
+            TypeError: if an entry is no tensor, or n_samples no integer.
+            ValueError: if a count is negative or not finite, or mean_grad has other names or shapes.
+        """
         self._tensors = dict(tensors)
+        if theta_hat is not None:
+            check_names(theta_hat, self._tensors, "theta_hat")
+        self.theta_hat = None if theta_hat is None else {name: theta_hat[name] for name in self._tensors}
         self._parameters = {name: weakref.ref(p) for name, p in (parameters or {}).items()}
         self.n_samples = n_samples
         self.total_weight = float(n_samples) if total_weight is None else total_weight
         self.mean_grad = None if mean_grad is None else dict(mean_grad)
         self.report = Report() if report is None else report
         self.metadata = dict(metadata or {})
+        self.reduced = reduced
+        check_form(self._tensors, self.mean_grad, self.n_samples, self.total_weight)
+
+    @classmethod
+    def zeros(cls, params: Params, *, with_grad: bool = False) -> Fisher:
+        """Return the Fisher of no samples: what a rank without data takes part in :meth:`all_reduce_` with.
+
+        Args:
+            params: as :func:`wplfast.fisher_diagonal` takes them.
+            with_grad: whether it has a ``mean_grad``.
+
+        Example:
+            >>> import torch, wplfast
+            >>> wplfast.Fisher.zeros(torch.nn.Linear(3, 2))
+            Fisher(2 parameters, 8 elements, 0 samples)
+        """
+        parameters = named(params)
+        zeros, *gradient = (
+            dict(zip(parameters, Buffers(parameters).views, strict=True)) for _ in range(2 if with_grad else 1)
+        )
+        return cls(zeros, 0, mean_grad=gradient[0] if gradient else None, parameters=parameters)
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one parameter's diagonal, in the parameter's shape."""
@@ -137,7 +180,7 @@ class Fisher(Mapping[str, Tensor]):
         Raises:
             TypeError: if other is no Fisher.
             NameMismatchError: if the names differ.
-            ValueError: if shapes differ.
+            ValueError: if shapes differ, or both have theta_hat and they differ.
         """
         if not isinstance(other, Fisher):
             return NotImplemented
@@ -161,7 +204,9 @@ class Fisher(Mapping[str, Tensor]):
             self.n_samples + other.n_samples,
             total_weight=total,
             mean_grad=mean(self.mean_grad or {}, other.mean_grad or {}) if both else None,
+            theta_hat=_common(self.theta_hat, other.theta_hat),
             metadata=self.metadata,
+            reduced=self.reduced or other.reduced,
         )
 
     def to(self, *args: object, **kwargs: object) -> Fisher:
@@ -189,56 +234,120 @@ class Fisher(Mapping[str, Tensor]):
         return self._rename(names)
 
     def all_reduce_(self, group: object | None = None) -> Fisher:
-        """Merge in place with the Fishers of all ranks of a ``torch.distributed`` group, by their weights.
+        """Become the mean over the samples of all ranks of a ``torch.distributed`` group: matched by name, once.
+
+        Every rank of the group calls it. Ranks may hold names in any order, in other dtypes (sums are taken in the
+        widest, of at least float32) and on other devices; each keeps its own. A rank without data takes part with
+        ``Fisher.zeros(params)``, or with ``Fisher({}, 0)``, which takes over the names of the others. So does a rank
+        whose own pass failed, if the others are to go on. ``mean_grad`` remains if all ranks that have samples have it.
+        An error is raised on all ranks, and leaves all as they were. It takes one more Fisher of memory; tensors that
+        were taken out of this Fisher earlier keep their values.
+
+        Args:
+            group: the process group; default: all ranks.
+
+        Returns:
+            This Fisher.
 
         Raises:
-            RuntimeError: if the process group is not initialised.
+            RuntimeError: if there is no process group.
+            WplfastError: if the Fisher of a rank was reduced already, or one has no memory for the sums.
+            NameMismatchError: if names differ; the message has those of both sides.
+            ValueError: if shapes differ, an entry is NaN, infinite or negative, or no rank has samples.
         """
-        import torch.distributed as dist
+        from .reduce import merged  # not with the package: it imports torch.distributed
 
-        device = next(iter(self.values())).device
-        counts = torch.tensor([self.total_weight, float(self.n_samples)], dtype=torch.float64, device=device)
-        own = self.total_weight
-        dist.all_reduce(counts, group=group)
-        total, samples = counts.tolist()
-        for tensor in (*self.values(), *(self.mean_grad or {}).values()):
-            tensor.mul_(own / total if total else 0.0)
-            dist.all_reduce(tensor, group=group)
-        self.total_weight, self.n_samples = total, round(samples)
+        found = merged(self, group)
+        self._tensors, self.mean_grad, self.reduced = found.tensors, found.mean_grad, True
+        self.n_samples, self.total_weight = found.n_samples, found.total_weight
         return self
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file atomically: diagonals, mean gradients, counts, provenance.
+    def save(self, path: storage.FilePath, theta_hat: nn.Module | Mapping[str, Tensor] | None = None) -> None:
+        """Write a safetensors file atomically: diagonals, mean gradients, counts, provenance, and a checksum of all.
+
+        A file that is there keeps its permissions, a symbolic link stays one. Other threads and processes may save to
+        the same path; whoever ends last remains.
+
+        Args:
+            path: of the file.
+            theta_hat: the model, or its parameters by name, whose values are to be kept beside F. A penalty that
+                consolidates what :meth:`load` returns is anchored there, whatever its parameters' values are by then.
+                Default: what this Fisher has itself. Without it, a penalty is anchored where its parameters are.
 
         Raises:
             OSError: if the file cannot be written.
+            NameMismatchError: if theta_hat lacks a parameter.
+            ValueError: if a shape differs, or an entry is NaN, infinite or negative, which :meth:`load` would refuse.
         """
+        check_values(self, self.mean_grad, "a Fisher to be saved")
         tensors = {f"fisher.{name}": tensor for name, tensor in self.items()}
-        tensors |= {f"mean_grad.{name}": tensor for name, tensor in (self.mean_grad or {}).items()}
+        gradients = self.mean_grad or {}
+        tensors |= {f"mean_grad.{name}": as_real(tensor) for name, tensor in gradients.items()}
+        values = self.theta_hat if theta_hat is None else self._values(theta_hat)
+        tensors |= {f"theta_hat.{name}": tensor for name, tensor in (values or {}).items()}
         counts = {"n_samples": str(self.n_samples), "total_weight": repr(self.total_weight)}
+        counts |= {_REDUCED: "true"} if self.reduced else {}
+        pairs = [name for name, tensor in gradients.items() if tensor.is_complex()]
+        counts |= {_COMPLEX: json.dumps(pairs)} if pairs else {}
         storage.save(path, tensors, "fisher", {**self.metadata, **counts, "names": json.dumps(list(self))})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Fisher:
+    def load(cls, path: storage.FilePath, device: str | torch.device = "cpu") -> Fisher:
         """Read a file that :meth:`save` wrote.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is truncated, foreign or of another version.
+            ValueError: if the file is truncated, damaged, foreign or of another version, or holds what no Fisher is:
+                entries that are NaN, infinite or negative, other names than its metadata, bad counts.
         """
+        where = os.fsdecode(path)
         tensors, metadata = storage.load(path, "fisher")
-        parts: dict[str, dict[str, Tensor]] = {"fisher": {}, "mean_grad": {}}
+        parts: dict[str, dict[str, Tensor]] = {"fisher": {}, "mean_grad": {}, "theta_hat": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
-            parts[part][rest] = tensor.to(device)
-        names = json.loads(metadata.pop("names"))
+            if part not in parts:
+                raise ValueError(
+                    f"{where}: tensors must be named {' or '.join(f'{p}.NAME' for p in parts)}, got {name!r}"
+                )
+            parts[part][rest] = tensor
+        try:
+            for name in json.loads(metadata.get(_COMPLEX, "[]")):
+                parts["mean_grad"][name] = torch.view_as_complex(parts["mean_grad"][name])
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise ValueError(f"{where}: its mean gradients are not those of its metadata: {error}") from error
+        names, n_samples, total_weight = pop_counts(metadata, where)
+        if set(names) != parts["fisher"].keys():
+            raise ValueError(
+                f"{where}: it must hold the names {some(names)} of its metadata, got {some([*parts['fisher']])}"
+            )
+        check_values(parts["fisher"], parts["mean_grad"], where)
         return cls(
-            {name: parts["fisher"][name] for name in names},
-            int(metadata.pop("n_samples")),
-            total_weight=float(metadata.pop("total_weight")),
-            mean_grad=parts["mean_grad"] or None,
+            {name: parts["fisher"][name].to(device) for name in names},
+            n_samples,
+            total_weight=total_weight,
+            mean_grad={name: tensor.to(device) for name, tensor in parts["mean_grad"].items()} or None,
+            theta_hat={name: tensor.to(device) for name, tensor in parts["theta_hat"].items()} or None,
             metadata={key: value for key, value in metadata.items() if not key.startswith("wplfast.")},
+            reduced=metadata.get(_REDUCED) == "true",
         )
+
+    def _values(self, theta_hat: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters' values under this Fisher's names, found by identity, then by name.
+
+        Raises:
+            NameMismatchError: if one is missing.
+            ValueError: if a shape differs.
+        """
+        given = dict(theta_hat.named_parameters() if isinstance(theta_hat, nn.Module) else theta_hat)
+        names = list(given)
+        found = {mine: given[names[i]] for i, mine in self.names_of(list(given.values())).items()}
+        check_names(given, [name for name in self if name not in found], "theta_hat")
+        values = {name: found[name] if name in found else given[name] for name in self}
+        for name, value in values.items():
+            if value.shape != self[name].shape:
+                expected, got = list(self[name].shape), list(value.shape)
+                raise ValueError(f"theta_hat[{name!r}] must have shape {expected} as its Fisher, got {got}")
+        return values
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Fisher:
         """Apply a function to every tensor."""
@@ -263,12 +372,29 @@ class Fisher(Mapping[str, Tensor]):
             for old, new in names.items()
             if old in self._parameters and (p := self._parameters[old]()) is not None
         }
+        hats = self.theta_hat
         return Fisher(
             tensors,
             self.n_samples,
             total_weight=self.total_weight,
             mean_grad=grad,
+            theta_hat=None if hats is None else {new: hats[old] for old, new in names.items()},
             report=report,
             metadata=self.metadata,
             parameters=references,
+            reduced=self.reduced,
         )
+
+
+def _common(first: Mapping[str, Tensor] | None, second: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+    """Return the parameters' values that belong to two Fishers: those of the one that has some.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if first is None or second is None:
+        return second if first is None else first
+    for name, value in first.items():
+        if not torch.equal(value, second[name].to(value.device)):
+            raise ValueError(f"Fishers of different models do not add up: theta_hat[{name!r}] differs")
+    return first

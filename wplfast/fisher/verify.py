@@ -13,7 +13,8 @@ from ..errors import VerificationError
 from ..ops.layout import flat_dtype
 from ..params import Params, device_of, named
 from .batches import Batch, Unpack
-from .diagonal import fisher_diagonal, undisturbed
+from .diagonal import fisher_diagonal
+from .undisturbed import Undisturbed
 
 
 def verify_fisher(
@@ -67,7 +68,7 @@ def verify_fisher(
 
     fisher = fisher_diagonal(model, [cut(0, count)], loss_fn, params=parameters, unpack=tuple)
     loop = {name: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for name, p in parameters.items()}
-    with undisturbed(model, train=False, device=device):
+    with Undisturbed(model, train=False, device=device):
         for n in range(count):
             inputs, targets = cut(n, n + 1)
             losses = loss_fn(Batch(inputs, targets, None).forward(model), targets)

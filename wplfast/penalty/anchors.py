@@ -11,17 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
-from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.layout import by_kind, flat_dtype, in_order_of, is_dense, packed_starts, packed_views, same_order
+from .. import backends
+from ..ops.consolidation import Consolidation
+from ..ops.layout import by_kind, flat_dtype, is_dense, packed_starts, packed_views, same_order
 from .consolidate import NewerAnchor, Options
-
-_CHUNK = 1 << 20  # elements that a merge widens to float64 at a time
-_LEAST = torch.finfo(torch.float64).tiny
 
 
 class Columns(NamedTuple):
@@ -32,59 +30,17 @@ class Columns(NamedTuple):
     fisher: list[Tensor]
 
 
-class Pending(NamedTuple):
-    """Copies that are yet to be made, all by one call that no interrupt divides."""
-
-    targets: list[Tensor]
-    sources: list[Tensor]
-    version: int  #: of the first target, as long as nothing was copied
-
-
-class Scratch:
-    """Memory for what a consolidation computes before it changes anything.
-
-    What is small beside the anchors is kept for the next time, since fresh memory comes from the operating system page
-    by zeroed page, which doubled the time of an update of a tenth of 10 M parameters.
-
-    Args:
-        kept_bytes: the most that is kept of each device and dtype.
-    """
-
-    def __init__(self, kept_bytes: int) -> None:
-        self._kept_bytes = kept_bytes
-        self._kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def like(self, columns: Columns) -> Columns:
-        """Return uninitialised columns, in the memory that was returned before where it is large enough."""
-        tensors = iter(_buffers(list(chain(*columns)), lambda dtype: dtype, self._take))
-        return Columns(*([next(tensors) for _ in column] for column in columns))
-
-    def _take(self, length: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a buffer."""
-        flat = self._kept.get((device, dtype))
-        if flat is None or len(flat) < length:
-            flat = torch.empty(length, dtype=dtype, device=device)
-            if flat.nbytes <= self._kept_bytes:
-                self._kept[device, dtype] = flat
-        return flat[:length]
-
-    def __reduce__(self) -> tuple[type[Scratch], tuple[int]]:
-        """Copy and pickle no memory."""
-        return Scratch, (self._kept_bytes,)
-
-
 class Anchors:
     """The anchors of some parameters; a new one holds nothing: F = 0 at the current values.
 
     All tensors are views of flat buffers, in the memory order of their parameters.
 
-    A consolidation is atomic. :meth:`consolidated` computes all that changes into memory of its own and returns
-    successors that share the buffers, which are left alone. Whoever puts the successors in the place of these anchors
-    has committed, by that one assignment, and calls :meth:`settle`, which copies into the buffers what is ``pending``.
-    An interrupt before the assignment leaves these anchors as they were; one after it leaves copies to be made, and
-    whoever reads anchors settles them first. The buffers themselves stay: second derivatives tell by their versions
-    that an anchor changed, groups of parameters and CUDA graphs hold their addresses, and parameters that moved to
-    buffers of their own, a part at a time, would keep alive the memory that they came from.
+    A consolidation is atomic. :meth:`consolidated` changes nothing that can be seen: it returns successors that share
+    the buffers, and what is to be done to these. Whoever commits puts the successors in the place of these anchors and
+    changes the buffers in one go (:meth:`.WeightPlasticityLoss._commit`). The buffers themselves stay: second
+    derivatives tell by their versions that an anchor changed, groups of parameters and CUDA graphs hold their
+    addresses, and parameters that moved to buffers of their own, a part at a time, would keep alive the memory that
+    they came from.
 
     Args:
         parameters: they give shapes, devices, dtypes and memory orders.
@@ -100,9 +56,7 @@ class Anchors:
         self.constant = torch.zeros(len(dense), dtype=torch.float64, device="cpu")  # c
         self.bound = self.constant.clone()  # no entry of a parameter's F is larger
         self.n_anchors = 0
-        self.pending: Pending | None = None
         self._firsts = [indices[0] for indices in by_kind(dense).values()]  # one view of each buffer
-        self._scratch = Scratch(sum(t.nbytes for t in (*self.theta_hat, *self.fisher)) // 4)
         torch._foreach_copy_(self.theta_hat, dense)
 
     def fits(self, parameters: Sequence[Tensor], indices: Sequence[int]) -> bool:
@@ -124,23 +78,26 @@ class Anchors:
             and torch.equal(self.constant, other.constant)
         )
 
-    def moved(self, parameters: Sequence[Tensor], sources: Sequence[int] | None = None) -> Anchors:
+    def moved(self, parameters: Sequence[Tensor], sources: Sequence[int | None] | None = None) -> Anchors:
         """Return these anchors laid out beside other parameters.
 
         Args:
             parameters: they may be on other devices, of other dtypes, and larger in any dimension: what is beyond the
                 old shape is free (F = 0).
-            sources: for each, which of the old anchors it takes; default: the same position's.
+            sources: for each, which of the old anchors it takes, None where it is not anchored; default: the same
+                position's.
         """
-        sources = range(len(parameters)) if sources is None else sources
         new = Anchors(parameters, self._fisher_dtype)
-        for i, source in enumerate(sources):
+        pairs = enumerate(range(len(parameters)) if sources is None else sources)
+        taken = {i: source for i, source in pairs if source is not None}
+        for i, source in taken.items():
             corner = tuple(slice(0, size) for size in self.fisher[source].shape)
             new.theta_hat[i][corner] = self.theta_hat[source].to(new.theta_hat[i])
             new.fisher[i][corner] = self.fisher[source].to(new.fisher[i])
             if self.offset is not None:
                 new.with_offset()[i][corner] = self.offset[source].to(new.fisher[i].device)
-        new.constant, new.bound = self.constant[list(sources)], self.bound[list(sources)]
+        for column, old in ((new.constant, self.constant), (new.bound, self.bound)):
+            column[list(taken)] = old[list(taken.values())]
         new.n_anchors = self.n_anchors
         return new
 
@@ -162,8 +119,10 @@ class Anchors:
             self.offset = _buffers(self.theta_hat, flat_dtype)
         return self.offset
 
-    def consolidated(self, indices: Sequence[int], newer: NewerAnchor, options: Options, in_place: bool) -> Anchors:
-        """Return what these anchors become when a newer one enters; see the class for when that is.
+    def consolidated(
+        self, indices: Sequence[int], newer: NewerAnchor, options: Options, in_place: bool
+    ) -> tuple[Anchors, Consolidation]:
+        """Return what these anchors become when a newer one enters, and what makes them so; see the class.
 
         Args:
             indices: of the parameters that the newer one anchors; the others keep what they have.
@@ -186,33 +145,23 @@ class Anchors:
             successors.with_offset()
         elif len(chosen) == len(self.fisher):
             successors.offset = None
-        old = successors.columns(chosen)
-        if merging:
-            new = old if in_place else self._scratch.like(old)
-            constant = decay * self.constant[chosen] + _merge(old, new, newer, decay)
-        else:
-            fisher = old.fisher if in_place else self._scratch.like(Columns([], [], old.fisher)).fisher
-            _add_up(old.fisher, fisher, newer, decay)
-            # theta_hat is read where it lies. The caller may write there only after it was copied, or after two
-            # interrupts before the copy: then the anchor is what lies there when the penalty is used next.
-            zeros = [offset.new_zeros(()).expand_as(offset) for offset in old.offset]
-            new, constant = Columns(self._apart(newer.theta_hat), zeros, fisher), torch.zeros_like(bound)
-        if options.clip_norm is not None:
-            constant *= _clip_(new.fisher, options.clip_norm)
+        old, given = successors.columns(chosen), [self._apart(tensors) for tensors in (newer.theta_hat, newer.fisher)]
+        change = backends.consolidation(t.device.type for t in old.fisher)(
+            *old, *given, decay=decay, weight=newer.weight, merge=merging, in_place=in_place
+        )
+        constant = torch.zeros_like(bound)
+        if merging or options.clip_norm is not None:
+            added, norms = change.measured()
+            if merging:
+                constant = decay * self.constant[chosen] + added
+            if options.clip_norm is not None:
+                factors = (options.clip_norm / norms).clamp_(max=1.0)  # of F = 0 too: 1 / 0 is inf
+                change.scale(factors)
+                constant *= factors
         successors.constant, successors.bound = self.constant.clone(), self.bound.clone()
         successors.constant[chosen], successors.bound[chosen] = constant, bound
         successors.n_anchors = 1 if options.anchor == "replace" else self.n_anchors + 1
-        successors.pending = Pending(list(chain(*old)), list(chain(*new)), successors.theta_hat[chosen[0]]._version)
-        return successors
-
-    def settle(self) -> None:
-        """Copy what is pending into the buffers; called again after an interrupt, it does what was left undone."""
-        pending = self.pending
-        if pending is not None:
-            if pending.targets[0]._version == pending.version:
-                with torch.inference_mode(False), torch.no_grad():
-                    torch._foreach_copy_(pending.targets, pending.sources)
-            self.pending = None
+        return successors, change
 
     def _apart(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return tensors, those that lie in these buffers as copies: they would be read and written at once."""
@@ -232,63 +181,12 @@ def dense_like(parameter: Tensor) -> Tensor:
     return parameter if is_dense(parameter) else parameter.contiguous()
 
 
-def _buffers(
-    like: Sequence[Tensor], dtype_of: Callable[[torch.dtype], torch.dtype], make: Callable[..., Tensor] = torch.zeros
-) -> list[Tensor]:
-    """Return a tensor for each dense one, of its shape and memory order: views of one zeroed buffer per kind."""
+def _buffers(like: Sequence[Tensor], dtype_of: Callable[[torch.dtype], torch.dtype]) -> list[Tensor]:
+    """Return a zeroed tensor for each dense one, of its shape and memory order: views of one buffer per kind."""
     found: dict[int, Tensor] = {}
     for (device, dtype), indices in by_kind(like).items():
         chosen = [like[i] for i in indices]
         _, length = packed_starts([t.numel() for t in chosen])
-        flat = make(length, dtype=dtype_of(dtype), device=device)
+        flat = torch.zeros(length, dtype=dtype_of(dtype), device=device)
         found |= dict(zip(indices, packed_views(flat, chosen), strict=True))
     return [found[i] for i in range(len(like))]
-
-
-def _add_up(old: Sequence[Tensor], new: Sequence[Tensor], newer: NewerAnchor, decay: float) -> None:
-    """Write the sum of the decayed F and the newer one."""
-    for f, total, added in zip(old, new, newer.fisher, strict=True):
-        if f.dtype == torch.bfloat16:
-            total.copy_(f.float().mul_(decay).add_(added, alpha=newer.weight))  # rounded once
-        else:
-            torch.mul(f, decay, out=total).add_(added, alpha=newer.weight)
-
-
-def _merge(old: Columns, new: Columns, newer: NewerAnchor, decay: float) -> Tensor:
-    """Write what becomes of anchors: the exact sum of both; return what it adds to c, one entry per parameter."""
-    added = []
-    for *tensors, new_hat, new_fisher in zip(*old, *new, newer.theta_hat, newer.fisher, strict=True):
-        given = [in_order_of(t, tensors[0]) for t in (new_hat, new_fisher)]
-        runs = zip(*(_run(t).split(_CHUNK) for t in (*tensors, *given)), strict=True)
-        added.append(torch.stack([_merge_run(run, newer.weight, decay) for run in runs]).sum().cpu())
-    return torch.stack(added)
-
-
-def _run(tensor: Tensor) -> Tensor:
-    """View a dense tensor as one dimension, in the order of its memory."""
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def _merge_run(run: Sequence[Tensor], weight: float, decay: float) -> Tensor:
-    """Merge one run of a parameter's tensors, in float64 throughout; return what it adds to c, 0-d."""
-    theta_hat, offset, fisher, to_theta_hat, to_offset, to_fisher, new_hat, new_fisher = run
-    gap = theta_hat.double().add_(offset)
-    gap.sub_(to_theta_hat.copy_(new_hat))  # theta_bar - theta_hat of the newer anchor
-    share, added = fisher.double().mul_(decay), new_fisher.to(torch.float64, copy=True).mul_(weight)
-    total = share + added
-    to_fisher.copy_(total)
-    shift = share.div_(total.clamp_(min=_LEAST)).mul_(gap)  # 0 where F is 0, at a fifth of the price of torch.where
-    to_offset.copy_(shift)
-    return shift.mul_(gap).mul_(added).sum()
-
-
-def _clip_(fisher: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scale each F whose Euclidean norm is larger down to it; return the factors, one entry per parameter."""
-    factors = torch.ones(len(fisher), dtype=torch.float64, device="cpu")
-    for positions in by_kind(fisher).values():
-        chosen = [fisher[k] for k in positions]
-        norms = torch.stack(torch._foreach_norm(chosen, 2, dtype=torch.float64))
-        scales = (max_norm / norms).clamp_(max=1.0)  # of F = 0 too: 1 / 0 is inf
-        torch._foreach_mul_(chosen, list(scales.unbind()))
-        factors[positions] = scales.cpu()
-    return factors

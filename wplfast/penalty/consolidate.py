@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from os import PathLike
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import NonFiniteError
+from ..errors import NameMismatchError, NonFiniteError
 from ..fisher.result import Fisher
 from ..ops.layout import by_kind
-from ..params import check_names
+from ..params import check_names, some
+from .references import References
 
 AnchorRule: TypeAlias = Literal["merge", "replace"]
 Normalization: TypeAlias = Literal["trace", "max"]
+Extra: TypeAlias = Literal["error", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,12 @@ def newer_anchor(
     """
     names, theta = list(parameters), list(parameters.values())
     found = look_up(fisher, names, theta, "fisher", prefix)
-    hats = None if theta_hat is None else look_up(theta_hat, names, theta, "theta_hat", prefix)
-    if hats is None:
+    if theta_hat is not None:
+        hats = look_up(theta_hat, names, theta, "theta_hat", prefix)
+    elif isinstance(fisher, Fisher) and fisher.theta_hat is not None:  # from the file that F came from
+        hats = taken(fisher.theta_hat, found.keys, theta, "theta_hat")
+    else:
+        hats = None
         check_finite(names, theta, "parameter")
     for key, low in zip(found.keys, found.low, strict=True):
         if low < 0:
@@ -108,6 +115,60 @@ def _factor(found: Found, normalization: Normalization | None) -> float:
         return 1.0 / max(found.high)
     trace = sum(float(tensor.sum(dtype=torch.float64)) for tensor in found.tensors)
     return sum(tensor.numel() for tensor in found.tensors) / trace
+
+
+def check_mapping(given: Any, what: str) -> None:
+    """Require a mapping, and tell what else there is to do with what a caller may have in its place.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if isinstance(given, Mapping):
+        return
+    if isinstance(given, str | PathLike):
+        do = f"load it first: wplfast.Fisher.load({str(given)!r}), or wpl.load({str(given)!r}) if a penalty saved it"
+    elif isinstance(given, nn.Module) and what == "theta_hat":
+        do = "pass its values: model.state_dict()"
+    elif isinstance(given, nn.Module):
+        do = "pass its Fisher: wplfast.fisher_diagonal(model, data, loss_fn)"
+    elif hasattr(given, "result"):
+        do = "pass what its result() returns"
+    else:
+        do = "pass a Fisher, or {name: tensor} with the parameters' names and shapes"
+    raise TypeError(f"{what} must map names to tensors, got {type(given).__name__}: {do}")
+
+
+def check_extra(
+    fisher: Mapping[str, Tensor], found: Sequence[str], references: References, prefix: str, extra: Extra
+) -> None:
+    """Require that no name of a Fisher is left over: its parameter would silently not be anchored.
+
+    Args:
+        fisher: diagonals by name. With a prefix, other parts' names are left alone.
+        found: names that were taken from it.
+        references: to all parameters of the penalty, of which some may be inactive.
+        prefix: put before every name when it is looked up.
+        extra: ``"ignore"`` leaves out what is left over.
+
+    Raises:
+        NameMismatchError: if a name is left over.
+        ValueError: if extra is of no known kind.
+    """
+    if extra not in get_args(Extra):
+        raise ValueError(f"extra must be 'error' or 'ignore', got {extra!r}")
+    taken = set(found)
+    left = [key for key in fisher if key.startswith(prefix) and key not in taken]
+    if extra == "ignore" or not left:
+        return
+    by_identity = fisher.names_of(references.tensors()) if isinstance(fisher, Fisher) and not prefix else {}
+    covered = {by_identity.get(index, prefix + name) for index, name in enumerate(references.names)}
+    left = [key for key in left if key not in covered]
+    if left:
+        raise NameMismatchError(
+            f"fisher has {len(left)} names that this penalty does not cover: {some(left)}; it covers "
+            f"{some(references.names)}. If the model grew, call rebind(module, new='add') first; if they are not "
+            "meant, pass extra='ignore', fisher.select(names), or fisher_diagonal(..., params=) the part that is shared"
+        )
 
 
 @dataclass
@@ -143,9 +204,14 @@ def look_up(
     """
     by_identity = mapping.names_of(parameters) if isinstance(mapping, Fisher) and not prefix else {}
     keys = [by_identity.get(index, prefix + name) for index, name in enumerate(names)]
-    taken = set(by_identity.values())  # what belongs to one parameter is not another one's, whatever its name is
+    owned = set(by_identity.values())  # what belongs to one parameter is not another one's, whatever its name is
     by_name = [key for index, key in enumerate(keys) if index not in by_identity]
-    check_names([key for key in mapping if key not in taken], by_name, what)
+    check_names([key for key in mapping if key not in owned], by_name, what)
+    return taken(mapping, keys, parameters, what)
+
+
+def taken(mapping: Mapping[str, Tensor], keys: list[str], parameters: Sequence[Tensor], what: str) -> Found:
+    """Take every parameter's tensor by its name in a mapping; see :func:`look_up`."""
     tensors = []
     for key, parameter in zip(keys, parameters, strict=True):
         tensor, shape = mapping[key], parameter.shape

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from .. import storage
-from ..errors import NameMismatchError
 from ..ops.layout import flat_dtype
 from ..params import Params, device_of
 from .anchors import Anchors
+from .attach import attach
 from .autograd import total
 from .coefficients import Alpha, alpha_tensor
-from .consolidate import AnchorRule, Normalization, Options, newer_anchor
+from .consolidate import AnchorRule, Extra, Normalization, Options, check_extra, check_mapping, newer_anchor
 from .param_groups import ParamGroup, ParamGroups
 from .references import References
-from .state import Faults, faults, from_state, has_anchors, to_state
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .said import FROZEN, UNANCHORED, ZERO_FISHER, Said
+from .saved import Saved
+from .subset import Subset
 
 #: F in bfloat16 stops moving where rate times its distance from the target is below 2^-8 of it: here, at 6%.
 _LEAST_BFLOAT16_RATE = 2**-4
 
 
-class WeightPlasticityLoss(nn.Module):
+class WeightPlasticityLoss(Saved):
     """``alpha/2 sum_i F_i (theta_i - theta_hat_i)^2 + l2/2 |theta|^2`` over shared parameters.
 
     The module refers to the parameters without owning them: ``wpl.parameters()`` is empty, and as a submodule it adds
     only its anchors to ``state_dict``. It never copies them either; each call checks that they are where they were, and
-    follows them to another device, dtype or address.
+    follows them to another device, dtype or address. A parameter that a module replaced, lost or got since is an error
+    that asks for :meth:`rebind`.
 
     Args:
         params: the shared parameters: a module (those that require grad), a mapping or (name, tensor) pairs.
@@ -76,6 +75,7 @@ class WeightPlasticityLoss(nn.Module):
             raise ValueError(f"l2 must be finite and not negative, got {l2}")
         self._fisher_dtype = fisher_dtype if fisher_dtype == torch.bfloat16 else None
         strength = alpha_tensor(alpha, references.names, device_of(references.tensors()))
+        self._alpha, self._said = _kept(alpha), Said()
         self._groups = ParamGroups(references, self._blank(references, l2), strength, float(l2))
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
@@ -96,13 +96,16 @@ class WeightPlasticityLoss(nn.Module):
         """
         if self._groups.anchors is None or (active is not None and len(active) == 0):
             return self._nothing(active)
-        return total([group.value() for group in self._active_groups(active)])
+        groups = self._active_groups(active)
+        self._say_what_is_not_there(groups, torch.is_grad_enabled())
+        return total([group.value() for group in groups])
 
     def add_grad_(self, scale: float | Tensor = 1.0, active: Sequence[str] | None = None) -> Tensor:
         """Add ``scale`` times the penalty's gradient to the parameters' ``.grad`` in one pass, without a graph.
 
-        Use it after ``backward``, all-reduce, unscaling and clipping, once a step; under DDP it is the way. ``.grad``
-        is allocated where it is None; parameters that do not require grad are left alone.
+        Use it after ``backward``, all-reduce, unscaling and clipping, once a step; under DDP it is the way.
+        :meth:`attach` lets an optimizer do so. ``.grad`` is allocated where it is None; parameters that do not require
+        grad are left alone.
 
         Args:
             scale: factor; a float or a 0-d tensor.
@@ -120,6 +123,7 @@ class WeightPlasticityLoss(nn.Module):
             if self._groups.anchors is None or (active is not None and len(active) == 0):
                 return self._nothing(active)
             groups = self._active_groups(active)
+            self._say_what_is_not_there(groups, True)
             if len(groups) > 1:  # or an error in a later one would leave the earlier ones added
                 for group in groups:
                     group.check_parameter_grads()
@@ -153,7 +157,7 @@ class WeightPlasticityLoss(nn.Module):
 
     @alpha.setter
     def alpha(self, value: Alpha) -> None:
-        groups = self._settled()
+        groups = self._groups
         tensors = groups.references.tensors()
         values = alpha_tensor(value, groups.references.names, device_of(tensors))
         if values.shape == groups.alpha.shape:
@@ -163,6 +167,7 @@ class WeightPlasticityLoss(nn.Module):
             with torch.inference_mode(False):
                 anchors = None if groups.anchors is None else groups.anchors_beside(tensors)
             self._commit(ParamGroups(groups.references, anchors, values, groups.l2, groups.active_sets))
+        self._alpha = _kept(value)
 
     # ---- anchors ---------------------------------------------------------------------------------------------------
 
@@ -178,6 +183,7 @@ class WeightPlasticityLoss(nn.Module):
         prefix: str = "",
         normalize: Normalization | None = None,
         clip_norm: float | None = None,
+        extra: Extra = "error",
     ) -> None:
         """Anchor the parameters where they are now, with a Fisher that says how much each one matters.
 
@@ -186,7 +192,7 @@ class WeightPlasticityLoss(nn.Module):
         Args:
             fisher: diagonals by name (:func:`wplfast.fisher_diagonal` or any mapping). A Fisher of this process is
                 matched by the identity of the parameters first, then by name.
-            theta_hat: anchors by name; default: the current values.
+            theta_hat: anchors by name; default: those that the Fisher was saved with, or the current values.
             weight: factor on this Fisher.
             decay: factor on what was there before.
             anchor: ``"merge"``: the penalty becomes the exact sum of decay times the old one and the new one, at the
@@ -200,15 +206,22 @@ class WeightPlasticityLoss(nn.Module):
                 then count alike (arXiv:1805.06370). Default: as it is.
             clip_norm: the most that the Euclidean norm of a parameter's F may be afterwards; larger ones are scaled
                 down, each parameter for itself, as the code of arXiv:1902.08232 does.
+            extra: what to do about names of fisher that the penalty does not cover (with a prefix: names under it),
+                whose F would be lost: raise an error, or ``"ignore"`` them.
 
         Raises:
-            NameMismatchError: if a name is missing.
+            TypeError: if fisher or theta_hat is no mapping.
+            NameMismatchError: if a name is missing, or left over.
+            StaleParameterError: if a parameter was replaced in its module, or the module got another one.
             ValueError: if a shape does not fit, a Fisher is negative or more than its dtype holds, or an option is out
                 of range.
             NonFiniteError: if a Fisher or an anchor has NaN or inf.
         """
         options = Options(weight, decay, anchor, normalize, clip_norm)
-        groups = self._settled()
+        check_mapping(fisher, "fisher")
+        if theta_hat is not None:
+            check_mapping(theta_hat, "theta_hat")
+        groups = self._groups
         references = groups.references
         names = references.chosen(active)
         if not names:
@@ -221,8 +234,13 @@ class WeightPlasticityLoss(nn.Module):
             else:
                 anchors = groups.anchors_beside(tensors, indices if groups.outlast(options) else None)
             newer = newer_anchor(parameters, fisher, theta_hat, prefix, options)
+            check_extra(fisher, newer.keys, references, prefix, extra)
             in_place = anchors is not groups.anchors
-            self._commit(groups.with_anchors(anchors.consolidated(indices, newer, options, in_place)))
+            anchors, change = anchors.consolidated(indices, newer, options, in_place)
+            self._commit(groups.with_anchors(anchors), change)
+        self._said.hush(UNANCHORED)
+        if not any(newer.largest):
+            self._said.warn(ZERO_FISHER)
 
     def update(
         self,
@@ -234,6 +252,7 @@ class WeightPlasticityLoss(nn.Module):
         prefix: str = "",
         normalize: Normalization | None = None,
         clip_norm: float | None = None,
+        extra: Extra = "error",
     ) -> None:
         """Let a running Fisher take in a new one: ``F <- (1 - rate) F + rate F_new``, anchored at the current values.
 
@@ -249,9 +268,11 @@ class WeightPlasticityLoss(nn.Module):
             prefix: put before every name when it is looked up.
             normalize: scale the new Fisher first.
             clip_norm: the most that the norm of a parameter's F may be afterwards.
+            extra: what to do about names of fisher that the penalty does not cover.
 
         Raises:
-            NameMismatchError: if a name is missing.
+            TypeError: as :meth:`consolidate`, as for the others.
+            NameMismatchError: if a name is missing, or left over.
             ValueError: as :meth:`consolidate`; and if the rate is not in (0, 1], or so small that F in bfloat16 would
                 not move.
             NonFiniteError: if a Fisher or an anchor has NaN or inf.
@@ -272,6 +293,7 @@ class WeightPlasticityLoss(nn.Module):
             prefix=prefix,
             normalize=normalize,
             clip_norm=clip_norm,
+            extra=extra,
         )
 
     def reset(self) -> None:
@@ -280,28 +302,66 @@ class WeightPlasticityLoss(nn.Module):
         anchors = self._blank(groups.references, groups.l2)
         self._commit(ParamGroups(groups.references, anchors, groups.alpha, groups.l2, groups.active_sets))
 
-    def rebind(self, params: Params, *, missing: Literal["error", "drop"] = "error") -> None:
+    def rebind(
+        self,
+        params: Params,
+        *,
+        new: Literal["error", "add"] = "error",
+        missing: Literal["error", "drop"] = "error",
+    ) -> None:
         """Refer to other tensors by the same names: after loading or unpickling, or when the model grew.
 
         A parameter may have become larger in any dimension, as a classifier's head does with new classes: its old
         entries keep their anchor, new ones are free (F = 0).
 
         Args:
-            params: tensors by name; names that this penalty does not know are ignored.
+            params: tensors by name. A module's parameters are those that require grad, and frozen ones that this
+                penalty covers.
+            new: what to do about names that this penalty does not cover: raise an error, or let them join it. They are
+                free until the next :meth:`consolidate`; an alpha by prefix must match them.
             missing: what to do about names that params lacks: raise an error, or drop them from the penalty.
 
         Raises:
-            NameMismatchError: if a name is missing, or none is left.
-            ValueError: if a parameter became smaller or has another number of dimensions.
+            NameMismatchError: if a name is new or missing, or none is left.
+            ValueError: if a parameter became smaller or has another number of dimensions, or an option is unknown.
         """
-        if missing not in ("error", "drop"):
-            raise ValueError(f"missing must be 'error' or 'drop', got {missing!r}")
-        groups = self._settled()
-        names = groups.references.names
-        if missing == "drop":
-            given = References(params)
-            names = [name for name in names if name in given] or names
-        self._commit(groups.rebound(References(params, names)))
+        for what, value, other in (("new", new, "add"), ("missing", missing, "drop")):
+            if value not in ("error", other):
+                raise ValueError(f"{what} must be 'error' or {other!r}, got {value!r}")
+        groups = self._groups
+        references = groups.references.again(params, new, missing)
+        self._commit(groups.rebound(references, lambda names: alpha_tensor(self._alpha, names, groups.alpha.device)))
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Let an optimizer add the penalty's gradient to ``.grad`` at the start of each ``step()``.
+
+        It calls :meth:`add_grad_` for the parameters that the optimizer holds: after clipping, and under a
+        ``GradScaler`` after unscaling. ``step(closure)`` adds it after each call of the closure, and the penalty to the
+        loss that it returns, as line searches want. Do not add ``wpl()`` to the loss as well. (A hook of your own must
+        return None: ``lambda *_: wpl.add_grad_()`` returns a tensor, which PyTorch refuses.) A copy of the optimizer is
+        not attached, as PyTorch copies no hooks.
+
+        Args:
+            optimizer: over some of the penalty's parameters, and any others.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+
+        Raises:
+            TypeError: if it is no PyTorch optimizer, or wraps one.
+            ValueError: if it holds none of the penalty's parameters, now or later at a step, or is attached already.
+
+        Example:
+            >>> import torch, wplfast
+            >>> w = torch.tensor([1.0], requires_grad=True)
+            >>> wpl, sgd = wplfast.WeightPlasticityLoss({"w": w}), torch.optim.SGD([w], lr=0.5)
+            >>> wpl.consolidate({"w": torch.ones(1)}, theta_hat={"w": torch.zeros(1)})
+            >>> handle = wpl.attach(sgd)
+            >>> sgd.step()
+            >>> w
+            tensor([0.5000], requires_grad=True)
+        """
+        return attach(self, optimizer)
 
     @property
     def fisher(self) -> dict[str, Tensor]:
@@ -313,99 +373,20 @@ class WeightPlasticityLoss(nn.Module):
         """The newest anchor by name (views; do not write to them); empty before the first consolidate."""
         return self._by_name("theta_hat")
 
-    @property
-    def n_anchors(self) -> int:
-        """Number of anchors that the penalty is the sum of."""
-        anchors = self._groups.anchors
-        return 0 if anchors is None else anchors.n_anchors
-
     def _by_name(self, column: Literal["fisher", "theta_hat"]) -> dict[str, Tensor]:
         """Return one of the anchors' lists by name."""
-        groups = self._settled()
+        groups = self._groups
         if groups.anchors is None or groups.anchors.n_anchors == 0:
             return {}
         return dict(zip(groups.references.names, getattr(groups.anchors, column), strict=True))
 
-    # ---- state -----------------------------------------------------------------------------------------------------
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the anchors to a safetensors file, atomically.
-
-        Raises:
-            OSError: if the file cannot be written.
-        """
-        storage.save(path, self._state(), "penalty", {"n_anchors": str(self.n_anchors)})
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Read anchors that :meth:`save` wrote, strictly by name and shape; on an error nothing changes.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is truncated, foreign or of another version, or a shape differs.
-            NameMismatchError: if names differ.
-        """
-        state, _ = storage.load(path, "penalty")
-        found = self._restore(state)
-        if found.missing or found.unexpected:
-            raise NameMismatchError(
-                f"{os.fspath(path)}: missing {found.missing[:6]}, unexpected {found.unexpected[:6]}"
-            )
-        if found.errors:
-            raise ValueError("; ".join(found.errors))
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Add the anchors to a state_dict (alpha is a setting, not state)."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, tensor in self._state().items():
-            destination[prefix + key] = tensor.clone()  # later consolidations write in place
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Take the anchors from a state_dict, all or nothing."""
-        own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        found = self._restore(own, strict)
-        missing_keys += [prefix + key for key in found.missing]
-        error_msgs += found.errors
-        if strict:
-            unexpected_keys += [prefix + key for key in found.unexpected]
-
-    def _state(self) -> dict[str, Tensor]:
-        """Return the anchors as named tensors."""
-        groups = self._settled()
-        return to_state(groups.references.names, groups.anchors)
-
-    def _restore(self, state: Mapping[str, Tensor], strict: bool = True) -> Faults:
-        """Take anchors over unless something is wrong with them; other keys are wrong if strict."""
-        groups = self._groups
-        references = groups.references
-        parameters = dict(zip(references.names, references.tensors(), strict=True))
-        found = faults(state, parameters, self._fisher_dtype)
-        if not (found.missing or found.errors or (strict and found.unexpected)):
-            anchors = self._blank(references, groups.l2)
-            if has_anchors(state):
-                with torch.inference_mode(False), torch.no_grad():
-                    anchors = from_state(state, parameters, self._fisher_dtype)
-            self._commit(ParamGroups(references, anchors, groups.alpha, groups.l2, groups.active_sets))
-        return found
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Ignore ``.to`` and the like: the anchors follow the parameters, and F keeps its dtype."""
-        return self
-
     def extra_repr(self) -> str:
         """Summarise."""
         references, alpha = self._groups.references, self._groups.alpha
-        numel = sum(p.numel() for p in references.tensors()) if references.bound else 0
         shown = f"{alpha.item():g}" if alpha.dim() == 0 else "by prefix"
-        return f"{len(references)} parameters, {numel:,} elements, alpha={shown}, n_anchors={self.n_anchors}"
+        return (
+            f"{len(references)} parameters, {references.numel():,} elements, alpha={shown}, n_anchors={self.n_anchors}"
+        )
 
     # ---- groups ----------------------------------------------------------------------------------------------------
 
@@ -425,55 +406,27 @@ class WeightPlasticityLoss(nn.Module):
                 self._commit(groups.with_anchors(anchors))
         return self._groups.make(key)
 
-    def _settled(self) -> ParamGroups:
-        """Return the groups, after finishing what an interrupt left of a consolidation."""
-        self._groups.settle()
-        return self._groups
+    def _say_what_is_not_there(self, groups: Sequence[ParamGroup], grad: bool) -> None:
+        """Say so, once, if there are no anchors, or no parameter takes the gradient that is wanted."""
+        if not self._groups.anchored:
+            self._said.warn(UNANCHORED)
+        if grad and not groups[0].theta[0].requires_grad:  # the first one mostly does, and that is all it costs
+            self._say_if_frozen(groups)
 
-    def _commit(self, groups: ParamGroups) -> None:
-        """Put groups in the place of those that are: all that they hold changes at this moment."""
-        try:
-            self._groups = groups
-        finally:  # at once if an interrupt comes here, or compiled code and CUDA graphs would see buffers half written
-            self._groups.settle()
-
-    def _blank(self, references: References, l2: float) -> Anchors | None:
-        """Return anchors that do not hold, where there is a weight decay term to evaluate."""
-        with torch.inference_mode(False), torch.no_grad():
-            return Anchors(references.tensors(), self._fisher_dtype) if l2 else None
+    def _say_if_frozen(self, groups: Sequence[ParamGroup]) -> None:
+        """Say so, once, if no parameter takes a gradient."""
+        if FROZEN not in self._said and not any(group.trains() for group in groups):
+            self._said.warn(FROZEN)
 
     def _nothing(self, active: Sequence[str] | None) -> Tensor:
         """Return the value of no term at all."""
+        if active is None or len(active):
+            self._said.warn(UNANCHORED)
         self._groups.references.chosen(active)
         first = self._groups.references.tensors()[0]
         return torch.zeros((), dtype=flat_dtype(first.dtype), device=first.device)
 
 
-class Subset:
-    """The penalty over a fixed set of names; see :meth:`WeightPlasticityLoss.subset`.
-
-    Iterating over it yields the names with their parameters, as ``params`` takes them.
-    """
-
-    def __init__(self, penalty: WeightPlasticityLoss, names: tuple[str, ...]) -> None:
-        """Refer to a penalty."""
-        self.penalty, self.names = penalty, names
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield pairs of name and parameter.
-
-        Raises:
-            NameMismatchError: if the penalty dropped a name since.
-        """
-        references = self.penalty._groups.references
-        names, tensors = references.chosen(self.names), references.tensors()
-        return ((name, tensors[references.index[name]]) for name in names)
-
-    def __call__(self) -> Tensor:
-        """Return the penalty over the names."""
-        value: Tensor = self.penalty(active=self.names)
-        return value
-
-    def add_grad_(self, scale: float | Tensor = 1.0) -> Tensor:
-        """Add its gradient; see :meth:`WeightPlasticityLoss.add_grad_`."""
-        return self.penalty.add_grad_(scale, active=self.names)
+def _kept(alpha: Alpha) -> Alpha:
+    """Return alpha as it is kept for parameters that join later."""
+    return dict(alpha) if isinstance(alpha, Mapping) else alpha

@@ -8,7 +8,7 @@ address, dtype, device, shape and stride with what the group was made from.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
 
@@ -48,18 +48,18 @@ class ParamGroup:
     ) -> None:
         self.indices = list(indices)
         theta = references.tensors()
-        self._theta = [theta[i] for i in indices]
+        self.theta = [theta[i] for i in indices]
         for i in indices:
             if theta[i].numel() and not theta[i].data_ptr():
                 raise StaleParameterError(f"{references.names[i]!r} has no memory: its storage was freed")
         self._links = references.links(indices)
-        device = self._theta[0].device
+        device = self.theta[0].device
         chosen = alpha if alpha.dim() == 0 else alpha[self.indices]
         self._alpha = chosen.to(device)  # the penalty's own where that is on this device
         self._one = scalar(1.0, device)
-        self._arguments = PenaltyArguments(self._theta, *anchors.columns(indices), self._alpha, scalar(l2, device))
+        self._arguments = PenaltyArguments(self.theta, *anchors.columns(indices), self._alpha, scalar(l2, device))
         self._constant = anchors.constants(indices, alpha.dim() == 0, device)
-        self._gaps = any(not is_dense(p) for p in self._theta)
+        self._gaps = any(not is_dense(p) for p in self.theta)
         kind = PreparedPenalty if self._gaps else backends.prepared_penalty(device.type)
         self._prepared = kind(*self._arguments, self._constant)
         self._prepared.remember()
@@ -69,6 +69,10 @@ class ParamGroup:
         chosen = alpha if alpha.dim() == 0 else alpha[self.indices]
         if chosen is not self._alpha:
             self._alpha.copy_(chosen)
+
+    def trains(self) -> bool:
+        """Tell whether a parameter requires grad."""
+        return any(p.requires_grad for p in self.theta)
 
     def unchanged(self) -> bool:
         """Tell whether the parameters are what and where they were, and their modules still hold them."""
@@ -86,7 +90,7 @@ class ParamGroup:
         self.check_parameter_grads()
         prepared = self._dense()
         value, packed = prepared.with_grad()
-        for p, gradient in zip(self._theta, prepared.views(packed), strict=True):
+        for p, gradient in zip(self.theta, prepared.views(packed), strict=True):
             if p.requires_grad:
                 step = (factor * gradient).to(p.dtype)
                 p.grad = step if p.grad is None else p.grad.add_(step)
@@ -94,11 +98,11 @@ class ParamGroup:
 
     def check_parameter_grads(self) -> None:
         """Check every ``.grad`` before anything is written to one."""
-        check_parameter_grads(self._theta)
+        check_parameter_grads(self.theta)
 
     def _dense(self) -> PreparedPenalty:
         """Return the penalty over copies of the parameters that have gaps in memory."""
-        theta = [p if is_dense(p) else p.contiguous() for p in self._theta]
+        theta = [p if is_dense(p) else p.contiguous() for p in self.theta]
         return PreparedPenalty(*self._arguments._replace(theta=theta), self._constant)
 
 
@@ -107,8 +111,8 @@ class ParamGroups:
 
     A penalty holds one of these at a time. References, anchors and the form of alpha never change in it: who changes
     them makes another one, with the groups of all active sets that were in use, and puts it in the place of the first.
-    That one assignment is the change, so that an interrupt or an error leaves the old whole or the new whole. Groups
-    are made ahead of it because compiled code takes what it finds.
+    That one assignment, with what a consolidation does to buffers, is the change, so that an interrupt or an error
+    leaves the old whole or the new whole. Groups are made ahead of it because compiled code takes what it finds.
 
     Args:
         references: to all parameters.
@@ -127,6 +131,7 @@ class ParamGroups:
         active_sets: Iterable[ActiveSet] = (),
     ) -> None:
         self.references, self.anchors, self.alpha, self.l2 = references, anchors, alpha, l2
+        self.anchored = anchors is not None and anchors.n_anchors > 0
         self._alpha_version = alpha._version
         self._groups: OrderedDict[ActiveSet, list[ParamGroup]] = OrderedDict()
         if anchors is not None:
@@ -143,24 +148,34 @@ class ParamGroups:
         """Return groups of the same parameters with other anchors."""
         if not anchors.evaluates_as(self.anchors):
             return ParamGroups(self.references, anchors, self.alpha, self.l2, self.active_sets)
-        return self._twin(anchors=anchors)
+        return self._twin(anchors=anchors, anchored=anchors.n_anchors > 0)
 
-    def rebound(self, references: References) -> ParamGroups:
-        """Return groups of other parameters that have names of these.
+    def rebound(self, references: References, strengths: Callable[[Sequence[str]], Tensor]) -> ParamGroups:
+        """Return groups of other parameters, which have names of these or are not anchored.
+
+        Args:
+            references: to the other parameters; those that join come last.
+            strengths: alpha of those that have no name of these, if it has one entry per parameter.
 
         Raises:
-            ValueError: if a parameter is smaller than its anchor or has another number of dimensions.
+            ValueError: if a parameter is smaller than its anchor or has another number of dimensions, or a name
+                matches no prefix of alpha.
         """
-        sources = [self.references.index[name] for name in references.names]
-        theta, anchors = references.tensors(), self.anchors
+        sources = [self.references.index.get(name) for name in references.names]
+        theta, anchors, alpha = references.tensors(), self.anchors, self.alpha
         with torch.inference_mode(False), torch.no_grad():
             if anchors is not None:
                 for name, parameter, source in zip(references.names, theta, sources, strict=True):
+                    if source is None:
+                        continue
                     old, new = list(anchors.fisher[source].shape), list(parameter.shape)
                     if len(new) != len(old) or any(a < b for a, b in zip(new, old, strict=True)):
                         raise ValueError(f"params[{name!r}] must have at least its anchor's shape {old}, got {new}")
                 anchors = anchors.moved(theta, sources)
-            alpha = self.alpha if self.alpha.dim() == 0 else self.alpha[sources]
+            if alpha.dim():
+                joined = [name for name, source in zip(references.names, sources, strict=True) if source is None]
+                alpha = alpha[[source for source in sources if source is not None]]
+                alpha = torch.cat([alpha, strengths(joined).to(alpha).expand(len(joined))]) if joined else alpha
         return ParamGroups(references, anchors, alpha, self.l2, self.active_sets)
 
     def outlast(self, options: Options) -> bool:
@@ -191,14 +206,12 @@ class ParamGroups:
 
     def find(self, key: ActiveSet) -> list[ParamGroup] | None:
         """Return an active set's groups, or None if there are none or a parameter is not what and where it was."""
-        groups, anchors = self._groups.get(key), self.anchors
+        groups = self._groups.get(key)
         if torch.compiler.is_compiling():  # addresses cannot be looked at while tracing; shapes and dtypes are guarded
-            return groups if anchors is not None and anchors.pending is None else None
+            return groups
         if self.alpha._version != self._alpha_version:
             self.take_alpha()  # somebody wrote to it
-        if anchors is not None and anchors.pending is not None:
-            anchors.settle()  # an interrupt came between
-        if groups is None:
+        if groups is None or not self.references.complete():
             return None
         for group in groups:
             if not group.unchanged():
@@ -231,11 +244,6 @@ class ParamGroups:
                 group.set_alpha(self.alpha)
         self._alpha_version = version  # last, so that the next call makes up for an interrupt
 
-    def settle(self) -> None:
-        """Finish what an interrupt left of the last consolidation."""
-        if self.anchors is not None:
-            self.anchors.settle()
-
     def _twin(self, **changes: Any) -> ParamGroups:
         """Return one that shares all but some attributes."""
         twin = ParamGroups.__new__(ParamGroups)
@@ -244,12 +252,10 @@ class ParamGroups:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle names, anchors and alpha: a copy elsewhere must be bound to parameters there."""
-        self.settle()
         return {**self.__dict__, "_groups": OrderedDict(), "_alpha_version": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParamGroups:
         """Copy anchors and alpha; refer to copied parameters where the same deepcopy copied them."""
-        self.settle()
         with torch.inference_mode(False), torch.no_grad():
             anchors = None if self.anchors is None else self.anchors.moved(self.anchors.theta_hat)
             copies = {"anchors": anchors, "alpha": self.alpha.clone(), "references": self.references.copied(memo)}

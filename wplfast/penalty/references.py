@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
-from ..errors import StaleParameterError
+from ..errors import NameMismatchError, StaleParameterError
 from ..ops.prepared import Link
-from ..params import Params, check_names, named
+from ..params import Params, check_names, named, some, suggest_prefix
+
+
+class Registrations:
+    """How many parameters and submodules any modules registered: as long as it stays, no module got another one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._watching = False
+
+    def watch(self) -> None:
+        """Count from now on."""
+        if not self._watching:
+            self._watching = True
+            hooks.register_module_parameter_registration_hook(self._one_more)
+            hooks.register_module_module_registration_hook(self._one_more)
+
+    def _one_more(self, *_: object) -> None:
+        """Count; what is registered stays as it is."""
+        self.count += 1
+
+
+_registrations = Registrations()
 
 
 class References:
-    """Tensors by name, and where a module holds them, so that one that was replaced is noticed.
+    """Tensors by name, and where a module holds them, so that one that was replaced is noticed, and one that joined.
 
     A copy that was pickled has names alone; a deep copy refers to what the same deep copy made of the tensors.
 
     Args:
         params: see :class:`wplfast.WeightPlasticityLoss`.
-        names: which of them, in this order; default: all.
+        names: which of them, in this order; default: all. A module's frozen parameters may be among them.
 
     Raises:
         NameMismatchError: if params lacks a name.
     """
 
     def __init__(self, params: Params, names: Sequence[str] | None = None) -> None:
-        parameters = named(params)
+        if isinstance(params, nn.Module):
+            _registrations.watch()
+        self._counted = _registrations.count  # of registrations that the module is known to have no part in
+        parameters = named(params if names is None else _with_frozen(params, names))
         if names is not None:
             check_names(parameters, names, "params")
             parameters = {name: parameters[name] for name in names}
@@ -34,8 +60,40 @@ class References:
         self.index = {name: i for i, name in enumerate(self.names)}
         self._tensors: list[Tensor] | None = list(parameters.values())
         self._root = params if isinstance(params, nn.Module) else None
+        #: What the module has beside: parameters that do not require grad. They may later, and are not new then.
+        self._others = {name for name, p in _parameters(self._root) if not p.requires_grad}
         self._copied: dict[int, Any] | None = None  # id -> copy, until this copy is used
         self._paths: list[list[Link]] = []
+
+    def again(self, params: Params, new: Literal["error", "add"], missing: Literal["error", "drop"]) -> References:
+        """Return references to other tensors by the same names.
+
+        Args:
+            params: the tensors by name.
+            new: what to do about names that these references lack: ``"add"`` puts them at the end.
+            missing: what to do about names that params lacks.
+
+        Raises:
+            NameMismatchError: if a name is new or missing and must not be, or none is left.
+        """
+        params = params if isinstance(params, nn.Module) else named(params)
+        given = named(_with_frozen(params, self.names))
+        kept = [name for name in self.names if name in given]
+        more = [name for name in given if name not in self.index]
+        if len(kept) < len(self.names) and (prefix := suggest_prefix(list(given), self.names)) is not None:
+            raise NameMismatchError(
+                f"params has this penalty's parameters as {prefix + self.names[0]!r} and the like: "
+                f"pass that part alone, model.{prefix.rstrip('.')} or a mapping without {prefix!r}"
+            )
+        if missing == "error" or not kept:
+            check_names(given, self.names, "params")
+        if more and new == "error":
+            raise NameMismatchError(
+                f"params has {len(more)} names that this penalty does not cover: {some(more)}; new='add' lets them "
+                "join, not anchored until the next consolidate. If they are not meant to, pass the others alone: a "
+                "submodule, or {name: tensor}"
+            )
+        return References(params, [*kept, *more])
 
     def __contains__(self, name: object) -> bool:
         """Tell whether a name is known."""
@@ -65,22 +123,55 @@ class References:
         if not self._paths:
             self._paths = [_path(self._root, name, t) for name, t in zip(self.names, self._tensors, strict=True)]
         for name, path in zip(self.names, self._paths, strict=True):
-            if not all(holder.get(key) is value for holder, key, value in path):
-                raise StaleParameterError(
-                    f"the module holds another tensor as {name!r} than when this penalty was made; call rebind(module)"
-                )
+            for holder, key, value in path:
+                held = holder.get(key)
+                if held is None:
+                    raise StaleParameterError(
+                        f"the module no longer holds {name!r}; call rebind(module, missing='drop') if it is gone"
+                    )
+                if held is not value:
+                    raise StaleParameterError(
+                        f"the module holds another tensor as {name!r} than when this penalty was made; "
+                        "call rebind(module)"
+                    )
+        if not self.complete():
+            more = self._newcomers()
+            raise StaleParameterError(
+                f"the module got {len(more)} parameters since this penalty was made, which it does not cover: "
+                f"{some(more)}; call rebind(module, new='add') to let them join, not anchored until the next "
+                "consolidate, or rebind({name: tensor}) with those that are meant"
+            )
         return self._tensors
+
+    def complete(self) -> bool:
+        """Tell whether the module got no parameter since these references were made."""
+        if self._counted != _registrations.count:
+            count = _registrations.count
+            if self._newcomers():
+                return False
+            self._counted = count
+        return True
+
+    def numel(self) -> int:
+        """Return the number of elements, whatever became of the tensors; 0 if there are none since unpickling."""
+        return sum(tensor.numel() for tensor in self._tensors or ())
+
+    def _newcomers(self) -> list[str]:
+        """Return the names of parameters that require grad and that the module did not have."""
+        known = {id(tensor) for tensor in self._tensors or ()}
+        pairs = _parameters(self._root)
+        return [name for name, p in pairs if p.requires_grad and id(p) not in known and name not in self._others]
 
     def links(self, indices: Iterable[int]) -> list[Link]:
         """Return what must hold in the module as long as it has these tensors."""
         links = {(id(holder), key): (holder, key, value) for i in indices for holder, key, value in self._paths[i]}
         return list(links.values())
 
-    def chosen(self, active: Sequence[str] | None) -> list[str]:
+    def chosen(self, active: Sequence[str] | Tensor | None) -> list[str]:
         """Return the active names, checked; None stands for all.
 
         Raises:
-            TypeError: if it is a string.
+            TypeError: if it is a string or a tensor.
             ValueError: if a name occurs twice.
             NameMismatchError: if a name is unknown.
         """
@@ -88,6 +179,8 @@ class References:
             return self.names
         if isinstance(active, str):
             raise TypeError(f"active must be a sequence of names, got the string {active!r}")
+        if isinstance(active, Tensor):
+            raise TypeError("active must be a sequence of names, got a Tensor: the penalty takes no inputs, call wpl()")
         check_names(self.names, active, "the penalty")
         if len(set(active)) != len(active):
             raise ValueError("active must name each parameter once")
@@ -96,7 +189,7 @@ class References:
     def copied(self, memo: dict[int, Any]) -> References:
         """Return a deep copy's references: to what the same deep copy makes of the tensors, else to the same ones."""
         twin = References.__new__(References)
-        twin.__dict__ = {**self.__dict__, "_copied": memo, "_paths": []}
+        twin.__dict__ = {**self.__dict__, "_copied": memo, "_paths": [], "_counted": -1}
         if self._copied is not None:  # a copy of a copy that has not been used
             self.tensors()
             twin.__dict__ |= {"_tensors": self._tensors, "_root": self._root}
@@ -105,6 +198,19 @@ class References:
     def __getstate__(self) -> dict[str, Any]:
         """Keep the names alone."""
         return {**self.__dict__, "_tensors": None, "_root": None, "_copied": None, "_paths": []}
+
+
+def _parameters(root: nn.Module | None) -> Iterable[tuple[str, Tensor]]:
+    """Return a module's parameters by name, if there is a module."""
+    return () if root is None else root.named_parameters()
+
+
+def _with_frozen(params: Params, names: Iterable[str]) -> Params:
+    """Return params, of a module also those of some names that do not require grad."""
+    if not isinstance(params, nn.Module):
+        return params
+    wanted = set(names)
+    return [(name, p) for name, p in params.named_parameters() if p.requires_grad or name in wanted]
 
 
 def _path(root: nn.Module | None, name: str, tensor: Tensor) -> list[Link]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..ops.expect import describe
 from ..ops.layout import flat_dtype
 from .anchors import Anchors, kept_as
 
@@ -36,45 +37,95 @@ def _number(value: int) -> Tensor:
 
 @dataclass
 class Faults:
-    """What is wrong with a state."""
+    """What is wrong with a state: keys that are missing or of no use, errors; and the names whose anchors are whole."""
 
     missing: list[str]
     unexpected: list[str]
     errors: list[str]
+    fitting: set[str]
+
+    @property
+    def headed(self) -> bool:
+        """Whether the state says of which version it is, and how many anchors it holds."""
+        return not {"version", "n_anchors"} & set(self.missing)
 
 
-def faults(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], fisher_dtype: torch.dtype | None) -> Faults:
+def faults(
+    state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], fisher_dtype: torch.dtype | None, strict: bool
+) -> Faults:
     """Compare a state with what ``to_state`` writes for some parameters.
 
     Args:
         state: the named tensors.
         parameters: by name.
         fisher_dtype: as :class:`Anchors` takes it.
+        strict: whether a shape must be the parameter's. Otherwise it may be smaller, as of a head that grew since; one
+            that does not fit makes its key missing and unexpected, as everything of a parameter that is not whole.
     """
-    wanted, optional = {"version", "n_anchors"}, {f"offset.{name}" for name in parameters}
-    if has_anchors(state):
-        wanted |= {f"{kind}.{name}" for kind in ("fisher", "theta_hat", "constant") for name in parameters}
-    if optional & state.keys():
-        wanted |= optional  # all of them or none
-    found = Faults(sorted(wanted - state.keys()), sorted(state.keys() - wanted), [])
+    head = ["version", "n_anchors"]
+    for key in head:
+        count = state.get(key)
+        if isinstance(count, Tensor) and (count.numel() != 1 or count.is_floating_point() or count.is_complex()):
+            return Faults([], [], [f"{key} must be one integer, got {describe(count)}"], set())
+    kinds = ["fisher", "theta_hat", "constant"] if has_anchors(state) else []
+    if any(f"offset.{name}" in state for name in parameters):
+        kinds.append("offset")  # all of them or none
+    found = Faults([key for key in head if key not in state], [], [], set())
     if "version" in state and int(state["version"]) != STATE_VERSION:
         found.errors.append(f"the penalty's state must be of version {STATE_VERSION}, got {int(state['version'])}")
     if int(state.get("n_anchors", 0)) < 0:
         found.errors.append(f"n_anchors must not be negative, got {int(state['n_anchors'])}")
+    used = set(head)
     for name, p in parameters.items():
-        kept = kept_as(p.dtype, fisher_dtype)
-        dtypes = {"fisher": kept, "theta_hat": p.dtype, "offset": flat_dtype(p.dtype), "constant": torch.float64}
-        for kind, dtype in dtypes.items():
-            tensor, expected = state.get(f"{kind}.{name}"), () if kind == "constant" else p.shape
-            if tensor is None:
-                continue
-            if tensor.shape != expected:
-                got = list(tensor.shape)
-                found.errors.append(f"{kind}[{name!r}] must have shape {list(expected)}, got {got}")
-            elif not bool(tensor.to(dtype).isfinite().all()) or (kind == "fisher" and bool((tensor < 0).any())):
-                not_negative = " and not negative" if kind == "fisher" else ""
-                found.errors.append(f"{kind}[{name!r}] must be finite{not_negative} in {dtype}")
+        keys = {kind: f"{kind}.{name}" for kind in kinds}
+        misfits = {}
+        for kind, key in keys.items():
+            expected = [] if kind == "constant" else list(p.shape)
+            got = list(state[key].shape) if key in state else None
+            if got != expected and (strict or got is None or not _within(got, expected)):
+                hint = "; strict=False loads these entries" if got is not None and _within(got, expected) else ""
+                misfits[key] = f"{kind}[{name!r}] must have shape {expected}, got {got}{hint}"
+        shapes = {state[key].shape for kind, key in keys.items() if kind != "constant" and key in state}
+        if not strict and len(shapes) > 1:
+            misfits |= dict.fromkeys(keys.values(), "")
+        absent = [key for key in keys.values() if key not in state]
+        found.missing += absent if strict else misfits
+        if strict:
+            found.errors += [text for key, text in misfits.items() if key not in absent]
+        if not misfits:
+            found.errors += _bad_values(state, name, keys, p.dtype, fisher_dtype)
+            found.fitting |= {name} if keys else set()
+        if strict or not misfits:
+            used |= set(keys.values())
+    found.missing.sort()
+    found.unexpected = sorted(state.keys() - used)
     return found
+
+
+def _within(shape: Sequence[int], larger: Sequence[int]) -> bool:
+    """Tell whether a shape is nowhere larger than another one."""
+    return len(shape) == len(larger) and all(a <= b for a, b in zip(shape, larger, strict=True))
+
+
+def _bad_values(
+    state: Mapping[str, Tensor],
+    name: str,
+    keys: Mapping[str, str],
+    dtype: torch.dtype,
+    fisher_dtype: torch.dtype | None,
+) -> list[str]:
+    """Return what is wrong with the values of one parameter's anchors."""
+    kept = kept_as(dtype, fisher_dtype)
+    dtypes = {"fisher": kept, "theta_hat": dtype, "offset": flat_dtype(dtype), "constant": torch.float64}
+    errors = []
+    for kind, key in keys.items():
+        tensor = state[key]
+        if not tensor.is_floating_point():
+            errors.append(f"{kind}[{name!r}] must be of a floating point type, got {describe(tensor)}")
+        elif not bool(tensor.to(dtypes[kind]).isfinite().all()) or (kind == "fisher" and bool((tensor < 0).any())):
+            not_negative = " and not negative" if kind == "fisher" else ""
+            errors.append(f"{kind}[{name!r}] must be finite{not_negative} in {dtypes[kind]}")
+    return errors
 
 
 def has_anchors(state: Mapping[str, Tensor]) -> bool:
@@ -83,17 +134,31 @@ def has_anchors(state: Mapping[str, Tensor]) -> bool:
 
 
 def from_state(
-    state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], fisher_dtype: torch.dtype | None
+    state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], fitting: Set[str], anchors: Anchors
 ) -> Anchors:
-    """Return the anchors of a faultless state, laid out beside the parameters."""
-    anchors = Anchors(list(parameters.values()), fisher_dtype)
-    anchors.n_anchors = int(state["n_anchors"])
-    for i, name in enumerate(parameters):
-        anchors.theta_hat[i].copy_(state[f"theta_hat.{name}"])
-        anchors.fisher[i].copy_(state[f"fisher.{name}"])
+    """Write the anchors of some parameters of a faultless state into others, beside the parameters; return these.
+
+    Args:
+        state: the named tensors.
+        parameters: all of the anchors', by name.
+        fitting: names to take; the others keep what they have.
+        anchors: nobody's yet.
+    """
+    anchors.n_anchors = max(anchors.n_anchors, int(state["n_anchors"]))
+    offset = anchors.offset
+    if any(f"offset.{name}" in state for name in fitting):
+        offset = anchors.with_offset()
+    for i, (name, p) in enumerate(parameters.items()):
+        if name not in fitting:
+            continue
+        corner = tuple(slice(0, size) for size in state[f"fisher.{name}"].shape)
+        anchors.theta_hat[i].copy_(p)
+        anchors.theta_hat[i][corner] = state[f"theta_hat.{name}"].to(anchors.theta_hat[i])
+        anchors.fisher[i].zero_()[corner] = state[f"fisher.{name}"].to(anchors.fisher[i])
         anchors.constant[i] = state[f"constant.{name}"]
         anchors.bound[i] = anchors.fisher[i].max() if anchors.fisher[i].numel() else 0.0
-    if any(key.startswith("offset.") for key in state):
-        for offset, name in zip(anchors.with_offset(), parameters, strict=True):
-            offset.copy_(state[f"offset.{name}"])
+        if offset is not None:
+            offset[i].zero_()
+            if f"offset.{name}" in state:
+                offset[i][corner] = state[f"offset.{name}"].to(offset[i])
     return anchors

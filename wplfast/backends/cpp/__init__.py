@@ -8,6 +8,7 @@ import wplfast._C as _C
 
 from ..exchange import EXCHANGE
 from ..reference import scale_unless_one_  # PyTorch's own product is as fast as memory
+from .consolidation import CppConsolidation
 from .fisher import accumulate_squares_, fisher_conv_, fisher_embedding_, fisher_linear_, scale_grads
 from .penalty import penalty, penalty_add_grad_, penalty_with_grad
 from .prepared import CppPenalty
@@ -15,6 +16,7 @@ from .prepared import CppPenalty
 __all__ = [
     "ISA",
     "accumulate_squares_",
+    "consolidation",
     "fisher_conv_",
     "fisher_embedding_",
     "fisher_linear_",
@@ -31,3 +33,6 @@ ISA: str = _C.isa()
 
 #: The class that evaluates penalties again and again; where PyTorch lacks the exchange API, the common one does.
 prepared_penalty: type[CppPenalty] | None = CppPenalty if EXCHANGE is not None else None
+
+#: The class by which newer anchors enter.
+consolidation = CppConsolidation

@@ -18,25 +18,23 @@
 ``scale_unless_one``   a buffer times a factor, without a look from the host
 ``squares``            sums of squared per-sample gradients that are already in memory
 ``kernel``, ``packs/`` who serves a launch: kernels that were compiled when the wheel was built, or Triton's JIT
+``give_way``           plain PyTorch in the place of a kernel that cannot be compiled or started
 =====================  ==============================================================================
 
 Importing it needs Triton, not a GPU. Under ``TRITON_INTERPRET=1`` every kernel also runs on CPU tensors.
 """
 
-from .fisher_conv import fisher_conv_
-from .fisher_embedding import fisher_embedding_
-from .fisher_linear import fisher_linear_
-from .penalty_launch import penalty, penalty_add_grad_, penalty_with_grad
+from . import fisher_conv, fisher_embedding, fisher_linear, penalty_launch, scale, squares
+from . import scale_unless_one as scale_buffer
+from .give_way import gave_way, gives_way
 from .prepared import TritonPenalty
-from .scale import scale_grads
-from .scale_unless_one import scale_unless_one_
-from .squares import accumulate_squares_
 
 __all__ = [
     "accumulate_squares_",
     "fisher_conv_",
     "fisher_embedding_",
     "fisher_linear_",
+    "gave_way",
     "penalty",
     "penalty_add_grad_",
     "penalty_with_grad",
@@ -44,6 +42,16 @@ __all__ = [
     "scale_grads",
     "scale_unless_one_",
 ]
+
+accumulate_squares_ = gives_way(squares.accumulate_squares_, "fisher")
+fisher_conv_ = gives_way(fisher_conv.fisher_conv_, "fisher", "gradient")
+fisher_embedding_ = gives_way(fisher_embedding.fisher_embedding_, "fisher", "gradient")
+fisher_linear_ = gives_way(fisher_linear.fisher_linear_, "fisher", "gradient")
+penalty = gives_way(penalty_launch.penalty)
+penalty_add_grad_ = gives_way(penalty_launch.penalty_add_grad_)  # adds by its last kernel that may fail
+penalty_with_grad = gives_way(penalty_launch.penalty_with_grad)
+scale_grads = gives_way(scale.scale_grads)
+scale_unless_one_ = gives_way(scale_buffer.scale_unless_one_)
 
 #: The class that evaluates penalties again and again.
 prepared_penalty = TritonPenalty

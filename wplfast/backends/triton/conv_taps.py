@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .conv_geometry import SIZES, Blocks, Geometry, choose_box
 from .fisher_config import Operands
-from .fisher_plan import Layer, choose_plan, n_tiles
+from .fisher_plan import Layer, Plan, n_tiles, run_planned
 from .kernel import kernel
 from .launch import INTERPRETED, OPTIONS
 from .products import add_sample, add_tile, product
@@ -163,26 +163,30 @@ def add_taps(
     m, k = blocks.groups * blocks.out_pitch, blocks.groups * blocks.in_pitch
     copies = triton.cdiv(groups, blocks.groups) * shape.taps
     layer = Layer(m, k, n, shape.n_steps, blocks=copies, plane=fisher.nbytes)
-    plan = choose_plan(fisher.device, operands, layer, gradient is not None)
-    tile, tiles, splits = plan.tile, n_tiles(plan.tile, layer), plan.splits
-    height, width = choose_box(shape.positions, tile.k)
-    # Taps lie side by side in the result: partials let programs write whole rows even where nothing is split.
-    scratch = splits > 1 or fisher.nbytes <= _MAX_SCRATCH
-    out = fisher.new_empty((splits, fisher.numel())) if scratch else fisher
-    d_out = gradient if gradient is None or not scratch else torch.empty_like(out)
-    fisher_conv_kernel[(tiles, splits)](
-        out, d_out, g, x, weights, n, shape.taps, groups, c_out // groups, group_in,
-        g.shape[-1] // OCTET, x.shape[-1] // OCTET, m // OCTET, k // OCTET,
-        g[0].numel() // OCTET, x[0].numel() // OCTET, *shape.sizes(),
-        BM=tile.m, BN=tile.n, BH=height, BW=width, PACKED=blocks.groups > 1,
-        OUT_PITCH=blocks.out_pitch if blocks.groups > 1 else 0, IN_PITCH=blocks.in_pitch if blocks.groups > 1 else 0,
-        TERMS=operands.terms, PRECISION=operands.precision, UPCAST=INTERPRETED and g.dtype == torch.bfloat16,
-        ONE=shape.images * shape.positions[0] == 1 and height >= shape.positions[1] and width >= shape.positions[2],
-        ADD=not scratch, HAS_WEIGHTS=weights is not None, HAS_GRADIENT=gradient is not None,
-        WIDE_ROWS=blocks.groups == 1 and blocks.in_pitch == group_in,
-        num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
-    )  # fmt: skip
-    if scratch:
-        fold_taps(out, fisher, shape.taps)
-        if gradient is not None and d_out is not None:
-            fold_taps(d_out, gradient, shape.taps)
+
+    def run(plan: Plan) -> None:
+        tile, tiles, splits = plan.tile, n_tiles(plan.tile, layer), plan.splits
+        height, width = choose_box(shape.positions, tile.k)
+        # Taps lie side by side in the result: partials let programs write whole rows even where nothing is split.
+        packed = blocks.groups > 1
+        scratch = splits > 1 or fisher.nbytes <= _MAX_SCRATCH
+        out = fisher.new_empty((splits, fisher.numel())) if scratch else fisher
+        d_out = gradient if gradient is None or not scratch else torch.empty_like(out)
+        fisher_conv_kernel[(tiles, splits)](
+            out, d_out, g, x, weights, n, shape.taps, groups, c_out // groups, group_in,
+            g.shape[-1] // OCTET, x.shape[-1] // OCTET, m // OCTET, k // OCTET,
+            g[0].numel() // OCTET, x[0].numel() // OCTET, *shape.sizes(),
+            BM=tile.m, BN=tile.n, BH=height, BW=width, PACKED=packed,
+            OUT_PITCH=blocks.out_pitch if packed else 0, IN_PITCH=blocks.in_pitch if packed else 0,
+            TERMS=operands.terms, PRECISION=operands.precision, UPCAST=INTERPRETED and g.dtype == torch.bfloat16,
+            ONE=shape.images * shape.positions[0] == 1 and height >= shape.positions[1] and width >= shape.positions[2],
+            ADD=not scratch, HAS_WEIGHTS=weights is not None, HAS_GRADIENT=gradient is not None,
+            WIDE_ROWS=blocks.groups == 1 and blocks.in_pitch == group_in,
+            num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+        )  # fmt: skip
+        if scratch:
+            fold_taps(out, fisher, shape.taps)
+            if gradient is not None and d_out is not None:
+                fold_taps(d_out, gradient, shape.taps)
+
+    run_planned("fisher_conv_kernel", fisher.device, operands, layer, gradient is not None, run)

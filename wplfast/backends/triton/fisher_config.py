@@ -63,9 +63,9 @@ def choose_operands(dtype: torch.dtype) -> Operands:
     return Operands(1, torch.float32, mode)
 
 
-#: Triton before 3.7 keeps every product of a chain in tensor memory of its own, of which sm_100 has 512 columns, and
-#: makes a program that traps of a tile that needs more.
-_TILES_OF_TERMS_FIT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
+#: Triton before 3.9 keeps every product of a chain in tensor memory of its own, of which sm_100 has 512 columns, and
+#: makes a program that traps of a tile that needs more (3.6 to 3.8: 896 to 1408 columns of the largest one).
+_TILES_OF_TERMS_FIT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 
 #: (generation, kind of operands) -> candidates without and with a plain-gradient accumulator: a thread then holds three
 #: accumulators of its tile instead of two, and spills from 256 values on. The first of equally good ones is taken.
@@ -111,6 +111,18 @@ _TILES[10, "half"] = _TILES[9, "half"]
 _TILES[10, "terms"] = _TILES[9, "terms"] if _TILES_OF_TERMS_FIT else ((Tile(64, 64, 32, 4, 3, 1),),) * 2
 for _generation in (8, 9, 10):
     _TILES[_generation, "float"] = ((Tile(64, 64, 32, 4, 3, 2),),) * 2
+
+
+def smaller(tile: Tile) -> Tile | None:
+    """Return what to take where a tile does not fit: fewer and shorter chunks in flight, then a smaller tile."""
+    if tile.stages > 2:
+        return replace(tile, stages=tile.stages - 1)
+    if tile.k > 16:
+        return replace(tile, k=tile.k // 2)
+    if max(tile.m, tile.n) > 32:
+        m, n = (tile.m // 2, tile.n) if tile.m >= tile.n else (tile.m, tile.n // 2)
+        return replace(tile, m=m, n=n, warps=min(tile.warps, 4))
+    return replace(tile, stages=1) if tile.stages > 1 else None
 
 
 def rows_of(capability: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from .fisher_config import MAX_PARTIALS, Operands, choose_operands
-from .fisher_plan import Layer, choose_plan
+from .fisher_plan import Layer, Plan, run_planned
 from .fold_tiles import GROUP, fold_tiles, tile_corner
 from .kernel import kernel
 from .launch import INTERPRETED, OPTIONS, capability, on_device, written
@@ -151,27 +151,30 @@ def add_products(
     _, n, t, _ = g.shape
     d_out, d_in = fisher.shape
     layer = Layer(d_out, d_in, n, t, in_place=d_in % OCTET == 0)
-    plan = choose_plan(fisher.device, operands, layer, gradient is not None)
-    tile, tiles = plan.tile, triton.cdiv(d_out, plan.tile.m) * triton.cdiv(d_in, plan.tile.n)
     strides = [x.stride(dim) // OCTET for x in (g, a) for dim in (1, 2, 0)]
-    whole, first = plan.whole, plan.whole
-    while whole or first < tiles:
-        rest = min(tiles - first, max(1, MAX_PARTIALS // (4 * tile.m * tile.n * plan.splits)))
-        shape = (plan.splits, rest, tile.m, tile.n)
-        partials = fisher.new_empty(shape) if rest else None
-        mean_partials = fisher.new_empty(shape) if rest and gradient is not None else None
-        fisher_linear_kernel[(whole + rest * plan.splits,)](
-            fisher, gradient, _or(partials, fisher), _or(mean_partials, gradient), g, a, weights,
-            whole, max(rest, 1), plan.splits, first,
-            n, t, d_out, d_in, g.shape[3] // OCTET, a.shape[3] // OCTET, *strides,
-            BM=tile.m, BN=tile.n, BK=tile.k, GROUP=GROUP,
-            TERMS=operands.terms, PRECISION=operands.precision, UPCAST=INTERPRETED and g.dtype == torch.bfloat16,
-            SQUARE=square, ONE=t <= tile.k, HAS_WEIGHTS=weights is not None, HAS_GRADIENT=gradient is not None,
-            num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
-        )  # fmt: skip
-        fold_tiles(partials, fisher, first)
-        fold_tiles(mean_partials, gradient, first)
-        whole, first = 0, first + rest
+
+    def run(plan: Plan) -> None:
+        tile, tiles = plan.tile, triton.cdiv(d_out, plan.tile.m) * triton.cdiv(d_in, plan.tile.n)
+        whole, first = plan.whole, plan.whole
+        while whole or first < tiles:
+            rest = min(tiles - first, max(1, MAX_PARTIALS // (4 * tile.m * tile.n * plan.splits)))
+            shape = (plan.splits, rest, tile.m, tile.n)
+            partials = fisher.new_empty(shape) if rest else None
+            mean_partials = fisher.new_empty(shape) if rest and gradient is not None else None
+            fisher_linear_kernel[(whole + rest * plan.splits,)](
+                fisher, gradient, _or(partials, fisher), _or(mean_partials, gradient), g, a, weights,
+                whole, max(rest, 1), plan.splits, first,
+                n, t, d_out, d_in, g.shape[3] // OCTET, a.shape[3] // OCTET, *strides,
+                BM=tile.m, BN=tile.n, BK=tile.k, GROUP=GROUP,
+                TERMS=operands.terms, PRECISION=operands.precision, UPCAST=INTERPRETED and g.dtype == torch.bfloat16,
+                SQUARE=square, ONE=t <= tile.k, HAS_WEIGHTS=weights is not None, HAS_GRADIENT=gradient is not None,
+                num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+            )  # fmt: skip
+            fold_tiles(partials, fisher, first)
+            fold_tiles(mean_partials, gradient, first)
+            whole, first = 0, first + rest
+
+    run_planned("fisher_linear_kernel", fisher.device, operands, layer, gradient is not None, run)
 
 
 def _one_step(fisher: Tensor, a: Tensor, g: Tensor, weights: Tensor | None, gradient: Tensor | None) -> None:

@@ -8,15 +8,19 @@ are whole and the samples of the other 12 are shared out, where splitting all of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import triton
 
-from .fisher_config import MAX_PARTIALS, Operands, Tile, generation, tiles_of
+from .fisher_config import MAX_PARTIALS, Operands, Tile, generation, smaller, tiles_of
+from .kernel import KernelError, TooLargeError
 from .launch import n_processors
+
+logger = logging.getLogger(__name__)
 
 #: Multiply-adds of half types that tensor cores do while a multiprocessor reads one byte from the L2 cache, about:
 #: the peak rates of A100, H100 and B200 over what their L2 caches deliver (20 to 30 bytes a cycle).
@@ -25,6 +29,9 @@ _PRODUCTS_PER_BYTE = {8: 40, 9: 70, 10: 140}
 _CLOSE = 1.1
 #: Products of terms that stand for one product.
 _PAIRS = {1: 1, 2: 3, 3: 6}
+
+#: (kernel, device, operands, whether there is a plain gradient) -> tiles that did not fit.
+_UNFIT: dict[tuple[str, torch.device, Operands, bool], frozenset[Tile]] = {}
 
 
 @dataclass(frozen=True)
@@ -102,12 +109,62 @@ def plan_for(tile: Tile, layer: Layer, operands: Operands, gradient: bool, gpu: 
 
 
 @lru_cache(maxsize=1024)
-def choose_plan(device: torch.device, operands: Operands, layer: Layer, gradient: bool) -> Plan:
-    """Return the plan with the least cost, of the first tile that comes close to it."""
+def choose_plan(
+    device: torch.device, operands: Operands, layer: Layer, gradient: bool, unfit: frozenset[Tile] = frozenset()
+) -> Plan:
+    """Return the plan with the least cost, of the first tile that comes close to it.
+
+    Smaller tiles stand in for ``unfit`` ones.
+
+    Raises:
+        KernelError: if there is none that could.
+    """
     gpu = generation(device), n_processors(device)
-    tiles = tiles_of(gpu[0], operands, layer.n_steps, gradient)
+    standing = (_standing_in(tile, unfit) for tile in tiles_of(gpu[0], operands, layer.n_steps, gradient))
+    tiles = tuple(tile for tile in standing if tile is not None)
+    if not tiles:
+        raise KernelError("the Fisher's kernel", RuntimeError(f"no tile for {operands} fits {device}"))
     # What a tile has beyond the layer is multiplied for nothing: a smaller one takes its place if there is one.
     fitting = [t for t in tiles if t.m < 2 * max(64, layer.d_out) and t.n < 2 * max(64, layer.d_in)] or tiles
     best = [plan_for(tile, layer, operands, gradient, gpu) for tile in fitting]
     least = min(cost for cost, _ in best)
     return next(plan for cost, plan in best if cost <= _CLOSE * least)
+
+
+def _standing_in(tile: Tile | None, unfit: frozenset[Tile]) -> Tile | None:
+    """Return a tile, or the first smaller one that is not known not to fit."""
+    while tile in unfit:
+        tile = smaller(tile)
+    return tile
+
+
+def run_planned(
+    kernel: str,
+    device: torch.device,
+    operands: Operands,
+    layer: Layer,
+    gradient: bool,
+    run: Callable[[Plan], None],
+) -> None:
+    """Run with the best plan whose tile fits the device: one that does not gives way to a smaller one, for good.
+
+    Args:
+        kernel: the name of what ``run`` launches, with the same constants at each of its launches.
+        device: where.
+        operands: what is multiplied.
+        layer: what is computed.
+        gradient: whether there is a plain gradient, too.
+        run: launches it, before anything else that adds to a result.
+    """
+    kind = kernel, device, operands, gradient
+    while True:
+        unfit = _UNFIT.get(kind, frozenset())
+        plan = choose_plan(device, operands, layer, gradient, unfit)
+        try:
+            run(plan)
+            return
+        except TooLargeError as error:
+            if error.kernel != kernel or plan.tile in unfit:  # another kernel, or a plan that was asked for
+                raise
+            logger.info("%s gives way to a smaller tile: %s", plan.tile, error)
+            _UNFIT[kind] = unfit | {plan.tile}

@@ -1,11 +1,12 @@
-"""Triton kernels whose launches a pack serves, where one has them; Triton's JIT serves all others.
+"""Who launches Triton kernels, and what a kernel that cannot be compiled or started is to those who launch it.
 
 A launch from a pack takes the CUDA driver and nothing else: neither a compiler nor a C compiler is there at run time,
 and Triton's own driver is not loaded. Kernels are loaded from a pack when they are first launched.
 
 Environment:
-    WPLFAST_KERNELS: ``auto`` (default), ``jit`` for Triton's JIT alone, or ``pack``: a launch on a GPU that no pack
-        serves is then an error instead of a compilation.
+    WPLFAST_KERNELS: ``jit`` (default): Triton's own launcher does every launch. ``relaunch``: the kernels of a penalty
+        whose parameters stay where they are go past its look at every argument from their second launch on. ``auto``:
+        packs serve what they hold, too. ``pack``: a launch that no pack serves is an error, not a compilation.
 """
 
 from __future__ import annotations
@@ -33,7 +34,45 @@ TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
 }  # fmt: skip
+#: Who launches, unless WPLFAST_KERNELS says so. All but ``jit`` is for those who ask for it until ``make gpu-test`` has
+#: passed on a GPU and its record is in benchmarks/results.
+DEFAULT = "jit"
+#: What CUDA says of work that was started before this, or of memory: no other kernel would do better.
+_NOT_THE_KERNELS = ("out of memory", "illegal memory access", "device-side assert", "launch failure")
+#: What compilers and drivers say of a kernel that needs more than there is.
+_LARGE = ("out of resource", "too many resources", "too much shared data")
+#: How many kernels were launched in this process, without those that are launched again past all of this.
+COUNT = [0]
 _CONSTANTS = {dtype: dtype.name for dtype in (tl.float32, tl.float64, tl.bfloat16, tl.float16)}
+
+
+class KernelError(RuntimeError):
+    """A kernel could not be compiled or started: nothing was launched.
+
+    Args:
+        kernel: its name.
+        cause: what was raised.
+    """
+
+    def __init__(self, kernel: str, cause: Exception) -> None:
+        self.kernel = kernel
+        self.reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]  # it may go on with the whole program
+        super().__init__(f"{kernel} cannot be compiled or started: {self.reason}")
+
+
+class TooLargeError(KernelError):
+    """The same, since it needs more of the device than there is: a smaller tile may do."""
+
+
+def failure(kernel: str, cause: Exception) -> Exception:
+    """Return what to raise where the launch of a kernel has raised something."""
+    text = str(cause)
+    if isinstance(cause, (KernelError, MemoryError, torch.OutOfMemoryError)) or any(
+        w in text for w in _NOT_THE_KERNELS
+    ):
+        return cause
+    large = isinstance(cause, triton.runtime.errors.OutOfResources) or any(words in text for words in _LARGE)
+    return (TooLargeError if large else KernelError)(kernel, cause)
 
 
 class Kernel(triton.JITFunction):  # type: ignore[misc]
@@ -42,12 +81,17 @@ class Kernel(triton.JITFunction):  # type: ignore[misc]
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         """Return what launches a grid of programs, and returns what can be launched again."""
         if SERVER is None:
-            return super().__getitem__(grid)  # type: ignore[no-any-return]
+            return lambda *args, **options: self.jit(grid, args, options)
         return partial(SERVER.launch, self, grid)
 
     def jit(self, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any]) -> Any:
-        """Launch by the JIT."""
-        return self.run(*args, grid=grid, warmup=False, **options)
+        """Launch by the JIT; raise KernelError where it cannot."""
+        try:
+            launched = self.run(*args, grid=grid, warmup=False, **options)
+        except Exception as error:
+            raise failure(self.__name__, error) from error
+        COUNT[0] += 1
+        return launched
 
 
 def kernel(
@@ -126,15 +170,21 @@ class Server:
             table = self._find(function, device)
         key = None
         if table is not None:
-            launched = table.launch(grid, args, options)
-            if isinstance(launched, LOADED):
-                return launched
-            key = launched
-            if key is not None:
-                loaded = self._load(name, device, key)
+            try:
+                launched = table.launch(grid, args, options)
+                if isinstance(launched, LOADED):
+                    COUNT[0] += 1
+                    return launched
+                key = launched
+                loaded = None if key is None else self._load(name, device, key)
                 if loaded is not None:
                     table.add(key, loaded)
+                    COUNT[0] += 1
                     return table.launch(grid, args, options)
+            except Exception as error:
+                if self._required:
+                    raise
+                raise failure(name, error) from error
         if self._required:
             raise RuntimeError(
                 f"WPLFAST_KERNELS=pack: no pack in {packs.folder()} serves {name}({key or 'unknown arguments'}) on "
@@ -174,16 +224,16 @@ class Server:
 
 def mode() -> str:
     """Return the value of WPLFAST_KERNELS."""
-    chosen = os.environ.get("WPLFAST_KERNELS", "auto")
-    if chosen not in ("auto", "jit", "pack"):
-        raise ImportError(f"WPLFAST_KERNELS must be 'auto', 'jit' or 'pack', got {chosen!r}")
+    chosen = os.environ.get("WPLFAST_KERNELS", DEFAULT)
+    if chosen not in ("jit", "relaunch", "auto", "pack"):
+        raise ImportError(f"WPLFAST_KERNELS must be 'jit', 'relaunch', 'auto' or 'pack', got {chosen!r}")
     return chosen
 
 
 def _server() -> Server | None:
     """Return what serves launches of this process, None if it is the JIT alone."""
     chosen = mode()
-    if chosen == "jit" or triton.knobs.runtime.interpret:
+    if chosen in ("jit", "relaunch") or triton.knobs.runtime.interpret:
         return None
     if torch.version.cuda is None:  # no look at the devices: that would keep processes from being forked
         return None
@@ -194,6 +244,8 @@ def _server() -> Server | None:
     return Server(chosen == "pack") if chosen == "pack" or packs.present() else None
 
 
+#: Whether kernels of prepared penalties go past the JIT from their second launch on.
+RELAUNCHES = mode() != "jit"
 #: What launches go through: a :class:`Server`, or what records them; None for the JIT alone.
 SERVER: Any = _server()
 

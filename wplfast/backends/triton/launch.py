@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from . import kernel
 from .packs.archives import LOADED
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ def written(*tensors: Tensor | None) -> None:
 class Relaunched:
     """A kernel for arguments of one kind: compiled by its first launch, from the second on launched as it was compiled.
 
+    That is where WPLFAST_KERNELS asks for it (see ``kernel``), elsewhere every launch is as the first.
+
     The JIT looks at every argument of a launch to find what it compiled for their kind: more work than the launch. A
     search in a pack does the same, if faster. Here the caller vouches for the kind: the device, the dtypes, what is
     None, the constexprs, the options and, unless the kernel is specialised on neither, the alignment of pointers and
@@ -50,11 +53,11 @@ class Relaunched:
     is a first one.
 
     Args:
-        kernel: a Triton kernel; all of its arguments are given by position.
+        function: a Triton kernel; all of its arguments are given by position.
     """
 
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
+    def __init__(self, function: Any) -> None:
+        self._kernel = function
         self._compiled: Any = None
         self._loaded: Any = None
         self._again = True
@@ -63,20 +66,22 @@ class Relaunched:
         """Return what launches a grid of programs, as a kernel does."""
 
         def run(*arguments: Any, **options: Any) -> None:
-            if self._loaded is not None:
-                self._loaded.launch(grid, arguments)
-                return
-            if self._compiled is not None:
-                try:
+            try:
+                if self._loaded is not None:
+                    self._loaded.launch(grid, arguments)
+                    return
+                if self._compiled is not None:
                     self._compiled[(*grid, 1, 1)[:3]](*arguments)
                     return
-                except TypeError as error:  # a version of Triton whose launcher takes other arguments
-                    logger.warning("a compiled kernel cannot be launched again, the JIT launches it: %s", error)
-                    self._compiled, self._again = None, False
+            except TypeError as error:  # a version of Triton whose launcher takes other arguments
+                logger.warning("a compiled kernel cannot be launched again, the JIT launches it: %s", error)
+                self._compiled, self._loaded, self._again = None, None, False
+            except Exception as error:
+                raise kernel.failure(self._kernel.__name__, error) from error
             compiled = self._kernel[grid](*arguments, **options)
-            if isinstance(compiled, LOADED):
+            if isinstance(compiled, LOADED) and self._again:
                 self._loaded = compiled
-            elif self._again and isinstance(compiled, triton.compiler.CompiledKernel):
+            elif kernel.RELAUNCHES and self._again and isinstance(compiled, triton.compiler.CompiledKernel):
                 self._compiled = compiled
 
         return run

@@ -25,12 +25,14 @@ from .penalty_kernel import (
     WARPS,
     penalty_kernel,
 )
-from .reduce import sum_partials, sum_partials_kernel
+from .reduce import SPAN, sum_partials, sum_partials_kernel
 from .tables import TableCache
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _chunk_tables = TableCache(capacity=32)
 _grad_tables = TableCache(capacity=32)
+#: The kinds of sums that were launched before.
+_SUMMED: set[tuple[object, ...]] = set()
 
 
 class Streams:
@@ -97,13 +99,18 @@ def launch(
     """Run the kernel in one of its modes over a chunk table on the current device, and return the value."""
     partials = torch.empty(len(chunks), dtype=torch.float64, device=streams.device)
     kernel, last = kernels
+    stages = streams.device, streams.dtype, len(chunks) > SPAN, constant is None
+    if mode == ACCUMULATE and stages not in _SUMMED:  # what cannot be started must fail before anything is added
+        sum_partials(partials, streams.wide, None if constant is None else alpha, constant)
     if len(chunks) > 0:
         kernel[(len(chunks),)](
             chunks, grads, packed, partials, alpha, l2, scale,
             _TYPES[streams.dtype], _TYPES[streams.fisher_dtype], _TYPES[streams.wide], mode, streams.has_offset,
             alpha.dim() == 1, BLOCK, streams.n_blocks, TAIL, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
-    return sum_partials(partials, streams.wide, None if constant is None else alpha, constant, last)
+    value = sum_partials(partials, streams.wide, None if constant is None else alpha, constant, last)
+    _SUMMED.add(stages)
+    return value
 
 
 def _launch(

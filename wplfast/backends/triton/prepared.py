@@ -11,6 +11,7 @@ from torch import Tensor
 from ...ops.layout import same_order
 from ...ops.prepared import Link, PreparedPenalty, dispatched
 from ..exchange import parameter_table
+from .kernel import KernelError
 from .launch import Relaunched, on_device, written
 from .penalty_kernel import ACCUMULATE, STORE, VALUE, penalty_kernel
 from .penalty_launch import Streams, launch
@@ -31,6 +32,7 @@ class TritonPenalty(PreparedPenalty):
         self._streams = Streams(self.arguments)
         self._chunks, self._gradients = TableCache(1), TableCache(_GRADIENTS)
         last = Relaunched(sum_partials_kernel)
+        self._refused = False  # whether a kernel could not be started: the dispatcher's operators give way then
         self._kernels = {mode: (Relaunched(penalty_kernel), last) for mode in (VALUE, STORE, ACCUMULATE)}
 
     def remember(self) -> None:
@@ -47,24 +49,34 @@ class TritonPenalty(PreparedPenalty):
 
     def value(self) -> Tensor:
         """Return the value."""
-        if dispatched():
-            return super().value()
-        return self._evaluate(VALUE)
+        if not (self._refused or dispatched()):
+            try:
+                return self._evaluate(VALUE)
+            except KernelError:
+                self._refused = True
+        return super().value()
 
     def with_grad(self) -> tuple[Tensor, Tensor]:
         """Return the value and the packed gradient."""
-        if dispatched():
-            return super().with_grad()
-        packed = torch.empty(self.packing.length, dtype=self._streams.dtype, device=self._streams.device)
-        return self._evaluate(STORE, packed=packed), packed
+        if not (self._refused or dispatched()):
+            packed = torch.empty(self.packing.length, dtype=self._streams.dtype, device=self._streams.device)
+            try:
+                return self._evaluate(STORE, packed=packed), packed
+            except KernelError:
+                self._refused = True
+        return super().with_grad()
 
     def add_grad_(self, scale: Tensor) -> Tensor:
         """Return the value and add to ``.grad``."""
-        found = None if dispatched() else self._found_gradients()
+        found = None if self._refused or dispatched() else self._found_gradients()
         if found is None:  # something must see the operator, or a gradient is missing or in another memory order
             return super().add_grad_(scale)
         gradients, addresses = found
-        value = self._evaluate(ACCUMULATE, addresses=addresses, scale=scale)
+        try:
+            value = self._evaluate(ACCUMULATE, addresses=addresses, scale=scale)
+        except KernelError:  # nothing was added
+            self._refused = True
+            return super().add_grad_(scale)
         written(*gradients)
         return value
 

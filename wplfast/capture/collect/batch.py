@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,10 +12,10 @@ from ..probe.graph import Fingerprint
 
 @dataclass
 class SingleSample:
-    """A sample's gradients in a batch of its own, by plain autograd."""
+    """A sample's gradients in a batch of its own, by plain autograd: by parameter, projected."""
 
     sample: int
-    gradients: Sequence[Tensor | None]
+    gradients: Mapping[int, Tensor]
 
 
 @dataclass
@@ -28,9 +28,9 @@ class Batch:
         retain_graph: the caller needs the graph again.
         independent: whether a sample's loss is the same in a batch of its own; None: unknown.
         single_sample: the gradients of one sample in such a batch.
-        ordinary: of the losses times the first probe weights c, by plain autograd.
-        captured: ``sum_n c_n g_n`` from grad samples, by parameter.
-        of_single_sample: g_n of that one sample from grad samples, by parameter.
+        ordinary: gradients of the losses times the first probe weights c, by plain autograd: by parameter, projected.
+        captured: ``sum_n c_n g_n`` from grad samples, likewise.
+        of_single_sample: g_n of that one sample from grad samples, likewise.
         one_by_one: parameters that are left to one backward pass for each sample.
         graph: the fingerprint of the losses' graph.
         keep: the graph is needed again.
@@ -41,7 +41,7 @@ class Batch:
     retain_graph: bool
     independent: bool | None
     single_sample: SingleSample | None
-    ordinary: list[Tensor | None] = field(default_factory=list)
+    ordinary: dict[int, Tensor] = field(default_factory=dict)
     captured: dict[int, Tensor] = field(default_factory=dict)
     of_single_sample: dict[int, Tensor] = field(default_factory=dict)
     one_by_one: set[int] = field(default_factory=set)

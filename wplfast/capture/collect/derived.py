@@ -89,7 +89,8 @@ def _below(use: GradSample) -> list[GradSample] | None:
     """Return what a use is to the parameters below its operand; None if several are, and it cannot be told."""
     operand = use.operand
     steps = None
-    if operand.graph is not None and operand.region is None and operand.made_by is not None:
+    hooked = operand.graph is not None and operand.graph._backward_hooks  # which only its graph calls
+    if operand.graph is not None and operand.region is None and operand.made_by is not None and not hooked:
         steps = _through(use, operand.made_by)
     if steps is not None:
         found = sent_down(steps)

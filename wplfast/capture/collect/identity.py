@@ -3,7 +3,8 @@
 ``sum_n c_n g_n``, summed from the captured rows with their samples, must equal the ordinary gradient of
 ``sum_n c_n loss_n`` on the same graph. The c_n are random signs and powers of two, so that any exchange of samples
 shows, and so does a use that was missed. It is exact up to rounding, holds under dropout, slices no inputs, and costs
-one more backward pass. What it does not check is the squaring, which unit tests do.
+one more backward pass. Both sides are compared by a few random projections of each gradient, so that nothing of the
+parameters' size is kept. What it does not check is the squaring, which unit tests do.
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ import torch
 from torch import Tensor
 
 from ...errors import VerificationError
-from ...ops.layout import as_real
+from ..rules.projection import N_DIRECTIONS, Directions
 from .batch import Batch
-from .squares import Uses, gradients_of, weighted_sums
+from .squares import Uses, project
 
 
-def watching(batch: Batch, weights: Tensor, fisher: Sequence[Tensor]) -> Callable[[Uses], None]:
-    """Return what keeps, of grad samples about to be squared, the sums that :func:`verify_batch` compares.
+def watching(batch: Batch, weights: Tensor, directions: Directions) -> Callable[[Uses], None]:
+    """Return what keeps, of grad samples about to be squared, the projections that :func:`verify_batch` compares.
 
     Args:
-        batch: takes the sums.
+        batch: takes them.
         weights: the c_n, [N].
-        fisher: tensors of the parameters' shapes, by index.
+        directions: what to project on.
     """
 
     def watch(uses: Uses) -> None:
-        batch.captured |= weighted_sums(uses, weights, fisher)
-        if batch.single_sample is not None:
-            batch.of_single_sample |= gradients_of(uses, batch.single_sample.sample, fisher)
+        sample = None if batch.single_sample is None else batch.single_sample.sample
+        sums, alone = project(uses, directions, weights, sample)
+        batch.captured |= sums
+        batch.of_single_sample |= alone
 
     return watch
 
@@ -60,12 +62,22 @@ def verify_batch(
     Raises:
         VerificationError: if they disagree.
     """
-    if not all(bool(torch.isfinite(f.sum())) for f in fisher):
+    sums = _on_host([f.sum() for f in fisher])
+    if not bool(torch.isfinite(sums).all()):
         return False
     own = {p.dtype.to_real() for p in parameters}
     coarsest = {dtype: max(seen | {dtype}, key=lambda d: torch.finfo(d).eps) for dtype in own}
     dtypes = [coarsest[p.dtype.to_real()] for p in parameters]
-    check_identity(names, batch.captured, batch.ordinary, fisher, weights, dtypes, batch.one_by_one | unseen)
+    check_identity(
+        names,
+        batch.captured,
+        batch.ordinary,
+        sums.sqrt(),
+        [f.numel() for f in fisher],
+        weights,
+        dtypes,
+        batch.one_by_one | unseen,
+    )
     if batch.single_sample is not None:
         check_single_sample(names, batch.of_single_sample, batch.single_sample.gradients, dtypes)
     return True
@@ -78,8 +90,9 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, tor
 def check_identity(
     names: Sequence[str],
     captured: Mapping[int, Tensor],
-    ordinary: Sequence[Tensor | None],
-    fisher: Sequence[Tensor],
+    ordinary: Mapping[int, Tensor],
+    scales: Tensor,
+    numels: Sequence[int],
     probe_weights: Tensor,
     dtypes: Sequence[torch.dtype],
     skipped: set[int],
@@ -88,9 +101,10 @@ def check_identity(
 
     Args:
         names: the parameters' names.
-        captured: index -> ``sum_n c_n g_n`` from captured rows; absent where no use was collected.
-        ordinary: the ordinary gradients; None where none arrived.
-        fisher: the sums of squares so far, for the scale that rounding is relative to.
+        captured: index -> projections of ``sum_n c_n g_n`` from captured rows; absent where no use was collected.
+        ordinary: those of the ordinary gradients; absent where none arrived.
+        scales: sqrt(sum_n |g_n|^2), which rounding is relative to, [P].
+        numels: the parameters' numbers of elements.
         probe_weights: the weights c_n.
         dtypes: the parameters' dtypes.
         skipped: indices not to compare (they were not captured but computed by autograd itself).
@@ -98,25 +112,24 @@ def check_identity(
     Raises:
         VerificationError: naming the first parameter that differs.
     """
+    chosen = [i for i in range(len(names)) if i not in skipped and (i in captured or i in ordinary)]
+    if not chosen:
+        return
+    got, expected = (_norms_and_projections(side, chosen) for side in (captured, ordinary))
     largest = float(probe_weights.abs().max())
-    scales = [float(f.sum(dtype=torch.float64)) ** 0.5 for f in fisher]
-    floor = 1e-3 * max(1e-300, sum(scale**2 for scale in scales)) ** 0.5  # some gradients are zero but for rounding
-    for index, expected in enumerate(ordinary):
-        got = captured.get(index)
-        if index in skipped or (expected is None and got is None):
-            continue
-        difference = torch.zeros_like(fisher[index]) if got is None else got.clone()
-        size = max(scales[index], floor)
-        if expected is not None:
-            difference -= expected.to(difference.dtype)
-            size = max(size, float(expected.norm()) / largest)
-        error = float(difference.norm()) / largest
-        if not error <= TOLERANCE[dtypes[index]] * size:
-            raise VerificationError(
-                f"captured per-sample gradients of {names[index]!r} disagree with autograd (|difference| {error:.3g}, "
-                f"|g| {size:.3g}); this is a bug in wplfast: please report the model. "
-                "wplfast.verify_fisher compares with a one-sample loop"
-            )
+    # Some gradients are zero but for rounding, and subnormal ones are little else.
+    least = torch.tensor([torch.finfo(dtypes[i]).tiny for i in chosen], dtype=torch.float64, device="cpu")
+    elements = torch.tensor([numels[i] for i in chosen], dtype=torch.float64, device="cpu")
+    floor = (least * elements.sqrt()).clamp_min(1e-3 * max(1e-300, float(scales.square().sum())) ** 0.5)
+    sizes = torch.maximum(torch.maximum(scales[chosen], floor), expected[0] / largest)
+    errors = _norms(got[1] - expected[1]) / largest
+    allowed = torch.tensor([TOLERANCE[dtypes[i]] for i in chosen], dtype=torch.float64, device="cpu") * sizes
+    for position in (~(errors <= allowed)).nonzero().flatten().tolist():
+        raise VerificationError(
+            f"captured per-sample gradients of {names[chosen[position]]!r} disagree with autograd (|difference| about "
+            f"{float(errors[position]):.3g}, |g| {float(sizes[position]):.3g}); this is a bug in wplfast: please "
+            "report the model. wplfast.verify_fisher compares with a one-sample loop"
+        )
 
 
 #: Largest difference between a gradient in a batch and alone, relative to its size: another order of summation.
@@ -126,7 +139,7 @@ SINGLE_SAMPLE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloa
 def check_single_sample(
     names: Sequence[str],
     captured: Mapping[int, Tensor],
-    alone: Sequence[Tensor | None],
+    alone: Mapping[int, Tensor],
     dtypes: Sequence[torch.dtype],
 ) -> None:
     """Compare one sample's captured gradient with the one that plain autograd gives it in a batch of its own.
@@ -136,29 +149,48 @@ def check_single_sample(
 
     Args:
         names: the parameters' names.
-        captured: index -> the sample's gradient; absent where no use was collected.
-        alone: the gradients alone; None where none arrived.
+        captured: index -> projections of the sample's gradient; absent where no use was collected.
+        alone: those of the gradients alone; absent where none arrived.
         dtypes: the parameters' dtypes.
 
     Raises:
         VerificationError: naming the first parameter that differs.
     """
-    alone = [None if g is None else as_real(g.to_dense()).double() for g in alone]
-    norms = {i: float(g.norm()) for i, g in enumerate(alone) if g is not None}
-    floor = 1e-3 * max(norms.values(), default=0.0)
-    for index, expected in enumerate(alone):
-        got = captured.get(index)
-        if expected is None and got is None:
-            continue
-        least = torch.finfo(dtypes[index]).tiny / SINGLE_SAMPLE_TOLERANCE[dtypes[index]]  # below, all is rounding
-        size = max(norms.get(index, 0.0), floor, least)
-        difference = 0.0 if got is None else got.double()
-        if expected is not None:
-            difference = difference - expected
-        error = float(torch.as_tensor(difference).norm())
-        if not error <= SINGLE_SAMPLE_TOLERANCE[dtypes[index]] * size:
-            raise VerificationError(
-                f"the gradient of {names[index]!r} for one sample is not that of a batch of its own "
-                f"(|difference| {error:.3g}, |g| {size:.3g}): either the batch enters it (a detached batch "
-                "statistic?), or wplfast misread an operation of the model; please report it then"
-            )
+    chosen = [i for i in range(len(names)) if i in captured or i in alone]
+    if not chosen:
+        return
+    got, expected = (_norms_and_projections(side, chosen) for side in (captured, alone))
+    tolerances = torch.tensor([SINGLE_SAMPLE_TOLERANCE[dtypes[i]] for i in chosen], dtype=torch.float64, device="cpu")
+    least = torch.tensor([torch.finfo(dtypes[i]).tiny for i in chosen], dtype=torch.float64, device="cpu") / tolerances
+    sizes = torch.maximum(expected[0], least).clamp_min(1e-3 * float(expected[0].max()))  # below, all is rounding
+    errors = _norms(got[1] - expected[1])
+    for position in (~(errors <= tolerances * sizes)).nonzero().flatten().tolist():
+        raise VerificationError(
+            f"the gradient of {names[chosen[position]]!r} for one sample is not that of a batch of its own "
+            f"(|difference| about {float(errors[position]):.3g}, |g| {float(sizes[position]):.3g}): either the "
+            "batch enters it (a detached batch statistic?), or wplfast misread an operation of the model; please "
+            "report it then"
+        )
+
+
+def _norms_and_projections(side: Mapping[int, Tensor], chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return norms [P] and projections [P, k], float64 on the host; zero where nothing is known."""
+    zero = torch.zeros(N_DIRECTIONS, device="cpu")
+    projections = _on_host([side.get(i, zero) for i in chosen])
+    return _norms(projections), projections
+
+
+def _norms(projections: Tensor) -> Tensor:
+    """Estimate norms [P] of gradients from their projections [P, k]."""
+    return projections.square().mean(1).sqrt()
+
+
+def _on_host(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack small tensors, of any device, in float64 on the host, with one transfer a device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(position)
+    found = torch.empty((len(tensors), *tensors[0].shape), dtype=torch.float64, device="cpu")
+    for positions in by_device.values():
+        found[positions] = torch.stack([tensors[i].double() for i in positions]).cpu()
+    return found

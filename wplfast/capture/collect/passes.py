@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ...errors import NonFiniteError, WplfastError
 from ..call_site import TappedCall
-from ..probe.infer import LayoutInference, Verdict
+from ..probe.infer import LayoutInference, Verdict, measurable
+from ..probe.weights import Projection
 from ..sample_layout import SampleLayout
+from ..trace.nested import SECOND_DERIVATIVE
 from .round import OutputGrads, Round
 
 
@@ -22,10 +24,7 @@ class Idle:
     ) -> Sequence[Tensor | None]:
         """Let gradients pass; refuse to be a part of a second derivative."""
         if torch.is_grad_enabled():
-            raise WplfastError(
-                "a second derivative through watched parameters (create_graph=True inside the model or the loss) "
-                "is not supported: per-sample gradients cannot be captured there"
-            )
+            raise WplfastError(SECOND_DERIVATIVE)
         return tapped.nothing
 
 
@@ -35,11 +34,13 @@ class ProbePass:
     Args:
         inference: what keeps them.
         in_backward: takes the parameters with uses in calls that the pass itself makes (checkpoints).
-        with_ordinary: compute the ordinary gradients of the parameters too.
+        ordinary: takes the ordinary gradients of the parameters, which are computed too; None: they are not.
     """
 
-    def __init__(self, inference: LayoutInference, in_backward: set[int], with_ordinary: bool) -> None:
-        self._inference, self._in_backward, self._with_ordinary = inference, in_backward, with_ordinary
+    def __init__(
+        self, inference: LayoutInference, in_backward: set[int], ordinary: Callable[[int, Tensor], None] | None
+    ) -> None:
+        self._inference, self._in_backward, self._ordinary = inference, in_backward, ordinary
         self.dtypes: set[torch.dtype] = set()  # of the gradients
 
     def receive(
@@ -49,10 +50,35 @@ class ProbePass:
         if tapped.in_backward:
             self._in_backward |= tapped.parameters
         self._inference.probe(tapped, grads)
-        if not self._with_ordinary:
+        if self._ordinary is None:
             return tapped.nothing
         self.dtypes |= {g.dtype.to_real() for g in grads if g is not None}
-        return tapped.rule.ordinary(tapped.call, inputs, grads)
+        found = list(tapped.rule.ordinary(tapped.call, inputs, grads))
+        for position, operand in enumerate(tapped.call.operands):
+            gradient = found[position]
+            if gradient is not None and operand.is_parameter:  # others go down their graphs
+                self._ordinary(operand.parameters[0], gradient)
+                found[position] = None
+        return found
+
+
+class ProjectionPass:
+    """A backward pass that keeps the projections of all gradients, in order.
+
+    Args:
+        n_samples: size of the batch.
+    """
+
+    def __init__(self, n_samples: int) -> None:
+        self._n_samples = n_samples
+        self.found: list[Projection] = []
+
+    def receive(
+        self, tapped: TappedCall, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None]:
+        """Keep projections."""
+        self.found += [Projection.of(measurable(g), self._n_samples) for g in grads if g is not None and g.numel()]
+        return tapped.nothing
 
 
 class OrdinaryPass:
@@ -87,6 +113,8 @@ class CollectPass:
     Attributes:
         retry: parameters with a use that needs more probing passes.
         mixed: calls whose outputs' rows belong to no single sample.
+        moved: calls whose outputs' rows belong to other samples than in earlier batches.
+        foreign: calls whose outputs' gradients stayed as they were when the losses got weights.
         layouts: by the index of a tapped call, what its outputs' layouts were.
     """
 
@@ -102,6 +130,8 @@ class CollectPass:
         self._in_backward, self._wanted = in_backward, wanted
         self.retry: set[int] = set()
         self.mixed: list[TappedCall] = []
+        self.moved: list[TappedCall] = []
+        self.foreign: list[TappedCall] = []
         self.layouts: dict[int, Sequence[SampleLayout | None]] = {}
 
     def receive(
@@ -117,10 +147,20 @@ class CollectPass:
             layouts = self._inference.layouts(tapped, grads)
             if layouts is Verdict.NONFINITE:
                 raise NonFiniteError(f"a gradient of {self._names[min(parameters)]!r} is NaN or infinite")
+            if layouts is Verdict.FOREIGN and self._inference.in_pairs:
+                raise WplfastError(
+                    f"{self._names[min(parameters)]!r} gets a gradient ({tapped.call.name}) from a backward() that a "
+                    "hook or a Function runs inside the backward pass, and that does not come from the losses: PyTorch "
+                    "adds it to .grad, though it is no part of theirs. Use torch.autograd.grad there, or no such hook"
+                )
             if isinstance(layouts, Verdict):
                 self.retry |= parameters
                 if layouts is Verdict.MIXED:
                     self.mixed.append(tapped)
+                elif layouts is Verdict.MOVED:
+                    self.moved.append(tapped)
+                elif layouts is Verdict.FOREIGN:
+                    self.foreign.append(tapped)
                 if self._round is not None:
                     self._round.excluded |= parameters
             else:

@@ -5,6 +5,7 @@ Each batch runs, on one graph,
 1. *probing* backward passes, only while some call has not been measured (the first batch) or is routed anew in every
    batch: the losses times powers of two (:mod:`wplfast.capture.probe`). In a verified batch the first one also computes
    the parameters' ordinary gradients;
+   Where gradients do not scale with the losses (a hook that clips them, float16), more such passes come in pairs;
 2. one *collecting* backward pass with weights 1 (:class:`.passes.CollectPass`). The gradients that taps see become grad
    samples; once all uses of a parameter are in, they are summed per sample, squared and accumulated;
 3. *one backward pass per sample*, for those parameters alone that are used where nothing can be seen (a custom
@@ -21,16 +22,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...errors import CoupledSamplesError, WplfastError
+from ...errors import CoupledSamplesError, VerificationError, WplfastError
+from ...ops.layout import as_real
 from ..accumulators import Accumulators
 from ..call_site import Listener
 from ..probe.graph import Fingerprint, fingerprint, reorders_rows
 from ..probe.infer import Check, LayoutInference
+from ..rules.projection import Directions
 from ..trace.intercept import Interception
+from ..trace.nested import current_task
 from .batch import Batch, SingleSample
 from .identity import verify_batch, watching
 from .leaf_grads import LeafGrads
-from .mixed import UNKNOWN, describe, is_about_positions
+from .linearity import Linearity
+from .mixed import ACROSS_LOSSES, UNKNOWN, describe, is_about_positions
 from .one_by_one import one_by_one
 from .passes import CollectPass, Idle, ProbePass
 from .round import Round
@@ -54,14 +59,24 @@ class Session:
         parameters: these.
         constants: the model's other parameters and its buffers.
         accumulators: one for each watched parameter.
+        directions: what gradients are projected on when a batch is verified.
+        by_losses: a sample is what a loss belongs to, wherever it lies: sizes tell nothing about whose data are whose,
+            and rows may be others' in every batch, though no graph shows it.
     """
 
     def __init__(
-        self, names: list[str], parameters: list[Tensor], constants: list[Tensor], accumulators: Accumulators
+        self,
+        names: list[str],
+        parameters: list[Tensor],
+        constants: list[Tensor],
+        accumulators: Accumulators,
+        directions: Directions,
+        by_losses: bool = False,
     ) -> None:
-        self.names, self.parameters, self.accumulators = names, parameters, accumulators
+        self.names, self.parameters, self.accumulators, self.directions = names, parameters, accumulators, directions
         self.interception = Interception(parameters, constants, Idle())
         self.n_batches = 0
+        self.frozen: list[Tensor] = []  # parameters that require no grad during the pass, and only then
         self._leaf_grads = LeafGrads(parameters, self.interception)
         self._inference = LayoutInference()
         self._structures: dict[tuple[object, ...], int] = {}  # of graphs, numbered
@@ -70,7 +85,9 @@ class Session:
         self._in_backward: set[int] = set()  # parameters that are used in calls made by backward passes
         self._dtypes: set[torch.dtype] = set()  # of the gradients in verified batches
         self._is_verified = False
-        self._reorders = False  # rows may lie in another order in every batch
+        self._by_losses = by_losses
+        self._reorders = by_losses  # rows may lie in another order in every batch
+        self._linearity = Linearity(self._run, self._leaf_grads)
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
@@ -102,6 +119,8 @@ class Session:
             CoupledSamplesError: if a sample's loss depends on other samples.
             VerificationError: if captured and ordinary gradients disagree.
         """
+        if not self.n_batches:
+            self.check_leaves()
         self.accumulators.weights = weights
         # A batch of one sample verifies little: the first does, and then the first one of several samples.
         due = verify and not self._is_verified and (not self.n_batches or len(losses) > 1)
@@ -114,7 +133,7 @@ class Session:
             learnt = self.interception.n_parameter_only
             if replay is None or fruitless == MAX_ROUNDS:
                 raise WplfastError("could not measure which samples the uses of the parameters belong to")
-            batch = Batch(replay(), batch.verify, retain_graph, independent, single_sample)
+            batch = Batch(replay(), batch.verify, retain_graph, independent, batch.single_sample)
         self.interception.relay.is_over = not retain_graph
         self.n_batches += 1
 
@@ -162,7 +181,7 @@ class Session:
         graph = batch.graph or fingerprint(batch.losses)
         structure = self._number(graph.structure)
         inference.start_batch(len(batch.losses), structure, Check.TRUST if first else check, self._reorders)
-        passes = max(inference.passes_needed(taps), int(batch.verify))
+        passes = max(inference.passes_needed(taps), int(batch.verify and len(batch.losses) > 1))
         batch.keep = (
             batch.retain_graph
             or passes > 0
@@ -170,15 +189,21 @@ class Session:
             or inference.has_dormant
             or bool(self._in_backward or self._unseen)
         )
+        with_ordinary = batch.verify
         for attempt in range(MAX_ROUNDS):
-            for digit in range(passes):
-                self._probe(batch, digit, with_ordinary=batch.verify and attempt == digit == 0)
+            self._probe(batch, passes, with_ordinary, wanted)
+            with_ordinary = False
             if passes and not (first or attempt) and may_replay and inference.is_new(taps):
                 dry = self._collect_round(batch, wanted, dry=True)  # learn of replays before anything is accumulated
-                if dry.mixed and not self._learn_from(dry, batch, may_replay, dry=True):
+                if self._must_pair(dry, batch):
+                    self._probe(batch, inference.probe_in_pairs(), batch.verify, wanted)
+                elif dry.mixed and not self._learn_from(dry, batch, may_replay, dry=True):
                     return False
             collected = self._collect_round(batch, wanted, dry=False)
-            if collected.mixed:
+            if self._must_pair(collected, batch):
+                inference.probe_in_pairs()
+                with_ordinary = batch.verify
+            elif collected.mixed:
                 if not self._learn_from(collected, batch, may_replay, dry=False):
                     return False
                 batch.one_by_one |= {index for tapped in collected.mixed for index in tapped.parameters}
@@ -194,13 +219,29 @@ class Session:
             passes = inference.probe_weights.rounds
         else:
             raise WplfastError(f"could not measure which samples the uses of {self._some(wanted or set())} belong to")
-        one_by_one(batch, self._unseen, self._run, self._leaf_grads, self.accumulators)
+        astray = one_by_one(batch, self._unseen, self._run, self._leaf_grads, self.accumulators, self.directions)
+        if astray:
+            raise CoupledSamplesError(
+                f"the gradients of {self._some(astray)} for one sample after the other do not add up to that of the "
+                "batch: something mixes samples, or adds to what has no gradient" + self._linearity.names(batch)
+            )
+        if first and not self._are_reached(batch, may_replay):
+            return False
         if batch.verify:
             seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
             seen |= self.interception.native_dtypes
-            weights, fisher = inference.probe_weights.weights(0), self.accumulators.fisher
-            if verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, fisher):
-                self._is_verified = self._is_verified or len(batch.losses) > 1
+            weights, fisher = inference.probe_weights.verifying, self.accumulators.fisher
+            try:
+                finite = verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, fisher)
+            except VerificationError:
+                if not first or inference.in_pairs or not self._linearity.is_bent_in(batch):
+                    raise
+                self._clear()
+                inference.in_pairs = True
+                batch.captured, batch.of_single_sample, batch.ordinary = {}, {}, {}
+                return self._collect(batch, check, may_replay)
+            self._is_verified = self._is_verified or (finite and len(batch.losses) > 1)
+            self.directions.forget()
         if whole and not (attempt or batch.one_by_one):
             self._remember((len(batch.losses), graph), collected.layouts)
         return True
@@ -228,6 +269,23 @@ class Session:
             batch = SteadyBatch(taps, layouts, asleep, self.accumulators, self.names)
             self.interception.cache.keep_steady(key, batch)
 
+    def pass_over(self, retain_graph: bool) -> None:
+        """Let go of a forward pass without gradients, unless further losses of it follow."""
+        self.interception.relay.is_over = not retain_graph
+
+    def check_leaves(self) -> None:
+        """Look for gradients that are not of this pass, which would be lost when it ends.
+
+        Raises:
+            WplfastError: if there are some.
+        """
+        found = self._leaf_grads.past_the_taps()
+        if found:
+            raise WplfastError(
+                f"a gradient arrived at {self._some(found)} that this pass did not compute: do not call .backward() "
+                "during a pass, in any thread, and let backward passes end before it starts"
+            )
+
     def abandon(self) -> None:
         """Forget a batch that will not be accumulated."""
         self._leaf_grads.drop()
@@ -246,25 +304,55 @@ class Session:
         total = losses.sum() if weights is None else (losses * weights.to(losses)).sum()
         relay = self.interception.relay
         relay.listener, relay.site = listener, None
+
+        def begin(_: Tensor) -> None:
+            relay.task = current_task()
+
+        total.register_hook(begin)
         try:
             total.backward(retain_graph=keep)
         finally:
-            relay.listener = relay.idle
+            relay.listener, relay.task = relay.idle, -1
 
-    def _probe(self, batch: Batch, digit: int, with_ordinary: bool) -> None:
-        """Run one probing pass; with ``with_ordinary``, keep the parameters' ordinary gradients to verify with."""
-        listener = ProbePass(self._inference, self._in_backward, with_ordinary)
-        self._run(batch.losses, self._inference.probe_weights.weights(digit), listener, keep=True)
-        if with_ordinary:
-            batch.ordinary = self._leaf_grads.take()
+    def _probe(self, batch: Batch, passes: int, with_ordinary: bool, wanted: set[int] | None) -> None:
+        """Run probing passes; ``with_ordinary``, keep the ordinary gradients of wanted parameters to verify with."""
+        inference = self._inference
+        apart = inference.in_pairs or len(batch.losses) == 1
+        if with_ordinary and apart:
+            self._probe_once(batch, None, wanted)
+            inference.start_probing()
+        for digit in range(passes):
+            verifies = with_ordinary and not (digit or apart)
+            self._probe_once(batch, inference.probe_weights.weights(digit), wanted if verifies else set())
+            if inference.has_half and not inference.in_pairs:
+                self._probe(batch, inference.probe_in_pairs(), with_ordinary, wanted)
+                return
+
+    def _probe_once(self, batch: Batch, weights: Tensor | None, ordinary: set[int] | None) -> None:
+        """Run one probing pass; keep projections of the ordinary gradients of some parameters (None: all)."""
+        verifies, kept = ordinary != set(), ordinary if batch.ordinary else None
+        for index in list(batch.ordinary) if verifies and kept is None else kept or ():
+            batch.ordinary.pop(index, None)
+
+        def keep(index: int, gradient: Tensor) -> None:
+            if kept is None or index in kept:
+                projection = self.directions[index].of(as_real(gradient.to_dense()).unsqueeze(0))[0]
+                batch.ordinary[index] = batch.ordinary[index] + projection if index in batch.ordinary else projection
+
+        listener = ProbePass(self._inference, self._in_backward, keep if verifies else None)
+        self._run(batch.losses, weights, listener, keep=True)
+        if verifies:
+            for index, gradient in enumerate(self._leaf_grads.take()):
+                if gradient is not None:
+                    keep(index, gradient)
             self._dtypes |= listener.dtypes
 
     def _collect_round(self, batch: Batch, wanted: set[int] | None, dry: bool) -> CollectPass:
         """Run the collecting pass and accumulate all that can be; a dry one only measures."""
         round_ = None
         if not dry:
-            weights = self._inference.probe_weights.weights(0)
-            watch = watching(batch, weights, self.accumulators.fisher) if batch.verify else None
+            weights = self._inference.probe_weights.verifying
+            watch = watching(batch, weights, self.directions) if batch.verify else None
             round_ = Round(self.interception.taps, self.accumulators, self.names, wanted, watch)
             round_.excluded |= self._unseen
             round_.last |= self._in_backward
@@ -277,6 +365,22 @@ class Session:
 
     # ---- what cannot be collected ----------------------------------------------------------------------------------
 
+    def _must_pair(self, collected: CollectPass, batch: Batch) -> bool:
+        """Tell whether samples are to be told in another way, since gradients do not scale with the losses."""
+        failed = collected.mixed or collected.moved or collected.foreign
+        explained = bool(failed) and not self._inference.in_pairs and self._linearity.explains(collected, batch)
+        if collected.moved and not explained:
+            raise VerificationError(
+                f"the rows of {collected.moved[0].call.name} belong to other samples than in earlier batches (does the "
+                "model order them by the data?); pass verify='always' to measure every batch"
+            )
+        return explained
+
+    def _clear(self) -> None:
+        """Forget all that was accumulated."""
+        for index in range(len(self.parameters)):
+            self.accumulators.clear(index)
+
     def _learn_from(self, collected: CollectPass, batch: Batch, may_replay: bool, dry: bool) -> bool:
         """Learn from calls that mix samples; tell whether the batch can go on without another forward pass.
 
@@ -286,22 +390,49 @@ class Session:
         """
         bare = [tapped for tapped in collected.mixed if not tapped.call.differentiable_inputs]
         coupled = [tapped for tapped in collected.mixed if tapped.call.differentiable_inputs]
+        n_samples = None if self._by_losses else len(batch.losses)
+        positions = [tapped for tapped in bare if is_about_positions(tapped, n_samples)]
+        if self._linearity.is_bent and not positions:
+            raise CoupledSamplesError(describe(collected.mixed[0], self.names) + self._linearity.names(batch))
         known = batch.independent
         if known is None:
-            known = all(is_about_positions(tapped, len(batch.losses)) for tapped in bare)
+            known = not self.interception.has_asked and positions == bare
         if not bare or not known:
             hint = "" if coupled or batch.independent is not None else UNKNOWN
-            raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint)
-        self.interception.mark_parameter_only(bare)
-        if may_replay and (dry or self.n_batches == 0):
+            hint += ACROSS_LOSSES if self._by_losses else ""
+            raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint + self._linearity.names(batch))
+        can_replay = may_replay and (dry or self.n_batches == 0)
+        self.interception.mark_parameter_only(positions if can_replay and positions else bare)
+        if can_replay:
             if self.n_batches == 0:
-                for index in range(len(self.parameters)):
-                    self.accumulators.clear(index)
+                self._clear()
             self.interception.start_batch()
             return False
         if coupled and not batch.independent:
             raise CoupledSamplesError(describe(coupled[0], self.names) + UNKNOWN)
         return True
+
+    def _are_reached(self, batch: Batch, may_replay: bool) -> bool:
+        """Tell whether parameters that checkpoints use got gradients; if not, prepare for the batch to be run again.
+
+        A checkpoint has none if its inputs require no grad, as where all before it is frozen for the pass.
+        """
+        tapped = {index for t in self.interception.taps for index in t.parameters}
+        lost = self.interception.without_grad - tapped - self._in_backward - self._unseen
+        if not lost or not self.frozen:
+            return True
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        self.frozen = []
+        if not may_replay:
+            raise WplfastError(
+                f"{self._some(lost)} got no gradient, perhaps because a checkpoint's inputs require none: parameters "
+                "outside of params are frozen for the pass. Let params hold some that come before it, and select then"
+            )
+        self._clear()
+        self.interception.start_batch()
+        batch.single_sample = None  # had none either
+        return False
 
     def _find_unseen(self, squared: set[int]) -> set[int]:
         """Return the parameters that gradients arrived at past the taps, and remember them."""
@@ -311,7 +442,7 @@ class Session:
         if fresh and self.n_batches:
             raise WplfastError(
                 f"a gradient arrived at {self._some(fresh)} through an operation that cannot be seen (a custom "
-                "autograd.Function, TorchScript), though not in the first batch"
+                "autograd.Function, TorchScript), or from another thread, though not in the first batch"
             )
         for index in fresh & squared:
             self.accumulators.clear(index)

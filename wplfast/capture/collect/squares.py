@@ -14,6 +14,7 @@ from ..call import Operand
 from ..probe.graph import fingerprint
 from ..rules import vectorised
 from ..rules.grad_sample import GradSample, add_squares, chunks, weights_of
+from ..rules.projection import Directions
 from . import derived, tied
 
 #: Parameter index -> the grad samples of all its uses in one batch; one of a derived operand stands under several.
@@ -57,28 +58,49 @@ def apart(uses: Uses) -> Uses:
     return by_parameter
 
 
-def weighted_sums(uses: Uses, weights: Tensor, like: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Return ``sum_n weights[n] sum_uses g_n`` of each parameter, in the shape of ``like[index]``."""
-    found = {index: torch.zeros_like(like[index]) for index in uses}
+def project(
+    uses: Uses, directions: Directions, weights: Tensor, sample: int | None
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Project ``sum_n weights[n] sum_uses g_n`` of each parameter, and ``sum_uses g_n`` of one sample.
+
+    Args:
+        uses: of parameters.
+        directions: what to project on.
+        weights: [N].
+        sample: which; None: leave the second out.
+
+    Returns:
+        Two mappings from a parameter's index to k numbers.
+    """
+    sums: dict[int, Tensor] = {}
+    alone: dict[int, Tensor] = {}
+    chosen = None if sample is None else range(sample, sample + 1)
     for same in _by_operand(uses):
-        total = sum(use.weighted_sum(weights.to(like[next(iter(uses))].device)) for use in same)
-        assert isinstance(total, Tensor)
-        for index, gradient in _push(same[0].operand, total.unsqueeze(0)).items():
-            if index in found:
-                found[index] += gradient[0]
-    return found
+        operand = same[0].operand
+        direction = directions[operand.parameters[0]] if operand.graph is None else None
+        parts = [None if direction is None else use.projected(direction) for use in same]
+        known = [part for part in parts if part is not None]
+        if known and len(known) == len(parts):
+            total = torch.stack(known).sum(0)
+            _add(sums, operand.parameters[0], weights.to(total) @ total)
+            if sample is not None:
+                _add(alone, operand.parameters[0], total[sample])
+            continue
+        device = operand.value.device
+        dense = [(sums, sum(use.weighted_sum(weights.to(device)) for use in same))]
+        if chosen is not None:
+            dense.append((alone, _summed(same, chosen)[0]))
+        for found, gradient in dense:
+            assert isinstance(gradient, Tensor)
+            for index, part in _push(operand, gradient.unsqueeze(0)).items():
+                if index in uses:
+                    _add(found, index, directions[index].of(part)[0])
+    return sums, alone
 
 
-def gradients_of(uses: Uses, sample: int, like: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Return one sample's gradient of each parameter, in the shape of ``like[index]``."""
-    found = {index: torch.zeros_like(like[index]) for index in uses}
-    for same in _by_operand(uses):
-        total = sum(use.per_sample(range(sample, sample + 1)) for use in same)
-        assert isinstance(total, Tensor)
-        for index, gradient in _push(same[0].operand, total).items():
-            if index in found:
-                found[index] += gradient[0]
-    return found
+def _add(found: dict[int, Tensor], index: int, projection: Tensor) -> None:
+    """Add to what is known of a parameter."""
+    found[index] = found[index] + projection if index in found else projection
 
 
 def _by_operand(uses: Uses) -> list[list[GradSample]]:

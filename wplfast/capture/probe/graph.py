@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -92,6 +92,31 @@ def _attributes_of(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     names = set(dir(kind))
     plain = sorted(n for n in names if f"_raw{n}" not in names)
     return tuple(n for n in plain if n in _DIMENSIONS), tuple(n for n in plain if n in _SIZES)
+
+
+def structure_behind(tensors: Sequence[Tensor], ends: Container[type]) -> tuple[Any, ...]:
+    """Describe the graph behind tensors, no further than to nodes of some types."""
+    found: list[Any] = []
+    seen: set[Node] = set()
+    stack = [tensor.grad_fn for tensor in tensors]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            found.append(None)
+            continue
+        seen.add(node)
+        kind = type(node)
+        found.append(kind)
+        for name in _attributes_of(kind)[0]:
+            found.append(getattr(node, name))
+        if kind not in ends:
+            stack.extend(following for following, _ in node.next_functions)
+    return tuple(found)
+
+
+def may_reorder(kind: type) -> bool:
+    """Tell whether a type of node is that of an operation that may order rows by data."""
+    return kind.__name__.startswith(_REORDERING)
 
 
 def reorders_rows(losses: Tensor) -> bool:

@@ -10,7 +10,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ...errors import VerificationError
 from ..call_site import CallSite, KnownOutput, TappedCall
 from ..sample_layout import AxisLayout, AxisTemplate, OneSample, SampleLayout, SegmentIds
 from .weights import ProbeWeights, Projection, candidates, decode, is_mixed, matches, negligible, shows_samples
@@ -33,6 +32,8 @@ class Verdict(Enum):
     ZERO = auto()  # its gradient is zero
     UNMEASURED = auto()  # more probing passes are needed
     MIXED = auto()  # some row belongs to no single sample
+    MOVED = auto()  # rows belong to other samples than in earlier batches
+    FOREIGN = auto()  # the gradient does not come from the losses
     NONFINITE = auto()
 
 
@@ -48,6 +49,8 @@ class LayoutInference:
         self._projections: dict[_Place, list[Projection]] = defaultdict(list)
         self._n_dormant = 0
         self.asleep: set[int] = set()  # indices of tapped calls of this batch whose gradients count for nothing
+        self.in_pairs = False  # from now on, samples are told by what changes in which of two passes
+        self.has_half = False  # a gradient was of float16, which has no room for powers of two
 
     def start_batch(self, n_samples: int, structure: int, check: Check, thorough: bool) -> None:
         """Draw the probe weights of a batch, and say how far to trust what is known.
@@ -59,14 +62,21 @@ class LayoutInference:
             thorough: tell any two samples apart before a template is believed. Otherwise one probing pass is enough:
                 two samples share a weight with probability 1/32, but a template is wrong for nearly all rows at once.
         """
-        self.probe_weights, self._check = ProbeWeights(n_samples, self._generator), check
-        self._thorough, self._structure = thorough, structure
+        self.probe_weights, self._check = ProbeWeights(n_samples, self._generator, self.in_pairs), check
+        self._thorough, self._structure = thorough or self.in_pairs, structure
         self.asleep = set()
         self.start_probing()
 
     def start_probing(self) -> None:
         """Forget the probing passes."""
         self._projections = defaultdict(list)
+
+    def probe_in_pairs(self) -> int:
+        """Tell samples in another way from now on; return how many probing passes that takes."""
+        self.in_pairs = self._thorough = True
+        self.probe_weights = ProbeWeights(self.probe_weights.n_samples, self._generator, True)
+        self.start_probing()
+        return self.probe_weights.rounds
 
     @property
     def has_dormant(self) -> bool:
@@ -102,8 +112,10 @@ class LayoutInference:
             if gradient is None:
                 continue
             gradient = measurable(gradient)
+            self.has_half |= gradient.dtype == torch.float16
             known = tapped.site.output(self._structure, index)
-            if self._check is not Check.TRUST or self._known_layout(known, gradient.shape) is None:
+            unknown = tapped.in_backward or self._known_layout(known, gradient.shape) is None
+            if unknown or self._check is not Check.TRUST:
                 projection = Projection.of(gradient, self.probe_weights.n_samples)
                 self._projections[tapped.site, index].append(projection)
 
@@ -118,7 +130,7 @@ class LayoutInference:
             if gradient is None:
                 found.append(None)
                 continue
-            layout = self._layout(tapped.site, index, measurable(gradient))
+            layout = self._layout(tapped, index, measurable(gradient))
             if layout is not Verdict.ZERO and isinstance(layout, Verdict):
                 return layout
             if layout is Verdict.ZERO or self._is_negligible(tapped, index, gradient):
@@ -133,14 +145,14 @@ class LayoutInference:
         known = self._known_layout(tapped.site.output(self._structure, index), at_least_1d(gradient).shape)
         return known is None and bool(gradient.abs().amax() <= negligible(gradient.dtype))
 
-    def _layout(self, site: CallSite, index: int, gradient: Tensor) -> SampleLayout | Verdict:
+    def _layout(self, tapped: TappedCall, index: int, gradient: Tensor) -> SampleLayout | Verdict:
         """Return one output's layout, from what is known or from the probing passes."""
-        if self.probe_weights.n_samples == 1:
+        if self.probe_weights.n_samples == 1 and not tapped.in_backward:
             return OneSample()
-        known = site.output(self._structure, index)
+        known = tapped.site.output(self._structure, index)
         layout = self._known_layout(known, gradient.shape)
-        probed = self._projections.get((site, index))
-        if layout is not None and (self._check is Check.TRUST or not probed):
+        probed = self._projections.get((tapped.site, index))
+        if layout is not None and (not probed or (self._check is Check.TRUST and not tapped.in_backward)):
             return layout
         plain = Projection.of(gradient, self.probe_weights.n_samples)
         if not plain.is_finite:
@@ -151,14 +163,15 @@ class LayoutInference:
         if not probed:
             self._set_dormant(known, False)
             return Verdict.UNMEASURED
+        if tapped.in_backward and all(one.is_scaled(plain, 1.0) for one in probed):
+            return Verdict.FOREIGN if len(probed) == self.probe_weights.rounds else Verdict.UNMEASURED
+        if self.probe_weights.n_samples == 1:
+            return OneSample()
         if layout is not None:
             if self._matches(layout, gradient.shape, probed, plain):
                 return layout
             if self._check is Check.VERIFY:
-                raise VerificationError(
-                    f"the rows of {site.name} belong to other samples than in earlier batches (does the model order "
-                    "them by the data?); pass verify='always' to measure every batch"
-                )
+                return Verdict.MOVED
             known.templates.clear()
         measured = self._measure(known, gradient.shape, probed, plain)
         if measured is Verdict.UNMEASURED:
@@ -182,7 +195,7 @@ class LayoutInference:
                 known.is_routed = True
                 known.templates.clear()
                 return SegmentIds(ids, self.probe_weights.n_samples)
-        elif not is_mixed(probed[0], plain):
+        elif self.in_pairs or not is_mixed(probed[0], plain):
             return Verdict.UNMEASURED
         known.is_routed = False
         known.templates.clear()

@@ -5,6 +5,11 @@ enter the backward pass with. Two passes over one graph, with weights c_n (power
 gradients whose ratio is c_n exactly in every element that sample n owns: scaling by a power of two commutes with
 rounding. It is enough to compare one random projection of every row (all but the last dimension): a row that mixes
 samples does not scale by any one of the weights.
+
+A hook on an activation may clip gradients, or normalise each row: then nothing scales, though sample n's rows still
+depend on its own loss alone. And float16 has no room for such weights. There, passes come in *pairs*: some losses enter
+with weight -2 in one pass and the others in the next, all else with 1. Whatever happens to a row in the first of these,
+it must stay as it is in the other one.
 """
 
 from __future__ import annotations
@@ -17,7 +22,8 @@ from torch import Tensor
 
 from ..sample_layout import AxisLayout, AxisTemplate
 
-#: Weights are 2^-8 .. 2^7; one probing pass tells 16 samples apart, two tell 256 apart, and so on.
+#: Weights are 2^-8 .. 2^-1 and 2^1 .. 2^8; one probing pass tells 16 samples apart, two tell 256 apart, and so on.
+#: None is 1: a gradient that stays as it is does not come from the losses.
 RADIX = 16
 
 #: Rounding that the two passes may differ by (atomics in backward kernels), relative to the row and the tensor.
@@ -25,15 +31,24 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, tor
 
 
 class ProbeWeights:
-    """The power-of-two weights of one batch's probing passes, and how ratios are read back."""
+    """The weights of one batch's probing passes, and how gradients are read back.
 
-    def __init__(self, n_samples: int, generator: torch.Generator) -> None:
-        """Draw a random numbering of the samples; sample n's weight in pass d is 2^(digit d of its number - 8)."""
-        self.n_samples = n_samples
+    Attributes:
+        n_samples: size of the batch.
+        in_pairs: samples are told by what changes in which of two passes, not by ratios.
+        order: a random numbering of the samples, [N].
+        rounds: how many passes tell any two samples apart.
+        signs: a random sign for each sample, int64 [N].
+    """
+
+    def __init__(self, n_samples: int, generator: torch.Generator, in_pairs: bool = False) -> None:
+        """Draw a random numbering; digit d of a number decides about the weight in pass d, or the d-th pair."""
+        self.n_samples, self.in_pairs = n_samples, in_pairs
         self.order = torch.randperm(n_samples, generator=generator, device="cpu")
         self.rounds = 1
-        while RADIX**self.rounds < n_samples:
+        while (2 if in_pairs else RADIX) ** self.rounds < n_samples:
             self.rounds += 1
+        self.rounds *= 2 if in_pairs else 1
         signs = torch.randint(0, 2, (n_samples,), generator=generator, dtype=torch.int64, device="cpu")
         self.signs = signs * 2 - 1
         self._weights: dict[int, Tensor] = {}
@@ -42,10 +57,21 @@ class ProbeWeights:
     def weights(self, digit: int) -> Tensor:
         """Return the loss weights of one probing pass, float64 [N] on the CPU; those of digit 0 carry random signs."""
         if digit not in self._weights:
-            exponents = (self.order // RADIX**digit) % RADIX - RADIX // 2
-            magnitude = torch.exp2(exponents.double())
-            self._weights[digit] = magnitude * self.signs if digit == 0 else magnitude
+            if self.in_pairs:
+                chosen = (self.order >> digit // 2) % 2 != digit % 2
+                self._weights[digit] = torch.where(chosen, -2.0, 1.0).double()
+            else:
+                exponents = (self.order // RADIX**digit) % RADIX - RADIX // 2
+                magnitude = torch.exp2((exponents + (exponents >= 0)).double())
+                self._weights[digit] = magnitude * self.signs if digit == 0 else magnitude
         return self._weights[digit]
+
+    @property
+    def verifying(self) -> Tensor:
+        """The weights of the losses in the pass whose ordinary gradients are compared, float64 [N] on the CPU."""
+        if self.in_pairs or self.n_samples == 1:
+            return torch.ones(self.n_samples, dtype=torch.float64, device="cpu")
+        return self.weights(0)
 
     def by_rows(self, digit: int, layout: AxisLayout, shape: torch.Size, like: Tensor) -> Tensor:
         """Return the weight of every row's sample, once for all outputs of one shape: recurrent cells have many."""
@@ -68,26 +94,33 @@ class Projection:
 
     rows: Tensor
     columns: Tensor | None
+    dtype: torch.dtype  # of the gradient
 
     @staticmethod
     def of(gradient: Tensor, n_samples: int) -> Projection:
         """Project a gradient of an output (at least 1-D)."""
-        flat = gradient.reshape(-1, 1) if gradient.dim() == 1 else gradient.reshape(-1, gradient.shape[-1])
+        flat = gradient.reshape(-1, 1) if gradient.dim() == 1 else gradient.flatten(0, -2)
+        if gradient.dtype == torch.float16:  # which overflows
+            flat = flat.float()
         rows = flat @ _direction(flat.shape[1], flat.dtype, flat.device)
         columns = None
         if gradient.dim() > 1 and gradient.shape[-1] % n_samples == 0:
             columns = _direction(flat.shape[0], flat.dtype, flat.device) @ flat
-        return Projection(rows, columns)
+        return Projection(rows, columns, gradient.dtype)
 
     @property
     def is_zero(self) -> bool:
         """Tell whether the gradient was zero, or so small that weights would be lost in subnormal numbers."""
-        return bool((self.rows.abs() <= smallest(self.rows.dtype)).all())
+        return bool((self.rows.abs() <= smallest(self.dtype)).all())
 
     @property
     def is_finite(self) -> bool:
         """Tell whether the gradient was free of NaN and inf."""
         return bool(torch.isfinite(self.rows).all())
+
+    def is_scaled(self, plain: Projection, factor: float) -> bool:
+        """Tell whether this is another projection times a factor."""
+        return bool(_agree(self.rows, plain.rows, torch.tensor(factor).to(plain.rows), plain.dtype).all())
 
 
 def candidates(shape: torch.Size, n_samples: int) -> list[AxisTemplate]:
@@ -107,14 +140,13 @@ def candidates(shape: torch.Size, n_samples: int) -> list[AxisTemplate]:
 
 
 def smallest(dtype: torch.dtype) -> float:
-    """Return the size below which rounding to subnormal numbers exceeds the tolerance."""
-    return torch.finfo(dtype).tiny * RADIX**2 / TOLERANCE[dtype]
+    """Return the size below which rounding to subnormal numbers exceeds the tolerance; float16 is never scaled down."""
+    return 0.0 if dtype == torch.float16 else torch.finfo(dtype).tiny * RADIX**2 / TOLERANCE[dtype]
 
 
 def negligible(dtype: torch.dtype) -> float:
     """Return the size below which a gradient counts for nothing: its square is lost in an accumulator."""
-    dtype = dtype.to_real()
-    return 0.0 if dtype == torch.float16 else smallest(dtype) * 2.0**24
+    return smallest(dtype.to_real()) * 2.0**24
 
 
 def matches(
@@ -125,12 +157,18 @@ def matches(
     probe_weights: ProbeWeights,
     digit: int,
 ) -> bool:
-    """Tell whether every row of a probing pass is its sample's weight times the row of the plain pass."""
+    """Tell whether every row of a probing pass is its sample's weight times the row of the plain pass.
+
+    In pairs: whether every row of a sample of weight 1 is that of the plain pass.
+    """
     by_rows = layout.has_rows(len(shape)) or len(shape) == 1
     after, before = (probed.rows, plain.rows) if by_rows else (probed.columns, plain.columns)
     if after is None or before is None:
         return False
-    return bool(_agree(after, before, probe_weights.by_rows(digit, layout, shape, before)).all())
+    weight = probe_weights.by_rows(digit, layout, shape, before)
+    if probe_weights.in_pairs:
+        return bool((_agree(after, before, torch.ones_like(weight), plain.dtype) | (weight != 1)).all())
+    return bool(_agree(after, before, weight, plain.dtype).all())
 
 
 def shows_samples(layout: AxisLayout, shape: torch.Size, plain: Projection) -> bool:
@@ -138,17 +176,17 @@ def shows_samples(layout: AxisLayout, shape: torch.Size, plain: Projection) -> b
     before = plain.rows if layout.has_rows(len(shape)) or len(shape) == 1 else plain.columns
     if before is None:
         return False
-    nonzero = before.abs() > smallest(before.dtype)
+    nonzero = before.abs() > smallest(plain.dtype)
     if bool(nonzero.all()):
         return layout.n_samples > 1
     shown = layout.segment_ids(shape, before.device)[nonzero]
     return 2 * len(shown.unique()) >= max(4, layout.n_samples)
 
 
-def _agree(after: Tensor, before: Tensor, weight: Tensor) -> Tensor:
+def _agree(after: Tensor, before: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Compare projections elementwise: |after - weight * before| small against the row and against the tensor."""
     wide = torch.float64 if before.dtype == torch.float64 else torch.float32
-    tolerance, floor = TOLERANCE[before.dtype], smallest(before.dtype)
+    tolerance, floor = TOLERANCE[dtype], smallest(dtype)
     after, before, weight = after.to(wide), before.to(wide), weight.to(wide)
     level = before.abs() + before.abs().mean() + floor
     return (after - weight * before).abs() <= tolerance * weight.abs() * level
@@ -156,32 +194,52 @@ def _agree(after: Tensor, before: Tensor, weight: Tensor) -> Tensor:
 
 def is_mixed(probed: Projection, plain: Projection) -> bool:
     """Tell whether one probing pass is enough to see that some row is scaled by no single weight."""
-    nonzero = plain.rows.abs() > smallest(plain.rows.dtype)
+    nonzero = plain.rows.abs() > smallest(plain.dtype)
     ratio = torch.where(nonzero, probed.rows.double() / plain.rows.double(), 1.0)
-    weight = ratio.abs().log2().round().clamp(-RADIX // 2, RADIX // 2 - 1).exp2().copysign(ratio)
-    return not bool((_agree(probed.rows, plain.rows, weight.to(plain.rows.dtype)) | ~nonzero).all())
+    exponent = ratio.abs().log2().round().clamp(-RADIX // 2, RADIX // 2)
+    weight = torch.where(exponent == 0, 2.0, exponent.exp2()).copysign(ratio)
+    return not bool((_agree(probed.rows, plain.rows, weight.to(plain.rows.dtype), plain.dtype) | ~nonzero).all())
 
 
 def decode(digits: list[Projection], plain: Projection, probe_weights: ProbeWeights) -> Tensor | None:
     """Read the sample of every row from the probing passes; None if some row belongs to no single sample."""
     before = plain.rows
-    wide = before.double()
-    number = torch.zeros(len(before), dtype=torch.int64, device=before.device)
-    nonzero = before.abs() > smallest(before.dtype)
-    sane = torch.ones_like(nonzero)
-    for digit, probed in enumerate(digits):
-        ratio = (probed.rows.double() / wide).abs()
-        exponent = torch.where(nonzero, ratio.log2().round(), 0.0)
-        value = exponent.long() + RADIX // 2
-        sane &= (value >= 0) & (value < RADIX)
-        number += value.clamp(0, RADIX - 1) * RADIX**digit
-    sample_of = torch.full((RADIX ** len(digits),), -1, dtype=torch.int64, device="cpu")
+    nonzero = before.abs() > smallest(plain.dtype)
+    number, sane = (_read_pairs if probe_weights.in_pairs else _read_ratios)(digits, plain, nonzero)
+    numbers = 2 ** (len(digits) // 2) if probe_weights.in_pairs else RADIX ** len(digits)
+    sample_of = torch.full((numbers,), -1, dtype=torch.int64, device="cpu")
     sample_of[probe_weights.order] = torch.arange(probe_weights.n_samples, device="cpu")
     sample = sample_of.to(before.device)[number]
     sane &= sample >= 0
     for digit, probed in enumerate(digits):
-        weight = probe_weights.weights(digit).to(before.device)[sample.clamp_min(0)]
-        sane &= _agree(probed.rows, before, weight.to(before.dtype))
+        weight = probe_weights.weights(digit).to(before.device)[sample.clamp_min(0)].to(before.dtype)
+        if probe_weights.in_pairs:
+            sane &= _agree(probed.rows, before, torch.ones_like(weight), plain.dtype) | (weight != 1)
+        else:
+            sane &= _agree(probed.rows, before, weight, plain.dtype)
     if not bool((sane | ~nonzero).all()):
         return None
     return torch.where(nonzero, sample, -1)
+
+
+def _read_ratios(digits: list[Projection], plain: Projection, nonzero: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number that the ratios of every row spell, and whether they spell one."""
+    before = plain.rows.double()
+    number, sane = torch.zeros(before.shape, dtype=torch.int64, device=before.device), torch.ones_like(nonzero)
+    for digit, probed in enumerate(digits):
+        exponent = torch.where(nonzero, (probed.rows.double() / before).abs().log2().round(), 1.0).long()
+        value = exponent - (exponent > 0).long() + RADIX // 2
+        sane &= (value >= 0) & (value < RADIX) & (exponent != 0)
+        number += value.clamp(0, RADIX - 1) * RADIX**digit
+    return number, sane
+
+
+def _read_pairs(digits: list[Projection], plain: Projection, nonzero: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number that tells in which pass of each pair every row changed, and whether it did."""
+    before = plain.rows.double()
+    number, sane = torch.zeros(before.shape, dtype=torch.int64, device=before.device), torch.ones_like(nonzero)
+    for digit in range(len(digits) // 2):
+        changes = [(one.rows.double() - before).abs() for one in digits[2 * digit : 2 * digit + 2]]
+        number += (changes[0] > changes[1]).long() << digit
+        sane &= torch.maximum(*changes) > TOLERANCE[plain.dtype] * before.abs()
+    return number, sane

@@ -44,5 +44,7 @@ COMPLEX: list[Rule] = [SHIFT, SCALE, BATCHED, EINSUM, GENERIC]
 
 
 def rule_for(call: Call) -> Rule:
-    """Return the first rule that matches a call."""
+    """Return the first rule that matches a call; calls on empty tensors are left to PyTorch."""
+    if not all(shape.numel() for shape in (*call.input_shapes, *(operand.value.shape for operand in call.operands))):
+        return GENERIC
     return next(rule for rule in RULES if (not call.is_complex or rule in COMPLEX) and rule.matches(call))

@@ -14,6 +14,7 @@ from ..call import Call, Operand, Slot
 from ..sample_layout import AxisLayout, OneSample, SampleLayout, SegmentIds
 from .base import OneOutputRule
 from .grad_sample import GradSample, widened
+from .projection import Direction
 
 
 class LookupGradSample(GradSample):
@@ -36,6 +37,11 @@ class LookupGradSample(GradSample):
         rows = self.grad_outputs.to(wide) * weights.to(self.grad_outputs.device, wide).view(-1, 1, 1)
         found = self._tables(self.indices.reshape(1, -1), rows.flatten(0, 1).unsqueeze(0))
         return found.view(self.operand.value.shape)
+
+    def projected(self, direction: Direction) -> Tensor:
+        """Project what was looked up."""
+        rows = direction.rows[self.indices.clamp_min(0)] * (self.indices >= 0).unsqueeze(-1)
+        return ((self.grad_outputs.to(rows.dtype) @ direction.columns) * rows).sum(1)
 
     def _tables(self, indices: Tensor, rows: Tensor) -> Tensor:
         """Sum rows [n, T, D] into tables [n, V, D]."""

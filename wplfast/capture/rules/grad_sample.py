@@ -16,6 +16,7 @@ from ... import ops
 from ...ops.layout import flat_dtype
 from ..call import Operand
 from ..sample_layout import SampleLayout
+from .projection import Direction
 
 #: Per-sample gradients are materialised for at most this many elements at a time.
 MAX_ELEMENTS = 1 << 24
@@ -44,6 +45,10 @@ class GradSample(ABC):
             grads = self.per_sample(samples)
             total += torch.tensordot(weights[samples.start : samples.stop].to(grads), grads, 1)
         return total
+
+    def projected(self, direction: Direction) -> Tensor | None:
+        """Return the projections of all samples' gradients, [N, k], where they cost less than the gradients."""
+        return None
 
     def joined(self, others: Sequence[GradSample]) -> GradSample | None:
         """Return one use that stands for the sum of this and others of its class; None if there is no such form."""
@@ -81,6 +86,14 @@ class FactoredGradSample(GradSample):
         scaled = self.grad_outputs.to(wide) * weights.to(self.grad_outputs.device, wide).view(-1, 1, 1)
         total = scaled.flatten(0, 1).t() @ self.activations.to(wide).flatten(0, 1)
         return total.view(self.operand.value.shape)
+
+    def projected(self, direction: Direction) -> Tensor | None:
+        """Project both factors, where they are about the rows and columns that the direction is about."""
+        rows, columns = direction
+        g, a = self.grad_outputs.to(rows.dtype), self.activations.to(rows.dtype)
+        if (g.shape[2], a.shape[2]) != (len(rows), len(columns)):
+            return None
+        return ((g @ rows) * (a @ columns)).sum(1)
 
     def joined(self, others: Sequence[GradSample]) -> GradSample | None:
         """Join the rows along T: their products then sum before the square. Factors of other widths do not join."""
@@ -121,6 +134,10 @@ class SummedGradSample(GradSample):
     def per_sample(self, samples: range) -> Tensor:
         """Slice them."""
         return self.grads[samples.start : samples.stop]
+
+    def projected(self, direction: Direction) -> Tensor:
+        """Project them."""
+        return direction.of(self.grads)
 
     def joined(self, others: Sequence[GradSample]) -> GradSample:
         """Add them up."""

@@ -210,9 +210,9 @@ class CallCache:
         expected = self.here.following
         return expected if expected is not None and expected.fits(func, args, operands) else None
 
-    def site(self, call: Call, inputs: list[Tensor], place: CallSite) -> CallSite:
-        """Return the site of a call that comes after a place."""
-        site, is_new = place.after(_signature(call, inputs), call.name)
+    def site(self, call: Call, inputs: list[Tensor], place: CallSite, behind: tuple[Any, ...] = ()) -> CallSite:
+        """Return the site of a call that comes after a place, with a graph behind its inputs."""
+        site, is_new = place.after((*_signature(call, inputs), *behind), call.name)
         self._n_sites += is_new
         return site
 
@@ -233,7 +233,7 @@ class CallCache:
         self.here = call
 
 
-def _signature(call: Call, inputs: list[Tensor]) -> Any:
+def _signature(call: Call, inputs: list[Tensor]) -> tuple[Any, ...]:
     """Describe a call, up to the sizes of its inputs."""
     return (
         call.func,

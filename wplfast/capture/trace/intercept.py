@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,16 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import CoupledSamplesError, WplfastError
-from ..call import Call, autocast_state, floating, is_differentiable, is_in_place, kind_of, random_state
+from ..call import Call, Operand, autocast_state, floating, is_differentiable, is_in_place, kind_of, random_state
 from ..call_site import CallSite, Listener, Relay, TappedCall
+from ..probe.graph import may_reorder, structure_behind
 from ..rules import GENERIC, rule_for
 from ..watched import Derived, map_tensors
 from . import recurrent
 from .call_cache import CachedCall, CallCache
 from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
+from .nested import DERIVATIVES, is_recomputing
 from .operands import Operands, Sorter
-from .product import folded, multiply_and_tap, product_of
-from .tap import tap
+from .product import PRODUCT_NODE, folded, multiply_and_tap, product_of
+from .tap import TAP_NODE, tap
 
 
 class Interception:
@@ -34,6 +37,9 @@ class Interception:
         reorders: a call was seen whose rows lie in an order, or number, that depends on the data.
         native_dtypes: types of half precision that functions which were seen through would have computed in.
         n_parameter_only: number of call sites that were found to have no sample axis.
+        without_grad: parameters that were used without grad mode, as in the forward pass of a checkpoint.
+        has_asked: the forward pass took gradients with respect to parameters, which may enter it as data.
+        thread: the one that opened the pass.
     """
 
     def __init__(self, parameters: list[Tensor], constants: list[Tensor], idle: Listener) -> None:
@@ -49,19 +55,30 @@ class Interception:
         self.taps: list[TappedCall] = []
         self.derived: list[Derived] = []
         self.leaves = self._operands.leaves
-        self.reorders = False
+        self.reorders = self.has_asked = False
         self.native_dtypes: set[torch.dtype] = set()
+        self.without_grad: set[int] = set()
         self.n_parameter_only = 0
+        self.thread = threading.get_ident()
 
     def start_batch(self) -> None:
         """Forget the calls of the last forward pass."""
         self.cache.restart(len(self.taps))
-        self.taps, self.derived, self.relay.is_over = [], [], False
+        self.taps, self.derived, self.relay.is_over, self.has_asked = [], [], False, False
 
     @property
     def _is_backward(self) -> bool:
         """Whether a backward pass runs, which makes calls itself: those of checkpoints."""
         return self.relay.listener is not self.relay.idle
+
+    def note_without_grad(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Note the parameters among the arguments of a call without grad mode."""
+        if not is_about_itself(func, getattr(func, "__name__", ""), len(args)):
+            self.without_grad |= {index for a in args for index in self._operands.index_of(a)}
+
+    def operand(self, tensor: Tensor) -> Operand | None:
+        """Return the operand that a tensor is, if it is a watched parameter or was computed from some alone."""
+        return self._operands.of(tensor)
 
     def mark_parameter_only(self, taps: Iterable[TappedCall]) -> None:
         """Take the results of these calls for derived from parameters, from the next forward pass on."""
@@ -73,6 +90,11 @@ class Interception:
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function some of whose arguments are watched or derived."""
+        if threading.get_ident() != self.thread and not _is_of_autograd():
+            if not is_about_itself(func, getattr(func, "__name__", str(func)), len(args) + len(kwargs)):
+                self.check_thread()
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if self.relay.is_over:
             self.start_batch()
         if func in SEEN_THROUGH:
@@ -91,8 +113,13 @@ class Interception:
                 cached = self.cache.find(func, args, self._operands)
                 if cached is not None:
                     return self._tap_again(cached, args)
+            if func in DERIVATIVES:
+                return DERIVATIVES[func](self, *args, **kwargs)
             name = getattr(func, "__name__", str(func))
             if is_about_itself(func, name, len(args) + len(kwargs)):
+                if name == "register_hook" and isinstance(args[0], Derived):
+                    args[0]._origin = None  # each sample's gradient goes through the graph, and through the hook
+                    return args[0]._graph.register_hook(*args[1:], **kwargs)
                 return func(*args, **kwargs)
             if kwargs.get("scale_grad_by_freq"):
                 raise CoupledSamplesError(
@@ -142,12 +169,30 @@ class Interception:
         )
         return call, inputs
 
+    def check_thread(self) -> None:
+        """Refuse to mix what threads do.
+
+        Raises:
+            WplfastError: if this is not the thread that opened the pass.
+        """
+        if threading.get_ident() != self.thread:
+            raise WplfastError(
+                "another thread uses parameters that a Fisher pass watches: it would get no gradients, and the pass "
+                "its calls; let it wait for the pass, give it a copy of the model, or run the model there under "
+                "torch.no_grad(). A pass is used in the thread that opened it"
+            )
+
     # ---- where calls stand -----------------------------------------------------------------------------------------
 
     def _site(self, call: Call, inputs: list[Tensor]) -> CallSite:
         """Return the site of a call that comes next."""
         here = self.cache.here.site
-        return self.cache.site(call, inputs, (self.relay.site or here.in_backward) if self._is_backward else here)
+        if not self._is_backward:
+            return self.cache.site(call, inputs, here)
+        # The graph behind the losses tells nothing of what a backward pass computes, unless it only computes it again.
+        behind = () if is_recomputing() else structure_behind(inputs, (TAP_NODE, PRODUCT_NODE))
+        self.reorders = self.reorders or any(isinstance(kind, type) and may_reorder(kind) for kind in behind)
+        return self.cache.site(call, inputs, self.relay.site or here.in_backward, behind)
 
     def _arrive(self, site: CallSite, call: Call, inputs: list[Tensor]) -> CachedCall | None:
         """Go on to a site; return the place of a call of these sizes there, unless a backward pass runs."""
@@ -296,3 +341,11 @@ class Interception:
             (tensor,) = tap(tapped, [like], inputs)
             self._add(tapped)
             return tensor
+
+
+def _is_of_autograd() -> bool:
+    """Tell whether this is a thread in which autograd runs backward passes on a device: they may recompute calls."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    known = threading._active.get(threading.get_ident())  # type: ignore[attr-defined]
+    return known is None or isinstance(known, threading._DummyThread)

@@ -35,6 +35,11 @@ class Operands:
         index = self._index.get(id(tensor))
         return None if index is None else self.watched(index)
 
+    def index_of(self, value: Any) -> tuple[int, ...]:
+        """Return the index of a watched parameter, if a value is one."""
+        index = self._index.get(id(value))
+        return () if index is None else (index,)
+
     def watched(self, index: int) -> Operand:
         """Return a watched parameter's operand, where the parameter is now."""
         leaf, tensor = self.leaves[index], self._parameters[index]
@@ -53,7 +58,7 @@ class Operands:
             return Operand(tensor, value, *below, copy=graph)
         indices = tensor._parameters
         leaves = tuple(self.leaves[i] for i in indices)
-        region = region_of(graph, leaves, indices)
+        region = region_of(graph, leaves, indices) if not graph._backward_hooks else None
         return Operand(tensor, value, indices, graph, leaves, region, origin if alike else None, tensor._made_by)
 
     def is_constant(self, tensor: Tensor) -> bool:

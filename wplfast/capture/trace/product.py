@@ -12,6 +12,7 @@ from torch import Tensor
 from ..call import Call
 from ..call_site import TappedCall
 from ..rules import Rule
+from .nested import current_task, listener_of
 
 _OP = "mkldnn::_linear_pointwise"
 
@@ -123,7 +124,9 @@ class _TappedProduct(torch.autograd.Function):
         """Report the gradient, and send it through the matrix."""
         weight, *inputs = ctx.saved_tensors
         tapped = ctx.tapped
-        of_operands = tapped.relay.listener.receive(tapped, inputs, (gradient,))
+        relay = tapped.relay
+        listener = relay.listener if current_task() == relay.task else listener_of(ctx, tapped)
+        of_operands = listener.receive(tapped, inputs, (gradient,))
         of_input = None
         if gradient is not None and ctx.needs_input_grad[1]:
             of_input = _multiply(gradient, weight.t(), None, ctx.by_onednn)
@@ -132,6 +135,9 @@ class _TappedProduct(torch.autograd.Function):
 
 #: ``Function.apply`` without its check for functorch transforms, under which nothing is tapped anyway.
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, _TappedProduct).apply
+
+#: The type of its nodes in a graph.
+PRODUCT_NODE: type = _TappedProduct._backward_cls
 
 
 def folded(args: tuple[Any, ...], is_constant: Callable[[Tensor], bool]) -> tuple[Any, ...]:

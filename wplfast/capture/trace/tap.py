@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..call_site import TappedCall
+from .nested import current_task, listener_of
 
 
 def tap(tapped: TappedCall, outputs: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -42,9 +43,14 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Report the gradients and pass them on."""
         tapped = ctx.tapped
-        of_operands = tapped.relay.listener.receive(tapped, ctx.saved_tensors, grads)
+        relay = tapped.relay
+        listener = relay.listener if current_task() == relay.task else listener_of(ctx, tapped)
+        of_operands = listener.receive(tapped, ctx.saved_tensors, grads)
         return (None, None, None, *grads, *of_operands)
 
 
 #: ``Function.apply`` without its check for functorch transforms, under which nothing is tapped anyway.
 _apply: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Tap).apply
+
+#: The type of its nodes in a graph.
+TAP_NODE: type = _Tap._backward_cls

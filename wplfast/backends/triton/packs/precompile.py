@@ -26,7 +26,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ....version import __version__
+from .... import __version__
 from .. import kernel, launch
 from ..fisher_plan import choose_plan
 from . import archives as packs
@@ -38,6 +38,8 @@ OLDEST = 80
 PROCESSORS = 132
 #: Shared memory of a program in KiB, where a target has less than the largest.
 _SHARED, _MOST_SHARED = {86: 99, 89: 99, 120: 99, 121: 99}, 227
+#: Columns of tensor memory, where a target has it.
+_MOST_COLUMNS = 512
 #: One compiled kernel: function, what its arguments are like, entry of the manifest, code.
 Compiled = tuple[str, str, Precompiled, bytes]
 
@@ -101,6 +103,9 @@ class Recorder:
         shared = compiled.metadata.shared
         if shared > _SHARED.get(self._arch, _MOST_SHARED) << 10:
             self.too_large.append(f"{name}({key}): {shared} bytes of shared memory")
+            return
+        if (columns := getattr(compiled.metadata, "tmem_size", None) or 0) > _MOST_COLUMNS:
+            self.too_large.append(f"{name}({key}): {columns} columns of tensor memory")
             return
         code = compiled.asm["cubin"]
         image = hashlib.sha256(code).hexdigest()[:32] + ".cubin"

@@ -1,0 +1,60 @@
+"""Random projections of gradients: a few numbers for each parameter, by which two ways to compute them are compared.
+
+A gradient g, seen as a matrix [R, C], becomes ``s_k = r_k^T g c_k`` with random normal r_k and c_k: linear in g, zero
+for every k only where g is zero, and with ``E s_k^2 = |g|^2``. Nothing of the parameter's size is kept, and a product
+of factors is projected without being formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...ops.layout import flat_dtype
+
+#: Projections of each gradient.
+N_DIRECTIONS = 4
+
+
+class Direction(NamedTuple):
+    """What a parameter's gradients are projected on."""
+
+    rows: Tensor  # [R, k]
+    columns: Tensor  # [C, k]
+
+    def of(self, gradients: Tensor) -> Tensor:
+        """Project gradients [N, ...] of R * C elements each; [N, k]."""
+        matrices = gradients.to(self.rows.dtype).reshape(len(gradients), len(self.rows), len(self.columns))
+        return ((matrices @ self.columns) * self.rows).sum(1)
+
+
+class Directions:
+    """Those of some parameters, drawn when they are first asked for.
+
+    Args:
+        parameters: they give shapes, devices and dtypes; all is float32 or wider.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._drawn: dict[int, Direction] = {}
+
+    def __getitem__(self, index: int) -> Direction:
+        """Return that of one parameter."""
+        found = self._drawn.get(index)
+        if found is None:
+            like = self._parameters[index]
+            n_rows = len(like) if like.dim() else 1
+            sizes = n_rows, like.numel() // n_rows if n_rows else 0
+            generator = torch.Generator().manual_seed(index)
+            drawn = torch.randn(sum(sizes), N_DIRECTIONS, generator=generator, dtype=torch.float64, device="cpu")
+            rows, columns = drawn.to(like.device, flat_dtype(like.dtype)).split(sizes)
+            found = self._drawn[index] = Direction(rows, columns)
+        return found
+
+    def forget(self) -> None:
+        """Free their memory; the same ones are drawn again."""
+        self._drawn.clear()

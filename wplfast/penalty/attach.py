@@ -1,0 +1,93 @@
+"""An optimizer that adds the penalty's gradient itself, before each step."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ..params import some
+
+if TYPE_CHECKING:
+    from .loss import WeightPlasticityLoss
+    from .references import References
+
+logger = logging.getLogger(__name__)
+
+
+def attach(penalty: WeightPlasticityLoss, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+    """Register an :class:`Attachment`; see :meth:`wplfast.WeightPlasticityLoss.attach`."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    if hooks is None or not getattr(type(optimizer).step, "hooked", False):
+        raise TypeError(f"{type(optimizer).__name__} calls no hooks before step(): attach to the optimizer it wraps")
+    if any(isinstance(hook, Attachment) and hook.penalty is penalty for hook in hooks.values()):
+        raise ValueError("this penalty is attached to this optimizer already: its gradient would be added twice")
+    attachment = Attachment(penalty)
+    attachment.held(optimizer)
+    return optimizer.register_step_pre_hook(attachment)
+
+
+class Attachment:
+    """The hook: it adds the gradient of a penalty to the parameters that an optimizer holds."""
+
+    def __init__(self, penalty: WeightPlasticityLoss) -> None:
+        """Refer to a penalty."""
+        self.penalty = penalty
+        self._of: tuple[References, list[int]] | None = None  # what the names were found for
+        self._names: tuple[str, ...] | None = None
+
+    def __call__(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Add the gradient now, or whenever the closure that ``step`` was given has computed gradients."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._add_grad_(optimizer)
+            return None
+
+        def with_penalty() -> Any:
+            loss = closure()
+            value = self._add_grad_(optimizer)
+            return None if loss is None else loss + value
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": with_penalty}
+        return (args[0], with_penalty, *args[2:]), kwargs
+
+    def _add_grad_(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Add the gradient; times the loss scale where the optimizer is to divide by it."""
+        scale = getattr(optimizer, "grad_scale", None)  # set by a GradScaler around a fused step
+        return self.penalty.add_grad_(1.0 if scale is None else scale, active=self.held(optimizer))
+
+    def held(self, optimizer: torch.optim.Optimizer) -> tuple[str, ...] | None:
+        """Return the names of those of the penalty's parameters that an optimizer holds; None for all.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        references, counts = self.penalty._groups.references, [len(g["params"]) for g in optimizer.param_groups]
+        if self._of is not None and self._of[0] is references and self._of[1] == counts:
+            return self._names
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        pairs = list(zip(references.names, references.tensors(), strict=True))
+        names = [name for name, p in pairs if id(p) in ids]
+        left = [name for name, p in pairs if id(p) not in ids and p.requires_grad]
+        if not names:
+            raise ValueError(
+                f"the optimizer holds none of the penalty's {len(pairs)} parameters {some(references.names)}: was it "
+                "made for another model, or before the parameters were replaced?"
+            )
+        if left:
+            logger.warning(
+                "the optimizer holds %d of the penalty's %d parameters; the gradient of %s is not added for it",
+                len(names),
+                len(pairs),
+                some(left),
+            )
+        self._of, self._names = (references, counts), tuple(names) if left else None
+        return self._names

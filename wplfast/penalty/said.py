@@ -1,0 +1,51 @@
+"""What a penalty says once, in a log line: that it is not there, or may not be, though nothing fails."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+UNANCHORED = (
+    "the penalty is evaluated before any consolidate: it has no anchors, and is its l2 term alone. Call "
+    "consolidate(fisher), or load its state"
+)
+FROZEN = (
+    "none of the penalty's parameters requires grad: it has a value, but no gradient. If they are not meant to be "
+    "frozen, bind it to the parameters that are trained (a state_dict() holds tensors without grad): rebind(module)"
+)
+ZERO_FISHER = (
+    "the Fisher of all parameters that were consolidated is zero: it anchors nothing. Does the loss reach them "
+    "(fisher.report.unreached), were they frozen or detached during the pass, or is it of another model?"
+)
+
+
+class Said:
+    """What a penalty has said already."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __contains__(self, message: str) -> bool:
+        """Tell whether it was said, or need not be."""
+        return message in self._said
+
+    def hush(self, message: str) -> None:
+        """Let it not be said any more."""
+        self._said.add(message)
+
+    def warn(self, message: str) -> None:
+        """Log a warning unless it was said. Code that is compiled says it whenever it is traced."""
+        if torch.compiler.is_compiling():
+            _log(message)
+        elif message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _log(message: str) -> None:
+    """Log a warning while tracing goes on, and leave nothing in the graph."""
+    logger.warning(message)
