@@ -114,7 +114,9 @@ def test_losses_that_the_batch_enters_are_an_error(loss_fn):
 
 
 @pytest.mark.parametrize(
-    "together", [lambda x: x - x.mean(0), lambda x: x / x.abs().max(), lambda x: x.softmax(0)], ids=str
+    "together",
+    [lambda x: x - x.mean(0), lambda x: x / x.abs().max(), lambda x: x.softmax(0)],
+    ids=["centred", "scaled", "softmax"],
 )
 def test_the_users_word_counts(together):
     net = Net(lambda net, x: net.linear(together(x)))
