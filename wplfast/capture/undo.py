@@ -32,8 +32,13 @@ class Undo(io.IOBase):
 
     close: Callable[[], None]
 
-    def __init__(self) -> None:
-        """Nothing to give back yet."""
+    def __init__(self, is_inner: bool = False) -> None:
+        """Nothing to give back yet.
+
+        An inner one, within another, may be closed late, when an interrupt's traceback lets go of it. How this thread
+        calls torch functions is then left as it is by then.
+        """
+        self._is_inner = is_inner
         self._steps: list[Iterator[object]] = []
         self._then: list[Iterator[object]] = []
         calls = chain.from_iterable([chain.from_iterable(self._steps), chain.from_iterable(self._then)])
@@ -49,7 +54,15 @@ class Undo(io.IOBase):
     def _remember_torch_functions(self) -> None:
         """Let this thread ask subclasses and modes about torch functions in the end as now, and not before that."""
         before, guard = torch._C.DisableTorchFunction(), torch._C.DisableTorchFunction()
-        before.__enter__(), before.__exit__(None, None, None)  # it remembers what was
+        if self._is_inner:
+            self._steps.append(map(type(guard).__enter__, [guard]))
+            self._then.append(map(type(guard).__exit__, [guard], [None], [None], [None]))
+            return
+        enter, leave = (
+            map(type(before).__enter__, [before]),
+            map(type(before).__exit__, [before], [None], [None], [None]),
+        )
+        deque(chain(enter, leave), 0)  # it remembers what was; in one call, or an interrupt would leave it entered
         if torch._C._len_torch_function_stack():  # a default device: setters would call its mode, which is of Python
             self._steps.append(map(type(guard).__enter__, [guard]))
         self._then.append(map(type(before).__exit__, [before], [None], [None], [None]))

@@ -324,7 +324,7 @@ class _GradsApart(Undo):
     def __init__(
         self, parameters: Sequence[Any], leaves: Sequence[Any], arrived: Callable[[int, Tensor], None]
     ) -> None:
-        super().__init__()
+        super().__init__(is_inner=True)
         self._parameters, self._tensors, self._arrived = parameters, [*parameters, *leaves], arrived
 
     def change(self) -> None:

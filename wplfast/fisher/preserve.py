@@ -87,7 +87,7 @@ class Preserved(Undo):
     """
 
     def __init__(self, state: _State, then: Callable[[], None]) -> None:
-        super().__init__()
+        super().__init__(is_inner=True)
         self._state, self._then_call = state, then
 
     def change(self) -> None:

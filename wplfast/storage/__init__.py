@@ -23,6 +23,9 @@ FilePath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
 
 FORMAT_VERSION = "1"
 
+#: How often a file is read again because another one took its place meanwhile.
+_MAX_READS = 16
+
 #: Metadata that every file has, but for the checksum, which those of older releases lack.
 _VERSION, _KIND, _CHECKSUM = "wplfast.version", "wplfast.kind", "wplfast.crc32"
 
@@ -76,6 +79,27 @@ def load(path: FilePath, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = os.fsdecode(path)
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    for _ in range(_MAX_READS):
+        before = _identity(path)
+        try:
+            found = _load(path, kind)
+        except ValueError:
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return found
+    return _load(path, kind)
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    """Tell a file from one that replaced it: safetensors opens it twice, for its header and for its tensors."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _load(path: str, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata of a file that nobody replaces meanwhile."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
