@@ -184,3 +184,13 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
             record(test=nodeid, when="teardown", outcome="failed", seconds=0, text=f"lost the device: {error}")
             if RECORD:
                 os._exit(70)
+
+
+@pytest.fixture(autouse=True)
+def torch_functions_stay_enabled():
+    """A pass that left them disabled would see no operation in any later test."""
+    yield
+    enabled = torch._C._is_torch_function_enabled()
+    if not enabled:
+        torch._C._set_torch_function_state(torch._C._TorchFunctionState.ENABLED)
+    assert enabled

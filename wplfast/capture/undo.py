@@ -47,17 +47,13 @@ class Undo(io.IOBase):
 
     def by(self, function: Callable[..., object], *columns: Iterable[Any]) -> None:
         """Call a function once for each row of the columns, in the end. It must be of C and not run any Python."""
-        if not self._steps:
+        if not (self._steps or self._is_inner):
             self._remember_torch_functions()
         self._steps.append(map(function, *columns))
 
     def _remember_torch_functions(self) -> None:
         """Let this thread ask subclasses and modes about torch functions in the end as now, and not before that."""
         before, guard = torch._C.DisableTorchFunction(), torch._C.DisableTorchFunction()
-        if self._is_inner:
-            self._steps.append(map(type(guard).__enter__, [guard]))
-            self._then.append(map(type(guard).__exit__, [guard], [None], [None], [None]))
-            return
         enter, leave = (
             map(type(before).__enter__, [before]),
             map(type(before).__exit__, [before], [None], [None], [None]),

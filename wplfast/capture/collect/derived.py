@@ -193,7 +193,7 @@ def _summed_over(use: GradSample, operand: Operand, factor: Any) -> GradSample |
         sums = sums.sum(1) if shape.numel() == 1 else sums
     else:
         return None
-    return SummedGradSample(operand, use.rule, sums.reshape(-1, *shape))
+    return SummedGradSample(operand, use.rule, sums.reshape(len(sums), *shape))
 
 
 def _through_matrix_product(use: FactoredGradSample, call: Call) -> list[GradSample] | None:

@@ -78,7 +78,7 @@ class FactoredGradSample(GradSample):
         chosen = slice(samples.start, samples.stop)
         wide = flat_dtype(self.activations.dtype)
         product = self.grad_outputs[chosen].to(wide).transpose(1, 2) @ self.activations[chosen].to(wide)
-        return product.view(-1, *self.operand.value.shape)
+        return product.view(len(product), *self.operand.value.shape)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Sum with one product."""
