@@ -356,3 +356,63 @@ def test_modes_and_hooks_are_left_alone():
     assert net.step == 1
     ce(net(X), Y).sum().backward()
     assert seen == ["hook", "after"]
+
+
+class Padded(nn.Module):
+    """Pools over as many tokens as the longest sample has: padding counts where another sample is longer."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear = nn.Embedding(9, 5, padding_idx=0), nn.Linear(5, 4)
+        self.double()
+
+    def forward(self, tokens):
+        return self.linear(self.table(tokens[:, : (tokens != 0).sum(1).max()]).max(1)[0])
+
+
+@pytest.mark.parametrize("longest", [0, 3, 10, 15])
+@pytest.mark.parametrize("n_samples", [16, 40])
+def test_what_one_sample_does_to_all_others_is_found(longest, n_samples):
+    torch.manual_seed(n_samples)
+    tokens = torch.randint(1, 9, (n_samples, 8))
+    tokens[torch.arange(n_samples) != longest, 3:] = 0
+    with pytest.raises(CoupledSamplesError):
+        fd(Padded(), [(tokens, torch.randint(0, 4, (n_samples,)))], ce)
+
+
+@pytest.mark.parametrize("labels", [torch.arange(3).repeat(2), torch.arange(2).repeat(3), torch.arange(3).repeat(4)])
+def test_episodes_whose_labels_repeat(labels):
+    def prototypes(net, support, labels, query):
+        z = net.linear(support)
+        n_ways = int(labels.max()) + 1
+        return (
+            -(net.linear(query)[:, None] - torch.stack([z[labels == c].mean(0) for c in range(n_ways)]))
+            .square()
+            .sum(-1)
+        )
+
+    net, n = Net(prototypes), len(labels)
+    support, query, targets = some(n, 3) + 1, some(n, 3), torch.arange(n) % 2
+    ones = [((support, labels, query[k : k + 1]), targets[k : k + 1]) for k in range(n)]
+    check(fd(net, [((support, labels, query), targets)], ce), loop(net, ones, ce))
+
+
+@pytest.mark.parametrize("layout", ["csr", "jagged"])
+def test_tensors_that_cannot_be_cut_are_no_fault(layout):
+    if layout == "csr":
+        inputs = some(6, 3), torch.block_diag(*[some(1, 2)] * 3).to_sparse_csr()
+        net = Net(lambda net, x, a: a @ net.linear(x))
+    else:
+        inputs = some(3, 3), torch.nested.nested_tensor([some(2, 3), some(1, 3), some(4, 3)], layout=torch.jagged)
+        net = Net(lambda net, x, ragged: net.linear(x))
+    fd(net, [(inputs, Y[:3])], ce)
+
+
+def test_a_timeout_is_not_taken_for_a_batch_that_cannot_be_cut():
+    def slow(net, x):
+        if len(x) == 2:
+            raise TimeoutError
+        return net.linear(x)
+
+    with pytest.raises(TimeoutError):
+        fd(Net(slow), [(X, Y)], ce)

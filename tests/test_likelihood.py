@@ -607,3 +607,46 @@ def test_generator_and_reports_are_left_alone():
     draw(torch.zeros(3, 3, 3), "categorical", second)
     assert torch.equal(first.get_state(), second.get_state())
     assert scale.grad is None
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_draws_of_a_sampler_are_data(verify):
+    """A sampler may compute draws from the outputs with a graph."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(5, 3).double(), torch.randn(6, 5, dtype=torch.float64)
+    loss = lambda o, t: (o - t).square().sum(1) / 2  # noqa: E731
+
+    def run(sampler):
+        generator = torch.Generator().manual_seed(1)
+        options = {"fisher_type": "mc", "verify": verify, "generator": generator, "likelihood": sampler}
+        return wplfast.fisher_diagonal(model, [(x, x[:, :3])], loss, **options)
+
+    noise = lambda o, g: torch.randn(o.shape, generator=g, dtype=o.dtype)  # noqa: E731
+    found, expected = run(lambda o, g: o + noise(o, g)), run(lambda o, g: o.detach() + noise(o, g))
+    for name, f in expected.items():
+        torch.testing.assert_close(found[name], f)
+        assert f.sum() > 0
+
+
+def test_exact_leaves_out_classes_that_are_masked_in_the_model():
+    torch.manual_seed(0)
+    linear, x, y = (
+        torch.nn.Linear(5, 4).double(),
+        torch.randn(6, 5, dtype=torch.float64),
+        torch.zeros(6, dtype=torch.long),
+    )
+
+    class Masked(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.linear, self.value = linear, value
+
+        def forward(self, x):
+            return self.linear(x).masked_fill(torch.tensor([False, False, True, True]), self.value)
+
+    one, other = (
+        wplfast.fisher_diagonal(Masked(v), [(x, y)], wplfast.losses.cross_entropy, fisher_type="exact")
+        for v in (-1e9, float("-inf"))
+    )
+    for name, f in one.items():
+        torch.testing.assert_close(other[name], f)

@@ -221,3 +221,19 @@ def test_a_scheduler_and_hooks_of_others_leave_it_there():
     optimizer.step()
     scheduler.step()
     assert torch.equal(seen[0], wanted)
+
+
+def test_parameters_that_take_the_places_of_others_in_an_optimizer():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 3))
+    wpl = wplfast.WeightPlasticityLoss(model)
+    wpl.consolidate({name: torch.ones_like(p) for name, p in model.named_parameters()})
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0)
+    wpl.attach(optimizer)
+    optimizer.step()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    optimizer.param_groups[0]["params"] = list(model[1].parameters())
+    before = model[1].weight.clone()
+    optimizer.step()
+    torch.testing.assert_close(before - model[1].weight, torch.full_like(before, 0.1))

@@ -102,5 +102,7 @@ class Parts:
         """Return the dimension of a part that has the batch's size, looking at one of 0 and 1 before the other."""
         if not isinstance(part, Tensor):
             return 0 if of_lists and part is not None else None
+        if part.is_nested or part.layout not in (torch.strided, torch.sparse_coo):
+            return None
         dims = (d for d in (first, 1 - first) if d < part.dim() and part.shape[d] == self.n_samples)
         return next(dims, None)

@@ -82,7 +82,7 @@ def fisher_diagonal(
             then that rows still belong to the samples they belonged to; "always": measure and check every batch (about
             twice the cost). What cannot be checked stands in ``report.unchecked``. Beyond notice are samples that are
             coupled through their inputs alone and in a later batch only, and couplings of so few samples that none of
-            the parts shows them (half of a small batch, an eighth of a large one, and the last sample).
+            the parts shows them (the halves of a small batch, a quarter of a large one, and the last sample).
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave out batches with NaN or inf.
         progress: show a progress bar with samples per second.
         samples: what a sample is. ``"batch"``: one of the N that the batch holds. ``"losses"``: whatever an entry of

@@ -78,7 +78,9 @@ class DrawnTargets:
                 check_sampler(self.likelihood, self.loss_fn, outputs, self.generator.device, self.parameters)
                 self._checked = True
             for _ in range(self.mc_samples):
-                yield self.likelihood(outputs, self.generator), 1 / self.mc_samples
+                with torch.no_grad():  # targets are data, whatever they were computed from
+                    drawn = self.likelihood(outputs, self.generator)
+                yield drawn, 1 / self.mc_samples
             return
         reading = self._read(self.likelihood, outputs, targets)
         logits = reading.logits.get(outputs).detach()
@@ -92,7 +94,8 @@ class DrawnTargets:
         elif reading.categorical:
             probabilities = logits.double().softmax(1).nan_to_num(nan=0.0)  # the losses are NaN there too
             for c, share in enumerate(probabilities.unbind(1)):
-                rows = torch.full((len(logits),), c, device=logits.device)
+                # Classes that cannot be may be masked by -inf: their loss is, too, and counts nothing.
+                rows = torch.where(share > 0, c, logits.argmax(1))
                 yield self._targets(reading, logits, targets, rows), share
         else:
             yield from self._bernoulli(reading, logits, targets)

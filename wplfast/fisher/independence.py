@@ -2,10 +2,10 @@
 
 Gradients in a batch cannot show what is done to raw inputs before a parameter sees them: statistics over the batch,
 positions counted up to the longest sample. So the model runs on parts of the batch as well: the last sample in a batch
-of its own (its gradients are compared later, too), and some of the others without it. Where a loss differs, that alone
-proves nothing: the batch may have been cut where no samples lie, or random numbers drawn. A refusal needs more: the
-batch runs again and gives the same losses, and the loss in question changes when all other samples become copies of
-its own, at their places in a batch of the same size. Otherwise the finding is that nothing can be told.
+of its own (its gradients are compared later, too), and two parts that have no sample in common. Where a loss differs,
+that alone proves nothing: the batch may have been cut where no samples lie, or random numbers drawn. A refusal needs
+more: the batch runs again and gives the same losses, and the loss in question changes when all other samples become
+copies of its own, at their places in a batch of the same size. Otherwise the finding is that nothing can be told.
 
 The batch of its own holds the sample twice: some models refuse a single sample, and PyTorch itself errs there (2.13,
 CPU: the backward pass of ``batch_norm`` in eval mode, for N = 1 and gradients of some strides, by more than 100%).
@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
+from itertools import product, repeat
 from typing import Any, Literal
 
 import torch
@@ -114,7 +114,7 @@ class Examination:
     def _examine(self, trial: _Trial, refusing: bool) -> Findings:
         """Run the parts, and look closer where a loss differs."""
         n_samples = len(trial.expected)
-        last, some = _last(n_samples), self._some(n_samples)
+        last, parts = _last(n_samples), self._parts(n_samples)
         differing: int | None = None  # a sample whose loss differed in the likeliest of the cuts that ran
         for cut in trial.parts.cuts():
             single = trial.run(cut, last)
@@ -122,8 +122,11 @@ class Examination:
                 continue
             sample = trial.differing(single, last)
             if sample is None:
-                others = trial.run(cut, some)
-                sample = None if others is None else trial.differing(others, some)
+                for part in parts:
+                    others = trial.run(cut, part)
+                    sample = None if others is None else trial.differing(others, part)
+                    if sample is not None:
+                        break
                 if sample is None:
                     return Findings(True, self._gradients(trial, single))
             differing = sample if differing is None else differing
@@ -185,12 +188,19 @@ class Examination:
             "samples are others: give each sample's own loss (is it divided by the size of the batch?)",
         )
 
-    def _some(self, n_samples: int) -> list[int]:
-        """Choose some samples other than the last: half of a small batch, an eighth of a large one; at least two."""
-        count = min(n_samples // 2, max(8, n_samples // 8))
+    def _parts(self, n_samples: int) -> list[list[int]]:
+        """Choose two parts without a sample in common: what one sample does to all others shows in one of them.
+
+        They are the halves of a small batch, and an eighth each of a large one.
+        """
+        count = max(1, min(n_samples // 2, max(8, n_samples // 8)))
         generator = torch.Generator().manual_seed(self._n_batches)
-        chosen = torch.randperm(n_samples - 1, generator=generator, device="cpu")[:count].sort().values.tolist()
-        return chosen if len(chosen) > 1 else chosen * (2 if n_samples > 2 else 3)
+        order = torch.randperm(n_samples, generator=generator, device="cpu").tolist()
+        rest = order[count : 2 * count] if 2 * count < n_samples - 1 else order[count:]
+        found = []
+        for chosen in (sorted(order[:count]), sorted(rest)):
+            found.append(chosen if len(chosen) > 1 else chosen * (2 if n_samples > 2 else 3))
+        return found
 
     def _gradients(self, trial: _Trial, losses: Tensor) -> SingleSample:
         """Run the backward pass of the last sample, which is all that a batch holds; keep projections alone."""
@@ -239,12 +249,14 @@ class _Trial:
             cut: where samples lie; None: the batch as it is.
             samples: which.
         """
-        inputs, targets = (self._batch.inputs, self._targets) if cut is None else self.parts.take(cut, samples)
         of = self._of
         self._rewind()
         set_random_state(of._device, self._random)
         try:
+            inputs, targets = (self._batch.inputs, self._targets) if cut is None else self.parts.take(cut, samples)
             losses = of._loss_fn(Batch(inputs, targets, None).forward(of._model), targets)
+        except (MemoryError, TimeoutError, torch.OutOfMemoryError):
+            raise
         except Exception:  # the model's own: it does not take so many samples, or was cut along the wrong dimension
             return None
         return losses if isinstance(losses, Tensor) and losses.shape == (len(samples),) else None
@@ -282,8 +294,8 @@ class _Trial:
         found = set()
         for position in [i for i, dim in enumerate(whole) if dim is not None]:
             only = Parts.sparing(whole, set(range(len(whole))) - {position})
-            for kept, others in ((first, second), (second, first)):
-                copies = [kept[i % len(kept)] for i in range(len(others))]
+            for turned, (kept, others) in product((0, 1), ((first, second), (second, first))):
+                copies = [kept[(i + turned) % len(kept)] for i in range(len(others))]
                 losses = self.run(only, kept + copies if kept is first else copies + kept)
                 if losses is not None and self.differing(losses[kept], kept) is not None:
                     found.add(position)

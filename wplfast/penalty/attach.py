@@ -70,10 +70,10 @@ class Attachment:
         Raises:
             ValueError: if there are none.
         """
-        references, counts = self.penalty._groups.references, [len(g["params"]) for g in optimizer.param_groups]
-        if self._of is not None and self._of[0] is references and self._of[1] == counts:
+        references, held = self.penalty._groups.references, [id(p) for g in optimizer.param_groups for p in g["params"]]
+        if self._of is not None and self._of[0] is references and self._of[1] == held:
             return self._names
-        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        ids = set(held)
         pairs = list(zip(references.names, references.tensors(), strict=True))
         names = [name for name, p in pairs if id(p) in ids]
         left = [name for name, p in pairs if id(p) not in ids and p.requires_grad]
@@ -89,5 +89,5 @@ class Attachment:
                 len(pairs),
                 some(left),
             )
-        self._of, self._names = (references, counts), tuple(names) if left else None
+        self._of, self._names = (references, held), tuple(names) if left else None
         return self._names

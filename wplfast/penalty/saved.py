@@ -153,10 +153,15 @@ class Saved(nn.Module):
         assignment: no function here is written in Python, nor called through one (attributes of a module are, and
         functions of PyTorch under a mode).
         """
-        steps = [] if change is None else change.steps()
-        steps.append(partial(self.__dict__.__setitem__, "_groups", groups))
-        with torch._C.DisableTorchFunction():
+        guard = torch._C.DisableTorchFunction()
+        leave = partial(type(guard).__exit__, guard, None, None, None)
+        steps = [partial(type(guard).__enter__, guard), *(() if change is None else change.steps())]
+        steps += [partial(self.__dict__.__setitem__, "_groups", groups), leave]
+        try:
             list(map(partial.__call__, steps))
+        except BaseException:
+            leave()
+            raise
 
     def _blank(self, references: References, l2: float) -> Anchors | None:
         """Return anchors that do not hold, where there is a weight decay term to evaluate."""
