@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import VerificationError
+from ..probe.weights import negligible
 from ..rules.projection import N_DIRECTIONS, Directions
 from .batch import Batch
 from .squares import Uses, project
@@ -67,19 +68,19 @@ def verify_batch(
         return False
     own = {p.dtype.to_real() for p in parameters}
     coarsest = {dtype: max(seen | {dtype}, key=lambda d: torch.finfo(d).eps) for dtype in own}
-    dtypes = [coarsest[p.dtype.to_real()] for p in parameters]
+    dtypes, numels = [coarsest[p.dtype.to_real()] for p in parameters], [f.numel() for f in fisher]
     check_identity(
         names,
         batch.captured,
         batch.ordinary,
         sums.sqrt(),
-        [f.numel() for f in fisher],
+        numels,
         weights,
         dtypes,
         batch.one_by_one | unseen,
     )
     if batch.single_sample is not None:
-        check_single_sample(names, batch.of_single_sample, batch.single_sample.gradients, dtypes)
+        check_single_sample(names, batch.of_single_sample, batch.single_sample.gradients, numels, dtypes)
     return True
 
 
@@ -117,13 +118,11 @@ def check_identity(
         return
     got, expected = (_norms_and_projections(side, chosen) for side in (captured, ordinary))
     largest = float(probe_weights.abs().max())
-    # Some gradients are zero but for rounding, and subnormal ones are little else.
-    least = torch.tensor([torch.finfo(dtypes[i]).tiny for i in chosen], dtype=torch.float64, device="cpu")
-    elements = torch.tensor([numels[i] for i in chosen], dtype=torch.float64, device="cpu")
-    floor = (least * elements.sqrt()).clamp_min(1e-3 * max(1e-300, float(scales.square().sum())) ** 0.5)
-    sizes = torch.maximum(torch.maximum(scales[chosen], floor), expected[0] / largest)
+    floor = 1e-3 * max(1e-300, float(scales.square().sum())) ** 0.5  # some gradients are zero but for rounding
+    sizes = torch.maximum(scales[chosen].clamp_min(floor), expected[0] / largest)
     errors = _norms(got[1] - expected[1]) / largest
-    allowed = torch.tensor([TOLERANCE[dtypes[i]] for i in chosen], dtype=torch.float64, device="cpu") * sizes
+    tolerances = torch.tensor([TOLERANCE[dtypes[i]] for i in chosen], dtype=torch.float64, device="cpu")
+    allowed = torch.maximum(tolerances * sizes, _least(dtypes, numels, chosen))
     for position in (~(errors <= allowed)).nonzero().flatten().tolist():
         raise VerificationError(
             f"captured per-sample gradients of {names[chosen[position]]!r} disagree with autograd (|difference| about "
@@ -141,6 +140,7 @@ def check_single_sample(
     names: Sequence[str],
     captured: Mapping[int, Tensor],
     alone: Mapping[int, Tensor],
+    numels: Sequence[int],
     dtypes: Sequence[torch.dtype],
 ) -> None:
     """Compare one sample's captured gradient with the one that plain autograd gives it in a batch of its own.
@@ -152,6 +152,7 @@ def check_single_sample(
         names: the parameters' names.
         captured: index -> projections of the sample's gradient; absent where no use was collected.
         alone: those of the gradients alone; absent where none arrived.
+        numels: the parameters' numbers of elements.
         dtypes: the parameters' dtypes.
 
     Raises:
@@ -162,16 +163,23 @@ def check_single_sample(
         return
     got, expected = (_norms_and_projections(side, chosen) for side in (captured, alone))
     tolerances = torch.tensor([SINGLE_SAMPLE_TOLERANCE[dtypes[i]] for i in chosen], dtype=torch.float64, device="cpu")
-    least = torch.tensor([torch.finfo(dtypes[i]).tiny for i in chosen], dtype=torch.float64, device="cpu") / tolerances
-    sizes = torch.maximum(expected[0], least).clamp_min(1e-3 * float(expected[0].max()))  # below, all is rounding
+    sizes = expected[0].clamp_min(1e-3 * float(expected[0].max()))
+    allowed = torch.maximum(tolerances * sizes, _least(dtypes, numels, chosen))
     errors = _norms(got[1] - expected[1])
-    for position in (~(errors <= tolerances * sizes)).nonzero().flatten().tolist():
+    for position in (~(errors <= allowed)).nonzero().flatten().tolist():
         raise VerificationError(
             f"the gradient of {names[chosen[position]]!r} for one sample is not that of a batch of its own "
             f"(|difference| about {float(errors[position]):.3g}, |g| {float(sizes[position]):.3g}): either the "
             "batch enters it (a detached batch statistic?), or wplfast misread an operation of the model; please "
             "report it then"
         )
+
+
+def _least(dtypes: Sequence[torch.dtype], numels: Sequence[int], chosen: Sequence[int]) -> Tensor:
+    """Return the norms [P] below which gradients are not collected: their squares are lost in an accumulator."""
+    least = [negligible(torch.float64 if dtypes[i] == torch.float64 else torch.float32) for i in chosen]
+    elements = torch.tensor([numels[i] for i in chosen], dtype=torch.float64, device="cpu")
+    return torch.tensor(least, dtype=torch.float64, device="cpu") * elements.sqrt()
 
 
 def _norms_and_projections(side: Mapping[int, Tensor], chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
