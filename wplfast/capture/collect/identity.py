@@ -176,8 +176,9 @@ def check_single_sample(
 
 
 def _least(dtypes: Sequence[torch.dtype], numels: Sequence[int], chosen: Sequence[int]) -> Tensor:
-    """Return the norms [P] below which gradients are not collected: their squares are lost in an accumulator."""
-    least = [negligible(torch.float64 if dtypes[i] == torch.float64 else torch.float32) for i in chosen]
+    """Return the norms [P] below which all is rounding, or not collected since squares are lost in an accumulator."""
+    wide = (torch.float64 if dtypes[i] == torch.float64 else torch.float32 for i in chosen)
+    least = [max(negligible(w), torch.finfo(dtypes[i]).tiny) for w, i in zip(wide, chosen, strict=True)]
     elements = torch.tensor([numels[i] for i in chosen], dtype=torch.float64, device="cpu")
     return torch.tensor(least, dtype=torch.float64, device="cpu") * elements.sqrt()
 
