@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from nested_cases import Product
 from torch import nn
 
 import wplfast
@@ -226,18 +227,7 @@ def test_no_gradient_is_seen_unless_it_is_squared():
             self.fc, self.w, self.active = nn.Linear(8, 3), nn.Parameter(torch.randn(8, 3)), False
 
         def forward(self, x):
-            class Hidden(torch.autograd.Function):
-                @staticmethod
-                def forward(ctx, x, w):
-                    ctx.save_for_backward(x, w)
-                    return x @ w
-
-                @staticmethod
-                def backward(ctx, g):
-                    x, w = ctx.saved_tensors
-                    return g @ w.t(), x.t() @ g
-
-            return self.fc(x) + (Hidden.apply(x, self.w) if self.active else 0)
+            return self.fc(x) + (Product.apply(x, self.w) if self.active else 0)
 
     m, (x, y) = Sometimes(), batch()[0]
     with wplfast.FisherAccumulator(m) as acc:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from nested_cases import Checkpoint, Product, accumulated, diagonal, rows
 from oracle import assert_close, fisher_loop
 from torch import nn
 from zoo import C, D, Lambda, classify, head, par
@@ -58,25 +59,6 @@ class Clamp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient.clamp(-0.05, 0.05)
-
-
-class Checkpoint(torch.autograd.Function):
-    """Recomputes."""
-
-    @staticmethod
-    def forward(ctx, run, x):
-        ctx.run = run
-        ctx.save_for_backward(x)
-        with torch.no_grad():
-            return run(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            y = ctx.run(x)
-        y.backward(gradient)
-        return None, x.grad
 
 
 def hooked(tensor, hook):
@@ -152,21 +134,6 @@ def on_weights(hook):
 def build(forward):
     children = {name: nn.Linear(D, D) for name in ("a", "b")}
     return Lambda(forward, **children, emb=nn.Embedding(7, D), pos=par(D), head=head()).double().eval()
-
-
-def rows(sizes):
-    return [(torch.randn(n, D, dtype=torch.float64), torch.randint(0, C, (n,))) for n in sizes]
-
-
-def diagonal(model, data, verify):
-    return wplfast.fisher_diagonal(model, data, classify, verify=verify)
-
-
-def accumulated(model, data, verify):
-    with wplfast.FisherAccumulator(model, verify=verify) as acc:
-        for x, y in data:
-            acc.backward(classify(model(x), y))
-    return acc.result()
 
 
 def compare(model, data, verify):
@@ -251,19 +218,8 @@ def test_a_clamp_that_first_bites_later():
 def test_one_sample_after_another_adds_up():
     """Where a use is left to that, a hook that adds to rows of other samples would enter."""
 
-    class Unseen(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, w):
-            ctx.save_for_backward(x, w)
-            return x @ w
-
-        @staticmethod
-        def backward(ctx, gradient):
-            x, w = ctx.saved_tensors
-            return gradient @ w.t(), x.t() @ gradient
-
     def forward(hook):
-        return lambda m, x: m.head(hooked(torch.tanh(Unseen.apply(x, m.b.weight)), hook))
+        return lambda m, x: m.head(hooked(torch.tanh(Product.apply(x, m.b.weight)), hook))
 
     for name in ("clamped", "clipped by norm", "sign"):
         compare(build(forward(BY_ROW[name])), rows([4, 3]), True)

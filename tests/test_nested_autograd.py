@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from nested_cases import Checkpoint, accumulated, diagonal, rows
 from oracle import assert_close, fisher_loop
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -15,25 +16,6 @@ import wplfast
 from wplfast.errors import CoupledSamplesError, WplfastError
 
 SIZES = [[5, 5, 3], [1, 4, 4], [4, 4, 2], [17, 17]]
-
-
-class Checkpoint(torch.autograd.Function):
-    """Recomputes, and calls torch.autograd.backward: unsloth's, DeepSpeed's, fairscale's and Megatron's do."""
-
-    @staticmethod
-    def forward(ctx, run, *inputs):
-        ctx.run = run
-        ctx.save_for_backward(*inputs)
-        with torch.no_grad():
-            return run(*inputs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in ctx.saved_tensors]
-        with torch.enable_grad():
-            outputs = ctx.run(*inputs)
-        torch.autograd.backward(outputs if isinstance(outputs, tuple) else (outputs,), grads)
-        return None, *(x.grad for x in inputs)
 
 
 class CheckpointOfParameters(torch.autograd.Function):
@@ -54,8 +36,8 @@ class CheckpointOfParameters(torch.autograd.Function):
         return None, *torch.autograd.grad(y, [x, *ctx.parameters], gradient, allow_unused=True)
 
 
-class BackwardTo(torch.autograd.Function):
-    """Names what gradients are to accumulate in."""
+class WithParameters(torch.autograd.Function):
+    """Recomputes, and is given the parameters beside the input."""
 
     @staticmethod
     def forward(ctx, run, parameters, x):
@@ -63,6 +45,10 @@ class BackwardTo(torch.autograd.Function):
         ctx.save_for_backward(x)
         with torch.no_grad():
             return run(x)
+
+
+class BackwardTo(WithParameters):
+    """Names what gradients are to accumulate in."""
 
     @staticmethod
     def backward(ctx, gradient):
@@ -119,15 +105,8 @@ class Reversible(torch.autograd.Function):
         return None, None, torch.cat([of_u + u.grad, of_v + b.grad], -1)
 
 
-class Conjugate(torch.autograd.Function):
+class Conjugate(WithParameters):
     """Accumulates into .grad itself."""
-
-    @staticmethod
-    def forward(ctx, run, parameters, x):
-        ctx.run, ctx.parameters = run, parameters
-        ctx.save_for_backward(x)
-        with torch.no_grad():
-            return run(x)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -361,21 +340,6 @@ def build(forward):
     children = {name: nn.Linear(D, D) for name in ("a", "b", "c")}
     halves = {name: nn.Linear(D // 2, D // 2) for name in ("left", "right")}
     return Lambda(forward, **children, **halves, emb=nn.Embedding(7, D), pos=par(D), head=head()).double().eval()
-
-
-def rows(sizes):
-    return [(torch.randn(n, D, dtype=torch.float64), torch.randint(0, C, (n,))) for n in sizes]
-
-
-def diagonal(model, data, verify, params=None):
-    return wplfast.fisher_diagonal(model, data, classify, params=params, verify=verify)
-
-
-def accumulated(model, data, verify, params=None):
-    with wplfast.FisherAccumulator(model, params, verify=verify) as acc:
-        for x, y in data:
-            acc.backward(classify(model(x), y))
-    return acc.result()
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

@@ -29,7 +29,6 @@ from ..capture.collect.batch import SingleSample
 from ..capture.probe.graph import leaves
 from ..capture.rules.projection import Directions
 from ..capture.undo import Undo
-from ..ops.layout import as_real
 from .batches import Batch
 from .cutting import Cut, Parts
 from .preserve import Rewound, Snapshot
@@ -208,17 +207,15 @@ class Examination:
 
         def arrived(index: int, parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
-            if gradient is None:
-                return
-            part = self._directions[index].of(as_real(gradient.to_dense()).unsqueeze(0))[0] / len(losses)
-            found[index] = found[index] + part if index in found else part
+            if gradient is not None:
+                self._directions.add(found, index, gradient)
 
         with _GradsApart(self._parameters, leaves(losses), arrived):
             if losses.requires_grad:
                 losses.sum().backward()
             for index, parameter in enumerate(self._parameters):
                 arrived(index, parameter)  # what a Function added by itself
-        return SingleSample(len(trial.expected) - 1, found)
+        return SingleSample(len(trial.expected) - 1, {index: total / len(losses) for index, total in found.items()})
 
 
 class _Trial:

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ...errors import CoupledSamplesError, VerificationError, WplfastError
-from ...ops.layout import as_real
 from ..accumulators import Accumulators
 from ..call_site import Listener
 from ..probe.graph import Fingerprint, fingerprint, reorders_rows
@@ -336,8 +335,7 @@ class Session:
 
         def keep(index: int, gradient: Tensor) -> None:
             if kept is None or index in kept:
-                projection = self.directions[index].of(as_real(gradient.to_dense()).unsqueeze(0))[0]
-                batch.ordinary[index] = batch.ordinary[index] + projection if index in batch.ordinary else projection
+                self.directions.add(batch.ordinary, index, gradient)
 
         listener = ProbePass(self._inference, self._in_backward, keep if verifies else None)
         self._run(batch.losses, weights, listener, keep=True)

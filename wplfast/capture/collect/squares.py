@@ -14,7 +14,7 @@ from ..call import Operand
 from ..probe.graph import fingerprint
 from ..rules import vectorised
 from ..rules.grad_sample import GradSample, add_squares, chunks, weights_of
-from ..rules.projection import Directions
+from ..rules.projection import Directions, add
 from . import derived, tied
 
 #: Parameter index -> the grad samples of all its uses in one batch; one of a derived operand stands under several.
@@ -82,9 +82,9 @@ def project(
         known = [part for part in parts if part is not None]
         if known and len(known) == len(parts):
             total = torch.stack(known).sum(0)
-            _add(sums, operand.parameters[0], weights.to(total) @ total)
+            add(sums, operand.parameters[0], weights.to(total) @ total)
             if sample is not None:
-                _add(alone, operand.parameters[0], total[sample])
+                add(alone, operand.parameters[0], total[sample])
             continue
         device = operand.value.device
         dense = [(sums, sum(use.weighted_sum(weights.to(device)) for use in same))]
@@ -94,13 +94,8 @@ def project(
             assert isinstance(gradient, Tensor)
             for index, part in _push(operand, gradient.unsqueeze(0)).items():
                 if index in uses:
-                    _add(found, index, directions[index].of(part)[0])
+                    add(found, index, directions[index].of(part)[0])
     return sums, alone
-
-
-def _add(found: dict[int, Tensor], index: int, projection: Tensor) -> None:
-    """Add to what is known of a parameter."""
-    found[index] = found[index] + projection if index in found else projection
 
 
 def _by_operand(uses: Uses) -> list[list[GradSample]]:

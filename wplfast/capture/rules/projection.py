@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops.layout import flat_dtype
+from ...ops.layout import as_real, flat_dtype
 
 #: Projections of each gradient.
 N_DIRECTIONS = 4
@@ -55,6 +55,15 @@ class Directions:
             found = self._drawn[index] = Direction(rows, columns)
         return found
 
+    def add(self, found: dict[int, Tensor], index: int, gradient: Tensor) -> None:
+        """Project a parameter's gradient, whatever its layout, and add that to what is known of it."""
+        add(found, index, self[index].of(as_real(gradient.to_dense()).unsqueeze(0))[0])
+
     def forget(self) -> None:
         """Free their memory; the same ones are drawn again."""
         self._drawn.clear()
+
+
+def add(found: dict[int, Tensor], index: int, projection: Tensor) -> None:
+    """Add a projection to what is known of a parameter, if anything is."""
+    found[index] = found[index] + projection if index in found else projection
