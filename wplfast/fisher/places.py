@@ -33,9 +33,8 @@ class Place:
 
 def leaves_of(tree: Any) -> list[Tensor]:
     """List the tensors of nested tuples, lists and dicts, or of an object's attributes."""
-    return (
-        list(tensors_in(tree if _is_tree(tree) else vars(tree))) if _is_tree(tree) or hasattr(tree, "__dict__") else []
-    )
+    found = tree if _is_tree(tree) else getattr(tree, "__dict__", ())
+    return list(tensors_in(found))
 
 
 def replaced(tree: Any, values: Mapping[int, Tensor]) -> Any:
