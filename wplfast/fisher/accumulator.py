@@ -309,11 +309,16 @@ class FisherAccumulator:
             parameters=self.parameters,
         )
 
-    def note_unchecked(self, why: str, level: int = logging.WARNING) -> None:
-        """Say once that samples could not be run in batches of their own, and keep it for the report."""
+    def note_unchecked(
+        self,
+        why: str,
+        level: int = logging.WARNING,
+        what: str = "whether samples depend on each other through their inputs",
+    ) -> None:
+        """Say once that something could not be checked, and keep the reason for the report."""
         if why not in self._unchecked:
             self._unchecked.append(why)
-            logger.log(level, "whether samples depend on each other through their inputs was not checked: %s", why)
+            logger.log(level, "%s was not checked: %s", what, why)
 
     @property
     def is_widened(self) -> bool:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from ..params import Params, device_of
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
 from .checks import check_losses
-from .drawn import DrawnTargets
+from .drawn import DrawnTargets, Term
 from .independence import Examination, Findings
 from .preserve import Snapshot
 from .result import Fisher
@@ -130,7 +131,8 @@ def fisher_diagonal(
     drawn = None
     if fisher_type != "empirical":
         watched = list(accumulator.parameters.values())
-        drawn = DrawnTargets(loss_fn, likelihood, fisher_type == "exact", mc_samples, generator, watched)
+        exact, note = fisher_type == "exact", partial(accumulator.note_unchecked, what="what a sampler draws")
+        drawn = DrawnTargets(loss_fn, likelihood, exact, mc_samples, generator, watched, note)
     started = time.time()
     deterministic = not (train and any(module.training for module in model.modules()))
     if verify and not deterministic:
@@ -211,20 +213,22 @@ class _Pass:
             self.before.restore()
             set_random_state(self.device, state)
             outputs = batch.forward(self.model)
-            return self.loss_fn(outputs, terms[0][0])
+            return self.loss_fn(outputs, terms[0].targets)
 
-        for index, (targets, share) in enumerate(terms):
-            losses = self.loss_fn(outputs, targets)
+        for index, term in enumerate(terms):
+            losses = self.loss_fn(outputs, term.targets)
             check_losses(losses)
             if self.samples == "batch":
                 batch.check_n_losses(losses)
+            if self.drawn is not None:
+                terms[index], losses = self.drawn.checked(outputs, batch.targets, term, losses)
             first = index == 0
             if first:
-                findings = self._examine(batch, targets, losses, state)
+                findings = self._examine(batch, terms[0].targets, losses, state)
                 count, weights = self._limit(batch.weights, losses)
             self.accumulator.accumulate(
                 losses,
-                _product(weights, share, losses),
+                _product(weights, term.share, losses),
                 retain_graph=index + 1 < len(terms),
                 replay=replay if first else None,
                 count=count if first else 0,
@@ -249,10 +253,10 @@ class _Pass:
             self._independent = findings.independent
         return findings
 
-    def _terms(self, batch: Batch, outputs: Any) -> Iterator[tuple[Any, Tensor | float]]:
-        """Yield targets, and what their losses' squared gradients count: a number, or one for each sample."""
+    def _terms(self, batch: Batch, outputs: Any) -> Iterator[Term]:
+        """Yield targets, and what their losses' squared gradients count."""
         if self.drawn is None:
-            yield batch.targets, 1.0
+            yield Term(batch.targets)
         else:
             yield from self.drawn.terms(outputs, batch.targets)
 

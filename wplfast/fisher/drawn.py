@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from .likelihood import fit
+from .loss_check import LossCheck
 from .reading import Reading, readings
 from .sampler_check import check_sampler
 from .sampling import Likelihood, draw
+
+logger = logging.getLogger(__name__)
 
 
 class Swapped(NamedTuple):
@@ -20,6 +24,20 @@ class Swapped(NamedTuple):
 
     targets: Any
     rows: Tensor  # bool
+
+
+class Term(NamedTuple):
+    """One draw for a batch, or one of all possible targets.
+
+    Attributes:
+        targets: what the loss is given.
+        share: what its squared gradients count: a number, or one for each sample.
+        labels: of each row; None: those in the targets.
+    """
+
+    targets: Any
+    share: Tensor | float = 1.0
+    labels: Tensor | None = None
 
 
 class DrawnTargets:
@@ -32,6 +50,7 @@ class DrawnTargets:
         mc_samples: draws per sample.
         generator: source of randomness.
         parameters: the watched parameters.
+        note: called with what could not be checked.
 
     Raises:
         ValueError: if the likelihood is unknown, or has no finite set of targets where ``exact`` asks for it.
@@ -45,6 +64,7 @@ class DrawnTargets:
         mc_samples: int,
         generator: torch.Generator,
         parameters: Sequence[Tensor],
+        note: Callable[[str], None],
     ) -> None:
         """See the class."""
         if not callable(likelihood) and likelihood not in ("categorical", "bernoulli", "gaussian"):
@@ -61,32 +81,74 @@ class DrawnTargets:
         self._reading: Reading | None = None
         self._all_tried = False  # the loss was evaluated on labels of all classes
         self._factor = 1.0  # of the losses: shares sum to 1, but the Fishers of several labels add up
-        self._checked = False  # a sampler
+        self._note = note
+        self._n_batches = 0
+        self._check: LossCheck | None = None  # of the batch at hand
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the losses of targets of this class's making."""
+        losses = self._likelihood_loss(outputs, targets)
+        return losses if self._factor == 1 else losses * self._factor
+
+    def _likelihood_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the losses that should be -log p."""
         if isinstance(targets, Swapped):
             assert self._reading is not None
             return self.loss_fn(_swapped(self._reading, outputs, targets.rows), targets.targets)
-        losses = self.loss_fn(outputs, targets)
-        return losses if self._factor == 1 else losses * self._factor
+        return self.loss_fn(outputs, targets)
 
-    def terms(self, outputs: Any, targets: Any) -> Iterator[tuple[Any, Tensor | float]]:
-        """Yield targets, and what their losses' squared gradients count: a number, or one for each sample."""
+    def _checking(self, reading: Reading, outputs: Any, targets: Any) -> LossCheck:
+        """Return what compares the losses of a batch with -log p."""
+        return LossCheck(reading, self._likelihood_loss, self.parameters, outputs, targets, self._n_batches)
+
+    def checked(self, outputs: Any, targets: Any, term: Term, losses: Tensor) -> tuple[Term, Tensor]:
+        """Compare a term's losses with -log p of its labels, on the outputs that there are.
+
+        Args:
+            outputs: the model's outputs.
+            targets: the given targets.
+            term: the term.
+            losses: its losses.
+
+        Returns:
+            The term and its losses, or others where the loss turns out to ignore a class.
+
+        Raises:
+            ValueError: if the losses are not -log p, where this library draws the labels.
+        """
         if callable(self.likelihood):
-            if not self._checked:
-                check_sampler(self.likelihood, self.loss_fn, outputs, self.generator.device, self.parameters)
-                self._checked = True
+            self._check_draw(outputs, term, losses)
+            return term, losses
+        assert self._check is not None
+        plain = losses if self._factor == 1 else losses / self._factor
+        ignored = self._check.ignored(plain, term.targets, term.labels)
+        if ignored is None or term.labels is None:
+            return term, losses
+        reading = replace(self._check.reading, ignored=ignored)
+        self._reading, self._check = reading, self._checking(reading, outputs, targets)
+        return self._again(outputs, targets, term)
+
+    def terms(self, outputs: Any, targets: Any) -> Iterator[Term]:
+        """Yield the terms of a batch."""
+        self._n_batches += 1
+        if callable(self.likelihood):
+            if self._n_batches == 1:
+                self._reading, why = check_sampler(
+                    self.likelihood, self.loss_fn, outputs, self.generator.device, self.parameters
+                )
+                if why:
+                    self._note(f"the sampler: {why}")
             for _ in range(self.mc_samples):
                 with torch.no_grad():  # targets are data, whatever they were computed from
                     drawn = self.likelihood(outputs, self.generator)
-                yield drawn, 1 / self.mc_samples
+                yield Term(drawn, 1 / self.mc_samples)
             return
         reading = self._read(self.likelihood, outputs, targets)
-        logits = reading.logits.get(outputs).detach()
+        self._check = self._checking(reading, outputs, targets)
+        logits = self._check.logits
         if not self.exact:
             for rows in draw(logits, self.likelihood, self.generator, reading.dim, self.mc_samples):
-                yield self._targets(reading, logits, targets, rows), 1 / self.mc_samples
+                yield Term(self._targets(reading, logits, targets, rows), 1 / self.mc_samples, rows)
         elif logits.dim() > 2 or len(reading.logits.indices) > 1:
             raise ValueError(
                 f"fisher_type='exact' needs outputs [N, C], got {list(logits.shape)}; use fisher_type='mc'"
@@ -96,11 +158,11 @@ class DrawnTargets:
             for c, share in enumerate(probabilities.unbind(1)):
                 # Classes that cannot be may be masked by -inf: their loss is, too, and counts nothing.
                 rows = torch.where(share > 0, c, logits.argmax(1))
-                yield self._targets(reading, logits, targets, rows), share
+                yield Term(self._targets(reading, logits, targets, rows), share, rows)
         else:
             yield from self._bernoulli(reading, logits, targets)
 
-    def _bernoulli(self, reading: Reading, logits: Tensor, targets: Any) -> Iterator[tuple[Any, Tensor | float]]:
+    def _bernoulli(self, reading: Reading, logits: Tensor, targets: Any) -> Iterator[Term]:
         """Yield 0 and 1 for one label after the other, the others at their mean, where their gradient is zero."""
         means = logits.sigmoid()
         n_labels = logits[:1].numel()
@@ -110,7 +172,32 @@ class DrawnTargets:
             for value in (0.0, 1.0):
                 rows = means.clone()
                 rows.view(len(means), -1)[:, k] = value
-                yield self._targets(reading, logits, targets, rows), (share if value else 1 - share) / n_labels
+                of_value = share if value else 1 - share
+                yield Term(self._targets(reading, logits, targets, rows), of_value / n_labels, rows)
+
+    def _again(self, outputs: Any, targets: Any, term: Term) -> tuple[Term, Tensor]:
+        """Make a term's targets again, with the reading of now, and check their losses."""
+        assert self._check is not None and term.labels is not None
+        made = self._targets(self._check.reading, self._check.logits, targets, term.labels)
+        term = term._replace(targets=made)
+        losses = self.loss(outputs, made)
+        return self.checked(outputs, targets, term, losses)
+
+    def _check_draw(self, outputs: Any, term: Term, losses: Tensor) -> None:
+        """Compare the losses of a sampler's draw, if they were -log p of a known likelihood in all batches so far."""
+        reading = self._reading
+        if reading is None:
+            return
+        try:
+            if reading.fits(outputs, term.targets):
+                self._checking(reading, outputs, term.targets).ignored(losses, term.targets, None)
+                return
+        except ValueError as error:
+            logger.debug("the loss of a sampler's draw: %s", error)
+        self._reading = None
+        self._note(
+            "the sampler: its loss is -log p of a known likelihood on numbers of this library's, but not on all outputs"
+        )
 
     def _read(self, likelihood: str, outputs: Any, targets: Any) -> Reading:
         """Return how the loss reads this batch."""

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .alignment import alignments
-from .loss_probe import Evaluation, MismatchError, Probe
+from .loss_probe import Evaluation, Probe
 from .reading import Reading, readings
+from .row_scales import MismatchError, RowScales
 
 #: What finding a class to ignore may cost: evaluations of the loss, and logits in all of them.
 MOST_EVALUATIONS, MOST_ELEMENTS = 64, 1 << 22
@@ -29,6 +30,13 @@ _REASONS = {
     "(likelihood='gaussian' for regression, 'bernoulli' for yes-or-no labels)",
     "bernoulli": "pos_weight, a mean over the labels, or probabilities where the likelihood takes logits",
     "gaussian": "a missing 1/2, a mean over the dimensions, or another variance than 1",
+}
+
+_LOCAL = {
+    "categorical": "logits, probabilities or losses that are clamped, hard examples alone, class weights, a logit "
+    "adjustment: put that into the model",
+    "bernoulli": "logits, probabilities or losses that are clamped, hard examples alone, weights of labels",
+    "gaussian": "residuals or losses that are clamped, Huber's loss, outliers that are left out",
 }
 
 
@@ -82,13 +90,27 @@ def fit(
             "or a part of the classes alone, pass likelihood= a sampler, (outputs, generator) -> targets, or use "
             "fisher_type='empirical'"
         ) from cause
+    raise ValueError(refusal(likelihood, cause, values)) from cause
+
+
+def refusal(likelihood: str, cause: MismatchError, values: str, batch: int = 0) -> str:
+    """Say that a loss is not -log p, why, and what to do.
+
+    Args:
+        likelihood: the likelihood.
+        cause: what differs, if that is known.
+        values: a sentence with numbers, or nothing.
+        batch: where it was seen; 0: on logits and labels of our own.
+    """
+    where = f" in batch {batch}" if batch else ""
     what = f" ({cause})" if str(cause) else ""
-    raise ValueError(
-        f"loss_fn is not -log p of targets drawn for likelihood={likelihood!r}, nor its mean over tokens{what}: "
-        f"{values}Likely reasons: {_REASONS[likelihood]}. Use a loss that is -log p (see wplfast.losses), pass "
-        "likelihood= a sampler, (outputs, generator) -> targets, that draws from what the loss describes, or use "
-        "fisher_type='empirical'"
-    ) from cause
+    local = "something that acts on some logits, labels or batches alone (" + _LOCAL[likelihood] + "), "
+    return (
+        f"loss_fn is not -log p of targets drawn for likelihood={likelihood!r}{where}, nor its mean over tokens{what}: "
+        f"{values}Likely reasons: {local if batch else ''}{_REASONS[likelihood]}. Use a loss that is -log p (see "
+        "wplfast.losses), pass likelihood= a sampler, (outputs, generator) -> targets, that draws from what the loss "
+        "describes, or use fisher_type='empirical'"
+    )
 
 
 def _aligned(probe: Probe, own: Evaluation) -> Reading | None:
@@ -101,22 +123,25 @@ def _aligned(probe: Probe, own: Evaluation) -> Reading | None:
             found = [probe.scales(own, reading)]
             second = second or probe.second()
             found.append(probe.scales(second, reading))
-            used = (found[0][0] != 0) | (found[1][0] != 0)
+            used = (found[0].scales != 0) | (found[1].scales != 0)
             if not bool(used.any()):
+                if bool((found[0].known & probe.ever_used(reading)).any()):
+                    raise MismatchError("whether a label counts depends on the logits")
                 return None
+            reading = replace(reading, normalised=probe.normalised)
             return _with_ignored(probe, reading, found, used)
         except MismatchError as error:
             first = error if first is None or not str(first) else first
     raise first or MismatchError("")
 
 
-def _with_ignored(probe: Probe, reading: Reading, found: list[tuple[Tensor, Tensor, Tensor]], used: Tensor) -> Reading:
+def _with_ignored(probe: Probe, reading: Reading, found: list[RowScales], used: Tensor) -> Reading:
     """Find a label within the likelihood's range that the loss ignores: its row is used with another label.
 
     Args:
         probe: the probe.
         reading: the reading so far.
-        found: scales, labels of the rows and which may count, of two evaluations.
+        found: what two evaluations gave.
         used: which rows count with some label.
     """
     n_classes = reading.n_classes(probe.logits)
@@ -131,15 +156,15 @@ def _with_ignored(probe: Probe, reading: Reading, found: list[tuple[Tensor, Tens
                 labels = torch.zeros_like(used, dtype=torch.int64)
                 labels[used] = untried[torch.arange(int(used.sum()), device=used.device) % len(untried)]
                 found.append(probe.scales(probe.of_rows(labels, reading), reading))
-            _, labels, known = found[evaluation]
-            tried[labels[known & used]] = True
+            rows = found[evaluation]
+            tried[rows.labels[rows.known & used]] = True
         reading = replace(reading, tried=tried)
-    missing = [labels[known & used & (scales == 0)] for scales, labels, known in found]
+    missing = [rows.labels[rows.known & used & (rows.scales == 0)] for rows in found]
     ignored = torch.cat(missing).unique()
     if not len(ignored):
         return reading
     value = ignored[0].item()
-    if len(ignored) > 1 or any(bool((labels[scales != 0] == value).any()) for scales, labels, _ in found):
+    if len(ignored) > 1 or any(bool((rows.labels[rows.scales != 0] == value).any()) for rows in found):
         shown = ", ".join(f"{v:g}" for v in ignored[:4].tolist())
         raise MismatchError(f"whether labels such as {shown} count depends on more than one label to ignore")
     if reading.likelihood == "bernoulli":

@@ -13,30 +13,26 @@ from ..capture.probe.graph import leaves
 from .checks import check_losses
 from .places import leaves_of, replaced
 from .reading import Reading
-
-#: Largest difference from a gradient of -log p, relative to it, for float32 and for types that only run in half.
-TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
-
-
-class MismatchError(ValueError):
-    """The loss is not the likelihood's -log p of its labels."""
+from .row_scales import FULL, HALF, NONE, MismatchError, Precision, RowScales, expected_scales, row_scales
 
 
 @dataclass
 class Evaluation:
-    """The loss on given labels, with logits of ours.
+    """The loss on given labels and logits.
 
     Attributes:
         losses: [N].
         labels: in their own shape; those that do not count are out of the likelihood's range.
+        logits: in the outputs' shape.
         gradient: ``gradient(weights)`` is that of the weighted sum of losses by the logits.
-        tolerance: what rounding may make of the gradient.
+        precision: what rounding may make of the gradient.
     """
 
     losses: Tensor
     labels: Tensor
+    logits: Tensor
     gradient: Callable[[Tensor], Tensor]
-    tolerance: float
+    precision: Precision
 
 
 class Probe:
@@ -96,6 +92,12 @@ class Probe:
             return labels
         return labels.to(self.logits.dtype) * (0.5 if self.soft else 1.0) + (0.25 if self.soft else 0.0)
 
+    def labels_that_count(self, labels: Tensor) -> Tensor:
+        """Return labels with the given ones in place of those that do not count."""
+        if self.given is None:
+            return labels
+        return torch.where(self.reading.counts(self.given, self.reading.n_classes(self.logits)), labels, self.given)
+
     def own(self, first: int) -> Evaluation:
         """Evaluate the loss on labels of our own where the given ones count."""
         return self.own_evaluation(self.own_labels(first))
@@ -103,11 +105,7 @@ class Probe:
     def own_evaluation(self, labels: Tensor) -> Evaluation:
         """Evaluate the loss on labels, but for those that do not count."""
         targets = self.reading.targets(self.logits, self.targets, labels, of_rows=False)
-        if self.given is not None:
-            labels = torch.where(
-                self.reading.counts(self.given, self.reading.n_classes(self.logits)), labels, self.given
-            )
-        return self.evaluate(targets, labels)
+        return self.evaluate(targets, self.labels_that_count(labels))
 
     def of_rows(self, labels: Tensor, reading: Reading) -> Evaluation:
         """Evaluate the loss on labels for the rows, where the given ones count."""
@@ -129,30 +127,34 @@ class Probe:
         labels = self.reading.labels
         return labels is not None and labels.get(self.targets).is_floating_point()
 
-    def evaluate(self, targets: Any, labels: Tensor) -> Evaluation:
+    def evaluate(self, targets: Any, labels: Tensor, logits: Tensor | None = None) -> Evaluation:
         """Evaluate the loss.
+
+        Args:
+            targets: what it is given.
+            labels: those in the targets.
+            logits: in the outputs' shape; None: random ones, all rows the same where they are vectors.
 
         Raises:
             MismatchError: if it depends on parameters or on outputs other than the logits.
         """
-        half = self.logits.dtype in (torch.bfloat16, torch.float16)
-        try:
-            return self._evaluate(targets, labels, torch.float32 if half else self.logits.dtype, TOLERANCE)
-        except Exception:
-            if not half:
-                raise
-        return self._evaluate(targets, labels, self.logits.dtype, HALF_TOLERANCE)
-
-    def _evaluate(self, targets: Any, labels: Tensor, dtype: torch.dtype, tolerance: float) -> Evaluation:
-        """Evaluate the loss with logits of a type."""
-        with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+        if logits is None:
             shape = [1] * self.logits.dim()
             if self.reading.categorical:
                 shape[self.reading.dim] = -1
-                shown = self.base.to(dtype).view(shape).expand(self.logits.shape)
-            else:
-                shown = self.base.to(dtype)
-            leaf = shown.detach().requires_grad_()
+            logits = self.base.view(shape).expand(self.logits.shape) if self.reading.categorical else self.base
+        half = self.logits.dtype in (torch.bfloat16, torch.float16)
+        try:
+            return self._evaluate(targets, labels, logits.to(torch.float32 if half else self.logits.dtype), FULL)
+        except Exception:
+            if not half:
+                raise
+        return self._evaluate(targets, labels, logits.to(self.logits.dtype), HALF)
+
+    def _evaluate(self, targets: Any, labels: Tensor, logits: Tensor, precision: Precision) -> Evaluation:
+        """Evaluate the loss with logits of a type."""
+        with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
             others = {
                 number: tensor.detach().requires_grad_()
                 for number, tensor in enumerate(leaves_of(self.outputs))
@@ -179,87 +181,99 @@ class Probe:
             raise MismatchError(
                 "the loss depends on parameters in other ways than through the outputs (a penalty on them?)"
             )
-        return Evaluation(losses, labels, gradient, tolerance)
+        return Evaluation(losses, labels, logits, gradient, precision)
 
     # ---- the likelihood's gradient ---------------------------------------------------------------------------------
 
-    def arranged(self, gradient: Tensor, shape: Sequence[int]) -> Tensor:
-        """Bring a gradient to the rows' shape (with classes last, for categorical)."""
-        if not self.reading.categorical:
-            return gradient.reshape(shape)
-        return gradient.movedim(self.reading.dim, -1).reshape(*shape, -1)
-
-    def scales(self, evaluation: Evaluation, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
-        """Return how often -log p of each row's label is in the loss (0: not at all), labels, and which may count.
+    def scales(self, evaluation: Evaluation, reading: Reading) -> RowScales:
+        """Return how often -log p of each row's label is in the loss (0: not at all).
 
         Raises:
             MismatchError: if the gradient is not that of -log p, summed over rows or averaged.
         """
-        shape = reading.alignment.row_shape(self.rows, evaluation.labels.shape)
-        labels = reading.alignment.to_rows(evaluation.labels, self.rows, -1 if reading.categorical else float("nan"))
-        known = reading.counts(labels, reading.n_classes(self.logits))
-        found = self.arranged(evaluation.gradient(torch.ones_like(evaluation.losses)), shape)
-        if reading.categorical:
-            scales, rest = self._categorical(found, labels.clamp(0, found.shape[-1] - 1), known)
-            noise = torch.ones_like(scales)
-        else:
-            mean = self.base.reshape(shape).to(found)
-            expected = (mean.sigmoid() if reading.likelihood == "bernoulli" else mean) - labels.to(found)
-            scales = torch.where(known, found / expected, 0)
-            rest = torch.where(known, 0, found)
-            noise = (1e-3 * (labels.to(found).abs() + 1) / expected.abs()).clamp_min(1)
-        floor = 1e-3 * found.abs().max() if found.numel() else 0.0
-        if not bool((rest.abs() <= evaluation.tolerance * scales.abs().clamp_min(floor)).all()):
+        labels, known = self._of_rows(evaluation.labels, reading)
+        plain = evaluation.gradient(torch.ones_like(evaluation.losses))
+        found = None
+        for of_log_p in (False, True)[: 1 + self.normalised]:
+            rows = row_scales(reading, evaluation.logits, labels, known, plain, evaluation.precision, of_log_p)
+            if found is None or bool(rows.excess.amax() < found.excess.amax()):
+                found = rows
+        assert found is not None
+        if not bool((found.excess <= 1).all()):
             raise MismatchError("")
-        scales = torch.where(scales.abs() <= evaluation.tolerance * floor, 0, scales)
-        self._check_scales(evaluation, scales, shape, noise)
-        return scales, labels, known
+        used = known & ~found.unused
+        n_samples, n_labels = len(evaluation.losses), evaluation.labels.numel()
+        expected_scales(
+            found, used, reading, self.logits, n_labels, n_samples, lambda: self.samples(evaluation, reading)
+        )
+        return found._replace(scales=torch.where(used, found.scales, 0))
 
-    def _categorical(self, found: Tensor, labels: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Divide a gradient by p - e_y, or by -e_y where outputs are log p; return also each row's rest."""
-        index = labels.unsqueeze(-1)
-        at_label = torch.where(known, found.gather(-1, index).squeeze(-1), 0)
-        p = self.base.softmax(0).to(found)
-        best: tuple[Tensor, Tensor] | None = None
-        for weight in (1.0, 0.0) if self.normalised else (1.0,):
-            scales = -at_label / (1 - weight * p[labels])
-            rest = torch.addcmul(found, scales.unsqueeze(-1), p, value=-weight)
-            rest = torch.linalg.vector_norm(rest.scatter_add_(-1, index, scales.unsqueeze(-1)), 1, -1)
-            if best is None or bool(rest.max() < best[1].max()):
-                best = scales, rest
-        assert best is not None
-        return best
+    def _of_rows(self, labels: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+        """Return the label of each row, and which may count."""
+        arranged = reading.alignment.to_rows(labels, self.rows, -1 if reading.categorical else float("nan"))
+        return arranged, reading.counts(arranged, reading.n_classes(self.logits))
 
-    def _check_scales(self, evaluation: Evaluation, scales: Tensor, shape: Sequence[int], noise: Tensor) -> None:
-        """Check that rows count once, or one over the number of a sample's tokens."""
-        counted = scales != 0
-        values = scales[counted]
-        tolerance = 10 * evaluation.tolerance * noise[counted]
-
-        def equal(expected: Tensor | float) -> bool:
-            return bool(((values / expected - 1).abs() <= tolerance).all())
-
-        if equal(1.0):
-            return
+    def samples(self, evaluation: Evaluation, reading: Reading) -> Tensor:
+        """Return which sample each row belongs to, by a gradient whose samples are told apart (0 where none is)."""
         n_samples = len(evaluation.losses)
-        weights = torch.arange(1, n_samples + 1, device=values.device, dtype=torch.float64)
-        weighted = self.arranged(evaluation.gradient(weights), shape)
-        plain = self.arranged(evaluation.gradient(torch.ones_like(weights)), shape)
-        if self.reading.categorical:
-            plain, place = plain.abs().max(-1)
-            weighted = weighted.gather(-1, place.unsqueeze(-1)).squeeze(-1).abs()
-        samples = (weighted[counted] / plain[counted]).abs().round().long().sub(1).clamp(0, n_samples - 1)
-        per_sample = torch.bincount(samples, minlength=n_samples)[samples]
-        wide = len(self.logits.shape) > 2
-        features = {1} if self.reading.categorical else {self.logits.shape[1], self.logits.shape[-1]} if wide else set()
-        totals = {scales.numel(), evaluation.labels.numel()}
-        totals |= {scales.numel() - scales.numel() // size for size in scales.shape[1:]}
-        for width in features:
-            if equal(width / per_sample) or any(equal(width * n_samples / total) for total in totals if total):
-                return
-        if equal(values[0]):
-            raise MismatchError(f"the loss is {float(values[0]):.4g} times -log p")
-        raise MismatchError("the loss is -log p times a factor that differs from label to label")
+        numbers = torch.arange(1, n_samples + 1, device=evaluation.losses.device, dtype=torch.float64)
+        shape = reading.alignment.row_shape(self.rows, evaluation.labels.shape)
+        weighted, plain = (
+            self._arranged(evaluation.gradient(weights), shape).double()
+            for weights in (numbers, torch.ones_like(numbers))
+        )
+        place = plain.abs().argmax(-1, keepdim=True)
+        ratio = (weighted.gather(-1, place) / plain.gather(-1, place)).squeeze(-1)
+        return ratio.nan_to_num(nan=1.0).abs().round().long().sub(1).clamp(0, n_samples - 1)
+
+    def _arranged(self, gradient: Tensor, shape: Sequence[int]) -> Tensor:
+        """Bring a gradient to the rows' shape, with all that belongs to a row last."""
+        return (gradient.movedim(self.reading.dim, -1) if self.reading.categorical else gradient).reshape(*shape, -1)
+
+    def ever_used(self, reading: Reading, label: float | None = None) -> Tensor:
+        """Return which rows count with some logits: with labels that are probable, and with improbable ones.
+
+        What depends on logits (losses that are clamped, examples that are left out because they are easy or hard) does
+        not leave out the same rows in both of two evaluations, between which every row's label changes sides.
+
+        Args:
+            reading: how the loss reads outputs and labels.
+            label: for all rows; None: labels of our own, others in each evaluation.
+        """
+        used = None
+        for turn in (0, 1):
+            labels = self.own_labels(turn)
+            labels = self.labels_that_count(labels if label is None else torch.full_like(labels, label))
+            arranged, known = self._of_rows(labels, reading)
+            generator = torch.Generator(self.logits.device).manual_seed(2)
+            sides = torch.randint(0, 2, arranged.shape, generator=generator, device=self.logits.device) == turn
+            logits = self._on_sides(arranged, known, sides, reading)
+            targets = self.reading.targets(self.logits, self.targets, labels, of_rows=False)
+            evaluation = self.evaluate(targets, labels, logits)
+            gradient = self._arranged(evaluation.gradient(torch.ones_like(evaluation.losses)), arranged.shape)
+            level = gradient.abs().amax(-1)
+            counted = level > NONE * level.amax() if level.numel() else level > 0
+            used = counted if used is None else used | counted
+        assert used is not None
+        return used
+
+    def _on_sides(self, labels: Tensor, known: Tensor, sides: Tensor, reading: Reading) -> Tensor:
+        """Make logits with which some rows' labels are probable and those of others are not."""
+        if reading.likelihood == "gaussian":
+            shift = torch.where(sides, 0.1, 10.0).to(self.base)
+            return (torch.where(known, labels.to(self.base), 0) + shift).reshape(self.logits.shape)
+        if reading.likelihood == "bernoulli":
+            return (torch.where(labels > 0.5, 1, -1) * torch.where(sides, 2.0, -8.0).to(self.base)).reshape(
+                self.logits.shape
+            )
+        index = labels.clamp_min(0).unsqueeze(-1)
+        rows = self.base.expand(*labels.shape, len(self.base)).clone()
+        others = self.base.logsumexp(0)
+        rows.scatter_(-1, index, torch.where(sides, others + 2, others - 8).unsqueeze(-1).to(rows))
+        rows = rows.log_softmax(-1) if self.normalised else rows
+        moved = list(self.logits.shape)
+        moved.append(moved.pop(reading.dim))
+        return rows.reshape(moved).movedim(-1, reading.dim)
 
 
 def _is_normalised(logits: Tensor, dim: int) -> bool:

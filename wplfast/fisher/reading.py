@@ -26,6 +26,7 @@ class Reading:
         one_hot: labels are vectors along ``dim``, as soft labels are.
         alignment: which label belongs to which row.
         ignored: a label within the range of labels that the loss does not count, such as padding.
+        normalised: the logits are log-probabilities, of which the loss may be the negative.
         tried: [C]: classes that the loss was evaluated on, so that ``ignored`` cannot be another of these.
     """
 
@@ -36,6 +37,7 @@ class Reading:
     one_hot: bool = False
     alignment: Alignment = IN_PLACE
     ignored: float | None = None
+    normalised: bool = False
     tried: Tensor | None = field(default=None, compare=False)
 
     @property
@@ -135,7 +137,7 @@ def readings(likelihood: str, outputs: Any, targets: Any) -> list[Reading]:
                 "likelihood='bernoulli' for one logit, 'gaussian' for a mean"
             )
         for dim in dims:
-            whole = Reading(likelihood, place, dim, None)
+            whole, are_labels = Reading(likelihood, place, dim, None), False
             rows = whole.row_shape(logits)
             for labels in label_places(targets, len(place.indices) > 1, not whole.categorical):
                 given = labels.get(targets)
@@ -143,7 +145,11 @@ def readings(likelihood: str, outputs: Any, targets: Any) -> list[Reading]:
                     found.append((True, replace(whole, labels=labels, one_hot=True)))
                 elif first := next(alignments(rows, given.shape), None):
                     found.append((first == IN_PLACE, replace(whole, labels=labels, alignment=first)))
-            found.append((False, whole))
+                else:
+                    continue
+                are_labels = are_labels or isinstance(targets, Tensor)
+            if not are_labels:  # drawn targets have the form of the given ones wherever that can be read
+                found.append((False, whole))
     return [reading for _, reading in sorted(found, key=lambda pair: not pair[0])]
 
 

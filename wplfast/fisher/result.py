@@ -37,7 +37,8 @@ class Report:
         numels: parameter name -> number of elements.
         passes_per_batch: backward passes for each forward pass: 1 in a steady batch, more where owners of rows are
             measured, gradients are verified, or a parameter takes one for each sample.
-        unchecked: why it could not be checked that samples are independent, if it could not.
+        unchecked: why it could not be checked that samples are independent, or that a sampler draws from what the
+            loss describes, if it could not.
     """
 
     rules: dict[str, tuple[str, ...]] = field(default_factory=dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from .likelihood import fit
 from .reading import Reading
-
-logger = logging.getLogger(__name__)
 
 #: A right sampler is refused with a probability below 2 exp(-LIMIT), about 1e-15 (8.4 standard deviations).
 LIMIT = 35.0
@@ -29,7 +26,7 @@ def check_sampler(
     outputs: Any,
     device: torch.device,
     parameters: Sequence[Tensor],
-) -> bool:
+) -> tuple[Reading | None, str]:
     """Compare the draws of a sampler with the probabilities that the loss assigns to them.
 
     The first half of the draws tells in which direction they differ most from the outputs' distribution, the second
@@ -43,7 +40,8 @@ def check_sampler(
         parameters: the watched parameters.
 
     Returns:
-        Whether the comparison could be made; it cannot where the loss is no -log p that this library knows.
+        How the loss reads the draws, if it is -log p of a known likelihood, and why no comparison could be made (empty
+        if it was).
 
     Raises:
         ValueError: if the sampler draws from another distribution, such as that of the position beside.
@@ -52,9 +50,10 @@ def check_sampler(
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         first = sampler(outputs, generator)
         reading = _known(loss_fn, outputs, first, parameters)
-        if reading is None or reading.ignored is not None:
-            logger.info("the sampler could not be checked: the loss is not -log p of a likelihood that is known here")
-            return False
+        if reading is None:
+            return None, "its loss is not -log p of a likelihood that is known here"
+        if reading.ignored is not None:
+            return reading, f"its loss ignores the class {reading.ignored:g}"
         distribution = _Distribution(reading, outputs)
         n_draws = min(1024, max(64, (1 << 14) // max(1, distribution.n_rows)))
         draws, started = [distribution.labels(first)], time.perf_counter()
@@ -70,7 +69,7 @@ def check_sampler(
             + ("The loss is shifted: it compares label t + 1 with position t, so draw label t + 1 from there. " * moved)
             + "Draw from what the loss describes, or use fisher_type='empirical'"
         )
-    return True
+    return reading, ""
 
 
 class _Distribution:
