@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .likelihood import refusal
 from .loss_probe import Evaluation, Probe
 from .places import leaves_of
 from .reading import Reading
-from .row_scales import FULL, ROUNDED, MismatchError, Precision, RowScales, expected_scales, row_scales
+from .row_scales import FULL, ROUNDED, MismatchError, Precision, RowScales, expected_scales, is_gradient, row_scales
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -61,6 +62,18 @@ class LossCheck:
             self._known = reading.alignment.to_rows(counts, rows, False)
             fill = -1 if reading.categorical else math.nan
             self._own = reading.alignment.to_rows(self._given, rows, fill)
+        # How often each row counts: as the last draw for this batch showed, or else once where its label may.
+        self._weights = self._known.to(torch.float64 if self.logits.dtype == torch.float64 else torch.float32)
+
+    @cached_property
+    def _probe(self) -> Probe:
+        """Evaluates the loss on other logits and labels."""
+        return Probe(self.reading, self._loss_fn, self._outputs, self._targets, self._parameters, soft=False)
+
+    @cached_property
+    def _ever_used(self) -> Tensor:
+        """The rows that count with some logits and labels."""
+        return self._probe.ever_used(self.reading)
 
     def ignored(self, losses: Tensor, targets: Any, labels: Tensor | None) -> float | None:
         """Compare losses with -log p.
@@ -88,13 +101,12 @@ class LossCheck:
         gradient = self._arriving(losses)
         half = {losses.dtype, self.logits.dtype} & set(_HALVES)
         precision = ROUNDED if half else FULL
-        found = self._rows(labels, gradient, precision)
-        right = (found.excess <= 1).all() & ~found.unused.any() & found.are(1.0, self._known)
-        if bool(right & self._has_value(found, self._known, torch.ones_like(found.scales), losses, precision)):
+        right, nll = is_gradient(self.reading, self.logits, labels, self._weights, gradient, precision)
+        if bool(right & self._is_value(nll, self._weights, losses, precision)):
             return None
         if not bool(torch.isfinite(losses.detach()).all() & torch.isfinite(gradient).all()):
             return None  # which has an error of its own
-        closer = _Closer(self, found, losses, targets, precision)
+        closer = _Closer(self, self._rows(labels, gradient, precision), losses, targets, precision)
         try:
             return closer.ignored()
         except MismatchError as error:
@@ -119,12 +131,9 @@ class LossCheck:
             found = row_scales(self.reading, self.logits, labels, known, gradient, precision, True)
         return found
 
-    def _has_value(
-        self, found: RowScales, used: Tensor, scales: Tensor, losses: Tensor, precision: Precision
-    ) -> Tensor:
-        """Tell whether the losses add up to -log p of the rows in use (bool, 0-d)."""
-        expected = torch.where(used, scales * found.nll, 0).double()
-        weight = torch.where(used, scales, 0).double().sum()
+    def _is_value(self, nll: Tensor, weights: Tensor, losses: Tensor, precision: Precision) -> Tensor:
+        """Tell whether the losses add up to -log p of the rows, each of which counts so often (bool, 0-d)."""
+        expected, weight = (weights * nll).double(), weights.double().sum()
         differs = losses.detach().double().sum() - expected.sum()
         if self.reading.likelihood == "gaussian":
             constant = weight * (math.log(2 * math.pi) / 2)
@@ -142,9 +151,6 @@ class _Closer:
         """See :meth:`LossCheck.ignored`."""
         self._check, self._found, self._losses, self._precision = check, found, losses, precision
         self._targets = targets
-        self._probe = Probe(
-            check.reading, check._loss_fn, check._outputs, check._targets, check._parameters, soft=False
-        )
         self._again: Evaluation | None = None
 
     def ignored(self) -> float | None:
@@ -170,7 +176,7 @@ class _Closer:
             MismatchError: if they depend on parameters or on outputs other than the logits.
         """
         if self._again is None:
-            self._again = self._probe.evaluate(self._targets, self._found.labels, self._check.logits)
+            self._again = self._check._probe.evaluate(self._targets, self._found.labels, self._check.logits)
         return self._again
 
     def _ignored(self) -> float | None:
@@ -181,7 +187,7 @@ class _Closer:
             raise MismatchError("its gradient by the outputs is another one")
         unused, used = found.unused, known
         if bool(unused.any()):
-            ever = self._probe.ever_used(check.reading)
+            ever = check._ever_used
             dropped = unused & ever
             if bool(dropped.any()):
                 return self._label(dropped, ever)
@@ -189,13 +195,16 @@ class _Closer:
         reading, losses = check.reading, self._losses
         n_labels = known.numel() if check._given is None else check._given.numel()
         scales = expected_scales(found, used, reading, check.logits, n_labels, len(losses), self._samples)
-        if not bool(check._has_value(found, used, scales, losses, self._precision)):
+        weights, nll = torch.where(used, scales, 0), torch.where(used, found.nll, 0)
+        if not bool(check._is_value(nll, weights, losses, self._precision)):
             self._evaluation()  # an offset that depends on nothing is no matter
+        check._weights = weights.to(check._weights)
         return None
 
     def _samples(self) -> Tensor:
         """Return which sample each row belongs to."""
-        return self._probe.samples(self._probe.own(0), self._check.reading)
+        probe = self._check._probe
+        return probe.samples(probe.own(0), self._check.reading)
 
     def _label(self, dropped: Tensor, ever: Tensor) -> float:
         """Return the one class that all rows have which do not count, if the loss ignores it whatever the logits.
@@ -208,7 +217,7 @@ class _Closer:
             counting = ever & self._found.certain & ~self._found.unused
             label = labels[0].item()
             if not bool((self._found.labels[counting] == label).any()):
-                if not bool((self._probe.ever_used(reading, label) & ever).any()):
+                if not bool((self._check._probe.ever_used(reading, label) & ever).any()):
                     return label
         raise MismatchError("which rows of the outputs count depends on the outputs or on the labels drawn")
 

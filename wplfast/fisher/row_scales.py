@@ -117,6 +117,47 @@ def row_scales(
     return RowScales(scales, error, excess, nll, labels, known)
 
 
+def is_gradient(
+    reading: Reading, logits: Tensor, labels: Tensor, weights: Tensor, gradient: Tensor, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """Tell whether a gradient is that of -log p of rows that count so often each, in few operations.
+
+    Args:
+        reading: how the loss reads outputs and labels.
+        logits: what the loss was evaluated on.
+        labels: of each row, in the rows' shape.
+        weights: how often each row's -log p should be in the loss, 0 where its label does not count.
+        gradient: of the sum of losses by the logits.
+        precision: what rounding may make of it.
+
+    Returns:
+        Whether it is (bool, 0-d; False also where numbers are so large that :func:`row_scales` must tell), and -log p
+        of each row, 0 where the label does not count.
+    """
+    if not reading.categorical:
+        gaussian = reading.likelihood == "gaussian"
+        mean, y = _wide(logits).reshape(weights.shape), torch.where(weights > 0, _wide(labels), 0)
+        away = (mean if gaussian else mean.sigmoid()) - y
+        differs = (weights * away - _wide(gradient).reshape(weights.shape)).abs()
+        nll = away.square() / 2 if gaussian else torch.nn.functional.softplus(mean) - mean * y
+        allowed = precision.tolerance * away.abs() + 16 * precision.eps
+        return (differs <= weights * allowed).all(), torch.where(weights > 0, nll, 0)
+    rows, gradients = (t.movedim(reading.dim, -1).flatten(0, -2) for t in (logits, gradient))
+    size = max(1, CHUNK // rows.shape[-1])
+    columns = (t.split(size) for t in (rows, gradients, labels.flatten(), weights.flatten()))
+    right, values = [], []
+    for row, found, label, weight in zip(*columns, strict=True):
+        index = label.clamp(0, rows.shape[-1] - 1).unsqueeze(-1)
+        expected = _wide(row).log_softmax(-1)
+        nll = -expected.gather(-1, index)
+        expected = expected.exp_().scatter_add_(-1, index, -torch.ones_like(nll)).mul_(weight.unsqueeze(-1))
+        differs = torch.linalg.vector_norm(expected.sub_(found), 1, -1)
+        allowed = 2 * precision.tolerance * -torch.expm1(-nll.squeeze(-1)) + 64 * precision.eps
+        right.append((differs <= weight * allowed).all())
+        values.append(torch.where(weight > 0, nll.squeeze(-1), 0))
+    return torch.stack(right).all(), torch.cat(values).view(weights.shape)
+
+
 def _wide(tensor: Tensor) -> Tensor:
     """Return a tensor in float32 at least."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
