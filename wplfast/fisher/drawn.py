@@ -177,7 +177,8 @@ class DrawnTargets:
 
     def _again(self, outputs: Any, targets: Any, term: Term) -> tuple[Term, Tensor]:
         """Make a term's targets again, with the reading of now, and check their losses."""
-        assert self._check is not None and term.labels is not None
+        assert self._check is not None
+        assert term.labels is not None
         made = self._targets(self._check.reading, self._check.logits, targets, term.labels)
         term = term._replace(targets=made)
         losses = self.loss(outputs, made)

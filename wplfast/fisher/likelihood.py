@@ -24,19 +24,18 @@ from .row_scales import MismatchError, RowScales
 #: What finding a class to ignore may cost: evaluations of the loss, and logits in all of them.
 MOST_EVALUATIONS, MOST_ELEMENTS = 64, 1 << 22
 
+#: What makes a loss another one, on all logits and labels first, on some alone last.
 _REASONS = {
     "categorical": "label smoothing, class weights, a temperature, a focal or margin term, classes that are masked "
-    "inside the loss, probabilities where the likelihood takes logits, or another likelihood's loss "
-    "(likelihood='gaussian' for regression, 'bernoulli' for yes-or-no labels)",
-    "bernoulli": "pos_weight, a mean over the labels, or probabilities where the likelihood takes logits",
-    "gaussian": "a missing 1/2, a mean over the dimensions, or another variance than 1",
-}
-
-_LOCAL = {
-    "categorical": "logits, probabilities or losses that are clamped, hard examples alone, class weights, a logit "
-    "adjustment: put that into the model",
-    "bernoulli": "logits, probabilities or losses that are clamped, hard examples alone, weights of labels",
-    "gaussian": "residuals or losses that are clamped, Huber's loss, outliers that are left out",
+    "inside the loss, logits that are adjusted by a prior (let the model add it), probabilities where the likelihood "
+    "takes logits, another likelihood's loss (likelihood='gaussian' for regression, 'bernoulli' for yes-or-no labels); "
+    "where it shows on some outputs or labels alone, logits, probabilities or losses that are clamped, or examples "
+    "that count more or less",
+    "bernoulli": "pos_weight, a mean over the labels, probabilities where the likelihood takes logits; where it shows "
+    "on some outputs or labels alone, logits, probabilities or losses that are clamped, or labels that count more or "
+    "less",
+    "gaussian": "a missing 1/2, a mean over the dimensions, another variance than 1; where it shows on some outputs or "
+    "labels alone, means, residuals or losses that are clamped, as in Huber's loss, or outliers that count less",
 }
 
 
@@ -104,10 +103,9 @@ def refusal(likelihood: str, cause: MismatchError, values: str, batch: int = 0) 
     """
     where = f" in batch {batch}" if batch else ""
     what = f" ({cause})" if str(cause) else ""
-    local = "something that acts on some logits, labels or batches alone (" + _LOCAL[likelihood] + "), "
     return (
         f"loss_fn is not -log p of targets drawn for likelihood={likelihood!r}{where}, nor its mean over tokens{what}: "
-        f"{values}Likely reasons: {local if batch else ''}{_REASONS[likelihood]}. Use a loss that is -log p (see "
+        f"{values}Likely reasons: {_REASONS[likelihood]}. Use a loss that is -log p (see "
         "wplfast.losses), pass likelihood= a sampler, (outputs, generator) -> targets, that draws from what the loss "
         "describes, or use fisher_type='empirical'"
     )

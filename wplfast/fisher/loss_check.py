@@ -2,7 +2,8 @@
 
 The gradient of the losses by the outputs is what F is made of. It is taken from the graph that the pass will use, which
 costs the loss's own backward pass, and compared with that of -log p on the same outputs and labels. So whatever acts on
-some logits, labels or batches alone is seen where it acts. What reaches parameters past the outputs shows in the values.
+some logits, labels or batches alone is seen where it acts. What reaches parameters past the outputs shows in
+the values.
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ import torch
 from torch import Tensor
 
 from .likelihood import refusal
-from .loss_probe import Evaluation, Probe
+from .loss_probe import Probe
 from .places import leaves_of
 from .reading import Reading
-from .row_scales import FULL, ROUNDED, MismatchError, Precision, RowScales, expected_scales, is_gradient, row_scales
-
-_HALVES = (torch.bfloat16, torch.float16)
+from .row_scales import (
+    FULL,
+    HALVES,
+    ROUNDED,
+    MismatchError,
+    Precision,
+    RowScales,
+    expected_scales,
+    is_gradient,
+    row_scales,
+)
 
 
 class LossCheck:
@@ -99,7 +108,7 @@ class LossCheck:
         labels = self._own if labels is None else labels.reshape(self._known.shape)
         assert labels is not None
         gradient = self._arriving(losses)
-        half = {losses.dtype, self.logits.dtype} & set(_HALVES)
+        half = {losses.dtype, self.logits.dtype} & set(HALVES)
         precision = ROUNDED if half else FULL
         right, nll = is_gradient(self.reading, self.logits, labels, self._weights, gradient, precision)
         if bool(right & self._is_value(nll, self._weights, losses, precision)):
@@ -145,13 +154,10 @@ class LossCheck:
 class _Closer:
     """A closer look at losses that are not plainly the sum of -log p: means, masks, offsets, half precision."""
 
-    def __init__(
-        self, check: LossCheck, found: RowScales, losses: Tensor, targets: Any, precision: Precision
-    ) -> None:
+    def __init__(self, check: LossCheck, found: RowScales, losses: Tensor, targets: Any, precision: Precision) -> None:
         """See :meth:`LossCheck.ignored`."""
         self._check, self._found, self._losses, self._precision = check, found, losses, precision
         self._targets = targets
-        self._again: Evaluation | None = None
 
     def ignored(self) -> float | None:
         """See :meth:`LossCheck.ignored`.
@@ -164,20 +170,18 @@ class _Closer:
         except MismatchError:
             if self._precision is FULL:
                 raise
-        evaluation = self._evaluation()  # in float32, where the loss takes that
-        gradient = evaluation.gradient(torch.ones_like(evaluation.losses))
-        self._found = self._check._rows(self._found.labels, gradient, evaluation.precision)
+        gradient, precision = self._apart()  # in float32, where the loss takes that
+        self._found = self._check._rows(self._found.labels, gradient, precision)
         return self._ignored()
 
-    def _evaluation(self) -> Evaluation:
-        """Return the losses on the same outputs and labels apart from the graph of the pass.
+    def _apart(self) -> tuple[Tensor, Precision]:
+        """Return the gradient on the same outputs and labels, apart from the graph of the pass.
 
         Raises:
-            MismatchError: if they depend on parameters or on outputs other than the logits.
+            MismatchError: if the losses depend on parameters or on outputs other than the logits.
         """
-        if self._again is None:
-            self._again = self._check._probe.evaluate(self._targets, self._found.labels, self._check.logits)
-        return self._again
+        again = self._check._probe.evaluate(self._targets, self._found.labels, self._check.logits)
+        return again.gradient(torch.ones_like(again.losses)), again.precision
 
     def _ignored(self) -> float | None:
         """Look at the gradient in one precision."""
@@ -197,7 +201,7 @@ class _Closer:
         scales = expected_scales(found, used, reading, check.logits, n_labels, len(losses), self._samples)
         weights, nll = torch.where(used, scales, 0), torch.where(used, found.nll, 0)
         if not bool(check._is_value(nll, weights, losses, self._precision)):
-            self._evaluation()  # an offset that depends on nothing is no matter
+            self._apart()  # an offset that depends on nothing is no matter
         check._weights = weights.to(check._weights)
         return None
 
@@ -215,10 +219,10 @@ class _Closer:
         labels, reading = self._found.labels[dropped].unique(), self._check.reading
         if reading.categorical and reading.ignored is None and len(labels) == 1:
             counting = ever & self._found.certain & ~self._found.unused
-            label = labels[0].item()
-            if not bool((self._found.labels[counting] == label).any()):
-                if not bool((self._check._probe.ever_used(reading, label) & ever).any()):
-                    return label
+            label = int(labels[0])
+            counts = bool((self._found.labels[counting] == label).any())
+            if not counts and not bool((self._check._probe.ever_used(reading, label) & ever).any()):
+                return label
         raise MismatchError("which rows of the outputs count depends on the outputs or on the labels drawn")
 
     def values(self) -> str:

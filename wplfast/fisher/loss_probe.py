@@ -13,7 +13,7 @@ from ..capture.probe.graph import leaves
 from .checks import check_losses
 from .places import leaves_of, replaced
 from .reading import Reading
-from .row_scales import FULL, HALF, NONE, MismatchError, Precision, RowScales, expected_scales, row_scales
+from .row_scales import FULL, HALF, HALVES, NONE, MismatchError, Precision, RowScales, expected_scales, row_scales
 
 
 @dataclass
@@ -143,7 +143,7 @@ class Probe:
             if self.reading.categorical:
                 shape[self.reading.dim] = -1
             logits = self.base.view(shape).expand(self.logits.shape) if self.reading.categorical else self.base
-        half = self.logits.dtype in (torch.bfloat16, torch.float16)
+        half = self.logits.dtype in HALVES
         try:
             return self._evaluate(targets, labels, logits.to(torch.float32 if half else self.logits.dtype), FULL)
         except Exception:
@@ -191,6 +191,17 @@ class Probe:
         Raises:
             MismatchError: if the gradient is not that of -log p, summed over rows or averaged.
         """
+        try:
+            return self._scales(evaluation, reading)
+        except MismatchError as error:
+            dtype = evaluation.losses.dtype
+            if dtype not in HALVES or self.logits.dtype in HALVES:
+                raise
+            name = str(dtype).removeprefix("torch.")
+            raise MismatchError(f"the loss is computed in {name}, with its rounding: compute it in float32") from error
+
+    def _scales(self, evaluation: Evaluation, reading: Reading) -> RowScales:
+        """Do the same without a hint at rounding."""
         labels, known = self._of_rows(evaluation.labels, reading)
         plain = evaluation.gradient(torch.ones_like(evaluation.losses))
         found = None

@@ -23,6 +23,9 @@ CHUNK = 1 << 20
 NONE = 1e-6
 
 
+HALVES = (torch.bfloat16, torch.float16)
+
+
 class MismatchError(ValueError):
     """The loss is not the likelihood's -log p of its labels."""
 
@@ -99,17 +102,17 @@ def row_scales(
         of_log_p: categorical: logits are log-probabilities, and the loss is the negative of one of them.
     """
     if not reading.categorical:
-        flat = (t.reshape(known.shape) for t in (logits, gradient))
-        parts = [_elementwise(reading.likelihood == "gaussian", *flat, labels, known, precision)]
+        means, found = (t.reshape(known.shape) for t in (logits, gradient))
+        parts = [_elementwise(reading.likelihood == "gaussian", means, found, labels, known, precision)]
     else:
         rows, gradients = (t.movedim(reading.dim, -1).flatten(0, -2) for t in (logits, gradient))
         size = max(1, CHUNK // rows.shape[-1])
         columns = (t.split(size) for t in (rows, gradients, labels.flatten(), known.flatten()))
-        parts = [_categorical(*chunk, precision, of_log_p) for chunk in zip(*columns, strict=True)]
+        parts = [_categorical(*chunk, precision=precision, of_log_p=of_log_p) for chunk in zip(*columns, strict=True)]
     scales, rest, floor, error, nll = (torch.cat(column).view(known.shape) for column in zip(*parts, strict=True))
     certain = known & (error < 0.2)
     level = torch.where(certain, scales, 0).abs()
-    largest = torch.maximum(level.amax(), 1e-3 * rest.amax()) if level.numel() else level.sum()
+    largest = torch.maximum(level.amax(), 1e-3 * rest.amax()) if bool(certain.any()) else level.new_ones(())
     # Of rows whose scale cannot be told the gradient is zero nearly; of those without a label it must be nothing.
     level = torch.where(certain, level.clamp_min(1e-3 * precision.tolerance * largest), largest)
     allowed = torch.where(known, level * floor, 1e-3 * precision.tolerance * largest)
@@ -152,7 +155,7 @@ def is_gradient(
         nll = -expected.gather(-1, index)
         expected = expected.exp_().scatter_add_(-1, index, -torch.ones_like(nll)).mul_(weight.unsqueeze(-1))
         differs = torch.linalg.vector_norm(expected.sub_(found), 1, -1)
-        allowed = 2 * precision.tolerance * -torch.expm1(-nll.squeeze(-1)) + 64 * precision.eps
+        allowed = 2 * precision.tolerance * torch.expm1(-nll.squeeze(-1)).abs() + 64 * precision.eps
         right.append((differs <= weight * allowed).all())
         values.append(torch.where(weight > 0, nll.squeeze(-1), 0))
     return torch.stack(right).all(), torch.cat(values).view(weights.shape)
@@ -164,7 +167,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _categorical(
-    logits: Tensor, gradient: Tensor, labels: Tensor, known: Tensor, precision: Precision, of_log_p: bool
+    logits: Tensor, gradient: Tensor, labels: Tensor, known: Tensor, *, precision: Precision, of_log_p: bool
 ) -> tuple[Tensor, ...]:
     """Compare the gradients of rows [R, C]: scales, the rest of a row, what it may be, the scale's error, -log p."""
     index = labels.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)
@@ -177,7 +180,7 @@ def _categorical(
     else:
         log_p = _wide(logits).log_softmax(-1)
         nll = -log_p.gather(-1, index).squeeze(-1)
-        away, p = -torch.expm1(-nll), log_p.exp_()
+        away, p = torch.expm1(-nll).abs(), log_p.exp_()
     noise = precision.eps * (16 + 8 * level)
     error = 10 * precision.tolerance + noise / away
     scales = torch.where(error < math.inf, -at_label / away, 0)
@@ -232,9 +235,9 @@ def expected_scales(
     shape = logits.shape
     features = {1} if reading.categorical else {shape[1], shape[-1]} if len(shape) > 2 else set()
     totals = {used.numel(), n_labels} | {used.numel() - used.numel() // size for size in used.shape[1:]}
-    owners = [lambda: torch.arange(n_samples, device=used.device).view(-1, *[1] * (used.dim() - 1)).expand_as(used)]
-    for owner in owners * (used.shape[0] == n_samples) + [samples_of]:
-        samples = owner()
+    for by_shape in (True, False)[used.shape[0] != n_samples :]:
+        in_order = torch.arange(n_samples, device=used.device).view(-1, *[1] * (used.dim() - 1))
+        samples = in_order.expand_as(used) if by_shape else samples_of()
         per_sample = torch.bincount(samples[used], minlength=n_samples)[samples].clamp_min(1)
         for width in features:
             if bool(rows.are(width / per_sample, used)):
