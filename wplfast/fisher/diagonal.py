@@ -64,15 +64,18 @@ def fisher_diagonal(
             [N], floating point, enter outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``. Empty batches are left
             out.
         loss_fn: ``loss_fn(outputs, targets)`` returns one loss per sample, [N]; see :mod:`wplfast.losses`. For "mc" and
-            "exact" it must be -log p of ``likelihood``, or its mean over tokens. How it reads labels (shifted, ignored
-            positions, classes not last, one-hot) is found out on the first batch, and labels are drawn accordingly.
+            "exact" it must be -log p of ``likelihood``, up to a constant, or its mean over tokens. How it reads labels
+            (shifted, ignored positions, classes not last, one-hot) is found out on the first batch, and labels are
+            drawn accordingly; then its gradient by the outputs is compared with that of -log p in every batch and for
+            every draw, so that clamps or weights that act on some outputs or labels alone are seen where they act.
         params: what to estimate for: a module, a mapping or (name, tensor) pairs; the names become the keys. Default:
             all of the model's parameters that require grad. The cost falls with the subset.
         unpack: turns what ``data`` yields into such a tuple.
         fisher_type: ``"empirical"`` (given targets), ``"mc"`` (targets drawn from the model) or ``"exact"``
             (expectation over all classes of outputs [N, C]: one forward pass, C backward passes).
         likelihood: what "mc" draws from: categorical, bernoulli, gaussian (unit variance) or a sampler
-            ``(outputs, generator) -> targets``, whose draws are compared with the loss where that is one of these.
+            ``(outputs, generator) -> targets``, whose draws for the first batch are compared with the loss where that
+            is one of these; ``report.unchecked`` says where it is not.
             "exact" takes categorical, and bernoulli for one logit or several of each sample.
         mc_samples: draws per sample, stratified: less noise than that of as many independent ones.
         max_samples: stop after so many samples.
@@ -101,7 +104,8 @@ def fisher_diagonal(
         TypeError: if a batch is of no known form, or its third element is no weights.
         ValueError: if data is empty, losses are not [N] or those of no batch depend on the parameters, a row holds
             several documents though ``samples="batch"``, an option does not fit, or the loss ("mc", "exact") is not
-            -log p of the targets that are drawn for it (label smoothing, class weights, a missing 1/2, ...).
+            -log p of the targets that are drawn for it (label smoothing, class weights, a missing 1/2, ..., or on some
+            outputs or labels alone, such as clamped logits), or changes the outputs in place.
         CoupledSamplesError: if a sample's loss depends on other samples.
         NonFiniteError: if a loss or gradient is NaN or infinite.
         VerificationError: if captured gradients disagree with autograd.
