@@ -402,3 +402,13 @@ def test_labels_that_are_broadcast_against_outputs():
     with pytest.raises(ValueError, match="is not -log p of targets drawn for likelihood='gaussian'"):
         fd(model, [(x, y)], slip, fisher_type="mc", likelihood="gaussian")
     fd(model, [(x, y.unsqueeze(1))], slip, fisher_type="mc", likelihood="gaussian")
+
+
+def test_losses_that_hold_those_of_other_samples():
+    """Their sum is right, and so is its gradient; each sample's loss is not."""
+    model, batches = Logits(), tokens()
+    mixed = lambda o, y: ce(o, y).mean().expand(len(y))  # noqa: E731
+    with pytest.raises(ValueError, match="losses of several samples hold -log p of one sample's label"):
+        fd(model, batches, mixed, fisher_type="mc", verify=False)
+    offset = lambda o, y: ce(o, y) + torch.arange(len(y))  # noqa: E731
+    close(fd(model, batches, offset, fisher_type="mc"), fd(model, batches, ce, fisher_type="mc"), 1e-5)

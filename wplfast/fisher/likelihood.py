@@ -3,8 +3,8 @@
 The gradient of -log p by the logits is known: for each label that counts, p - e_y in the label's row (categorical) or
 p - y (bernoulli), mean - y (gaussian). So the loss is evaluated on logits and labels of our own: its gradient tells
 which row each label belongs to (shifted or not), which labels do not count (ignored ones), and whether anything else is
-in it (label smoothing, class weights, masked classes, a missing 1/2). That costs two evaluations of the loss, once; what
-shows on some outputs alone is for ``loss_check.py``.
+in it (label smoothing, class weights, masked classes, a missing 1/2). That costs two evaluations of the loss, once.
+What shows on some outputs alone is for ``loss_check.py``.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .likelihood import refusal
-from .loss_probe import Probe
+from .loss_probe import Evaluation, Probe
 from .places import leaves_of
 from .reading import Reading
 from .row_scales import (
@@ -59,7 +59,7 @@ class LossCheck:
         self._outputs, self._targets, self._number = outputs, targets, number
         found = leaves_of(outputs)
         self._parts = [found[index] for index in reading.logits.indices]
-        self._versions = [part._version for part in self._parts]
+        self._versions = [_version(part) for part in self._parts]
         self.logits = reading.logits.get(outputs).detach()
         self._given = reading.given(self.logits, targets)
         rows = reading.row_shape(self.logits)
@@ -100,7 +100,7 @@ class LossCheck:
         """
         if not self._known.numel():
             return None
-        if any(part._version != version for part, version in zip(self._parts, self._versions, strict=True)):
+        if any(_version(part) != version for part, version in zip(self._parts, self._versions, strict=True)):
             raise ValueError(
                 "loss_fn changes the model's outputs in place, so it cannot be compared with -log p: let it work on a "
                 "copy (outputs.clone())"
@@ -141,14 +141,26 @@ class LossCheck:
         return found
 
     def _is_value(self, nll: Tensor, weights: Tensor, losses: Tensor, precision: Precision) -> Tensor:
-        """Tell whether the losses add up to -log p of the rows, each of which counts so often (bool, 0-d)."""
-        expected, weight = (weights * nll).double(), weights.double().sum()
-        differs = losses.detach().double().sum() - expected.sum()
+        """Tell whether the losses add up to -log p of the rows, each of which counts so often (bool, 0-d).
+
+        Where the first dimension may be that of samples, each sample's loss must.
+        """
+        apart = len(weights) == len(losses)
+        found, expected, weight = (
+            t.double().reshape(len(losses) if apart else 1, -1).sum(1)
+            for t in (losses.detach(), weights * nll, weights)
+        )
+        differs = found - expected
         if self.reading.likelihood == "gaussian":
             constant = weight * (math.log(2 * math.pi) / 2)
             differs = torch.minimum(differs.abs(), (differs - constant).abs())
-        allowed = (1e-5 if precision is FULL else precision.tolerance) * (expected.abs().sum() + weight)
-        return differs.abs() <= allowed
+        tolerance = 1e-5 if precision is FULL else precision.tolerance
+        return (differs.abs() <= tolerance * (expected.abs() + weight)).all()
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class _Closer:
@@ -170,18 +182,39 @@ class _Closer:
         except MismatchError:
             if self._precision is FULL:
                 raise
-        gradient, precision = self._apart()  # in float32, where the loss takes that
-        self._found = self._check._rows(self._found.labels, gradient, precision)
+        again = self._apart()  # in float32, where the loss takes that
+        gradient = again.gradient(torch.ones_like(again.losses))
+        self._found = self._check._rows(self._found.labels, gradient, again.precision)
         return self._ignored()
 
-    def _apart(self) -> tuple[Tensor, Precision]:
-        """Return the gradient on the same outputs and labels, apart from the graph of the pass.
+    def _apart(self) -> Evaluation:
+        """Evaluate the loss on the same outputs and labels, apart from the graph of the pass.
 
         Raises:
-            MismatchError: if the losses depend on parameters or on outputs other than the logits.
+            MismatchError: if it depends on parameters.
         """
-        again = self._check._probe.evaluate(self._targets, self._found.labels, self._check.logits)
-        return again.gradient(torch.ones_like(again.losses)), again.precision
+        check = self._check
+        given = self._found.labels if check._given is None else check._given  # whose shape counts
+        return check._probe.evaluate(self._targets, given, check.logits)
+
+    def _check_offset(self) -> None:
+        """Check losses whose gradient is right but not their values: an offset that depends on nothing is no matter.
+
+        Raises:
+            MismatchError: if they depend on parameters or on outputs other than the logits, or if what is one sample's
+                is in the losses of several.
+        """
+        again, reading, probe = self._apart(), self._check.reading, self._check._probe
+        again.gradient(torch.ones_like(again.losses))
+        if again.losses.dtype in HALVES:  # whose gradients cannot be told apart
+            return
+        samples = probe.samples(again, reading)
+        generator = torch.Generator(samples.device).manual_seed(3)
+        weights = 1 + torch.rand(len(again.losses), generator=generator, dtype=torch.float64, device=samples.device)
+        plain, weighted = (probe.by_row(again, reading, w) for w in (torch.ones_like(weights), weights))
+        away = (weighted - weights[samples].unsqueeze(-1) * plain).abs().amax(-1)
+        if bool((away > 20 * again.precision.tolerance * plain.abs().amax(-1))[self._found.certain].any()):
+            raise MismatchError("the losses of several samples hold -log p of one sample's label")
 
     def _ignored(self) -> float | None:
         """Look at the gradient in one precision."""
@@ -201,7 +234,7 @@ class _Closer:
         scales = expected_scales(found, used, reading, check.logits, n_labels, len(losses), self._samples)
         weights, nll = torch.where(used, scales, 0), torch.where(used, found.nll, 0)
         if not bool(check._is_value(nll, weights, losses, self._precision)):
-            self._apart()  # an offset that depends on nothing is no matter
+            self._check_offset()
         check._weights = weights.to(check._weights)
         return None
 

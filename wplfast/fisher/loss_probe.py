@@ -228,14 +228,15 @@ class Probe:
         """Return which sample each row belongs to, by a gradient whose samples are told apart (0 where none is)."""
         n_samples = len(evaluation.losses)
         numbers = torch.arange(1, n_samples + 1, device=evaluation.losses.device, dtype=torch.float64)
-        shape = reading.alignment.row_shape(self.rows, evaluation.labels.shape)
-        weighted, plain = (
-            self._arranged(evaluation.gradient(weights), shape).double()
-            for weights in (numbers, torch.ones_like(numbers))
-        )
+        weighted, plain = (self.by_row(evaluation, reading, w) for w in (numbers, torch.ones_like(numbers)))
         place = plain.abs().argmax(-1, keepdim=True)
         ratio = (weighted.gather(-1, place) / plain.gather(-1, place)).squeeze(-1)
         return ratio.nan_to_num(nan=1.0).abs().round().long().sub(1).clamp(0, n_samples - 1)
+
+    def by_row(self, evaluation: Evaluation, reading: Reading, weights: Tensor) -> Tensor:
+        """Return the gradient of weighted losses, in the rows' shape with all that belongs to a row last."""
+        shape = reading.alignment.row_shape(self.rows, evaluation.labels.shape)
+        return self._arranged(evaluation.gradient(weights), shape).double()
 
     def _arranged(self, gradient: Tensor, shape: Sequence[int]) -> Tensor:
         """Bring a gradient to the rows' shape, with all that belongs to a row last."""
