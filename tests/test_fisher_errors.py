@@ -184,3 +184,90 @@ def test_tensor_subclasses_are_refused():
     strange = torch.zeros(3).as_subclass(Special).requires_grad_()
     with pytest.raises(UnsupportedParameterError, match="'x' is a Special"):
         wplfast.fisher_diagonal(model, batches(), ce, params={"x": strange})
+
+
+# ---- no graph ----------------------------------------------------------------------------------------------
+
+
+def under(mode, run):
+    with mode:
+        return run()
+
+
+class RunsItselfIn(nn.Sequential):
+    """A model whose forward pass enters a mode of its own."""
+
+    mode = torch.no_grad
+
+    def forward(self, x):
+        return under(self.mode(), lambda: nn.Sequential.forward(self, x))
+
+
+def test_parameters_of_another_model_are_named():
+    model, other = mlp(), mlp()
+    theirs = r"none of params, \['0.weight', .*is a parameter of this Sequential, which has \['0.weight'"
+    for loss in (ce, lambda o, y: ce(o * scale, y)):  # a loss that has a graph all the same
+        scale = torch.ones(4, requires_grad=True)
+        with pytest.raises(ValueError, match=theirs):
+            wplfast.fisher_diagonal(model, batches((3,)), loss, params=other)
+
+
+def test_a_parameter_of_another_model_among_others_is_warned_of(caplog):
+    model, other = mlp(), mlp()
+    params = {"mine": model[0].weight, "theirs": other[0].weight}
+    fisher = wplfast.fisher_diagonal(model, batches((3,)), ce, params=params)
+    assert fisher["mine"].any()
+    assert not fisher["theirs"].any()
+    assert "no loss depends on ['theirs']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mode", "match"), [(torch.no_grad, "run under no_grad, are its outputs"), (torch.inference_mode, "inference_mode")]
+)
+def test_why_there_is_no_graph_is_told(mode, match):
+    x, y = batches((3,))[0]
+    model = RunsItselfIn(nn.Linear(6, 4))
+    model.mode = mode
+    with pytest.raises(ValueError, match=match):
+        wplfast.fisher_diagonal(model, [(x, y)], ce)
+    with pytest.raises(ValueError, match=match), wplfast.FisherAccumulator(model) as acc:
+        acc.backward(under(mode(), lambda: ce(model(x), y)))
+        acc.result()
+
+
+def test_what_the_forward_pass_leaves_out_is_named():
+    model = nn.ModuleDict({"used": mlp(), "left": mlp()})
+    model.forward = lambda x: model["used"](x)
+    with pytest.raises(ValueError, match=r"or is \['0.weight', .*\] no part of its forward pass"):
+        wplfast.fisher_diagonal(model, batches((3,)), ce, params=model["left"])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("options", [{}, {"fisher_type": "mc"}, {"with_grad": True, "on_nonfinite": "skip"}])
+def test_a_pass_may_begin_in_any_mode(mode, options):
+    model, data = mlp(), batches((3, 2))
+    expected = wplfast.fisher_diagonal(model, data, ce, **options)
+    with mode():
+        same = [(x.clone(), y.clone()) for x, y in data]  # made in this mode
+        fisher = wplfast.fisher_diagonal(model, same, ce, **options)
+        wplfast.verify_fisher(model, same[0], ce)
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+    for name, f in expected.items():
+        assert not fisher[name].is_inference()
+        torch.testing.assert_close(fisher[name], f)
+    fisher = wplfast.fisher_diagonal(model, same, ce, **options)  # and outside, on what was made inside
+    torch.testing.assert_close(fisher.flat, expected.flat)
+
+
+def test_parameters_that_take_no_gradient_are_named():
+    with torch.inference_mode():
+        model = mlp()
+    with pytest.raises(UnsupportedParameterError, match="'0.weight' was made under torch.inference_mode"):
+        wplfast.fisher_diagonal(model, batches((3,)), ce)
+    model = nn.Linear(6, 4)
+    for layout in ("to_sparse", "to_sparse_csr"):
+        model.weight = nn.Parameter(getattr(model.weight.detach().to_dense(), layout)())
+        with pytest.raises(UnsupportedParameterError, match="'weight' is a sparse tensor"):
+            wplfast.fisher_diagonal(model, batches((3,)), ce)

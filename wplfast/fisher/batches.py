@@ -121,6 +121,9 @@ def moved(tree: Any, device: torch.device) -> Any:
     if tree is None or isinstance(tree, type):
         return tree
     if isinstance(tree, Tensor):
+        if tree.is_inference():  # autograd saves none
+            with torch.inference_mode(False):
+                tree = tree.clone()
         return tree.detach().to(device, non_blocking=True)
     if type(tree) is dict:
         return {key: moved(value, device) for key, value in tree.items()}

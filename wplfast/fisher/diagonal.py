@@ -20,7 +20,7 @@ from ..errors import CoupledSamplesError
 from ..params import Params, device_of
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
-from .checks import check_losses
+from .checks import check_losses, check_outputs
 from .drawn import DrawnTargets
 from .independence import Examination, Findings
 from .preserve import Snapshot
@@ -216,6 +216,7 @@ class _Pass:
         for index, (targets, share) in enumerate(terms):
             losses = self.loss_fn(outputs, targets)
             check_losses(losses)
+            check_outputs(outputs, losses)
             if self.samples == "batch":
                 batch.check_n_losses(losses)
             first = index == 0
