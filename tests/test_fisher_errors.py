@@ -194,6 +194,11 @@ def under(mode, run):
         return run()
 
 
+def result_of(acc, losses):
+    acc.backward(losses)
+    return acc.result()
+
+
 class RunsItselfIn(nn.Sequential):
     """A model whose forward pass enters a mode of its own."""
 
@@ -206,8 +211,8 @@ class RunsItselfIn(nn.Sequential):
 def test_parameters_of_another_model_are_named():
     model, other = mlp(), mlp()
     theirs = r"none of params, \['0.weight', .*is a parameter of this Sequential, which has \['0.weight'"
+    scale = torch.ones(4, requires_grad=True)
     for loss in (ce, lambda o, y: ce(o * scale, y)):  # a loss that has a graph all the same
-        scale = torch.ones(4, requires_grad=True)
         with pytest.raises(ValueError, match=theirs):
             wplfast.fisher_diagonal(model, batches((3,)), loss, params=other)
 
@@ -230,9 +235,10 @@ def test_why_there_is_no_graph_is_told(mode, match):
     model.mode = mode
     with pytest.raises(ValueError, match=match):
         wplfast.fisher_diagonal(model, [(x, y)], ce)
-    with pytest.raises(ValueError, match=match), wplfast.FisherAccumulator(model) as acc:
-        acc.backward(under(mode(), lambda: ce(model(x), y)))
-        acc.result()
+    losses = under(mode(), lambda: ce(model(x), y))
+    acc = wplfast.FisherAccumulator(model)
+    with acc, pytest.raises(ValueError, match=match):
+        result_of(acc, losses)
 
 
 def test_what_the_forward_pass_leaves_out_is_named():
@@ -264,10 +270,69 @@ def test_a_pass_may_begin_in_any_mode(mode, options):
 def test_parameters_that_take_no_gradient_are_named():
     with torch.inference_mode():
         model = mlp()
-    with pytest.raises(UnsupportedParameterError, match="'0.weight' was made under torch.inference_mode"):
+    with pytest.raises(UnsupportedParameterError, match=r"'0.weight' was made under torch\.inference_mode"):
         wplfast.fisher_diagonal(model, batches((3,)), ce)
     model = nn.Linear(6, 4)
     for layout in ("to_sparse", "to_sparse_csr"):
         model.weight = nn.Parameter(getattr(model.weight.detach().to_dense(), layout)())
         with pytest.raises(UnsupportedParameterError, match="'weight' is a sparse tensor"):
             wplfast.fisher_diagonal(model, batches((3,)), ce)
+
+
+# ---- labels that the model itself needs --------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """Makes its decoder's inputs of the labels, as T5 does, and fails without them in one way or another."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.emb, self.head = error, nn.Embedding(7, 5), nn.Linear(5, 7)
+
+    def forward(self, input_ids, labels=None):
+        if labels is None:
+            raise self.error("no decoder_input_ids")
+        return self.head(self.emb(F.pad(labels[:, :-1], (1, 0))) + self.emb(input_ids).mean(1, keepdim=True))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        return self.model(**inputs)
+
+
+class WithoutLabels(Decoder):
+    def forward(self, input_ids):
+        raise self.error("no decoder_input_ids")
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, AttributeError, KeyError])
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped])
+def test_a_model_that_needs_its_labels_is_told_how_to_get_them(error, wrap):
+    model = wrap(Decoder(error))
+    batch = {"input_ids": torch.randint(7, (4, 3)), "labels": torch.randint(7, (4, 6))}
+    with pytest.raises(ValueError, match=r"no decoder_input_ids.*unpack=lambda b: \(b, b\[\"labels\"\]\)") as found:
+        wplfast.fisher_diagonal(model, [batch], ce)
+    assert isinstance(found.value.__cause__, error)
+    fisher = wplfast.fisher_diagonal(model, [batch], ce, unpack=lambda b: (b, b["labels"]))
+    assert all(bool(f.any()) for f in fisher.values())
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, CoupledSamplesError, UnsupportedParameterError])
+def test_other_failures_of_a_model_stay_as_they_are(error):
+    batch = {"input_ids": torch.zeros(2, 3, dtype=torch.int64), "labels": torch.zeros(2, 3, dtype=torch.int64)}
+    with pytest.raises(error, match=r"^no decoder_input_ids$"):
+        wplfast.fisher_diagonal(WithoutLabels(error), [batch], ce)
+    if error is not ValueError:
+        with pytest.raises(error, match=r"^no decoder_input_ids$"):
+            wplfast.fisher_diagonal(Decoder(error), [batch], ce)
+
+
+def test_a_loss_that_is_none_is_told_of():
+    with pytest.raises(
+        TypeError, match=r"got None: .*outputs\.loss.*losses\.cross_entropy\(outputs, labels, shift=True"
+    ):
+        wplfast.fisher_diagonal(mlp(), batches((3,)), lambda o, y: None)

@@ -40,6 +40,12 @@ def check_losses(losses: Tensor) -> None:
         TypeError: if losses is no tensor.
         ValueError: if it is not [N], or was computed in inference mode.
     """
+    if losses is None:
+        raise TypeError(
+            "losses must be a tensor of shape [N], got None: does loss_fn return something? Models of Hugging Face "
+            "compute outputs.loss where labels are among their inputs alone, and as a mean: use losses.cross_entropy("
+            "outputs, labels, shift=True), or losses.seq2seq(outputs, labels)"
+        )
     if not isinstance(losses, Tensor):
         raise TypeError(f"losses must be a tensor of shape [N], got {type(losses).__name__}")
     if losses.dim() != 1 or not losses.is_floating_point():

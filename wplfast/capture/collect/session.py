@@ -34,7 +34,7 @@ from .batch import Batch, SingleSample
 from .identity import verify_batch, watching
 from .leaf_grads import LeafGrads
 from .linearity import Linearity
-from .mixed import ACROSS_LOSSES, UNKNOWN, describe, is_about_positions
+from .mixed import ACROSS_LOSSES, advice, describe, is_about_positions
 from .one_by_one import one_by_one
 from .passes import CollectPass, Idle, ProbePass
 from .round import Round
@@ -396,8 +396,7 @@ class Session:
         if known is None:
             known = not self.interception.has_asked and positions == bare
         if not bare or not known:
-            hint = "" if coupled or batch.independent is not None else UNKNOWN
-            hint += ACROSS_LOSSES if self._by_losses else ""
+            hint = self._advice(batch, not coupled, may_replay)
             raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint + self._linearity.names(batch))
         can_replay = may_replay and (dry or self.n_batches == 0)
         self.interception.mark_parameter_only(positions if can_replay and positions else bare)
@@ -407,8 +406,14 @@ class Session:
             self.interception.start_batch()
             return False
         if coupled and not batch.independent:
-            raise CoupledSamplesError(describe(coupled[0], self.names) + UNKNOWN)
+            raise CoupledSamplesError(describe(coupled[0], self.names) + self._advice(batch, True, may_replay))
         return True
+
+    def _advice(self, batch: Batch, may_be_positions: bool, may_replay: bool) -> str:
+        """Say what to do about calls that mix samples; nothing where a sample was run alone."""
+        if batch.independent is None:
+            return advice(may_be_positions, self._by_losses, may_replay, self._reorders)
+        return ACROSS_LOSSES if self._by_losses else ""
 
     def _are_reached(self, batch: Batch, may_replay: bool) -> bool:
         """Tell whether parameters that checkpoints use got gradients; if not, prepare for the batch to be run again.
