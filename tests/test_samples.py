@@ -470,7 +470,7 @@ def in_one_call(model, inputs, y, samples):
 @pytest.mark.parametrize("run", [one_by_hand, in_one_call])
 def test_nodes_of_a_graph_are_told_that_graphs_are_samples(run):
     x, graph = torch.randn(10, 3).double(), torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
-    edges = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 0, 6, 7, 5, 9, 8]])
+    edges = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9], [1, 2, 2, 3, 4, 0, 6, 7, 7, 5, 9, 8]])
     advice = "one loss for each such sample and pass samples='losses'"
     with pytest.raises(CoupledSamplesError, match="mixes samples") as found:
         run(NodeNet().double(), (x, edges, graph), torch.randint(2, (10,)), "batch")
