@@ -126,7 +126,8 @@ class Batch:
         """
         if not isinstance(losses, Tensor) or losses.dim() != 1:
             return  # the accumulator says what is wrong
-        sizes = {t.shape[d] for t in tensors_in((self.inputs, self.targets)) for d in range(min(2, t.dim()))}
+        given = tensors_in((self.inputs, self.targets))
+        sizes = {size for t in given for size in ([t.size(0)] if t.is_nested else t.shape[:2])}
         sizes |= {len(part) for part in (self.inputs, self.targets) if isinstance(part, list)}
         if sizes and len(losses) not in sizes:
             raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..accumulators import Accumulators
 from ..call import Call
 from ..sample_layout import SampleLayout
-from .base import OneOutputRule, row_sums, summed
+from .base import OneOutputRule, dense, row_sums, summed
 from .grad_sample import FactoredGradSample, GradSample, SummedGradSample
 from .recipe import ProductRecipe, Recipe
 
@@ -39,8 +39,8 @@ class LinearRule(OneOutputRule):
         if weight is not None:
             if not layout.has_rows(gradient.dim()):
                 return None
-            x = inputs[call.argument(0, "input").index]
-            if x.layout != torch.strided:
+            x = dense(inputs[call.argument(0, "input").index], weight)
+            if x is None:
                 return None
             rows = layout.rows(gradient)
             found.append(FactoredGradSample(weight, self.name, layout.rows(x.to(gradient.dtype)), rows))
@@ -89,7 +89,8 @@ class LinearRule(OneOutputRule):
         for operand in call.operands:
             if operand is weight:
                 x = inputs[call.argument(0, "input").index].to(gradient.dtype)
-                found.append(rows.t() @ x.reshape(-1, x.shape[-1]))
+                plain = x.layout == torch.strided
+                found.append(rows.t() @ x.reshape(-1, x.shape[-1]) if plain else (x.t() @ rows).t())
             else:
                 found.append(rows.sum(0))
         return found

@@ -15,7 +15,7 @@ from ..call import Call, Operand, autocast_state, floating, is_differentiable, i
 from ..call_site import CallSite, Listener, Relay, TappedCall
 from ..probe.graph import may_reorder, structure_behind
 from ..rules import GENERIC, rule_for
-from ..watched import Derived, map_tensors
+from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
 from .call_cache import CachedCall, CallCache
 from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
@@ -129,6 +129,8 @@ class Interception:
 
     def _call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sort the tensors of a call, then derive or tap."""
+        if any(tensor.is_nested for tensor in tensors_in((args, kwargs))):
+            return func(*args, **kwargs)  # whose rows have no layout: the gradient arrives at the parameter
         call, inputs = self._take_apart(func, name, args, kwargs)
         if call.in_place and call.operand_at(0, "self") is not None:
             return self._update_derived(call, inputs, args)
