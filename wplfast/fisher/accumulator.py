@@ -146,6 +146,7 @@ class FisherAccumulator:
         )
         undo, frozen = self._undo, [p for p in others if p.requires_grad]
         self._session.frozen += frozen
+        self._session.interception.has_frozen = bool(frozen)
         undo.then(self._session.release)
         grads, flags = [p.grad for p in parameters + frozen], [p.requires_grad for p in parameters]
         watch(self.parameters, self._session.interception, undo)
@@ -219,6 +220,8 @@ class FisherAccumulator:
             session.abandon()
             self._nonfinite(f"the loss of sample {bad} is {losses[bad].item()}", len(losses))
             return
+        if not losses.requires_grad and session.thaw(replay is not None) and replay is not None:
+            losses = replay()
         if not losses.requires_grad:
             session.pass_over(retain_graph)
             if not self._saw_constants:

@@ -118,7 +118,9 @@ class Session:
             CoupledSamplesError: if a sample's loss depends on other samples.
             VerificationError: if captured and ordinary gradients disagree.
         """
-        if not self.n_batches:
+        if self.n_batches:
+            self.thaw(may_replay=False)
+        else:
             self.check_leaves()
         self.accumulators.weights = weights
         # A batch of one sample verifies little: the first does, and then the first one of several samples.
@@ -224,7 +226,8 @@ class Session:
                 f"the gradients of {self._some(astray)} for one sample after the other do not add up to that of the "
                 "batch: something mixes samples, or adds to what has no gradient" + self._linearity.names(batch)
             )
-        if first and not self._are_reached(batch, may_replay):
+        if first and self.thaw(may_replay):
+            batch.single_sample = None  # had none either
             return False
         if batch.verify:
             seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
@@ -415,27 +418,36 @@ class Session:
             return advice(may_be_positions, self._by_losses, may_replay, self._reorders)
         return ACROSS_LOSSES if self._by_losses else ""
 
-    def _are_reached(self, batch: Batch, may_replay: bool) -> bool:
-        """Tell whether parameters that checkpoints use got gradients; if not, prepare for the batch to be run again.
+    def thaw(self, may_replay: bool) -> bool:
+        """Let the parameters that are frozen for the pass require grad, if others lost their gradients by that.
 
-        A checkpoint has none if its inputs require no grad, as where all before it is frozen for the pass.
+        A Function (a checkpoint) has no backward pass if none of its inputs requires grad, as where all before it is
+        frozen.
+
+        Args:
+            may_replay: the batch can be run again.
+
+        Returns:
+            Whether the batch is to be run again.
+
+        Raises:
+            WplfastError: if it cannot be.
         """
-        tapped = {index for t in self.interception.taps for index in t.parameters}
-        lost = self.interception.without_grad - tapped - self._in_backward - self._unseen
+        lost, self.interception.hidden = self.interception.hidden, set()
         if not lost or not self.frozen:
-            return True
+            return False
         for parameter in self.frozen:
             parameter.requires_grad_(True)
-        self.frozen = []
+        self.frozen, self.interception.has_frozen = [], False
         if not may_replay:
             raise WplfastError(
-                f"{self._some(lost)} got no gradient, perhaps because a checkpoint's inputs require none: parameters "
-                "outside of params are frozen for the pass. Let params hold some that come before it, and select then"
+                f"{self._some(lost)} got no gradient in a Function (a checkpoint) that uses it and none of whose "
+                "inputs requires one: parameters outside of params are frozen for the pass. Let params hold some that "
+                "come before it, and select then"
             )
         self._clear()
         self.interception.start_batch()
-        batch.single_sample = None  # had none either
-        return False
+        return True
 
     def _find_unseen(self, squared: set[int]) -> set[int]:
         """Return the parameters that gradients arrived at past the taps, and remember them."""

@@ -19,7 +19,7 @@ from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
 from .call_cache import CachedCall, CallCache
 from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
-from .nested import DERIVATIVES, is_recomputing
+from .nested import DERIVATIVES, is_hidden, is_recomputing
 from .operands import Operands, Sorter
 from .product import PRODUCT_NODE, folded, multiply_and_tap, product_of
 from .tap import TAP_NODE, tap
@@ -37,7 +37,8 @@ class Interception:
         reorders: a call was seen whose rows lie in an order, or number, that depends on the data.
         native_dtypes: types of half precision that functions which were seen through would have computed in.
         n_parameter_only: number of call sites that were found to have no sample axis.
-        without_grad: parameters that were used without grad mode, as in the forward pass of a checkpoint.
+        hidden: parameters that were used in the forward pass of a Function (a checkpoint) without a backward pass.
+        has_frozen: such Functions are looked for: parameters before them may be frozen for the pass alone.
         has_asked: the forward pass took gradients with respect to parameters, which may enter it as data.
         thread: the one that opened the pass.
     """
@@ -57,7 +58,8 @@ class Interception:
         self.leaves = self._operands.leaves
         self.reorders = self.has_asked = False
         self.native_dtypes: set[torch.dtype] = set()
-        self.without_grad: set[int] = set()
+        self.hidden: set[int] = set()
+        self.has_frozen = False
         self.n_parameter_only = 0
         self.thread = threading.get_ident()
 
@@ -72,9 +74,14 @@ class Interception:
         return self.relay.listener is not self.relay.idle
 
     def note_without_grad(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Note the parameters among the arguments of a call without grad mode."""
-        if not is_about_itself(func, getattr(func, "__name__", ""), len(args)):
-            self.without_grad |= {index for a in args for index in self._operands.index_of(a)}
+        """Note the parameters among the arguments of a call without grad mode, as a checkpoint makes."""
+        if (
+            self.has_frozen
+            and not is_about_itself(func, getattr(func, "__name__", ""), len(args))
+            and threading.get_ident() == self.thread
+            and is_hidden()
+        ):
+            self.hidden |= {index for a in args for index in self._operands.index_of(a)}
 
     def operand(self, tensor: Tensor) -> Operand | None:
         """Return the operand that a tensor is, if it is a watched parameter or was computed from some alone."""
@@ -132,6 +139,8 @@ class Interception:
         if any(tensor.is_nested for tensor in tensors_in((args, kwargs))):
             return func(*args, **kwargs)  # whose rows have no layout: the gradient arrives at the parameter
         call, inputs = self._take_apart(func, name, args, kwargs)
+        if self.has_frozen and is_hidden():
+            self.hidden |= call.parameters
         if call.in_place and call.operand_at(0, "self") is not None:
             return self._update_derived(call, inputs, args)
         if call.name in LIKE:
