@@ -22,9 +22,12 @@ class LinearRule(OneOutputRule):
     name = "linear"
 
     def matches(self, call: Call) -> bool:
-        """Match F.linear with data as its input."""
-        weight = call.tensor_at(1, "weight", call.constants) if not call.is_input(1, "weight") else None
-        return call.func is F.linear and call.is_input(0, "input") and weight is not None and weight.dim() == 2
+        """Match F.linear with data as its input, and with the bias as its only operand beside a weight that is data."""
+        if call.func is F.linear and call.is_input(1, "weight"):
+            is_matrix = len(call.input_shapes[call.argument(1, "weight").index]) == 2
+            return is_matrix and len(call.operands) == 1 and call.operand_at(2, "bias") is not None
+        weight = call.tensor_at(1, "weight", call.constants) if call.func is F.linear else None
+        return call.is_input(0, "input") and weight is not None and weight.dim() == 2
 
     def stackable(self, call: Call) -> bool:
         """A layer treats rows alike."""
@@ -56,7 +59,7 @@ class LinearRule(OneOutputRule):
 
     def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """Return weight and bias."""
-        if len(call.input_shapes) != 1:
+        if len(call.input_shapes) != 1 or call.is_input(1, "weight"):
             return None
         weight = call.tensor_at(1, "weight", ())
         return None if weight is None else (weight, call.tensor_at(2, "bias", ()))

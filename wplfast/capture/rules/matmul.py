@@ -31,7 +31,9 @@ class MatmulRule(OneOutputRule):
             return operand.value.dim() == 2 and len(call.input_shapes[index]) > 1
         if call.name not in _SUMS or call.argument(3, "beta") not in (None, 1) or "out" in call.kwargs:
             return False
-        return call.argument(4, "alpha") in (None, 1) and call.is_input(1, "mat1") and not call.is_input(2, "mat2")
+        if call.argument(4, "alpha") not in (None, 1) or not call.is_input(1, "mat1"):
+            return False
+        return not call.is_input(2, "mat2") or len(call.operands) == 1  # what is added, alone
 
     def stackable(self, call: Call) -> bool:
         """A product from the right treats rows alike: steps of a loop are one product over [N, T, D]."""
@@ -62,7 +64,7 @@ class MatmulRule(OneOutputRule):
 
     def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """Return the matrix transposed, and what addmm adds if it is a vector."""
-        if len(call.input_shapes) != 1:
+        if len(call.input_shapes) != 1 or call.is_input(2, "mat2"):
             return None
         if call.name in _SUMS:
             matrix, bias = call.tensor_at(2, "mat2", ()), call.tensor_at(0, "input", ())
