@@ -122,6 +122,7 @@ class Session:
             self.thaw(may_replay=False)
         else:
             self.check_leaves()
+        self.interception.let_go()
         self.accumulators.weights = weights
         # A batch of one sample verifies little: the first does, and then the first one of several samples.
         due = verify and not self._is_verified and (not self.n_batches or len(losses) > 1)
@@ -136,6 +137,8 @@ class Session:
                 raise WplfastError("could not measure which samples the uses of the parameters belong to")
             batch = Batch(replay(), batch.verify, retain_graph, independent, batch.single_sample)
         self.interception.relay.is_over = not retain_graph
+        if retain_graph:
+            self.interception.go_on()
         self.n_batches += 1
 
     def _check(self, verify: bool | Literal["always"]) -> Check:
@@ -147,7 +150,7 @@ class Session:
     def _collect_steady(self, batch: Batch, check: Check) -> bool:
         """Collect a batch of known calls; False if it is none, or is to be measured again all the same."""
         self._reorders = self._reorders or self.interception.reorders
-        if batch.verify or check is not Check.TRUST or self._reorders or self._unseen:
+        if batch.verify or check is not Check.TRUST or self._reorders or self._unseen or self.interception.is_patchwork:
             return False
         if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
             return False  # modes and the profiler are to see operators
@@ -263,7 +266,7 @@ class Session:
 
     def _remember(self, key: tuple[int, Fingerprint], layouts: dict[int, Layouts]) -> None:
         """Remember what batches like this one do, if all of it holds for every such batch."""
-        if self._unseen or self._in_backward or self._reorders:
+        if self._unseen or self._in_backward or self._reorders or self.interception.is_patchwork:
             return
         taps, asleep = self.interception.taps, self._inference.asleep
         known = key[0] == 1 or not self._inference.is_new(tapped for tapped in taps if tapped.index not in asleep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -37,6 +38,7 @@ class Interception:
         reorders: a call was seen whose rows lie in an order, or number, that depends on the data.
         native_dtypes: types of half precision that functions which were seen through would have computed in.
         n_parameter_only: number of call sites that were found to have no sample axis.
+        is_patchwork: calls of the last forward pass were made after some of its losses were collected.
         hidden: parameters that were used in the forward pass of a Function (a checkpoint) without a backward pass.
         has_frozen: such Functions are looked for: parameters before them may be frozen for the pass alone.
         has_asked: the forward pass took gradients with respect to parameters, which may enter it as data.
@@ -58,6 +60,9 @@ class Interception:
         self.leaves = self._operands.leaves
         self.reorders = self.has_asked = False
         self.native_dtypes: set[torch.dtype] = set()
+        self.is_patchwork = False
+        self._branch: CachedCall | None = None  # where further losses of one forward pass begin
+        self._n_kept = 0
         self.hidden: set[int] = set()
         self.has_frozen = False
         self.n_parameter_only = 0
@@ -67,6 +72,33 @@ class Interception:
         """Forget the calls of the last forward pass."""
         self.cache.restart(len(self.taps))
         self.taps, self.derived, self.relay.is_over, self.has_asked = [], [], False, False
+        self.is_patchwork, self._branch = False, None
+
+    def go_on(self) -> None:
+        """Keep the calls of this forward pass after losses were collected: further losses of it may follow.
+
+        What computes these stands where the first of them begin, however many there are.
+        """
+        if self._branch is None:
+            self._branch = self.cache.here
+        self.cache.here, self._n_kept = self._branch, len(self.taps)
+
+    def let_go(self) -> None:
+        """Forget the calls that no graph has any more, those for earlier losses of this forward pass alone."""
+        if self._branch is None or len(self.taps) == self._n_kept:
+            return
+        self.is_patchwork = True
+        taps, derived = list(map(weakref.ref, self.taps)), list(map(weakref.ref, self.derived))
+        self.taps.clear()
+        self.taps += [tapped for found in taps if (tapped := found()) is not None]
+        self.derived.clear()
+        self.derived += [tensor for found in derived if (tensor := found()) is not None]
+        sites: set[CallSite] = set()
+        for index, tapped in enumerate(self.taps):
+            tapped.index = tapped.index if tapped.in_backward else index
+            while tapped.site in sites:  # what earlier losses computed lives on in this one
+                tapped.site = tapped.site.again
+            sites.add(tapped.site)
 
     @property
     def _is_backward(self) -> bool:
