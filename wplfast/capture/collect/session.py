@@ -122,7 +122,8 @@ class Session:
             self.thaw(may_replay=False)
         else:
             self.check_leaves()
-        self.interception.let_go()
+        if self.interception.branch is not None:
+            self.interception.let_go()
         self.accumulators.weights = weights
         # A batch of one sample verifies little: the first does, and then the first one of several samples.
         due = verify and not self._is_verified and (not self.n_batches or len(losses) > 1)

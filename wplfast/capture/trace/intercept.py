@@ -38,6 +38,7 @@ class Interception:
         reorders: a call was seen whose rows lie in an order, or number, that depends on the data.
         native_dtypes: types of half precision that functions which were seen through would have computed in.
         n_parameter_only: number of call sites that were found to have no sample axis.
+        branch: where calls for further losses of one forward pass begin; None before losses of it were collected.
         is_patchwork: calls of the last forward pass were made after some of its losses were collected.
         hidden: parameters that were used in the forward pass of a Function (a checkpoint) without a backward pass.
         has_frozen: such Functions are looked for: parameters before them may be frozen for the pass alone.
@@ -61,7 +62,7 @@ class Interception:
         self.reorders = self.has_asked = False
         self.native_dtypes: set[torch.dtype] = set()
         self.is_patchwork = False
-        self._branch: CachedCall | None = None  # where further losses of one forward pass begin
+        self.branch: CachedCall | None = None
         self._n_kept = 0
         self.hidden: set[int] = set()
         self.has_frozen = False
@@ -72,20 +73,20 @@ class Interception:
         """Forget the calls of the last forward pass."""
         self.cache.restart(len(self.taps))
         self.taps, self.derived, self.relay.is_over, self.has_asked = [], [], False, False
-        self.is_patchwork, self._branch = False, None
+        self.is_patchwork, self.branch = False, None
 
     def go_on(self) -> None:
         """Keep the calls of this forward pass after losses were collected: further losses of it may follow.
 
         What computes these stands where the first of them begin, however many there are.
         """
-        if self._branch is None:
-            self._branch = self.cache.here
-        self.cache.here, self._n_kept = self._branch, len(self.taps)
+        if self.branch is None:
+            self.branch = self.cache.here
+        self.cache.here, self._n_kept = self.branch, len(self.taps)
 
     def let_go(self) -> None:
         """Forget the calls that no graph has any more, those for earlier losses of this forward pass alone."""
-        if self._branch is None or len(self.taps) == self._n_kept:
+        if len(self.taps) == self._n_kept:
             return
         self.is_patchwork = True
         taps, derived = list(map(weakref.ref, self.taps)), list(map(weakref.ref, self.derived))
