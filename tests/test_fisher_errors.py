@@ -184,3 +184,155 @@ def test_tensor_subclasses_are_refused():
     strange = torch.zeros(3).as_subclass(Special).requires_grad_()
     with pytest.raises(UnsupportedParameterError, match="'x' is a Special"):
         wplfast.fisher_diagonal(model, batches(), ce, params={"x": strange})
+
+
+# ---- no graph ----------------------------------------------------------------------------------------------
+
+
+def under(mode, run):
+    with mode:
+        return run()
+
+
+def result_of(acc, losses):
+    acc.backward(losses)
+    return acc.result()
+
+
+class RunsItselfIn(nn.Sequential):
+    """A model whose forward pass enters a mode of its own."""
+
+    mode = torch.no_grad
+
+    def forward(self, x):
+        return under(self.mode(), lambda: nn.Sequential.forward(self, x))
+
+
+def test_parameters_of_another_model_are_named():
+    model, other = mlp(), mlp()
+    theirs = r"none of params, \['0.weight', .*is a parameter of this Sequential, which has \['0.weight'"
+    scale = torch.ones(4, requires_grad=True)
+    for loss in (ce, lambda o, y: ce(o * scale, y)):  # a loss that has a graph all the same
+        with pytest.raises(ValueError, match=theirs):
+            wplfast.fisher_diagonal(model, batches((3,)), loss, params=other)
+
+
+def test_a_parameter_of_another_model_among_others_is_warned_of(caplog):
+    model, other = mlp(), mlp()
+    params = {"mine": model[0].weight, "theirs": other[0].weight}
+    fisher = wplfast.fisher_diagonal(model, batches((3,)), ce, params=params)
+    assert fisher["mine"].any()
+    assert not fisher["theirs"].any()
+    assert "no loss depends on ['theirs']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mode", "match"), [(torch.no_grad, "run under no_grad, are its outputs"), (torch.inference_mode, "inference_mode")]
+)
+def test_why_there_is_no_graph_is_told(mode, match):
+    x, y = batches((3,))[0]
+    model = RunsItselfIn(nn.Linear(6, 4))
+    model.mode = mode
+    with pytest.raises(ValueError, match=match):
+        wplfast.fisher_diagonal(model, [(x, y)], ce)
+    losses = under(mode(), lambda: ce(model(x), y))
+    acc = wplfast.FisherAccumulator(model)
+    with acc, pytest.raises(ValueError, match=match):
+        result_of(acc, losses)
+
+
+def test_what_the_forward_pass_leaves_out_is_named():
+    model = nn.ModuleDict({"used": mlp(), "left": mlp()})
+    model.forward = lambda x: model["used"](x)
+    with pytest.raises(ValueError, match=r"or is \['0.weight', .*\] no part of its forward pass"):
+        wplfast.fisher_diagonal(model, batches((3,)), ce, params=model["left"])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("options", [{}, {"fisher_type": "mc"}, {"with_grad": True, "on_nonfinite": "skip"}])
+def test_a_pass_may_begin_in_any_mode(mode, options):
+    model, data = mlp(), batches((3, 2))
+    expected = wplfast.fisher_diagonal(model, data, ce, **options)
+    with mode():
+        same = [(x.clone(), y.clone()) for x, y in data]  # made in this mode
+        fisher = wplfast.fisher_diagonal(model, same, ce, **options)
+        wplfast.verify_fisher(model, same[0], ce)
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+    for name, f in expected.items():
+        assert not fisher[name].is_inference()
+        torch.testing.assert_close(fisher[name], f)
+    fisher = wplfast.fisher_diagonal(model, same, ce, **options)  # and outside, on what was made inside
+    torch.testing.assert_close(fisher.flat, expected.flat)
+
+
+def test_parameters_that_take_no_gradient_are_named():
+    with torch.inference_mode():
+        model = mlp()
+    with pytest.raises(UnsupportedParameterError, match=r"'0.weight' was made under torch\.inference_mode"):
+        wplfast.fisher_diagonal(model, batches((3,)), ce)
+    model = nn.Linear(6, 4)
+    for layout in ("to_sparse", "to_sparse_csr"):
+        model.weight = nn.Parameter(getattr(model.weight.detach().to_dense(), layout)())
+        with pytest.raises(UnsupportedParameterError, match="'weight' is a sparse tensor"):
+            wplfast.fisher_diagonal(model, batches((3,)), ce)
+
+
+# ---- labels that the model itself needs --------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """Makes its decoder's inputs of the labels, as T5 does, and fails without them in one way or another."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.emb, self.head = error, nn.Embedding(7, 5), nn.Linear(5, 7)
+
+    def forward(self, input_ids, labels=None):
+        if labels is None:
+            raise self.error("no decoder_input_ids")
+        return self.head(self.emb(F.pad(labels[:, :-1], (1, 0))) + self.emb(input_ids).mean(1, keepdim=True))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        return self.model(**inputs)
+
+
+class WithoutLabels(Decoder):
+    def forward(self, input_ids):
+        raise self.error("no decoder_input_ids")
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, AttributeError, KeyError])
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped])
+def test_a_model_that_needs_its_labels_is_told_how_to_get_them(error, wrap):
+    model = wrap(Decoder(error))
+    batch = {"input_ids": torch.randint(7, (4, 3)), "labels": torch.randint(7, (4, 6))}
+    with pytest.raises(ValueError, match=r"no decoder_input_ids.*unpack=lambda b: \(b, b\[\"labels\"\]\)") as found:
+        wplfast.fisher_diagonal(model, [batch], ce)
+    assert isinstance(found.value.__cause__, error)
+    fisher = wplfast.fisher_diagonal(model, [batch], ce, unpack=lambda b: (b, b["labels"]))
+    assert all(bool(f.any()) for f in fisher.values())
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, CoupledSamplesError, UnsupportedParameterError])
+def test_other_failures_of_a_model_stay_as_they_are(error):
+    batch = {"input_ids": torch.zeros(2, 3, dtype=torch.int64), "labels": torch.zeros(2, 3, dtype=torch.int64)}
+    with pytest.raises(error, match=r"^no decoder_input_ids$"):
+        wplfast.fisher_diagonal(WithoutLabels(error), [batch], ce)
+    if error is not ValueError:
+        with pytest.raises(error, match=r"^no decoder_input_ids$"):
+            wplfast.fisher_diagonal(Decoder(error), [batch], ce)
+
+
+def test_a_loss_that_is_none_is_told_of():
+    with pytest.raises(
+        TypeError, match=r"got None: .*outputs\.loss.*losses\.cross_entropy\(outputs, labels, shift=True"
+    ):
+        wplfast.fisher_diagonal(mlp(), batches((3,)), lambda o, y: None)

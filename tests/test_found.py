@@ -397,3 +397,34 @@ def test_buffers_that_are_inference_tensors():
     data = rows(4, 4, 2)
     fisher = wplfast.fisher_diagonal(model, data, classify)
     assert_close(fisher, fisher_loop(model, data, classify))
+
+
+class Signs(torch.autograd.Function):
+    """Straight through, which nothing sees from outside."""
+
+    @staticmethod
+    def forward(ctx, w):
+        return w.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+BESIDE = {
+    "a weight out of a Function": lambda m, x: F.linear(x, Signs.apply(m.w), m.b),
+    "one for steps": lambda m, x: torch.tanh(F.linear(torch.stack([x, 2 * x], 1), Signs.apply(m.w), m.b)).sum(1),
+    "a product that is added to": lambda m, x: torch.addmm(m.b, x, Signs.apply(m.w).t()),
+    "a weight straight through": lambda m, x: F.linear(x, m.w + (m.w.sign() - m.w).detach(), m.b),
+    "a masked one": lambda m, x: F.linear(x, torch.where(m.pos > 0, m.w, 0), m.b),
+    "another use": lambda m, x: F.linear(x, Signs.apply(m.w), m.b) + F.linear(x, m.w, m.b.tanh()),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_plain_bias_is_fast_whatever_the_weight_beside_it_is(name):
+    torch.manual_seed(21)
+    model = Lambda(lambda m, x: m.head(torch.tanh(BESIDE[name](m, x))), w=par(D, D), b=par(D), head=head())
+    model.register_buffer("pos", torch.randn(D, D))
+    fisher = compare(model, rows(4, 4, 1, 3))
+    assert not {"generic", "masked", "one by one"} & set(fisher.report.rules["b"])

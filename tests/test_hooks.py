@@ -215,6 +215,35 @@ def test_a_clamp_that_first_bites_later():
         assert_close(acc.result(), {n: f / count for n, f in expected.items()}, 1e-10, 1e-11)
 
 
+def rounded_to(dtype):
+    return lambda g: g.to(dtype).to(g.dtype)
+
+
+ROUNDING = {
+    "float16": rounded_to(torch.float16),
+    "bfloat16": rounded_to(torch.bfloat16),
+    "float8_e5m2": rounded_to(torch.float8_e5m2),
+    "float8_e4m3fn": rounded_to(torch.float8_e4m3fn),
+    "steps": lambda g: (g * 256).round() / 256,
+    "steps of each row": lambda g: (g / by_row(g) * 127).round() * by_row(g) / 127,
+}
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("name", ROUNDING)
+def test_rounding_straight_through(name, verify):
+    """Of the first layers too, whose data have no gradients, for batches as large as they have features, or half."""
+
+    def forward(m, x):
+        hook = ROUNDING[name]
+        h = hooked(m.a(x) + (hook(m.a(x)) - m.a(x)).detach(), hook)
+        return m.head(hooked(torch.tanh(m.b(torch.tanh(h))), hook))
+
+    for sizes in ([2, 2, 2], [D], [16, 16]):
+        data = [(0.02 ** (k % 2) * x, y) for k, (x, y) in enumerate(rows(sizes))]
+        compare(build(forward), data, verify)
+
+
 def test_one_sample_after_another_adds_up():
     """Where a use is left to that, a hook that adds to rows of other samples would enter."""
 

@@ -365,7 +365,7 @@ def test_all_before_a_checkpoint_is_frozen_for_the_pass(name, verify):
     expected = {n: f for n, f in fisher_loop(model, data, classify).items() if n in params}
     model.zero_grad()
     assert_close(diagonal(model, data, verify, params), expected, 1e-10, 1e-11)
-    with pytest.raises(WplfastError, match="got no gradient, perhaps because a checkpoint's inputs require none"):
+    with pytest.raises(WplfastError, match=r"got no gradient in a Function \(a checkpoint\)"):
         accumulated(model, data, verify, params)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 

@@ -273,3 +273,55 @@ def test_a_failed_consolidate_changes_nothing(module):
             module[0].bias.copy_(kept)
     assert same_state(wpl, before)
     assert wpl().item() == value
+
+
+class TwoParts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enc, self.head = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+
+ENC = ["enc.weight", "enc.bias"]
+
+
+def fisher_of(module):
+    """A Fisher that knows whose it is."""
+    return wplfast.Fisher(random_fisher(module), 1, parameters=dict(module.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("of", "over", "given", "says", "works"),
+    [
+        # names that the Fisher has under another owner's prefix are listed, and what is said to work does
+        ("enc", "", {}, ["2 of 4", "'head.bias'", "has ['weight', 'bias']", f"active={ENC}"], {"active": ENC}),
+        ("enc copy", "", {}, ["4 of 4", "has ['weight', 'bias']", "rename(lambda name: 'enc.' +"], {"active": ENC}),
+        (" copy", "enc", {}, ["2 of 2", "['weight', 'bias']", "prefix='enc.'"], {"prefix": "enc."}),
+        (" copy", "enc", {"prefix": "model."}, ["'model.weight'", "prefix='enc.'"], {"prefix": "enc."}),
+        ("enc copy", "enc", {"prefix": "enc."}, ["'enc.weight'", "prefix=''"], {"prefix": ""}),
+        ("enc dict", "", {}, ["4 of 4", "{'enc.' + name: t for name, t in fisher.items()}"], {"active": ENC}),
+    ],
+)
+def test_names_that_lack_a_prefix_are_told(of, over, given, says, works):
+    model, other = TwoParts(), TwoParts()
+    wpl = wplfast.WeightPlasticityLoss(model.get_submodule(over))
+    part, _, kind = of.partition(" ")
+    fisher = fisher_of((other if kind else model).get_submodule(part))
+    fisher = dict(fisher) if kind == "dict" else fisher
+    with pytest.raises(NameMismatchError) as found:
+        wpl.consolidate(fisher, **given)
+    for text in says:
+        assert text in str(found.value)
+    if "rename" in str(found.value):
+        fisher = fisher.rename(lambda name: "enc." + name)
+    elif kind == "dict":
+        fisher = {"enc." + name: t for name, t in fisher.items()}
+    wpl.consolidate(fisher, extra="ignore", **works)
+    weight = wpl.fisher["weight" if over else "enc.weight"]
+    assert torch.equal(weight, fisher["weight" if "weight" in fisher else "enc.weight"].to(weight))
+
+
+def test_a_part_is_told_where_a_penalty_is_bound_anew():
+    model = TwoParts()
+    wpl = wplfast.WeightPlasticityLoss(model)
+    with pytest.raises(NameMismatchError, match=r"has \['weight', 'bias'\]; its names are missing ones without 'enc.'"):
+        wpl.rebind(model.enc)

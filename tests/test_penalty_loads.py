@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wplfast
-from wplfast.errors import NameMismatchError, NonFiniteError
+from wplfast.errors import NameMismatchError, NonFiniteError, StaleParameterError
 
 NOTHING = "nothing fits the penalty"
 
@@ -296,3 +296,85 @@ def test_fishers_add_up_if_they_belong_to_the_same_values(tmp_path):
     wplfast.Fisher(random_fisher(module), 2).save(tmp_path / "c", theta_hat=module)
     with pytest.raises(ValueError, match=r"different models do not add up: theta_hat\['0.weight'\] differs"):
         parts[0] + wplfast.Fisher.load(tmp_path / "c")
+
+
+# ---- assign=True -----------------------------------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """A model that holds its own penalty, registered last or first."""
+
+    def __init__(self, last=True, **settings):
+        super().__init__()
+        net = model()
+        if last:
+            self.net = net
+        self.wpl = wplfast.WeightPlasticityLoss(self if last else net, **settings)
+        self.net = net
+
+
+def moved_state(holder):
+    """A state whose parameters are elsewhere than the anchors are."""
+    return {key: value.clone() if key.startswith("wpl.") else value + 1 for key, value in holder.state_dict().items()}
+
+
+def value_by_hand(wpl, parameters):
+    pairs = ((wpl.fisher[n], (p - wpl.theta_hat[n])) for n, p in parameters.items())
+    return float(wpl.alpha) / 2 * sum(float((f * d.detach().square()).sum()) for f, d in pairs)
+
+
+@pytest.mark.parametrize("settings", [{}, {"alpha": 3.0}])
+@pytest.mark.parametrize("whole", [True, False], ids=["with its state", "without"])
+def test_assigned_parameters_are_followed_by_the_penalty_in_their_model(settings, whole):
+    saved, here = Holder(**settings), Holder(**settings)
+    for holder in (saved, here):
+        holder.wpl.consolidate(random_fisher(holder))
+    handle = here.wpl.subset(["net.body.weight"])
+    old = dict(here.named_parameters())
+    state = moved_state(saved)
+    state = state if whole else {key: value for key, value in state.items() if not key.startswith("wpl.")}
+    here.load_state_dict(state, strict=whole, assign=True)
+    now = dict(here.named_parameters())
+    assert all(now[name] is not old[name] for name in now)
+    assert here.wpl().item() == pytest.approx(value_by_hand(here.wpl, now), rel=1e-5)
+    assert torch.equal(here.wpl.fisher["net.body.bias"], (saved if whole else here).wpl.fisher["net.body.bias"])
+    here.wpl.add_grad_()
+    assert all(p.grad is not None for p in now.values())
+    assert all(p.grad is None for p in old.values())
+    assert handle().item() > 0
+    assert dict(handle)["net.body.weight"] is now["net.body.weight"]
+    here.wpl.consolidate(random_fisher(here), anchor="replace")
+    assert here.wpl().item() == 0
+
+
+def test_parameters_that_are_assigned_after_the_penalty_was_loaded_are_told_of():
+    holder = Holder(last=False)
+    holder.wpl.consolidate(random_fisher(holder.net))
+    holder.load_state_dict(moved_state(holder), assign=True)
+    for use in (holder.wpl, holder.wpl.add_grad_):
+        with pytest.raises(StaleParameterError, match=r"'body.weight'.*rebind"):
+            use()
+    holder.wpl.rebind(holder.net)
+    parameters = dict(holder.net.named_parameters())
+    assert holder.wpl().item() == pytest.approx(value_by_hand(holder.wpl, parameters), rel=1e-5)
+
+
+def test_a_penaltys_own_state_may_be_assigned():
+    first, second = Holder(), Holder()
+    first.wpl.consolidate(random_fisher(first))
+    state = first.wpl.state_dict()
+    second.wpl.load_state_dict(state, assign=True)
+    assert second.wpl().item() == pytest.approx(value_by_hand(second.wpl, dict(second.named_parameters())), rel=1e-5)
+    before = second.wpl().item()
+    for tensor in state.values():
+        tensor.zero_()
+    assert second.wpl().item() == before  # nothing of the caller's is kept
+
+
+def test_a_name_that_is_gone_is_told_of_where_parameters_are_assigned():
+    holder = Holder()
+    holder.wpl.consolidate(random_fisher(holder))
+    state = moved_state(holder)
+    holder.net["head"] = nn.Identity()
+    with pytest.raises(NameMismatchError, match=r"lacks 2 of 4 names: \['net.head.weight'"):
+        holder.load_state_dict(state, strict=False, assign=True)

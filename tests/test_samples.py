@@ -442,3 +442,47 @@ def test_padded_rows_with_positions_are_samples():
         fisher = wplfast.fisher_diagonal(model, [given], ce)
         assert fisher.n_samples == 2
         assert_close(fisher, alone(model, docs, ce), rtol=1e-9, model_rtol=1e-9)
+
+
+class NodeNet(nn.Module):
+    """A loss for each node, which its neighbours take part in; ``pool`` makes one of each graph."""
+
+    def __init__(self, pool=False):
+        super().__init__()
+        self.a, self.b, self.pool = nn.Linear(3, 4), nn.Linear(4, 2), pool
+
+    def forward(self, x, edges, graph):
+        h = torch.tanh(self.a(x))
+        h = self.b(torch.zeros_like(h).index_add(0, edges[1], h[edges[0]]))
+        return h.new_zeros(int(graph.max()) + 1, 2).index_add(0, graph, h) if self.pool else h
+
+
+def one_by_hand(model, inputs, y, samples):
+    with wplfast.FisherAccumulator(model, samples=samples) as acc:
+        acc.backward(ce(model(*inputs), y))
+        return acc.result()
+
+
+def in_one_call(model, inputs, y, samples):
+    return wplfast.fisher_diagonal(model, [(inputs, y)], ce, samples=samples)
+
+
+@pytest.mark.parametrize("run", [one_by_hand, in_one_call])
+def test_nodes_of_a_graph_are_told_that_graphs_are_samples(run):
+    x, graph = torch.randn(10, 3).double(), torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
+    edges = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9], [1, 2, 2, 3, 4, 0, 6, 7, 7, 5, 9, 8]])
+    advice = "one loss for each such sample and pass samples='losses'"
+    with pytest.raises(CoupledSamplesError, match="mixes samples") as found:
+        run(NodeNet().double(), (x, edges, graph), torch.randint(2, (10,)), "batch")
+    assert advice in str(found.value)
+    assert "samples='batch'" not in str(found.value)
+    assert ("use fisher_diagonal" in str(found.value)) == (run is one_by_hand)
+    with pytest.raises(CoupledSamplesError, match="so a graph is a sample, with one loss for each") as found:
+        run(NodeNet().double(), (x, edges, graph), torch.randint(2, (10,)), "losses")
+    assert advice not in str(found.value)
+    model, y = NodeNet(pool=True).double(), torch.randint(2, (3,))
+    fisher = run(model, (x, edges, graph), y, "losses")  # as it was told
+    losses = ce(model(x, edges, graph), y)
+    gradients = [torch.autograd.grad(one, list(model.parameters()), retain_graph=True) for one in losses]
+    expected = (sum(g.square() for g in of_all) / 3 for of_all in zip(*gradients, strict=True))
+    assert_close(fisher, dict(zip(dict(model.named_parameters()), expected, strict=True)), 1e-9, 1e-9)

@@ -83,23 +83,31 @@ def check_names(given: Iterable[str], wanted: Iterable[str], what: str) -> None:
     missing = [name for name in wanted if name not in have]
     if not missing:
         return
-    lines = [f"{what} lacks {len(missing)} of {len(wanted)} names: {some(missing)}; it has {some(given)}"]
+    lacks = f"{what} lacks {len(missing)} of {len(wanted)} names: {some(missing)}; it has {some(given)}"
     prefix = suggest_prefix(given, wanted)
-    if prefix is not None:
-        lines.append(f"prefix={prefix!r} would match them")
-    elif close := difflib.get_close_matches(missing[0], given, n=1):
-        lines.append(f"did you mean {close[0]!r}?")
-    raise NameMismatchError("; ".join(lines))
+    hint = names_hint(given, missing) if prefix is None else f"prefix={prefix!r} would match them"
+    raise NameMismatchError("; ".join([lacks, *filter(None, [hint])]))
+
+
+def names_hint(given: list[str], missing: list[str]) -> str:
+    """Say how given names are related to missing ones: as names of a part of a module, or as a name misspelt."""
+    found = prefixes(missing, given)
+    if found:
+        return f"its names are missing ones without {' or '.join(map(repr, found[:3]))}"
+    close = difflib.get_close_matches(missing[0], given, n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def suggest_prefix(given: list[str], wanted: list[str]) -> str | None:
     """Return the prefix that, put before every wanted name, gives a given name; None if there is no such one."""
+    return next(iter(prefixes(given, wanted)), None)
+
+
+def prefixes(given: list[str], wanted: list[str]) -> list[str]:
+    """Return all prefixes that, put before every wanted name, give given names."""
     have = set(given)
-    for name in given:
-        prefix = name.removesuffix(wanted[0]) if wanted and name.endswith(wanted[0]) else ""
-        if prefix and all(prefix + w in have for w in wanted):
-            return prefix
-    return None
+    found = [name.removesuffix(wanted[0]) for name in given if wanted and name.endswith(wanted[0])]
+    return [prefix for prefix in found if prefix and all(prefix + w in have for w in wanted)]
 
 
 def some(names: list[str], most: int = 6) -> str:

@@ -35,7 +35,8 @@ class Accumulators:
         return None if self.gradient is None else self.gradient[index]
 
     def clear(self, index: int) -> None:
-        """Forget what one parameter gathered."""
+        """Forget what one parameter gathered, and what served it."""
         self.fisher[index].zero_()
+        self.rules[index].clear()
         if self.gradient is not None:
             self.gradient[index].zero_()

@@ -51,7 +51,7 @@ class CallSite:
         in_backward: where calls begin that backward passes make (checkpoints), if this is a pass's last place.
     """
 
-    __slots__ = ("_after", "_in_backward", "_outputs", "is_parameter_only", "name")
+    __slots__ = ("_after", "_again", "_in_backward", "_outputs", "is_parameter_only", "name")
 
     def __init__(self, name: str = "") -> None:
         """Know nothing."""
@@ -60,6 +60,7 @@ class CallSite:
         self.is_parameter_only = False
         self._after: dict[Any, CallSite] = {}
         self._in_backward: CallSite | None = None
+        self._again: CallSite | None = None
 
     def after(self, signature: Any, name: str) -> tuple[CallSite, bool]:
         """Return the site of a call of this signature that comes next, and whether there was none yet."""
@@ -68,6 +69,13 @@ class CallSite:
             return site, False
         site = self._after[signature] = CallSite(name)
         return site, True
+
+    @property
+    def again(self) -> CallSite:
+        """The site of a call that came here too, in the graph of one forward pass."""
+        if self._again is None:
+            self._again = CallSite(self.name)
+        return self._again
 
     @property
     def in_backward(self) -> CallSite:
@@ -137,7 +145,7 @@ class TappedCall:
         nothing: what a listener returns that computes no ordinary gradients.
     """
 
-    __slots__ = ("call", "index", "nothing", "relay", "rule", "shapes", "site")
+    __slots__ = ("__weakref__", "call", "index", "nothing", "relay", "rule", "shapes", "site")
 
     def __init__(self, call: Call, site: CallSite, rule: Rule, relay: Relay, index: int) -> None:
         """Describe a call."""

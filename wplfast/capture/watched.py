@@ -140,9 +140,20 @@ def check_supported(parameters: dict[str, Tensor]) -> None:
     """Check that every parameter can be watched.
 
     Raises:
-        UnsupportedParameterError: if a parameter is of a subclass (DTensor, quantised, uninitialised, ...).
+        UnsupportedParameterError: if a parameter is of a subclass (DTensor, quantised, uninitialised, ...), sparse, or
+            was made in inference mode.
     """
     for name, parameter in parameters.items():
+        if parameter.is_inference():
+            raise UnsupportedParameterError(
+                f"{name!r} was made under torch.inference_mode(), where no tensor can take a gradient; make the model "
+                "outside of it, and load_state_dict into that one"
+            )
+        if parameter.layout != torch.strided:
+            raise UnsupportedParameterError(
+                f"{name!r} is a sparse tensor ({parameter.layout}); per-sample gradients are captured for dense ones "
+                "(make it dense, or leave it out of params)"
+            )
         if type(parameter) not in _SWAPS and id(parameter) not in _interceptors:
             raise UnsupportedParameterError(
                 f"{name!r} is a {type(parameter).__name__}; per-sample gradients can be captured for plain "

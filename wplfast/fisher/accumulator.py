@@ -21,9 +21,9 @@ from ..capture.rules.projection import Directions
 from ..capture.undo import Undo, UndoOnExit
 from ..capture.watched import Derived, check_supported, is_watched, watch
 from ..errors import NonFiniteError, WplfastError
-from ..params import Params, named
+from ..params import Params, named, some
 from .buffers import Buffers
-from .checks import batch_norms, check_batch_statistics, check_losses, check_weights
+from .checks import batch_norms, check_batch_statistics, check_losses, check_weights, without_graph
 from .result import Fisher, Report
 from .undisturbed import FAST_ATTENTION, compiler_stance
 
@@ -146,6 +146,7 @@ class FisherAccumulator:
         )
         undo, frozen = self._undo, [p for p in others if p.requires_grad]
         self._session.frozen += frozen
+        self._session.interception.has_frozen = bool(frozen)
         undo.then(self._session.release)
         grads, flags = [p.grad for p in parameters + frozen], [p.requires_grad for p in parameters]
         watch(self.parameters, self._session.interception, undo)
@@ -219,6 +220,8 @@ class FisherAccumulator:
             session.abandon()
             self._nonfinite(f"the loss of sample {bad} is {losses[bad].item()}", len(losses))
             return
+        if not losses.requires_grad and session.thaw(replay is not None) and replay is not None:
+            losses = replay()
         if not losses.requires_grad:
             session.pass_over(retain_graph)
             if not self._saw_constants:
@@ -282,11 +285,7 @@ class FisherAccumulator:
         session = self._usable()
         if not self.n_samples:
             raise WplfastError("nothing was accumulated: call backward(losses) at least once")
-        if not session.n_batches:
-            raise ValueError(
-                "losses must depend on the parameters through a graph, and those of no batch do: was the model run "
-                "under no_grad?"
-            )
+        self._check_reached(session.n_batches)
         if not self._total_weight > 0:
             raise WplfastError("the weights of all samples are zero")
         if is_watched(next(iter(self.parameters.values()))):
@@ -326,6 +325,16 @@ class FisherAccumulator:
         return self._session is not None and bool(self._session.interception.native_dtypes)
 
     # ---- checks ----------------------------------------------------------------------------------------------------
+
+    def _check_reached(self, n_batches: int) -> None:
+        """Require that losses of some batch depend on parameters; say so if a parameter of another model is left."""
+        own = {id(p) for p in self.model.parameters()}
+        pairs = zip(self.parameters.items(), self._accumulators.rules, strict=True)
+        left = [name for (name, p), rules in pairs if not rules and id(p) not in own]
+        if not n_batches or len(left) == len(self.parameters):
+            raise ValueError(without_graph(self.model, list(self.parameters), left))
+        if left:
+            logger.warning("no loss depends on %s, which is no parameter of the model either: its F is 0", some(left))
 
     def _usable(self) -> Session:
         """Return the session, or tell why there is none."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..capture.watched import tensors_in
+from ..errors import WplfastError
 from .packing import ADVICE, packed
 
 Unpack = Callable[[Any], tuple[Any, ...]]
@@ -22,11 +23,19 @@ Unpack = Callable[[Any], tuple[Any, ...]]
 
 @dataclass
 class Batch:
-    """Inputs, targets and optional sample weights of one batch, on the model's device."""
+    """Inputs, targets and optional sample weights of one batch, on the model's device.
+
+    Attributes:
+        inputs: what the model is called on.
+        targets: what the loss gets.
+        weights: [N], if there are some.
+        labels_apart: the labels stood among the inputs, and were taken out of them.
+    """
 
     inputs: Any
     targets: Any
     weights: Tensor | None
+    labels_apart: bool = False
 
     @staticmethod
     def of(item: Any, unpack: Unpack | None, device: torch.device, samples: str = "batch") -> Batch:
@@ -36,13 +45,14 @@ class Batch:
             TypeError: if the batch is of no known form, or its third element cannot be weights.
             ValueError: if a row holds several documents where rows are samples, or weights are not [N].
         """
+        labels_apart = unpack is None and isinstance(item, Mapping) and "labels" in item
         if unpack is not None:
             parts = unpack(item)
             if not (isinstance(parts, tuple) and len(parts) in (2, 3)):
                 raise TypeError(
                     f"unpack must return (inputs, targets) or (inputs, targets, weights), got {_form(parts)}"
                 )
-        elif isinstance(item, Mapping) and "labels" in item:
+        elif labels_apart:
             parts = ({key: value for key, value in item.items() if key != "labels"}, item["labels"])
         elif isinstance(item, (tuple, list)) and len(item) in (2, 3) and not isinstance(item, PackedSequence):
             parts = tuple(item)
@@ -63,7 +73,7 @@ class Batch:
         if _are_numbers(targets):
             targets = _of_numbers(targets)
         weights = _weights(rest[0], unpack is not None) if rest else None
-        return Batch(moved(inputs, device), moved(targets, device), moved(weights, device))
+        return Batch(moved(inputs, device), moved(targets, device), moved(weights, device), labels_apart)
 
     @property
     def is_empty(self) -> bool:
@@ -79,9 +89,23 @@ class Batch:
         return not any(len(t) for t in (*given, *tensors_in(self.targets)) if t.dim())
 
     def forward(self, model: nn.Module) -> Any:
-        """Call the model: a tuple is positional, a dict keywords, anything else one argument."""
+        """Call the model: a tuple is positional, a dict keywords, anything else one argument.
+
+        Raises:
+            TypeError: if it does not take that many positional arguments.
+            ValueError: if it fails, and may need the labels that were taken out of its inputs.
+        """
         if isinstance(self.inputs, dict):
-            return model(**self.inputs)
+            try:
+                return model(**self.inputs)
+            except (TypeError, ValueError, AttributeError, KeyError) as error:
+                if isinstance(error, WplfastError) or not (self.labels_apart and _takes_keyword(model, "labels")):
+                    raise
+                raise ValueError(
+                    f"the model fails on its inputs without the labels, which are the targets ({type(error).__name__}: "
+                    f"{error}); if it needs them, as encoder-decoder models make their decoder's inputs of them, leave "
+                    'them among the inputs: unpack=lambda b: (b, b["labels"])'
+                ) from error
         if not isinstance(self.inputs, (tuple, list)) or isinstance(self.inputs, PackedSequence):
             return model(self.inputs)
         try:
@@ -102,7 +126,8 @@ class Batch:
         """
         if not isinstance(losses, Tensor) or losses.dim() != 1:
             return  # the accumulator says what is wrong
-        sizes = {t.shape[d] for t in tensors_in((self.inputs, self.targets)) for d in range(min(2, t.dim()))}
+        given = tensors_in((self.inputs, self.targets))
+        sizes = {size for t in given for size in ([t.size(0)] if t.is_nested else t.shape[:2])}
         sizes |= {len(part) for part in (self.inputs, self.targets) if isinstance(part, list)}
         if sizes and len(losses) not in sizes:
             raise ValueError(
@@ -121,6 +146,9 @@ def moved(tree: Any, device: torch.device) -> Any:
     if tree is None or isinstance(tree, type):
         return tree
     if isinstance(tree, Tensor):
+        if tree.is_inference():  # autograd saves none
+            with torch.inference_mode(False):
+                tree = tree.clone()
         return tree.detach().to(device, non_blocking=True)
     if type(tree) is dict:
         return {key: moved(value, device) for key, value in tree.items()}
@@ -212,6 +240,15 @@ def _takes(model: nn.Module, count: int) -> bool:
     except ValueError:  # it has no signature
         pass
     return True
+
+
+def _takes_keyword(model: nn.Module, name: str) -> bool:
+    """Tell whether a model's forward pass may take a keyword argument, as far as it says."""
+    try:
+        parameters = inspect.signature(model.forward).parameters
+    except ValueError:  # it has no signature
+        return True
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _form(item: Any) -> str:

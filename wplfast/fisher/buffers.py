@@ -25,15 +25,16 @@ class Buffers:
         self.flats: list[Tensor] = []
         self.views: list[Tensor] = []
         sizes = [math.prod(shape) for shape in shapes]
-        if len(kinds) == 1:
-            ((device, dtype),) = kinds
-            self.flats = [torch.zeros(sum(sizes), dtype=dtype, device=device)]
-            parts = self.flats[0].split(sizes)
-            self.views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        else:
-            both = zip(shapes, parameters.values(), strict=True)
-            self.views = [torch.zeros(shape, dtype=flat_dtype(p.dtype), device=p.device) for shape, p in both]
-            self.flats = self.views
+        with torch.inference_mode(False):  # they are written to in a pass, which runs outside of it
+            if len(kinds) == 1:
+                ((device, dtype),) = kinds
+                self.flats = [torch.zeros(sum(sizes), dtype=dtype, device=device)]
+                parts = self.flats[0].split(sizes)
+                self.views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            else:
+                both = zip(shapes, parameters.values(), strict=True)
+                self.views = [torch.zeros(shape, dtype=flat_dtype(p.dtype), device=p.device) for shape, p in both]
+                self.flats = self.views
 
     def first_nonfinite(self) -> str:
         """Name the first accumulator with a NaN or inf, where there is one."""

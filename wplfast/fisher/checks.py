@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..capture.watched import Derived
+from ..capture.watched import Derived, tensors_in
 from ..errors import CoupledSamplesError
+from ..params import some
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
@@ -36,8 +38,14 @@ def check_losses(losses: Tensor) -> None:
 
     Raises:
         TypeError: if losses is no tensor.
-        ValueError: if it is not [N].
+        ValueError: if it is not [N], or was computed in inference mode.
     """
+    if losses is None:
+        raise TypeError(
+            "losses must be a tensor of shape [N], got None: does loss_fn return something? Models of Hugging Face "
+            "compute outputs.loss where labels are among their inputs alone, and as a mean: use losses.cross_entropy("
+            "outputs, labels, shift=True), or losses.seq2seq(outputs, labels)"
+        )
     if not isinstance(losses, Tensor):
         raise TypeError(f"losses must be a tensor of shape [N], got {type(losses).__name__}")
     if losses.dim() != 1 or not losses.is_floating_point():
@@ -49,6 +57,11 @@ def check_losses(losses: Tensor) -> None:
         raise ValueError(
             f"losses must have one value per sample, shape [N], got {str(losses.dtype).removeprefix('torch.')}"
             f"{list(losses.shape)}" + (f", {hint}" if hint else "")
+        )
+    if losses.is_inference():
+        raise ValueError(
+            "losses were computed under torch.inference_mode(), in which nothing has a graph: run the model and the "
+            "loss outside of it"
         )
     if isinstance(losses, Derived):
         raise ValueError("losses must depend on data, got a function of the parameters alone")
@@ -65,3 +78,33 @@ def check_weights(weights: Tensor | None, losses: Tensor) -> Tensor | None:
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ValueError("weights, such as the third element of a batch, must be finite and not negative")
     return weights.contiguous()
+
+
+def check_outputs(outputs: Any, losses: Tensor) -> None:
+    """Refuse losses without a graph where the model runs itself in inference mode.
+
+    Raises:
+        ValueError: if its outputs were computed in it.
+    """
+    if not losses.requires_grad and any(tensor.is_inference() for tensor in tensors_in(outputs)):
+        raise ValueError(
+            "the model's outputs were computed under torch.inference_mode(), in which nothing has a graph: does its "
+            "forward pass enter it, or its decorator?"
+        )
+
+
+def without_graph(model: nn.Module, names: list[str], strangers: list[str]) -> str:
+    """Say why no loss may depend on some parameters.
+
+    Args:
+        model: the module.
+        names: of the parameters.
+        strangers: those that are not the module's.
+    """
+    why = f"was the model run under no_grad, are its outputs detached, or is {some(names)} no part of its forward pass?"
+    if len(strangers) == len(names):
+        why = (
+            f"none of params, {some(names)}, is a parameter of this {type(model).__name__}, which has "
+            f"{some([name for name, _ in model.named_parameters()])}; pass those of this very model: a copy has its own"
+        )
+    return f"losses must depend on the parameters through a graph, and those of no batch do: {why}"

@@ -21,7 +21,7 @@ from ..errors import CoupledSamplesError
 from ..params import Params, device_of
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
-from .checks import check_losses
+from .checks import check_losses, check_outputs
 from .drawn import DrawnTargets, Term
 from .independence import Examination, Findings
 from .preserve import Snapshot
@@ -222,6 +222,7 @@ class _Pass:
         for index, term in enumerate(terms):
             losses = self.loss_fn(outputs, term.targets)
             check_losses(losses)
+            check_outputs(outputs, losses)
             if self.samples == "batch":
                 batch.check_n_losses(losses)
             if self.drawn is not None:

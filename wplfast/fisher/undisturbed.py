@@ -31,7 +31,10 @@ def compiler_stance() -> Shared[Any]:
 
 
 class Undisturbed(Undo):
-    """Run in eval mode (unless ``train``), with gradients on; modes and random numbers come back as they were."""
+    """Run in eval mode (unless ``train``), with gradients on; modes and random numbers come back as they were.
+
+    Inference mode is left meanwhile too: what is computed in it has no graph.
+    """
 
     def __init__(self, model: nn.Module, train: bool, device: torch.device) -> None:
         """Prepare for a model whose tensors are on ``device``."""
@@ -47,6 +50,10 @@ class Undisturbed(Undo):
             index = torch.cuda.current_device() if self._device.index is None else self._device.index
             self.by(torch.cuda.default_generators[index].set_state, [state])
         self.by(torch._C._set_grad_enabled, [torch.is_grad_enabled()])
+        if torch.is_inference_mode_enabled():
+            guard = torch._C._InferenceMode(False)
+            self.by(type(guard).__exit__, [guard], [None], [None], [None])
+            type(guard).__enter__(guard)
         torch.set_grad_enabled(True)
         modules = list(self._model.modules())
         if cuda and not self._train and any(isinstance(module, nn.RNNBase) for module in modules):

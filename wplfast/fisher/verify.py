@@ -67,8 +67,8 @@ def verify_fisher(
         return inputs, targets
 
     fisher = fisher_diagonal(model, [cut(0, count)], loss_fn, params=parameters, unpack=tuple)
-    loop = {name: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for name, p in parameters.items()}
     with Undisturbed(model, train=False, device=device):
+        loop = {name: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for name, p in parameters.items()}
         for n in range(count):
             inputs, targets = cut(n, n + 1)
             losses = loss_fn(Batch(inputs, targets, None).forward(model), targets)

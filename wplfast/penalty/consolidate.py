@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import NameMismatchError, NonFiniteError
 from ..fisher.result import Fisher
 from ..ops.layout import by_kind
-from ..params import check_names, some
+from ..params import names_hint, prefixes, some, suggest_prefix
 from .references import References
 
 AnchorRule: TypeAlias = Literal["merge", "replace"]
@@ -206,8 +206,58 @@ def look_up(
     keys = [by_identity.get(index, prefix + name) for index, name in enumerate(names)]
     owned = set(by_identity.values())  # what belongs to one parameter is not another one's, whatever its name is
     by_name = [key for index, key in enumerate(keys) if index not in by_identity]
-    check_names([key for key in mapping if key not in owned], by_name, what)
+    free = [key for key in mapping if key not in owned]
+    if not set(free).issuperset(by_name):
+        raise NameMismatchError(_what_is_missing(mapping, names, keys, by_identity, free, what, prefix))
     return taken(mapping, keys, parameters, what)
+
+
+def _what_is_missing(
+    mapping: Mapping[str, Tensor],
+    names: Sequence[str],
+    keys: Sequence[str],
+    by_identity: Mapping[int, str],
+    free: Sequence[str],
+    what: str,
+    prefix: str,
+) -> str:
+    """Describe which names a mapping lacks, which it has, and what to do about it.
+
+    Args:
+        mapping: was looked into.
+        names: of the parameters.
+        keys: looked up for them.
+        by_identity: position of a parameter -> its name in the mapping, where the parameter itself is known to it.
+        free: names in the mapping that belong to none of these.
+        what: is looked up.
+        prefix: was put before the names.
+    """
+    have, given = set(free), list(mapping)
+    lacking = [i for i, key in enumerate(keys) if i not in by_identity and key not in have]
+    missing, bare = [keys[i] for i in lacking], [names[i] for i in lacking]
+    lines = [f"{what} lacks {len(missing)} of {len(keys)} names: {some(missing)}; it has {some(given)}"]
+    if by_identity:
+        own = [names[i] for i in by_identity]
+        lines[0] += f", of which {some([*by_identity.values()])} are this penalty's {some(own)}"
+    right = "" if prefix and have.issuperset(bare) else suggest_prefix(list(free), bare)
+    parts = prefixes(missing, list(free))
+    covered = [name for i, name in enumerate(names) if i not in set(lacking)]
+    if right is not None and right != prefix:
+        lines.append(f"prefix={right!r} would match them")
+    elif parts:
+        part = parts[0]
+        renamed = f"{{{part!r} + name: t for name, t in {what}.items()}}"
+        renamed = f"{what}.rename(lambda name: {part!r} + name)" if isinstance(mapping, Fisher) else renamed
+        active = [name for name in names if (prefix + name).removeprefix(part) in have]
+        lines.append(
+            f"its names are those of a part without {' or '.join(map(repr, parts[:3]))}: consolidate a penalty over "
+            f"that part alone, or pass {renamed} with active={some(active)}"
+        )
+    elif covered:
+        lines.append(f"pass active={some(covered)} to consolidate what it has alone")
+    elif hint := names_hint(given, missing):
+        lines.append(hint)
+    return "; ".join(lines)
 
 
 def taken(mapping: Mapping[str, Tensor], keys: list[str], parameters: Sequence[Tensor], what: str) -> Found:

@@ -95,6 +95,20 @@ class References:
             )
         return References(params, [*kept, *more])
 
+    def followed(self) -> References:
+        """Return references to what the module holds now, these if it holds the same or there is none.
+
+        Raises:
+            NameMismatchError: if it lacks a name, or got another one.
+        """
+        try:
+            self.tensors()
+        except StaleParameterError:
+            if self._root is None:
+                raise
+            return self.again(self._root, "error", "error")
+        return self
+
     def __contains__(self, name: object) -> bool:
         """Tell whether a name is known."""
         return name in self.index

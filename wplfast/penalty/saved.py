@@ -97,7 +97,13 @@ class Saved(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take the anchors from a state_dict: all or nothing if strict, else what fits, as :meth:`load` does."""
+        """Take the anchors from a state_dict: all or nothing if strict, else what fits, as :meth:`load` does.
+
+        With ``assign=True`` the model's parameters were replaced just before, and are followed by name. Where they are
+        replaced after this (the penalty is registered first), the next use says so.
+        """
+        if local_metadata.get("assign_to_params_buffers"):
+            self._follow()
         own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         strict = _strict_call(strict)
         found = self._restore(own, strict)
@@ -135,6 +141,13 @@ class Saved(nn.Module):
         if self.n_anchors:
             self._said.hush(UNANCHORED)
         return found
+
+    def _follow(self) -> None:
+        """Refer to the parameters that the module holds now by the same names, where they were replaced."""
+        groups = self._groups
+        references = groups.references.followed()
+        if references is not groups.references:
+            self._commit(groups.rebound(references, lambda _: groups.alpha))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Ignore ``.to`` and the like: the anchors follow the parameters, and F keeps its dtype."""

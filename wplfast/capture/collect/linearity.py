@@ -48,14 +48,17 @@ class Linearity:
             self.is_bent = True  # or what arrives there is foreign indeed: pairs show it
             return True
         if len(bare) == len(calls):
-            return len(positions) < len(bare) and self.is_bent_in(batch, _LARGE)
+            return len(positions) < len(bare) and self.is_bent_in(batch)
         # What follows from positions may seem mixed: they are learnt of first.
         return not positions and self.is_bent_in(batch)
 
-    def is_bent_in(self, batch: Batch, *factors: float) -> bool:
-        """Tell whether some gradient of a batch is not multiplied by a factor (default: a large, a small one)."""
+    def is_bent_in(self, batch: Batch) -> bool:
+        """Tell whether some gradient of a batch is not multiplied by a large and a small factor.
+
+        A hook that clips bends with the large one, one that rounds to a type of few exponents with the small one.
+        """
         plain = self._projections(batch, 1.0)
-        for factor in factors or (_LARGE, _SMALL):
+        for factor in (_LARGE, _SMALL):
             pairs = zip(self._projections(batch, factor), plain, strict=False)
             self.is_bent = self.is_bent or not all(scaled.is_scaled(one, factor) for scaled, one in pairs)
         return self.is_bent

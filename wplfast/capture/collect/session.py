@@ -34,7 +34,7 @@ from .batch import Batch, SingleSample
 from .identity import verify_batch, watching
 from .leaf_grads import LeafGrads
 from .linearity import Linearity
-from .mixed import ACROSS_LOSSES, UNKNOWN, describe, is_about_positions
+from .mixed import ACROSS_LOSSES, advice, describe, is_about_positions
 from .one_by_one import one_by_one
 from .passes import CollectPass, Idle, ProbePass
 from .round import Round
@@ -118,8 +118,12 @@ class Session:
             CoupledSamplesError: if a sample's loss depends on other samples.
             VerificationError: if captured and ordinary gradients disagree.
         """
-        if not self.n_batches:
+        if self.n_batches:
+            self.thaw(may_replay=False)
+        else:
             self.check_leaves()
+        if self.interception.branch is not None:
+            self.interception.let_go()
         self.accumulators.weights = weights
         # A batch of one sample verifies little: the first does, and then the first one of several samples.
         due = verify and not self._is_verified and (not self.n_batches or len(losses) > 1)
@@ -134,6 +138,8 @@ class Session:
                 raise WplfastError("could not measure which samples the uses of the parameters belong to")
             batch = Batch(replay(), batch.verify, retain_graph, independent, batch.single_sample)
         self.interception.relay.is_over = not retain_graph
+        if retain_graph:
+            self.interception.go_on()
         self.n_batches += 1
 
     def _check(self, verify: bool | Literal["always"]) -> Check:
@@ -145,7 +151,7 @@ class Session:
     def _collect_steady(self, batch: Batch, check: Check) -> bool:
         """Collect a batch of known calls; False if it is none, or is to be measured again all the same."""
         self._reorders = self._reorders or self.interception.reorders
-        if batch.verify or check is not Check.TRUST or self._reorders or self._unseen:
+        if batch.verify or check is not Check.TRUST or self._reorders or self._unseen or self.interception.is_patchwork:
             return False
         if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
             return False  # modes and the profiler are to see operators
@@ -224,7 +230,8 @@ class Session:
                 f"the gradients of {self._some(astray)} for one sample after the other do not add up to that of the "
                 "batch: something mixes samples, or adds to what has no gradient" + self._linearity.names(batch)
             )
-        if first and not self._are_reached(batch, may_replay):
+        if first and self.thaw(may_replay):
+            batch.single_sample = None  # had none either
             return False
         if batch.verify:
             seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
@@ -260,7 +267,7 @@ class Session:
 
     def _remember(self, key: tuple[int, Fingerprint], layouts: dict[int, Layouts]) -> None:
         """Remember what batches like this one do, if all of it holds for every such batch."""
-        if self._unseen or self._in_backward or self._reorders:
+        if self._unseen or self._in_backward or self._reorders or self.interception.is_patchwork:
             return
         taps, asleep = self.interception.taps, self._inference.asleep
         known = key[0] == 1 or not self._inference.is_new(tapped for tapped in taps if tapped.index not in asleep)
@@ -396,8 +403,7 @@ class Session:
         if known is None:
             known = not self.interception.has_asked and positions == bare
         if not bare or not known:
-            hint = "" if coupled or batch.independent is not None else UNKNOWN
-            hint += ACROSS_LOSSES if self._by_losses else ""
+            hint = self._advice(batch, not coupled, may_replay)
             raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint + self._linearity.names(batch))
         can_replay = may_replay and (dry or self.n_batches == 0)
         self.interception.mark_parameter_only(positions if can_replay and positions else bare)
@@ -407,30 +413,45 @@ class Session:
             self.interception.start_batch()
             return False
         if coupled and not batch.independent:
-            raise CoupledSamplesError(describe(coupled[0], self.names) + UNKNOWN)
+            raise CoupledSamplesError(describe(coupled[0], self.names) + self._advice(batch, True, may_replay))
         return True
 
-    def _are_reached(self, batch: Batch, may_replay: bool) -> bool:
-        """Tell whether parameters that checkpoints use got gradients; if not, prepare for the batch to be run again.
+    def _advice(self, batch: Batch, may_be_positions: bool, may_replay: bool) -> str:
+        """Say what to do about calls that mix samples; nothing where a sample was run alone."""
+        if batch.independent is None:
+            return advice(may_be_positions, self._by_losses, may_replay, self._reorders)
+        return ACROSS_LOSSES if self._by_losses else ""
 
-        A checkpoint has none if its inputs require no grad, as where all before it is frozen for the pass.
+    def thaw(self, may_replay: bool) -> bool:
+        """Let the parameters that are frozen for the pass require grad, if others lost their gradients by that.
+
+        A Function (a checkpoint) has no backward pass if none of its inputs requires grad, as where all before it is
+        frozen.
+
+        Args:
+            may_replay: the batch can be run again.
+
+        Returns:
+            Whether the batch is to be run again.
+
+        Raises:
+            WplfastError: if it cannot be.
         """
-        tapped = {index for t in self.interception.taps for index in t.parameters}
-        lost = self.interception.without_grad - tapped - self._in_backward - self._unseen
+        lost, self.interception.hidden = self.interception.hidden, set()
         if not lost or not self.frozen:
-            return True
+            return False
         for parameter in self.frozen:
             parameter.requires_grad_(True)
-        self.frozen = []
+        self.frozen, self.interception.has_frozen = [], False
         if not may_replay:
             raise WplfastError(
-                f"{self._some(lost)} got no gradient, perhaps because a checkpoint's inputs require none: parameters "
-                "outside of params are frozen for the pass. Let params hold some that come before it, and select then"
+                f"{self._some(lost)} got no gradient in a Function (a checkpoint) that uses it and none of whose "
+                "inputs requires one: parameters outside of params are frozen for the pass. Let params hold some that "
+                "come before it, and select then"
             )
         self._clear()
         self.interception.start_batch()
-        batch.single_sample = None  # had none either
-        return False
+        return True
 
     def _find_unseen(self, squared: set[int]) -> set[int]:
         """Return the parameters that gradients arrived at past the taps, and remember them."""

@@ -73,7 +73,10 @@ def fingerprint(losses: Tensor) -> Fingerprint:
             sizes.append(value)
             if name == "_saved_stride":  # only of as_strided, which exchanges dimensions by them
                 structure.append(tuple(sorted(range(len(value)), key=value.__getitem__)))
-        structure.append(len(node._input_metadata[0].shape))  # broadcasting leaves no node
+        try:
+            structure.append(len(node._input_metadata[0].shape))  # broadcasting leaves no node
+        except RuntimeError:  # of a nested tensor, which has none
+            structure.append("nested")
         for following, output in node.next_functions:
             if following is None or type(following) is _LEAF:
                 structure.append(None)  # tells which factor of a product is data

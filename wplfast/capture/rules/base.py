@@ -18,6 +18,9 @@ from .grad_sample import GradSample, MaskedGradSample, SummedGradSample
 from .local import LocalBackward
 from .recipe import Recipe
 
+#: Elements of sparse data that may be made dense in any case.
+LARGE = 1 << 26
+
 
 class Rule(ABC):
     """How the per-sample gradients of a call's operands follow from its data and its outputs' gradients.
@@ -146,6 +149,13 @@ def channel_rows(layout: SampleLayout, tensor: Tensor) -> Tensor:
 def channels_of(operand: Operand, rule: str, layout: SampleLayout, gradient: Tensor) -> GradSample:
     """Return the use of a bias per channel of [B, C, *L], whoever owns what."""
     return MaskedGradSample(operand, rule, layout, gradient, lambda whole: whole.movedim(1, -1))
+
+
+def dense(data: Tensor, operand: Operand) -> Tensor | None:
+    """Return data, sparse ones as a dense tensor; None where that would be much larger than the operand."""
+    if data.layout == torch.strided:
+        return data
+    return data.to_dense() if data.numel() <= max(LARGE, 4 * operand.value.numel()) else None
 
 
 def row_sums(rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..accumulators import Accumulators
 from ..call import Call
 from ..sample_layout import SampleLayout
-from .base import OneOutputRule, row_sums, summed
+from .base import OneOutputRule, dense, row_sums, summed
 from .grad_sample import FactoredGradSample, GradSample, SummedGradSample
 from .recipe import ProductRecipe, Recipe
 
@@ -22,9 +22,12 @@ class LinearRule(OneOutputRule):
     name = "linear"
 
     def matches(self, call: Call) -> bool:
-        """Match F.linear with data as its input."""
-        weight = call.tensor_at(1, "weight", call.constants) if not call.is_input(1, "weight") else None
-        return call.func is F.linear and call.is_input(0, "input") and weight is not None and weight.dim() == 2
+        """Match F.linear with data as its input, and with the bias as its only operand beside a weight that is data."""
+        if call.func is F.linear and call.is_input(1, "weight"):
+            is_matrix = len(call.input_shapes[call.argument(1, "weight").index]) == 2
+            return is_matrix and len(call.operands) == 1 and call.operand_at(2, "bias") is not None
+        weight = call.tensor_at(1, "weight", call.constants) if call.func is F.linear else None
+        return call.is_input(0, "input") and weight is not None and weight.dim() == 2
 
     def stackable(self, call: Call) -> bool:
         """A layer treats rows alike."""
@@ -39,8 +42,8 @@ class LinearRule(OneOutputRule):
         if weight is not None:
             if not layout.has_rows(gradient.dim()):
                 return None
-            x = inputs[call.argument(0, "input").index]
-            if x.layout != torch.strided:
+            x = dense(inputs[call.argument(0, "input").index], weight)
+            if x is None:
                 return None
             rows = layout.rows(gradient)
             found.append(FactoredGradSample(weight, self.name, layout.rows(x.to(gradient.dtype)), rows))
@@ -56,7 +59,7 @@ class LinearRule(OneOutputRule):
 
     def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """Return weight and bias."""
-        if len(call.input_shapes) != 1:
+        if len(call.input_shapes) != 1 or call.is_input(1, "weight"):
             return None
         weight = call.tensor_at(1, "weight", ())
         return None if weight is None else (weight, call.tensor_at(2, "bias", ()))
@@ -89,7 +92,8 @@ class LinearRule(OneOutputRule):
         for operand in call.operands:
             if operand is weight:
                 x = inputs[call.argument(0, "input").index].to(gradient.dtype)
-                found.append(rows.t() @ x.reshape(-1, x.shape[-1]))
+                plain = x.layout == torch.strided
+                found.append(rows.t() @ x.reshape(-1, x.shape[-1]) if plain else (x.t() @ rows).t())
             else:
                 found.append(rows.sum(0))
         return found

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ..call import Call
 from ..sample_layout import AxisLayout, OneSample, SampleLayout
-from .base import OneOutputRule, summed
+from .base import OneOutputRule, dense, summed
 from .grad_sample import FactoredGradSample, GradSample
 
-_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "mm"})
+_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "mm", "spmm", "_sparse_mm"})
+_SUMS = frozenset({"addmm", "_sparse_addmm"})  # with a product
 
 
 class MatmulRule(OneOutputRule):
@@ -29,9 +29,11 @@ class MatmulRule(OneOutputRule):
                 return False
             operand, _, index = found
             return operand.value.dim() == 2 and len(call.input_shapes[index]) > 1
-        if call.name != "addmm" or call.argument(3, "beta") not in (None, 1) or "out" in call.kwargs:
+        if call.name not in _SUMS or call.argument(3, "beta") not in (None, 1) or "out" in call.kwargs:
             return False
-        return call.argument(4, "alpha") in (None, 1) and call.is_input(1, "mat1") and not call.is_input(2, "mat2")
+        if call.argument(4, "alpha") not in (None, 1) or not call.is_input(1, "mat1"):
+            return False
+        return not call.is_input(2, "mat2") or len(call.operands) == 1  # what is added, alone
 
     def stackable(self, call: Call) -> bool:
         """A product from the right treats rows alike: steps of a loop are one product over [N, T, D]."""
@@ -41,15 +43,17 @@ class MatmulRule(OneOutputRule):
         self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout
     ) -> list[GradSample] | None:
         """Return (G, A) for the matrix, and G summed for what addmm adds."""
-        if call.name != "addmm":
+        if call.name not in _SUMS:
             return self._product(call, inputs, gradient, layout)
         if not layout.has_rows(gradient.dim()):
             return None
         found: list[GradSample] = []
         bias, matrix = call.operand_at(0, "input"), call.operand_at(2, "mat2")
         x = call.tensor_at(1, "mat1", inputs)
-        if x is not None and x.layout != torch.strided:
-            return None
+        if x is not None and matrix is not None:
+            x = dense(x, matrix)
+            if x is None:
+                return None
         if matrix is not None and x is not None:
             found.append(
                 FactoredGradSample(matrix, self.name, layout.rows(gradient), layout.rows(x.to(gradient.dtype)))
@@ -60,9 +64,9 @@ class MatmulRule(OneOutputRule):
 
     def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """Return the matrix transposed, and what addmm adds if it is a vector."""
-        if len(call.input_shapes) != 1:
+        if len(call.input_shapes) != 1 or call.is_input(2, "mat2"):
             return None
-        if call.name == "addmm":
+        if call.name in _SUMS:
             matrix, bias = call.tensor_at(2, "mat2", ()), call.tensor_at(0, "input", ())
             if matrix is None or bias is None or bias.shape != matrix.shape[1:]:
                 return None
@@ -77,9 +81,10 @@ class MatmulRule(OneOutputRule):
         found = call.pair
         assert found is not None
         operand, position, index = found
-        if inputs[index].layout != torch.strided:
+        plain = dense(inputs[index], operand)
+        if plain is None:
             return None
-        x = inputs[index].to(gradient.dtype)
+        x = plain.to(gradient.dtype)
         if not _is_left(call, position):
             if not layout.has_rows(gradient.dim()):
                 return None

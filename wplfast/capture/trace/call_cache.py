@@ -54,6 +54,8 @@ class _InputForm:
     def fits(self, value: Any, operands: Operands) -> bool:
         return (
             type(value) is Tensor
+            and value.layout == torch.strided  # others have no strides, and
+            and not value.is_nested  # some no shape
             and value.shape == self.shape
             and value.stride() == self.stride
             and value.dtype is self.dtype
@@ -122,7 +124,7 @@ class CachedCall:
     def keep(self, call: Call, rule: Rule, args: tuple[Any, ...], product: AffineMap | None) -> None:
         """Keep a call, to repeat it, if all about it can be compared: its tensors are its plain arguments."""
         self.call = None
-        simple = rule.fast and not call.in_place and not call.kwargs and not call.constants
+        simple = rule.fast and call.has_plain_inputs and not call.in_place and not call.kwargs and not call.constants
         if not simple or any(operand.graph is not None or operand.copy is not None for operand in call.operands):
             return
         forms: list[_Form] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,11 +16,11 @@ from ..call import Call, Operand, autocast_state, floating, is_differentiable, i
 from ..call_site import CallSite, Listener, Relay, TappedCall
 from ..probe.graph import may_reorder, structure_behind
 from ..rules import GENERIC, rule_for
-from ..watched import Derived, map_tensors
+from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
 from .call_cache import CachedCall, CallCache
 from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
-from .nested import DERIVATIVES, is_recomputing
+from .nested import DERIVATIVES, is_hidden, is_recomputing
 from .operands import Operands, Sorter
 from .product import PRODUCT_NODE, folded, multiply_and_tap, product_of
 from .tap import TAP_NODE, tap
@@ -37,7 +38,10 @@ class Interception:
         reorders: a call was seen whose rows lie in an order, or number, that depends on the data.
         native_dtypes: types of half precision that functions which were seen through would have computed in.
         n_parameter_only: number of call sites that were found to have no sample axis.
-        without_grad: parameters that were used without grad mode, as in the forward pass of a checkpoint.
+        branch: where calls for further losses of one forward pass begin; None before losses of it were collected.
+        is_patchwork: calls of the last forward pass were made after some of its losses were collected.
+        hidden: parameters that were used in the forward pass of a Function (a checkpoint) without a backward pass.
+        has_frozen: such Functions are looked for: parameters before them may be frozen for the pass alone.
         has_asked: the forward pass took gradients with respect to parameters, which may enter it as data.
         thread: the one that opened the pass.
     """
@@ -57,7 +61,11 @@ class Interception:
         self.leaves = self._operands.leaves
         self.reorders = self.has_asked = False
         self.native_dtypes: set[torch.dtype] = set()
-        self.without_grad: set[int] = set()
+        self.is_patchwork = False
+        self.branch: CachedCall | None = None
+        self._n_kept = 0
+        self.hidden: set[int] = set()
+        self.has_frozen = False
         self.n_parameter_only = 0
         self.thread = threading.get_ident()
 
@@ -65,6 +73,33 @@ class Interception:
         """Forget the calls of the last forward pass."""
         self.cache.restart(len(self.taps))
         self.taps, self.derived, self.relay.is_over, self.has_asked = [], [], False, False
+        self.is_patchwork, self.branch = False, None
+
+    def go_on(self) -> None:
+        """Keep the calls of this forward pass after losses were collected: further losses of it may follow.
+
+        What computes these stands where the first of them begin, however many there are.
+        """
+        if self.branch is None:
+            self.branch = self.cache.here
+        self.cache.here, self._n_kept = self.branch, len(self.taps)
+
+    def let_go(self) -> None:
+        """Forget the calls that no graph has any more, those for earlier losses of this forward pass alone."""
+        if len(self.taps) == self._n_kept:
+            return
+        self.is_patchwork = True
+        taps, derived = list(map(weakref.ref, self.taps)), list(map(weakref.ref, self.derived))
+        self.taps.clear()
+        self.taps += [tapped for found in taps if (tapped := found()) is not None]
+        self.derived.clear()
+        self.derived += [tensor for found in derived if (tensor := found()) is not None]
+        sites: set[CallSite] = set()
+        for index, tapped in enumerate(self.taps):
+            tapped.index = tapped.index if tapped.in_backward else index
+            while tapped.site in sites:  # what earlier losses computed lives on in this one
+                tapped.site = tapped.site.again
+            sites.add(tapped.site)
 
     @property
     def _is_backward(self) -> bool:
@@ -72,9 +107,14 @@ class Interception:
         return self.relay.listener is not self.relay.idle
 
     def note_without_grad(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Note the parameters among the arguments of a call without grad mode."""
-        if not is_about_itself(func, getattr(func, "__name__", ""), len(args)):
-            self.without_grad |= {index for a in args for index in self._operands.index_of(a)}
+        """Note the parameters among the arguments of a call without grad mode, as a checkpoint makes."""
+        if (
+            self.has_frozen
+            and not is_about_itself(func, getattr(func, "__name__", ""), len(args))
+            and threading.get_ident() == self.thread
+            and is_hidden()
+        ):
+            self.hidden |= {index for a in args for index in self._operands.index_of(a)}
 
     def operand(self, tensor: Tensor) -> Operand | None:
         """Return the operand that a tensor is, if it is a watched parameter or was computed from some alone."""
@@ -129,7 +169,11 @@ class Interception:
 
     def _call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sort the tensors of a call, then derive or tap."""
+        if any(tensor.is_nested for tensor in tensors_in((args, kwargs))):
+            return func(*args, **kwargs)  # whose rows have no layout: the gradient arrives at the parameter
         call, inputs = self._take_apart(func, name, args, kwargs)
+        if self.has_frozen and is_hidden():
+            self.hidden |= call.parameters
         if call.in_place and call.operand_at(0, "self") is not None:
             return self._update_derived(call, inputs, args)
         if call.name in LIKE:

@@ -8,7 +8,9 @@ of the task: gradients accumulate (``backward``), are asked for (``grad`` with r
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +31,21 @@ SECOND_DERIVATIVE = (
     "a second derivative through watched parameters (create_graph=True inside the model or the loss) is not supported: "
     "per-sample gradients cannot be captured there"
 )
+
+
+def is_hidden(apply_code: Any = torch.autograd.Function.apply.__code__) -> bool:
+    """Tell whether this runs in the forward pass of a Function no argument of which requires grad: it has no backward.
+
+    What it computes of parameters inside, to send gradients there itself, gets none then.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is apply_code and not any(
+            isinstance(value, torch.Tensor) and value.requires_grad for value in frame.f_locals["args"]
+        ):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Asked:

@@ -22,7 +22,7 @@ class Operands:
         self.leaves = [p.detach().requires_grad_() for p in parameters]
         self._watched = [Operand(leaf, leaf.detach(), (i,)) for i, leaf in enumerate(self.leaves)]
         # Kept, so that data cannot take the memory of a buffer that the model replaces.
-        kept = [t.untyped_storage() for t in (*constants, *self.leaves) if t.numel()]
+        kept = [storage for t in (*constants, *self.leaves) if t.numel() and (storage := _memory(t)) is not None]
         self._constants = {storage.data_ptr(): storage for storage in kept}
         self._interceptor = interceptor
 
@@ -65,9 +65,10 @@ class Operands:
         """Tell whether a tensor cannot carry samples: a scalar, a parameter that is not watched, a buffer."""
         if tensor.requires_grad and not tensor.is_leaf:
             return False
-        if tensor.dim() == 0 or tensor.layout != torch.strided:
-            return tensor.dim() == 0
-        return tensor.untyped_storage().data_ptr() in self._constants
+        if tensor.dim() == 0:
+            return True
+        storage = _memory(tensor)
+        return storage is not None and storage.data_ptr() in self._constants
 
 
 class Sorter:
@@ -103,6 +104,17 @@ class Sorter:
         if self._known.is_constant(tensor) and not may_be_samples:
             return _add("constant", self.constants, tensor)
         return _add("input", self.inputs, tensor)
+
+
+def _memory(tensor: Tensor) -> torch.UntypedStorage | None:
+    """Return the memory of a tensor, of a sparse one that of its values; None if it has none of its own."""
+    if tensor.layout == torch.strided:
+        return tensor.untyped_storage()
+    if tensor.layout == torch.sparse_coo:
+        return tensor._values().untyped_storage()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+        return tensor.values().untyped_storage()
+    return None
 
 
 def _add(kind: str, tensors: list[Any], tensor: Any) -> Slot:

@@ -147,6 +147,6 @@ def folded(args: tuple[Any, ...], is_constant: Callable[[Tensor], bool]) -> tupl
     constant is left alone: it is known by its memory.
     """
     x = args[0] if args else None
-    if type(x) is Tensor and x.dim() > 2 and not x.is_contiguous() and not is_constant(x):
+    if type(x) is Tensor and x.dim() > 2 and x.layout == torch.strided and not x.is_contiguous() and not is_constant(x):
         return (x.contiguous(), *args[1:])
     return args
