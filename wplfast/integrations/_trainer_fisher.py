@@ -94,6 +94,7 @@ def _task(trainer: Any, data: TrainerData) -> Task | None:
     """
     device = device_of(trainer.model.parameters())
     found: Task | None = None
+    is_exact = not trainer.accelerator.native_amp and next(trainer.model.parameters()).dtype.itemsize >= 4
     with torch.no_grad(), Undisturbed(trainer.model, False, device), torch.no_grad():
         for n_samples in (1, _N_FIRST):
             batch = moved(dict(data.first(n_samples)), device)
@@ -104,7 +105,8 @@ def _task(trainer: Any, data: TrainerData) -> Task | None:
             inputs, targets = _split(trainer.model, found, batch)
             outputs = _AsEvaluated(trainer.model, trainer.accelerator.autocast)(**inputs)
             here, own = found.model_loss(outputs, targets), _own_loss(trainer, batch)
-            if bool(torch.isclose(here.float(), own.float(), rtol=0.02, atol=1e-4)) or not bool(here.isfinite()):
+            rtol = 1e-4 if is_exact else 0.02
+            if bool(torch.isclose(here.float(), own.float(), rtol=rtol, atol=1e-6)) or not bool(here.isfinite()):
                 continue
             if n_samples == 1 and not found.by_documents:
                 _say(trainer, f"its loss of the first sample is {own.item():.6g}, the model's {here.item():.6g}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
@@ -89,7 +91,8 @@ def task_of(model: nn.Module, batch: Mapping[str, Any]) -> Task | None:
     if labels.is_floating_point():
         return None
     if kind == "causal":
-        task = Task(_next_token, lambda labels: _counted(labels[:, 1:]))
+        n_virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+        task = Task(partial(_next_token, n_virtual=n_virtual), lambda labels: _counted(labels[:, not n_virtual :]))
         return (
             replace(task, total=_of_documents, divisor=_counted_by_documents, by_documents=True)
             if ({"position_ids", "seq_idx", "cu_seq_lens_q"} & set(batch))
@@ -137,20 +140,15 @@ def _of_samples(model: Any, labels: Tensor) -> Task:
     )
 
 
-def _next_token(outputs: Any, labels: Tensor) -> Tensor:
-    """Return the losses of rows, each of one document."""
-    return losses.cross_entropy(_logits(outputs, labels), labels, IGNORED, shift=True)
+def _next_token(outputs: Any, labels: Tensor, n_virtual: int) -> Tensor:
+    """Return the losses of rows, each of one document; a learned prompt before them predicts their first token."""
+    return losses.cross_entropy(outputs, F.pad(labels, (n_virtual, 0), value=IGNORED), IGNORED, shift=True)
 
 
 def _of_documents(outputs: Any, targets: Mapping[str, Tensor]) -> Tensor:
     """Return the losses of documents."""
     labels = targets["labels"]
-    return losses.cross_entropy(_logits(outputs, labels), labels, IGNORED, shift=True, sample_ids=targets["ids"])
-
-
-def _logits(outputs: Any, labels: Tensor) -> Tensor:
-    """Return the logits of the labels' positions: a learned prompt comes before them."""
-    return losses.logits_of(outputs)[:, -labels.shape[1] :]
+    return losses.cross_entropy(outputs, labels, IGNORED, shift=True, sample_ids=targets["ids"])
 
 
 def _counted(labels: Tensor) -> Tensor:
