@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import wplfast
 from wplfast.integrations.transformers import WPLCallback, trainer_fisher
 
-NUMBERS, LENGTH, ALPHA = 24, 10, 3e2
+NUMBERS, LENGTH, ALPHA = 24, 10, 3e3
 
 
 def counting(step, task, n=192):
@@ -39,12 +39,12 @@ def train(model, data, steps, rate, callbacks=()):
 def main():
     """Run the second task twice, with and without the penalty."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=NUMBERS + 3, **sizes))
-    train(base, counting(1, 0), steps=120, rate=5e-3)
+    train(base, counting(1, 0), steps=80, rate=5e-3)
     lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(base, lora)
-    first = train(adapted, counting(2, 1), steps=120, rate=1e-2)
+    first = train(adapted, counting(2, 1), steps=80, rate=1e-2)
     fisher = trainer_fisher(first)  # of the adapters, over the first task's data
     before = first.evaluate()["eval_loss"]
 
@@ -52,7 +52,7 @@ def main():
         model = copy.deepcopy(adapted)
         wpl = wplfast.WeightPlasticityLoss(model, alpha=ALPHA)
         wpl.consolidate(fisher)
-        second = train(model, counting(-1, 2), 120, 5e-3, [WPLCallback(wpl)] if way == "with" else [])
+        second = train(model, counting(-1, 2), 60, 5e-3, [WPLCallback(wpl)] if way == "with" else [])
         learned = second.evaluate()["eval_loss"]
         forgotten = second.evaluate(counting(2, 1))["eval_loss"] - before
         print(f"forgetting {way} the penalty: {forgotten:.3f} nats a token (the second task's loss: {learned:.3f})")
