@@ -235,6 +235,9 @@ def test_samples_are_chosen_and_streams_read(tmp_path):
     assert_close(first, own_loss_loop(model, data[:3], predicted))
     assert not torch.allclose(chosen.flat, first.flat)
     assert torch.equal(chosen.flat, trainer_fisher(run, max_samples=3).flat)
+    run.data_collator = list
+    with pytest.raises(TypeError, match="collator must return a dict, got list"):
+        trainer_fisher(run)
     run.train_dataset = None
     with pytest.raises(ValueError, match="no train_dataset"):
         trainer_fisher(run)
@@ -292,8 +295,13 @@ def _rank(rank: int, folder: str) -> None:
     wpl = wplfast.WeightPlasticityLoss(model, alpha=30.0)
     theta_hat = {n: p + 0.1 for n, p in model.named_parameters()}
     wpl.consolidate(fishers[0], theta_hat=theta_hat)
-    trainer(model, data, folder, callbacks=[WPLCallback(wpl)], **options).train()
-    torch.save(([dict(f) for f in fishers], [f.n_samples for f in fishers], model.state_dict()), f"{folder}/{rank}.pt")
+    states, start = [], copy.deepcopy(model.state_dict())
+    for before_clipping in (False, True):
+        model.load_state_dict(start)
+        callback = WPLCallback(wpl, before_clipping=before_clipping)
+        trainer(model, data, folder, callbacks=[callback], **options).train()
+        states.append(copy.deepcopy(model.state_dict()))
+    torch.save(([dict(f) for f in fishers], [f.n_samples for f in fishers], states), f"{folder}/{rank}.pt")
     with torch.no_grad():
         wpl.consolidate({n: f * (1 + rank) for n, f in fishers[0].items()})
     try:
@@ -310,14 +318,16 @@ def test_two_ranks_are_one(tmp_path):
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     model, data = llama(), rows(*LENGTHS[:4])
     theta_hat = {n: p.detach() + 0.1 for n, p in model.named_parameters()}
-    ((fishers, counts, state), (others, _, other)) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    ((fishers, counts, states), (others, _, others_states)) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert counts == [5, 1, 3]
     assert_close(fishers[0], own_loss_loop(model, rows(*LENGTHS), predicted))
     assert_close(fishers[1], own_loss_loop(model, data[:1], predicted))
     assert all(torch.equal(a[n], b[n]) for a, b in zip(fishers, others, strict=True) for n in a)
-    assert all(torch.equal(state[n], other[n]) for n in state)
-    by_hand = copy.deepcopy(model).train()
-    descend(by_hand, lambda m: m(**padded(data)).loss, fishers[0], theta_hat, 2, 30.0, 0.1)
-    for name, p in by_hand.named_parameters():
-        torch.testing.assert_close(state[name], p.detach(), rtol=1e-5, atol=1e-6)
+    for before_clipping, state, other in zip((False, True), states, others_states, strict=True):
+        assert all(torch.equal(state[n], other[n]) for n in state)
+        by_hand = copy.deepcopy(model).train()
+        loss = lambda m: m(**padded(data)).loss  # noqa: E731
+        descend(by_hand, loss, fishers[0], theta_hat, 2, 30.0, 0.1, before_clipping)
+        for name, p in by_hand.named_parameters():
+            torch.testing.assert_close(state[name], p.detach(), rtol=1e-5, atol=1e-6)
     assert (tmp_path / "checkpoint-2" / "wpl.safetensors").exists()

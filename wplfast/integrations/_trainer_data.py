@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -54,11 +54,12 @@ class TrainerData:
             seed = self._args.seed if self._args.data_seed is None else self._args.data_seed
             self._order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
 
-    def first(self, n_samples: int) -> Any:
+    def first(self, n_samples: int) -> dict[str, Any]:
         """Collate the first samples.
 
         Raises:
             ValueError: if there are none.
+            TypeError: if the collator makes no batch of them.
         """
         if self._order is None:
             found = list(islice(iter(self.samples), n_samples))
@@ -66,7 +67,13 @@ class TrainerData:
             found = [self.samples[index] for index in self._order[:n_samples]]
         if not found:
             raise ValueError("the data set is empty")
-        return self.collate(found)
+        batch = self.collate(found)
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"the Trainer's collator must return a dict, got {type(batch).__name__}: where samples are made while "
+                "training (GRPO), collect some and pass them with fisher_diagonal(model, data, loss_fn)"
+            )
+        return dict(batch)
 
     def loader(self, batch_size: int, rank: int = 0, n_ranks: int = 1) -> DataLoader[Any]:
         """Return a loader over a rank's part; all parts together hold every sample once."""
@@ -102,11 +109,14 @@ def left_alone(trainer: Any) -> Iterator[None]:
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     generator = getattr(trainer.data_collator, "generator", None)
     state = _state(generator)
+    gathering = vars(accelerator).get("gather_for_metrics")
     accelerator.gather_for_metrics = lambda value, *_, **__: value
     try:
         yield
     finally:
         del accelerator.gather_for_metrics
+        if gathering is not None:
+            accelerator.gather_for_metrics = gathering
         accelerator._dataloaders[:] = loaders
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])

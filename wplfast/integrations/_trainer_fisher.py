@@ -97,7 +97,7 @@ def _task(trainer: Any, data: TrainerData) -> Task | None:
     is_exact = not trainer.accelerator.native_amp and next(trainer.model.parameters()).dtype.itemsize >= 4
     with torch.no_grad(), Undisturbed(trainer.model, False, device), torch.no_grad():
         for n_samples in (1, _N_FIRST):
-            batch = moved(dict(data.first(n_samples)), device)
+            batch = moved(data.first(n_samples), device)
             found = task_of(trainer.model, batch)
             if found is None:
                 _say(trainer, "its model or its labels are of no known kind")

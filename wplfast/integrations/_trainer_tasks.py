@@ -69,7 +69,7 @@ class Task:
         return self.total(outputs, targets).sum() / self.divisor(targets).sum()
 
 
-def task_of(model: nn.Module, batch: Mapping[str, Any]) -> Task | None:
+def task_of(model: Any, batch: Mapping[str, Any]) -> Task | None:
     """Return the task of a model, of which one batch shows the labels; None if it is of no known kind."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = _kind(type(base))
