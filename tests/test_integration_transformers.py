@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import shutil
 
 import pytest
@@ -197,6 +199,24 @@ def test_the_best_model_comes_back_and_the_penalty_still_holds_it(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(
         min(e["eval_loss"] for e in run.state.log_history[:-1] if "eval_loss" in e)
     )
+
+
+def test_anchors_are_there_before_a_checkpoint_is_pushed(tmp_path):
+    callback = WPLCallback(penalty_of(llama())[0])
+    events = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(global_step=7), TrainerControl()
+    callback.on_push_begin(*events)  # of the model alone, after training
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "checkpoint-7").mkdir()
+    callback.on_push_begin(*events)
+    other = wplfast.WeightPlasticityLoss(llama())
+    other.load(tmp_path / "checkpoint-7" / "wpl.safetensors")
+    assert all(torch.equal(f, other.fisher[name]) for name, f in callback.wpl.fisher.items())
+
+
+def test_docstring_examples():
+    result = doctest.testmod(importlib.import_module("wplfast.integrations.transformers"))
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @pytest.mark.parametrize("unscaled", [False, True])
