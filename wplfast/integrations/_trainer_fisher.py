@@ -95,7 +95,7 @@ def _task(trainer: Any, data: TrainerData) -> Task | None:
     device = device_of(trainer.model.parameters())
     found: Task | None = None
     is_exact = not trainer.accelerator.native_amp and next(trainer.model.parameters()).dtype.itemsize >= 4
-    with torch.no_grad(), Undisturbed(trainer.model, False, device), torch.no_grad():
+    with Undisturbed(trainer.model, False, device), torch.no_grad():
         for n_samples in (1, _N_FIRST):
             batch = moved(data.first(n_samples), device)
             found = task_of(trainer.model, batch)
@@ -113,8 +113,8 @@ def _task(trainer: Any, data: TrainerData) -> Task | None:
                 return None
             raise ValueError(
                 f"the Trainer's loss of {n_samples} samples is {own.item():.6g}, the mean over what is predicted for "
-                f"them {here.item():.6g}: weights of classes, a loss across documents or one that depends on the batch "
-                "cannot be told apart from outside; pass loss_fn(outputs, labels) with one loss for each sample"
+                f"them {here.item():.6g}: weights of classes, another loss of packed documents, or one that depends on "
+                "the batch cannot be told apart from outside; pass loss_fn(outputs, labels), one loss for each sample"
             )
     return found
 
