@@ -8,6 +8,7 @@
     python -m benchmarks fisher --peers           # and against other libraries, those of the extra [peers] too
     python -m benchmarks scaling --plot out.png   # against batch size, length, width, classes and samples
     python -m benchmarks rule linear              # one capture rule, on and off: NAME of a case, or MODULE:CASE
+    python -m benchmarks integrations             # a training step of each package, with the callback and without
     python -m benchmarks all --json results.json
     python -m benchmarks readme                   # the README's tables, from the records in benchmarks/results
 
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from . import anchors, figures, fisher, peers, penalty, readme, report, rule, scaling
+from . import anchors, figures, fisher, integrations, peers, penalty, readme, report, rule, scaling
 from .plumbing import malloc
 from .plumbing.markdown import aligned
 from .plumbing.record import environment, write_bytes, write_json
@@ -36,7 +37,7 @@ from .workloads import KNOWN, WORKLOADS
 
 #: What each choice measures. Sweep and anchors keep freed memory, which cannot be undone, and so come last.
 PARTS: dict[str, tuple[str, ...]] = {
-    **{part: (part,) for part in ("fisher", "peers", "scaling", "anchors", "rule")},
+    **{part: (part,) for part in ("fisher", "peers", "scaling", "anchors", "rule", "integrations")},
     "penalty": ("penalty", "sweep"),
     "all": ("penalty", "fisher", "sweep", "anchors"),
     "readme": (),
@@ -51,6 +52,7 @@ RUNS: dict[str, Callable[[Budget, argparse.Namespace], Any]] = {
     "scaling": lambda budget, options: scaling.run(budget),
     "anchors": lambda budget, options: anchors.run(budget),
     "rule": lambda budget, options: rule.run(options.case, budget),
+    "integrations": lambda budget, options: integrations.run(budget),
 }
 
 

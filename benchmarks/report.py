@@ -192,7 +192,35 @@ def rule(runs: Runs, details: bool = False) -> Lines:
     return table([runs[0]["records"]["case"], *heads], rows)
 
 
+def integrations(runs: Runs, details: bool = False) -> Lines:
+    """Return a line for each package's training step and number of threads, then the Fisher of a Trainer's data."""
+    rows = [
+        [
+            _on(step["case"], run),
+            *(time(step["milliseconds"][way]) for way in ("without", "callback", "loop")),
+            *(spread(step[key]) for key in ("callback_over_without", "loop_over_callback")),
+        ]
+        for run in runs
+        for step in run["records"]["steps"]
+    ]
+    heads = ["training step", "without", "callback", "loop in the loss", "callback / without", "loop / callback"]
+    lines = table(heads, rows)
+    found = [(run, run["records"]["fisher"]) for run in runs if run["records"]["fisher"]]
+    if found:
+        rows = [
+            [
+                _on(record["case"], run),
+                *(time(record["milliseconds"][way]) for way in ("fisher", "evaluation")),
+                *(spread(record[key]) for key in ("fisher_over_evaluation", "unverified_over_evaluation")),
+            ]
+            for run, record in found
+        ]
+        heads = ["the data's Fisher", "`trainer_fisher`", "`trainer.evaluate`", "over it", "over it, verify=False"]
+        lines += ["", *table(heads, rows)]
+    return [*lines, *(f"missing: {text}" for text in runs[0]["records"]["missing"])]
+
+
 TABLES: dict[str, Callable[[Runs, bool], Lines]] = {
     "penalty": penalty, "sweep": sweep, "anchors": anchors, "fisher": fisher, "peers": peers, "scaling": scaling,
-    "rule": rule,
+    "rule": rule, "integrations": integrations,
 }  # fmt: skip

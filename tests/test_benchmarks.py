@@ -402,3 +402,17 @@ def test_a_slow_rule_is_not_repeated():
 def _as_subject(case):
     model, batch, loss_fn = case
     return model, [batch], loss_fn
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
+def test_integrations_are_measured(tmp_path, capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed (the extra 'test')")
+    path = tmp_path / "record.json"
+    assert main(["integrations", "--quick", "--rounds", "3", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["integrations"][0]["records"]
+    step = found["steps"][0]
+    assert step["rounds"] == 3
+    assert set(step["milliseconds"]) == {"without", "callback", "loop"}
+    assert step["loop_over_callback"]["median"] > 0
+    assert found["fisher"]["fisher_over_evaluation"]["median"] > 1
+    assert "trainer_fisher" in capsys.readouterr().out

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def attach(penalty: WeightPlasticityLoss, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+def attach(
+    penalty: WeightPlasticityLoss, optimizer: torch.optim.Optimizer, attachment: Attachment | None = None
+) -> RemovableHandle:
     """Register an :class:`Attachment`; see :meth:`wplfast.WeightPlasticityLoss.attach`."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -27,8 +29,9 @@ def attach(penalty: WeightPlasticityLoss, optimizer: torch.optim.Optimizer) -> R
         raise TypeError(f"{type(optimizer).__name__} calls no hooks before step(): attach to the optimizer it wraps")
     if any(isinstance(hook, Attachment) and hook.penalty is penalty for hook in hooks.values()):
         raise ValueError("this penalty is attached to this optimizer already: its gradient would be added twice")
-    attachment = Attachment(penalty)
-    attachment.held(optimizer)
+    if attachment is None:
+        attachment = Attachment(penalty)
+        attachment.held(optimizer)
     return optimizer.register_step_pre_hook(attachment)
 
 

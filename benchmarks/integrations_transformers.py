@@ -1,0 +1,152 @@
+"""A step of Hugging Face's Trainer with the callback, over one without and over the loop that users write.
+
+One training run serves all ways: they take turns from step to step, so that a busy machine slows them alike.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+import wplfast
+from wplfast.integrations.transformers import WPLCallback, trainer_fisher
+from wplfast.penalty.attach import attach
+
+from .timing import Budget, Contender, quartiles, ratio
+from .ways import WrongResultError
+
+WAYS = ("without", "callback", "loop")
+VOCABULARY, LENGTH, WIDTH, HEADS, BATCH = 50257, 512, 768, 12, 2  # GPT-2-small's shapes, one layer
+QUICK = (50, 16, 8, 2, 2)
+WARM_UP = 1  # steps of each way that are not counted
+N_BATCHES = 4  # of an evaluation epoch
+
+
+class LoopTrainer(Trainer):
+    """``with_loop``: its loss has the penalty, parameter by parameter."""
+
+    fisher: dict[str, Tensor]
+    anchors: dict[str, Tensor]
+    with_loop = False
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss + self.loop() if self.with_loop else loss
+
+    def loop(self) -> Tensor:
+        """Return the penalty as it is written everywhere."""
+        loss = torch.zeros((), device=self.args.device)
+        for name, p in self.model.named_parameters():
+            loss = loss + 0.5 * (self.fisher[name] * (p - self.anchors[name]) ** 2).sum()
+        return loss
+
+
+class Turns(TrainerCallback):
+    """Chooses the way of a step, and times it."""
+
+    def __init__(self, callback: WPLCallback) -> None:
+        self.callback, self.trainer, self.started, self.n_steps = callback, None, 0.0, 0
+        self.times: dict[str, list[float]] = {way: [] for way in WAYS}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Attach or detach the callback, and start."""
+        turn, place = divmod(self.n_steps, len(WAYS))
+        self.way = WAYS[(place + turn) % len(WAYS)]
+        self.trainer.with_loop = self.way == "loop"
+        self.callback.on_train_end(args, state, control)
+        if self.way == "callback":
+            self.callback._handle = attach(self.callback.wpl, optimizer.optimizer, self.callback._added)
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop."""
+        self.times[self.way].append(time.perf_counter() - self.started)
+        self.n_steps += 1
+
+
+def _trainer(budget: Budget, folder: str, n_samples: int, callbacks: list[Any], **options: Any) -> tuple[Any, str]:
+    """Return a Trainer of a language model on random tokens, and what it is."""
+    vocabulary, length, width, heads, size = QUICK if budget.quick else (VOCABULARY, LENGTH, WIDTH, HEADS, BATCH)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": vocabulary, "n_positions": length, "n_embd": width, "n_head": heads, "n_layer": 1}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    tokens = torch.randint(vocabulary, (n_samples * size, length))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    given = {"per_device_train_batch_size": size, "per_device_eval_batch_size": size, "optim": "adamw_torch"}
+    given |= {"use_cpu": budget.device.type == "cpu", "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    arguments = TrainingArguments(folder, learning_rate=1e-6, logging_strategy="no", **given | options)
+    trainer = LoopTrainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+    return trainer, f"GPT-2 of one layer, d={width}, V={vocabulary}, T={length}, N={size}"
+
+
+def transformers_step(budget: Budget) -> dict[str, Any]:
+    """Time steps, and return their milliseconds with ratios to the steps without the callback.
+
+    Raises:
+        WrongResultError: if the callback's penalty is not that of the loop.
+    """
+    steps = len(WAYS) * (WARM_UP + budget.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, case = _trainer(budget, folder, min(steps, 8), [], max_steps=steps)
+        model = trainer.model
+        wpl = wplfast.WeightPlasticityLoss(model, alpha=1.0)
+        trainer.fisher = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+        trainer.anchors = {name: p.detach() + 0.01 for name, p in model.named_parameters()}
+        wpl.consolidate(trainer.fisher, theta_hat=trainer.anchors)
+        here, there = wpl().item(), trainer.loop().item()
+        if abs(here - there) > 1e-4 * there:
+            raise WrongResultError(f"the penalty is {here:.8g}, that of the loop {there:.8g}")
+        callback = WPLCallback(wpl)
+        turns = Turns(callback)
+        turns.trainer = trainer
+        trainer.add_callback(turns)
+        trainer.add_callback(callback)
+        trainer.add_callback(_Deadline(budget.seconds, len(WAYS) * (WARM_UP + 3)))
+        trainer.train()
+    rounds = min(map(len, turns.times.values())) - WARM_UP
+    times = {way: taken[WARM_UP : WARM_UP + rounds] for way, taken in turns.times.items()}
+    return {
+        "case": f"Trainer, {case}",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "rounds": rounds,
+        "milliseconds": {way: quartiles(taken, 1e3) for way, taken in times.items()},
+        "callback_over_without": ratio(times["callback"], times["without"]),
+        "loop_over_callback": ratio(times["loop"], times["callback"]),
+    }
+
+
+class _Deadline(TrainerCallback):
+    """Ends training after so many seconds and steps."""
+
+    def __init__(self, seconds: float, n_steps: int) -> None:
+        self._end, self._n_steps = time.perf_counter() + seconds, n_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Look at the clock."""
+        if state.global_step >= self._n_steps and time.perf_counter() > self._end:
+            control.should_training_stop = True
+        return control
+
+
+def fisher_epoch(budget: Budget) -> dict[str, Any]:
+    """Time the Fisher of a Trainer's data, and an evaluation of the same data."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, case = _trainer(budget, folder, N_BATCHES, [], prediction_loss_only=True)
+        contenders = {
+            "fisher": Contender(lambda: trainer_fisher(trainer)),
+            "fisher, unverified": Contender(lambda: trainer_fisher(trainer, verify=False)),
+            "evaluation": Contender(trainer.evaluate),
+        }
+        times = budget.time(contenders)
+    return {
+        "case": f"{N_BATCHES} batches, {case}",
+        "milliseconds": {name: quartiles(taken, 1e3) for name, taken in times.items()},
+        "fisher_over_evaluation": ratio(times["fisher"], times["evaluation"]),
+        "unverified_over_evaluation": ratio(times["fisher, unverified"], times["evaluation"]),
+    }
