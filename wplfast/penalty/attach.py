@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def attach(penalty: WeightPlasticityLoss, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+def attach(
+    penalty: WeightPlasticityLoss, optimizer: torch.optim.Optimizer, attachment: Attachment | None = None
+) -> RemovableHandle:
     """Register an :class:`Attachment`; see :meth:`wplfast.WeightPlasticityLoss.attach`."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -27,8 +29,9 @@ def attach(penalty: WeightPlasticityLoss, optimizer: torch.optim.Optimizer) -> R
         raise TypeError(f"{type(optimizer).__name__} calls no hooks before step(): attach to the optimizer it wraps")
     if any(isinstance(hook, Attachment) and hook.penalty is penalty for hook in hooks.values()):
         raise ValueError("this penalty is attached to this optimizer already: its gradient would be added twice")
-    attachment = Attachment(penalty)
-    attachment.held(optimizer)
+    if attachment is None:
+        attachment = Attachment(penalty)
+        attachment.held(optimizer)
     return optimizer.register_step_pre_hook(attachment)
 
 
@@ -77,17 +80,26 @@ class Attachment:
         pairs = list(zip(references.names, references.tensors(), strict=True))
         names = [name for name, p in pairs if id(p) in ids]
         left = [name for name, p in pairs if id(p) not in ids and p.requires_grad]
+        self.judge(names, left, len(pairs))
+        self._of, self._names = (references, held), tuple(names) if left or not names else None
+        return self._names
+
+    def judge(self, names: list[str], left: list[str], n_parameters: int) -> None:
+        """Refuse an optimizer that holds no parameters of the penalty, and name those that one does not hold.
+
+        Raises:
+            ValueError: if it holds none.
+        """
         if not names:
             raise ValueError(
-                f"the optimizer holds none of the penalty's {len(pairs)} parameters {some(references.names)}: was it "
-                "made for another model, or before the parameters were replaced?"
+                f"the optimizer holds none of the penalty's {n_parameters} parameters "
+                f"{some(self.penalty._groups.references.names)}: was it made for another model, or before the "
+                "parameters were replaced?"
             )
         if left:
             logger.warning(
                 "the optimizer holds %d of the penalty's %d parameters; the gradient of %s is not added for it",
                 len(names),
-                len(pairs),
+                n_parameters,
                 some(left),
             )
-        self._of, self._names = (references, held), tuple(names) if left else None
-        return self._names
