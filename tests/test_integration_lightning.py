@@ -466,6 +466,8 @@ def copy_with(module: nn.Module, forward) -> nn.Module:
 
 
 def test_module_fisher_says_what_it_needs():
+    with pytest.raises(TypeError, match="must be a LightningModule, got Linear"):
+        module_fisher(nn.Linear(5, 3), data())
     module = Module()
     module.criterion = None
     with pytest.raises(TypeError, match="per_sample_losses"):

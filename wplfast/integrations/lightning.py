@@ -158,18 +158,25 @@ def module_fisher(module: nn.Module, dataloader: Any, loss_fn: LossFn | None = N
         F by the names of the module's parameters that require grad.
 
     Raises:
-        TypeError: if there is no loss function, or the data are of no known form.
+        TypeError: if it is no LightningModule, there is no loss function, or the data are of no known form.
         ValueError: as fisher_diagonal raises it; if a Trainer has no data yet; or if labels are to be drawn (``"mc"``,
             ``"exact"``) for losses that the module computes itself.
 
     Example:
-        >>> import torch, wplfast
+        >>> import torch
+        >>> from lightning.pytorch import LightningModule
         >>> from wplfast.integrations.lightning import module_fisher
-        >>> module = torch.nn.Linear(4, 3)  # a LightningModule
-        >>> batches = [(torch.randn(8, 4), torch.randint(0, 3, (8,)))]
-        >>> module_fisher(module, batches, wplfast.losses.cross_entropy)
+        >>> class Module(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer, self.criterion = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
+        ...     def forward(self, x):
+        ...         return self.layer(x)
+        >>> module_fisher(Module(), [(torch.randn(8, 4), torch.randint(0, 3, (8,)))])
         Fisher(2 parameters, 15 elements, 8 samples)
     """
+    if not isinstance(module, classes("LightningModule")):
+        raise TypeError(f"module must be a LightningModule, got {type(module).__name__}: use wplfast.fisher_diagonal")
     own = getattr(module, "per_sample_losses", None) if loss_fn is None else None
     model = AsTrained(module, datamodule_of(dataloader), module if own is None else own)
     device, unpack = device_of(module.parameters()), options.pop("unpack", None)
