@@ -1,0 +1,323 @@
+"""The Fisher of a Trainer's data against the loss that the model itself returns for each sample alone, in float64."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+pytest.importorskip("transformers", reason="transformers is not installed (the extra 'test')")
+pytest.importorskip("accelerate", reason="accelerate is not installed (the extra 'test')")
+pytest.importorskip("peft", reason="peft is not installed (the extra 'test')")
+
+import peft
+import torch.nn.functional as F
+from oracle import assert_close
+from torch.utils.data import IterableDataset
+from trainer_cases import bert, descend, llama, own_loss_loop, padded, rows, t5, trainer
+from transformers import DataCollatorWithFlattening, Trainer
+
+import wplfast
+from wplfast.integrations.transformers import WPLCallback, trainer_fisher
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LENGTHS = (5, 3, 7, 4, 6)  # a short last batch
+
+
+def one(batch):
+    return 1
+
+
+def tokens(batch):
+    return (batch["labels"] != -100).sum()
+
+
+def predicted(batch):
+    """Labels that a causal model predicts: not the first."""
+    return (batch["labels"][:, 1:] != -100).sum()
+
+
+def masked(ids):
+    labels = ids.clone()
+    labels[::2] = -100
+    return labels.tolist()
+
+
+def spans(*lengths):
+    found = rows(*lengths, labels=lambda ids: 1, name="start_positions")
+    return [{**item, "end_positions": len(item["input_ids"]) - 1} for item in found]
+
+
+def adapted():
+    torch.manual_seed(1)
+    return peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+
+
+def prompted():
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    torch.manual_seed(1)
+    return peft.get_peft_model(llama(), config)
+
+
+def classes(n):
+    return lambda ids: int(ids[0]) % n
+
+
+CASES = {  # model, data, what the model divides -log p by
+    "causal": (llama, rows(*LENGTHS), predicted),
+    "lora": (adapted, rows(*LENGTHS), predicted),
+    "prompt": (prompted, rows(*LENGTHS), tokens),
+    "masked": (lambda: bert("MaskedLM"), rows(*LENGTHS, labels=masked), tokens),
+    "seq2seq": (t5, rows(*LENGTHS, labels=lambda ids: ids.flip(0)[:-1].tolist()), tokens),
+    "tokens": (
+        lambda: bert("TokenClassification", num_labels=4),
+        rows(*LENGTHS, labels=lambda ids: (ids % 4).tolist()),
+        tokens,
+    ),
+    "spans": (lambda: bert("QuestionAnswering"), spans(5, 5, 5, 5, 5), lambda batch: 2),
+    "classes": (lambda: bert("SequenceClassification", num_labels=3), rows(*LENGTHS, labels=classes(3)), one),
+    "several classes": (
+        lambda: bert("SequenceClassification", num_labels=3, problem_type="multi_label_classification"),
+        rows(*LENGTHS, labels=lambda ids: [float(ids[0] % 2), 1.0, float(ids[1] % 2)]),
+        lambda batch: 3,
+    ),
+    "regression": (
+        lambda: bert("SequenceClassification", num_labels=1),
+        rows(*LENGTHS, labels=lambda ids: float(ids[0]) / 10),
+        lambda batch: 0.5,
+    ),
+    "regressions": (
+        lambda: bert("SequenceClassification", num_labels=2, problem_type="regression"),
+        rows(*LENGTHS, labels=lambda ids: [float(ids[0]) / 10, 1.0]),
+        lambda batch: 1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fisher_is_that_of_the_models_own_loss(name, tmp_path):
+    make, data, times = CASES[name]
+    model = make()
+    run = trainer(model, data, tmp_path)
+    fisher = trainer_fisher(run)
+    assert fisher.n_samples == len(data)
+    assert not fisher.report.unchecked
+    assert_close(fisher, own_loss_loop(model, data, times))
+    if name in ("lora", "prompt"):
+        assert set(fisher) == {n for n, p in model.named_parameters() if "lora_" in n or "prompt" in n}
+    if name in ("causal", "spans", "regression"):
+        assert_close(trainer_fisher(run, token_reduction="mean"), own_loss_loop(model, data, one))
+
+
+@pytest.mark.parametrize("column", ["position_ids", "seq_idx", "cu_seq_lens_q"])
+def test_packed_documents_are_samples(column, tmp_path):
+    model, data = llama(), [{"input_ids": item["input_ids"]} for item in rows(*LENGTHS)]
+    flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+
+    def collator(items):
+        batch = dict(flatten(items))
+        positions = batch["position_ids"]  # without which documents see each other
+        return {k: v for k, v in batch.items() if k in ("input_ids", "labels", column)} | {"position_ids": positions}
+
+    fisher = trainer_fisher(trainer(model, data, tmp_path, collator))
+    assert fisher.n_samples == len(data)
+    plain = [{**item, "labels": item["input_ids"]} for item in data]
+    assert_close(fisher, own_loss_loop(model, plain, predicted))
+
+
+@pytest.mark.parametrize("fisher_type", ["mc", "exact"])
+def test_labels_may_be_drawn(fisher_type, tmp_path):
+    make, data, _ = CASES["classes"]
+    model = make()
+    fisher = trainer_fisher(trainer(model, data, tmp_path), fisher_type=fisher_type, mc_samples=40)
+    everything = [{**item, "labels": label} for item in data for label in range(3)]
+    with torch.no_grad():
+        p = torch.cat([model.eval()(**padded([{**item, "labels": 0}])).logits.softmax(-1) for item in data]).flatten()
+    weights = iter(p.sqrt() * 3**0.5)  # of the loss, so of its square p; the mean is over 3 times as many
+    expected = own_loss_loop(model, everything, lambda batch: next(weights))
+    if fisher_type == "exact":
+        assert_close(fisher, expected)
+    else:
+        whole = torch.cat([e.flatten() for e in expected.values()])
+        assert float((fisher.flat - whole).norm() / whole.norm()) < 0.2
+
+
+def test_tokens_may_be_drawn(tmp_path):
+    model = llama(initializer_range=0.02)  # whose tokens are nearly equally likely
+    run = trainer(model, rows(*LENGTHS), tmp_path)
+    drawn = trainer_fisher(run, fisher_type="mc", mc_samples=20, params={"head": model.lm_head.weight})
+    given = trainer_fisher(run, params={"head": model.lm_head.weight})
+    assert float(drawn.flat.sum() / given.flat.sum()) == pytest.approx(1.0, abs=0.2)
+
+
+def smoothed(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs.logits, labels, label_smoothing=0.1)
+
+
+def weighted(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs.logits, labels, weight=torch.tensor([1.0, 5.0, 20.0]))
+
+
+class _OwnTrainer(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).loss.square()
+
+
+def test_another_loss_of_the_trainer_is_asked_for_its_samples(tmp_path, caplog):
+    make, data, _ = CASES["classes"]
+    model = make()
+
+    def loop(loss):
+        found = own_loss_loop(_Losing(model, loss), data, one)
+        return {name.removeprefix("model."): value for name, value in found.items()}
+
+    for options in ({"compute_loss_func": smoothed}, {"label_smoothing_factor": 0.1}):
+        run = trainer(model, data, tmp_path, **options)
+        fisher = trainer_fisher(run)
+        assert fisher.n_samples == len(data)
+        assert "asked for one sample at a time" in caplog.text
+        caplog.clear()
+        assert_close(fisher, loop(smoothed))
+        with pytest.raises(ValueError, match="needs a loss that is -log p"):
+            trainer_fisher(run, fisher_type="exact")
+    run = _OwnTrainer(model, run.args, data_collator=padded, train_dataset=data)
+    run.label_smoother = None
+    assert_close(trainer_fisher(run), loop(lambda outputs, labels: outputs.loss.square()))
+    run = trainer(model, data, tmp_path, compute_loss_func=weighted)
+    with pytest.raises(ValueError, match="weights of classes"):
+        trainer_fisher(run)
+    given = trainer_fisher(run, loss_fn=wplfast.losses.cross_entropy)
+    assert_close(given, own_loss_loop(model, data, one))
+
+
+class _Losing(torch.nn.Module):
+    """A model with another loss."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self._loss = model, loss
+
+    def forward(self, **batch):
+        outputs = self.model(**batch)
+        outputs.loss = self._loss(outputs, batch["labels"])
+        return outputs
+
+
+def test_mixed_precision_is_the_trainers(tmp_path):
+    model, data = llama(), rows(*LENGTHS)
+    expected = own_loss_loop(model, data, predicted)
+    fisher = trainer_fisher(trainer(model, data, tmp_path, bf16=True))
+    whole = torch.cat([e.flatten() for e in expected.values()])
+    assert 1e-4 < float((fisher.flat - whole).norm() / whole.norm()) < 0.05
+    assert all(f.dtype == torch.float32 for f in fisher.values())
+
+
+class _Stream(IterableDataset):
+    def __init__(self, items):
+        self._items = items
+
+    def __iter__(self):
+        return iter(self._items)
+
+
+def test_samples_are_chosen_and_streams_read(tmp_path):
+    model, data = llama(), rows(*LENGTHS)
+    run = trainer(model, data, tmp_path, max_steps=1)
+    chosen = trainer_fisher(run, max_samples=3)
+    assert chosen.n_samples == 3
+    first = trainer_fisher(run, _Stream(data), max_samples=3)
+    assert_close(first, own_loss_loop(model, data[:3], predicted))
+    assert not torch.allclose(chosen.flat, first.flat)
+    assert torch.equal(chosen.flat, trainer_fisher(run, max_samples=3).flat)
+    run.train_dataset = None
+    with pytest.raises(ValueError, match="no train_dataset"):
+        trainer_fisher(run)
+
+
+class _Drawing:
+    """A collator that draws from all generators there are."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, items):
+        random.random(), np.random.rand(), torch.rand(1), torch.rand(1, generator=self.generator)
+        return padded(items)
+
+
+def test_the_trainer_is_left_as_it_was(tmp_path):
+    def trained(between):
+        model = bert("SequenceClassification", num_labels=3)
+        collator = _Drawing()
+        run = trainer(model, CASES["classes"][1], tmp_path, collator, max_steps=2, seed=3)
+        run.train()
+        before = (
+            {**vars(run)},
+            [m.training for m in model.modules()],
+            copy.copy(run.state),
+            run.accelerator._dataloaders,
+        )
+        if between:
+            trainer_fisher(run)
+        drawn = random.random(), np.random.rand(), torch.rand(1), torch.rand(1, generator=collator.generator)
+        after = {**vars(run)}, [m.training for m in model.modules()], copy.copy(run.state), run.accelerator._dataloaders
+        assert before == after
+        assert all(p.grad is None for p in model.parameters())
+        run.train()
+        return drawn, [p.detach() for p in model.parameters()]
+
+    (drawn, theta), (again, other) = trained(False), trained(True)
+    assert drawn == again
+    assert all(map(torch.equal, theta, other))
+
+
+# ---- two processes ---------------------------------------------------------------------------------------------------
+
+
+def _rank(rank: int, folder: str) -> None:
+    """Estimate and train on one of two ranks; then differ."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, data = llama(), rows(*LENGTHS[:4])
+    options = {"ddp_backend": "gloo", "max_steps": 2, "max_grad_norm": 0.1, "save_strategy": "steps", "save_steps": 2}
+    run = trainer(model, data, folder, **options)
+    fishers = [trainer_fisher(run, rows(*LENGTHS)), trainer_fisher(run, data[:1]), trainer_fisher(run, max_samples=3)]
+    wpl = wplfast.WeightPlasticityLoss(model, alpha=30.0)
+    theta_hat = {n: p + 0.1 for n, p in model.named_parameters()}
+    wpl.consolidate(fishers[0], theta_hat=theta_hat)
+    trainer(model, data, folder, callbacks=[WPLCallback(wpl)], **options).train()
+    torch.save(([dict(f) for f in fishers], [f.n_samples for f in fishers], model.state_dict()), f"{folder}/{rank}.pt")
+    with torch.no_grad():
+        wpl.consolidate({n: f * (1 + rank) for n, f in fishers[0].items()})
+    try:
+        trainer(model, data, folder, callbacks=[WPLCallback(wpl)], **options).train()
+    except ValueError as error:
+        assert "the penalties of rank 0 and rank 1 differ in ['constant." in str(error), error  # noqa: PT017
+    else:
+        raise AssertionError("ranks with other Fishers train")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed with gloo")
+def test_two_ranks_are_one(tmp_path):
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    model, data = llama(), rows(*LENGTHS[:4])
+    theta_hat = {n: p.detach() + 0.1 for n, p in model.named_parameters()}
+    ((fishers, counts, state), (others, _, other)) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert counts == [5, 1, 3]
+    assert_close(fishers[0], own_loss_loop(model, rows(*LENGTHS), predicted))
+    assert_close(fishers[1], own_loss_loop(model, data[:1], predicted))
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(fishers, others, strict=True) for n in a)
+    assert all(torch.equal(state[n], other[n]) for n in state)
+    by_hand = copy.deepcopy(model).train()
+    descend(by_hand, lambda m: m(**padded(data)).loss, fishers[0], theta_hat, 2, 30.0, 0.1)
+    for name, p in by_hand.named_parameters():
+        torch.testing.assert_close(state[name], p.detach(), rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "checkpoint-2" / "wpl.safetensors").exists()

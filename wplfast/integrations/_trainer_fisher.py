@@ -1,0 +1,176 @@
+"""The Fisher of a Trainer's data: whose loss it is of, found out on the first samples, and the pass."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..fisher.batches import moved
+from ..fisher.diagonal import LossFn, fisher_diagonal
+from ..fisher.result import Fisher
+from ..fisher.undisturbed import Undisturbed
+from ..params import Params, device_of, named
+from ._trainer_data import TrainerData, left_alone
+from ._trainer_tasks import Task, TokenReduction, document_ids, task_of
+
+logger = logging.getLogger(__name__)
+
+#: How many samples are looked at before the pass.
+_N_FIRST = 4
+
+
+class _AsEvaluated(nn.Module):
+    """A model in its Trainer's mixed precision; logits leave it in float32, as from a prepared model."""
+
+    def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Refer to a model."""
+        super().__init__()
+        self.model, self._autocast = model, autocast
+
+    def forward(self, **batch: Any) -> Any:
+        """Run the model."""
+        with self._autocast():
+            return self.model(**batch)
+
+
+class _OwnLoss(nn.Module):
+    """What a Trainer itself minimises, for a batch of one sample."""
+
+    def __init__(self, trainer: Any) -> None:
+        """Refer to a Trainer and its model."""
+        super().__init__()
+        self.model, self._trainer = trainer.model, trainer
+
+    def forward(self, **batch: Any) -> Tensor:
+        """Return the loss, [1]."""
+        return _own_loss(self._trainer, batch).reshape(1)
+
+
+def estimate(
+    trainer: Any,
+    dataset: Any,
+    max_samples: int | None,
+    params: Params | None,
+    token_reduction: TokenReduction,
+    loss_fn: LossFn | None,
+    options: dict[str, Any],
+) -> Fisher:
+    """See :func:`wplfast.integrations.transformers.trainer_fisher`."""
+    if token_reduction not in ("sum", "mean"):
+        raise ValueError(f"token_reduction must be 'sum' or 'mean', got {token_reduction!r}")
+    model = trainer.model
+    watched = named(model if params is None else params, complex_too=True)
+    rank, n_ranks = trainer.args.process_index, trainer.args.world_size
+    with left_alone(trainer):
+        data = TrainerData(trainer, dataset, shuffled=max_samples is not None)
+        batch_size = trainer.args.per_device_train_batch_size
+        task = None
+        if loss_fn is None:
+            task = _task(trainer, data)
+            if task is None:
+                batch_size = 1
+        call, arguments = _call(trainer, task, loss_fn, token_reduction, options)
+        if n_ranks > 1:
+            max_samples = None if max_samples is None else max_samples // n_ranks + (rank < max_samples % n_ranks)
+        loader = data.loader(batch_size, rank, n_ranks)
+        if n_ranks > 1 and (max_samples == 0 or (not data.is_stream and not len(loader))):
+            fisher = Fisher.zeros(watched)
+        else:
+            fisher = fisher_diagonal(call, loader, params=watched, max_samples=max_samples, **arguments)
+    fisher.metadata["source"] = fisher.metadata.get("source", "").replace(type(call).__name__, type(model).__name__)
+    return fisher.all_reduce_() if n_ranks > 1 else fisher
+
+
+def _task(trainer: Any, data: TrainerData) -> Task | None:
+    """Return the task whose mean is what the Trainer minimises; None if the Trainer's loss is another one.
+
+    Raises:
+        ValueError: if it is so for single samples, but not for several.
+    """
+    device = device_of(trainer.model.parameters())
+    found: Task | None = None
+    is_exact = not trainer.accelerator.native_amp and next(trainer.model.parameters()).dtype.itemsize >= 4
+    with torch.no_grad(), Undisturbed(trainer.model, False, device), torch.no_grad():
+        for n_samples in (1, _N_FIRST):
+            batch = moved(dict(data.first(n_samples)), device)
+            found = task_of(trainer.model, batch)
+            if found is None:
+                _say(trainer, "its model or its labels are of no known kind")
+                return None
+            inputs, targets = _split(trainer.model, found, batch)
+            outputs = _AsEvaluated(trainer.model, trainer.accelerator.autocast)(**inputs)
+            here, own = found.model_loss(outputs, targets), _own_loss(trainer, batch)
+            rtol = 1e-4 if is_exact else 0.02
+            if bool(torch.isclose(here.float(), own.float(), rtol=rtol, atol=1e-6)) or not bool(here.isfinite()):
+                continue
+            if n_samples == 1 and not found.by_documents:
+                _say(trainer, f"its loss of the first sample is {own.item():.6g}, the model's {here.item():.6g}")
+                return None
+            raise ValueError(
+                f"the Trainer's loss of {n_samples} samples is {own.item():.6g}, the mean over what is predicted for "
+                f"them {here.item():.6g}: weights of classes, a loss across documents or one that depends on the batch "
+                "cannot be told apart from outside; pass loss_fn(outputs, labels) with one loss for each sample"
+            )
+    return found
+
+
+def _say(trainer: Any, why: str) -> None:
+    """Say that the Trainer's own loss will be asked for one sample at a time."""
+    logger.warning("%s.compute_loss is asked for one sample at a time: %s", type(trainer).__name__, why)
+
+
+def _own_loss(trainer: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Return what a Trainer minimises for a batch."""
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+        loss: Tensor = trainer.compute_loss(trainer.model, dict(batch))
+    return loss
+
+
+def _call(
+    trainer: Any, task: Task | None, loss_fn: LossFn | None, reduction: TokenReduction, options: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the module to run, and arguments for ``fisher_diagonal`` with the caller's options.
+
+    Raises:
+        ValueError: if labels cannot be drawn, as the loss is the Trainer's own.
+    """
+    model = trainer.model
+    if task is None and loss_fn is None:
+        if options.get("fisher_type", "empirical") != "empirical":
+            raise ValueError(
+                f"fisher_type={options['fisher_type']!r} needs a loss that is -log p of labels that can be drawn, and "
+                f"that of {type(trainer).__name__} is its own: pass loss_fn(outputs, labels)"
+            )
+        arguments: dict[str, Any] = {"loss_fn": lambda losses, _: losses, "unpack": lambda batch: (dict(batch), batch)}
+        return _OwnLoss(trainer), arguments | {"samples": "losses"} | options
+    arguments = {
+        "loss_fn": loss_fn if task is None else task.loss(reduction),
+        "unpack": lambda batch: _split(model, task, batch),
+    }
+    if task is not None:
+        arguments |= {"likelihood": task.likelihood, "samples": "losses" if task.by_documents else "batch"}
+    is_mixed = trainer.accelerator.native_amp
+    return _AsEvaluated(model, trainer.accelerator.autocast) if is_mixed else model, arguments | options
+
+
+def _split(model: Any, task: Task | None, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return a model's inputs and the targets: labels stay inputs where a decoder is to be given them."""
+    inputs = dict(batch)
+    names = ("labels",) if task is None else task.labels
+    targets: Any = tuple(inputs[name] for name in names if name in inputs)
+    targets = targets[0] if len(targets) == 1 else targets
+    if task is not None and task.by_documents:
+        targets = {"labels": targets, "ids": document_ids(batch)}
+    config = getattr(model, "config", None)
+    is_decoder_fed = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs
+    if not is_decoder_fed:
+        for name in names:
+            inputs.pop(name, None)
+    if getattr(config, "use_cache", None):  # a cache costs memory, and with one packed documents see each other
+        inputs.setdefault("use_cache", False)
+    return inputs, targets
