@@ -293,7 +293,8 @@ class FisherAccumulator:
         Returns:
             The Fisher, and whether any losses depended on the parameters.
         """
-        return self._normalised(final=True), self._usable().n_batches > 0
+        reached = self._usable().n_batches > 0
+        return self._normalised(final=True), reached
 
     def _result(self, final: bool) -> Fisher:
         """Normalise what must not be nothing."""
