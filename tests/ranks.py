@@ -23,7 +23,7 @@ NEEDS_GLOO = pytest.mark.skipif(
 )
 
 #: Seconds after which a rank that waits in vain gives up.
-TIMEOUT = 30
+TIMEOUT = 60
 
 Situation = Callable[[int, int], Any]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import ddp_cases as cases
+import ddp_training as training
 import pytest
 import torch
 from fisher_cases import ce
@@ -19,7 +20,7 @@ pytestmark = NEEDS_GLOO
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What each of 2 ranks found."""
-    return launched(2, cases.SITUATIONS[2], tmp_path_factory.mktemp("two"))
+    return launched(2, [*cases.SITUATIONS[2], *training.SITUATIONS], tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +241,78 @@ def test_reduce_needs_a_group():
         wplfast.fisher_diagonal(cases.model(), cases.data(0), ce, reduce=True)
     whole = wplfast.fisher_diagonal(copy.deepcopy(cases.model()), cases.data(0), ce, reduce=False)
     close(whole, loop(cases.data(0)))
+
+
+# ---- training with a penalty -----------------------------------------------------------------------------------------
+
+
+class Reference:
+    """One process, with the penalty written out."""
+
+    def __init__(self, batches, offset=0.0):
+        self.model, self.fisher = cases.model(), loop(batches)
+        self.anchors = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p += offset
+
+    def penalty(self):
+        moved = ((name, p - self.anchors[name]) for name, p in self.model.named_parameters())
+        return training.ALPHA / 2 * sum((self.fisher[name] * d.square()).sum() for name, d in moved)
+
+    def step(self, optimizer, batches):
+        loss = sum(ce(self.model(x), y).mean() for x, y in batches) / len(batches) + self.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def values(self):
+        return {name: p.detach() for name, p in self.model.named_parameters()}
+
+
+def trained_alone(optimizer):
+    reference = Reference([*cases.data(0), *cases.data(1)], offset=0.1)
+    optimizer = optimizer(reference.model.parameters())
+    for step in range(training.STEPS):
+        reference.step(optimizer, [cases.batch(4, 100 * step + rank) for rank in range(2)])
+    return reference
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient", "attached", "views"])
+def test_training_with_a_penalty(two, how):
+    reference = trained_alone(training.sgd)
+    for outcomes in two:
+        found, names, value = outcomes["penalised"].get()[how]
+        assert names == list(reference.anchors)
+        close(found, reference.values())
+        assert value == pytest.approx(reference.penalty().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("how", ["gradient", "attached"])
+def test_training_with_a_sharded_optimizer(two, how):
+    """ZeRO-1 and 2 keep whole parameters on every rank, and work as DistributedDataParallel does."""
+    expected = trained_alone(training.adam).values()
+    for outcomes in two:
+        whole, sharded = outcomes["sharded_optimizer"].get()[how]
+        for name, value in expected.items():
+            torch.testing.assert_close(whole[0][name], value, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(sharded[0][name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_training_with_accelerate(two):
+    x, y = training.SIXTEEN.tensors
+    reference = Reference([(x, y)])
+    optimizer = training.sgd(reference.model.parameters())
+    epochs = []
+    for _ in range(2):
+        for first in (0, 8):
+            reference.step(optimizer, [(x[first : first + 8], y[first : first + 8])])
+        epochs.append({name: p.clone() for name, p in reference.values().items()})
+    for outcomes in two:
+        found = outcomes["accelerated"].get()
+        assert found["kind"] == "DistributedDataParallel"
+        assert found["n"] == 16
+        close(found["first"], epochs[0])
+        close(found["second"], epochs[1])
+        assert found["restored"]
+        close(found["again"], epochs[1])
