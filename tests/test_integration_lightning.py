@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import wplfast
-from wplfast.integrations.criterion import per_sample
+from wplfast.integrations._criterion import per_sample
 from wplfast.integrations.lightning import WPLCallback, module_fisher
 
 QUIET = {
@@ -333,6 +333,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 sys.path[:0] = [{tests!r}, {root!r}]
 from test_integration_lightning import Module, QUIET, data, penalty
+from torch.utils.data import DataLoader, DistributedSampler
 from wplfast.integrations.lightning import WPLCallback, module_fisher
 
 torch.set_num_threads(1)
@@ -342,7 +343,10 @@ options = QUIET | {{"devices": 2, "strategy": "ddp_fork"}}
 class End(pl.Callback):
     def on_train_end(self, trainer, pl_module):
         fisher = module_fisher(pl_module, trainer)
-        torch.save((dict(pl_module.state_dict()), dict(fisher), fisher.n_samples), f"{out}.{{trainer.global_rank}}")
+        uneven = torch.utils.data.Subset(data().dataset, range(23))
+        padded = DataLoader(uneven, 4, sampler=DistributedSampler(uneven, shuffle=False))
+        counts = fisher.n_samples, module_fisher(pl_module, padded).n_samples
+        torch.save((dict(pl_module.state_dict()), dict(fisher), counts), f"{out}.{{trainer.global_rank}}")
 trainer = pl.Trainer(**options, max_epochs=2, gradient_clip_val=0.02, callbacks=[WPLCallback(wpl), End()])
 trainer.fit(module, data(size=3))
 """
@@ -360,8 +364,8 @@ def test_two_ranks(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     fisher = fisher_loop(expected, list(data()), wplfast.losses.cross_entropy)
     for rank in range(2):
-        state, found, n_samples = torch.load(tmp_path / f"rank.{rank}")
-        assert n_samples == 24
+        state, found, counts = torch.load(tmp_path / f"rank.{rank}")
+        assert counts == (24, 23)
         for name, p in expected.named_parameters():
             torch.testing.assert_close(state[name], p.detach(), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(found[name].double(), fisher[name], rtol=1e-4, atol=1e-9)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ..errors import StaleParameterError
 from ..fisher.diagonal import LossFn, fisher_diagonal
 from ..penalty.loss import WeightPlasticityLoss
-from .criterion import per_sample
+from ._criterion import per_sample
 
 
 class WPLPlugin(EWCPlugin):  # type: ignore[misc]

@@ -21,8 +21,9 @@ from ..fisher.result import Fisher
 from ..params import device_of, some
 from ..penalty.attach import Attachment, attach
 from ..penalty.loss import WeightPlasticityLoss
-from .criterion import per_sample
-from .lightning_module import AsTrained, classes, data_of, datamodule_of
+from ._criterion import per_sample
+from ._lightning_module import AsTrained, classes, data_of, datamodule_of
+from ._ranks import agreed
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class WPLCallback(_Callback):  # type: ignore[misc]
         log: whether the penalty is logged as ``wpl``, at the batches that end with a step.
 
     Raises:
-        ValueError: (as training starts) if no optimizer holds a parameter of the penalty.
+        ValueError: (as training starts) if no optimizer holds a parameter of the penalty, or ranks differ in theirs.
 
     Example:
         >>> import torch, wplfast
@@ -71,6 +72,11 @@ class WPLCallback(_Callback):  # type: ignore[misc]
         self._stage = stage
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach to the optimizers, on all ranks or none."""
+        with agreed(self.wpl):
+            self._attach(trainer, pl_module)
+
+    def _attach(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the optimizers."""
         self._detach()
         for optimizer in trainer.optimizers:
@@ -196,6 +202,8 @@ def module_fisher(module: nn.Module, dataloader: Any, loss_fn: LossFn | None = N
             return loss(outputs, targets)
 
     options.setdefault("params", {name: p for name, p in module.named_parameters() if p.requires_grad})
+    if model.is_distributed:
+        options.setdefault("reduce", True)
     with model.running():
         fisher = fisher_diagonal(
             model, data_of(dataloader), in_precision, unpack=lambda batch: take(model.transferred(batch)), **options

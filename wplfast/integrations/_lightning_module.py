@@ -83,13 +83,17 @@ def data_of(source: Any) -> Iterable[Any]:
 
 def _loader(datamodule: Any) -> Any:
     """Prepare a data module that no Trainer prepared, as one does: download in one process, set up in all."""
-    grouped = dist.is_available() and dist.is_initialized()
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         datamodule.prepare_data()
-    if grouped:
+    if _has_group():
         dist.barrier()
     datamodule.setup("fit")
     return datamodule.train_dataloader()
+
+
+def _has_group() -> bool:
+    """Tell whether there are other ranks to talk to."""
+    return dist.is_available() and dist.is_initialized()
 
 
 class AsTrained(nn.Module):
@@ -109,6 +113,7 @@ class AsTrained(nn.Module):
         self._call, self._datamodule = call, datamodule
         self._precision = None if trainer is None else trainer.precision_plugin
         self._device = None if trainer is None else trainer.strategy.root_device
+        self.is_distributed = trainer is not None and trainer.world_size > 1 and _has_group()
 
     def precision(self) -> AbstractContextManager[None]:
         """Return the context of a forward pass and its loss."""

@@ -31,7 +31,7 @@ def per_sample(criterion: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], 
 
     Example:
         >>> import torch
-        >>> from wplfast.integrations.criterion import per_sample
+        >>> from wplfast.integrations._criterion import per_sample
         >>> per_sample(torch.nn.CrossEntropyLoss())(torch.zeros(2, 4), torch.tensor([1, 3]))
         tensor([1.3863, 1.3863])
     """
