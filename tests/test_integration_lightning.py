@@ -337,9 +337,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from wplfast.integrations.lightning import WPLCallback, module_fisher
 
 torch.set_num_threads(1)
-module = Module()
+class Dealt(Module):
+    def train_dataloader(self):  # which Lightning's own sampler would shuffle
+        dataset = data().dataset
+        return DataLoader(dataset, 3, sampler=DistributedSampler(dataset, shuffle=False))
+module = Dealt()
 wpl = penalty(module)
-options = QUIET | {{"devices": 2, "strategy": "ddp_fork"}}
+options = QUIET | {{"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}}
 class End(pl.Callback):
     def on_train_end(self, trainer, pl_module):
         fisher = module_fisher(pl_module, trainer)
@@ -348,7 +352,7 @@ class End(pl.Callback):
         counts = fisher.n_samples, module_fisher(pl_module, padded).n_samples
         torch.save((dict(pl_module.state_dict()), dict(fisher), counts), f"{out}.{{trainer.global_rank}}")
 trainer = pl.Trainer(**options, max_epochs=2, gradient_clip_val=0.02, callbacks=[WPLCallback(wpl), End()])
-trainer.fit(module, data(size=3))
+trainer.fit(module)
 """
 
 
