@@ -12,128 +12,19 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from lightning_cases import QUIET, Module, OtherModule, TwoOptimizers, assert_equal, by_hand, data, penalty
 from oracle import assert_close, fisher_loop
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 import wplfast
-from wplfast.integrations._criterion import per_sample
 from wplfast.integrations.lightning import WPLCallback, module_fisher
-
-QUIET = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-
-
-class Body:
-    """A small classifier: what modules of both packages do alike."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.trunk, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
-        self.criterion = nn.CrossEntropyLoss()
-        self.skipped: tuple[int, ...] = ()
-
-    def forward(self, x):
-        hidden = torch.tanh(self.trunk(x))
-        self.log("hidden", hidden.detach().mean())
-        return self.head(hidden)
-
-    def training_step(self, batch, index):
-        loss = self.criterion(self(batch[0]), batch[1])
-        return None if index in self.skipped else loss
-
-    def validation_step(self, batch, index):
-        """Nothing: a checkpoint is what a test is about."""
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=0.05)
-
-
-class Module(Body, pl.LightningModule):
-    pass
-
-
-class OtherModule(Body, pytorch_lightning.LightningModule):
-    pass
-
-
-class TwoOptimizers(Module):
-    """Manual optimisation with an optimizer for each half."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.trunk, self.head)]
-
-    def training_step(self, batch, index):
-        first, second = self.optimizers()
-        first.zero_grad()
-        second.zero_grad()
-        self.manual_backward(self.criterion(self(batch[0]), batch[1]))
-        self.clip_gradients(first, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
-        first.step()
-        second.step()
-
-
-def data(n: int = 24, size: int = 6) -> DataLoader:
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(n, 5, generator=generator)
-    return DataLoader(TensorDataset(x, torch.randint(0, 3, (n,), generator=generator)), batch_size=size)
-
-
-def penalty(module: nn.Module) -> wplfast.WeightPlasticityLoss:
-    """A penalty that is strong where the parameters are not."""
-    wpl = wplfast.WeightPlasticityLoss(module, alpha=3.0)
-    wpl.consolidate(
-        {name: torch.linspace(0, 1, p.numel()).view(p.shape) for name, p in module.named_parameters()},
-        theta_hat={name: p.detach() + 0.1 for name, p in module.named_parameters()},
-    )
-    return wpl
 
 
 def fit(module, wpl, **options):
     trainer = pl.Trainer(**{**QUIET, "max_epochs": 2, "callbacks": [WPLCallback(wpl)], **options})
     trainer.fit(module, data())
     return trainer
-
-
-def by_hand(module, add_grad_, autocast=None, scaler=None, clip=lambda parameters: None, accumulate=1) -> list[float]:
-    """Train as Lightning does, with the penalty's gradient after clipping; return the penalty before each step."""
-    optimizer = module.configure_optimizers()
-    values = []
-    for _ in range(2):
-        for index, (x, y) in enumerate(data()):
-            with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-                loss = F.cross_entropy(module.head(torch.tanh(module.trunk(x))), y) / accumulate
-            (loss if scaler is None else scaler.scale(loss)).backward()
-            if (index + 1) % accumulate:
-                continue
-            if scaler is not None:
-                scaler.unscale_(optimizer)
-            clip(list(module.parameters()))
-            values.append(add_grad_().item())
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
-            optimizer.zero_grad()
-    return values
-
-
-def assert_equal(module: nn.Module, expected: nn.Module) -> None:
-    for (name, p), q in zip(module.named_parameters(), expected.parameters(), strict=True):
-        assert torch.equal(p, q), name
 
 
 CLIPS = {
@@ -167,6 +58,42 @@ def test_steps(precision, clipping, accumulate):
     assert_equal(module, expected)
     assert trainer.callback_metrics["wpl"].item() == pytest.approx(values[-1], rel=1e-6)
     assert values[-1] != pytest.approx(values[0])
+
+
+def test_an_optimizer_that_unscales_itself():
+    """A fused one divides by the loss scale within its step: the penalty's gradient is scaled before."""
+    module, expected = Module(), Module()
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=0.05, fused=True)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]
+    by_hand(expected, penalty(expected).add_grad_, torch.float16, scalers[0])
+    fit(module, penalty(module), plugins=[MixedPrecision("16-mixed", "cpu", scalers[1])])
+    for p, q in zip(module.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_that_an_optimizer_gets_later():
+    """As BackboneFinetuning gives them: their gradient is added from then on."""
+    module, expected = Module(), Module()
+
+    class Unfreeze(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.optimizers[0].add_param_group({"params": list(pl_module.trunk.parameters())})
+
+    module.configure_optimizers = lambda: torch.optim.SGD(module.head.parameters(), lr=0.05)
+    wpl, by_hand_wpl = penalty(module), penalty(expected)
+    fit(module, wpl, callbacks=[WPLCallback(wpl), Unfreeze()])
+    head = ["head.weight", "head.bias"]
+    optimizer = torch.optim.SGD(expected.head.parameters(), lr=0.05)
+    for epoch in range(2):
+        if epoch == 1:
+            optimizer.add_param_group({"params": list(expected.trunk.parameters())})
+        for x, y in data():
+            expected.zero_grad()
+            F.cross_entropy(expected.head(torch.tanh(expected.trunk(x))), y).backward()
+            by_hand_wpl.add_grad_(active=None if epoch else head)
+            optimizer.step()
+    assert_equal(module, expected)
 
 
 def test_two_optimizers_by_hand():
@@ -332,7 +259,7 @@ import sys, torch
 from pathlib import Path
 import lightning.pytorch as pl
 sys.path[:0] = [{tests!r}, {root!r}]
-from test_integration_lightning import Module, QUIET, data, penalty
+from lightning_cases import Module, QUIET, data, penalty
 from torch.utils.data import DataLoader, DistributedSampler
 from wplfast.integrations.lightning import WPLCallback, module_fisher
 
@@ -486,35 +413,3 @@ def test_module_fisher_says_what_it_needs():
         module_fisher(Module(), pl.Trainer(**QUIET))
     with pytest.raises(TypeError, match="several training data loaders"):
         module_fisher(Module(), [data(), data()])
-
-
-@pytest.mark.parametrize(
-    ("criterion", "kind"),
-    [
-        (nn.CrossEntropyLoss(), "classes"),
-        (nn.CrossEntropyLoss(reduction="sum"), "classes"),
-        (nn.CrossEntropyLoss(reduction="none"), "classes"),
-        (nn.CrossEntropyLoss(), "dense"),
-        (nn.MSELoss(), "real"),
-        (nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0, 1.0, 1.0])), "real"),
-        (lambda out, y: F.cross_entropy(out["a"], y[0]) + out["b"].square().mean(), "tree"),
-    ],
-)
-def test_per_sample_of_a_criterion(criterion, kind):
-    """Each loss is that of a batch of one."""
-    torch.manual_seed(0)
-    out, y = torch.randn(5, 3), torch.randint(0, 3, (5,))
-    if kind == "dense":
-        out, y = torch.randn(5, 3, 4), torch.randint(0, 3, (5, 4))
-    elif kind == "real":
-        y = torch.rand(5, 3)
-    elif kind == "tree":
-        out, y = {"a": out, "b": torch.randn(5, 2)}, [y]
-    losses = per_sample(criterion)(out, y)
-    assert losses.shape == (5,)
-    for n in range(5):
-        one = slice(n, n + 1)
-        each = ({k: v[one] for k, v in out.items()}, [y[0][one]]) if kind == "tree" else (out[one], y[one])
-        torch.testing.assert_close(losses[n], criterion(*each).squeeze())
-    with pytest.raises(ValueError, match="one loss for a batch of one sample"):
-        per_sample(lambda out, y: torch.zeros(2))(torch.zeros(3, 2), torch.zeros(3))

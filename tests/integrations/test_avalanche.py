@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from oracle import assert_close, fisher_loop
 from sklearn.datasets import load_digits
+from test_examples import EXAMPLES, run
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -306,3 +308,9 @@ def test_options():
     for one in (own, plain):
         train(strategy_of("single", one, size=4), [experience])
     torch.testing.assert_close(own.wpl.fisher["0.weight"], 4 * plain.wpl.fisher["0.weight"])
+
+
+def test_example(tmp_path):
+    paths = os.pathsep.join([str(STUBS), str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    forgotten = run(EXAMPLES / "avalanche_split_digits.py", tmp_path, PYTHONPATH=paths)
+    assert forgotten["with"] < forgotten["without"]
