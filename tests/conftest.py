@@ -33,6 +33,7 @@ ABOUT_THE_CPU = {
     "test_two_models.py": "the demo takes its device as an argument",
     "test_distributed.py": "gloo between processes",
     "test_examples.py": "scripts as they stand",
+    "test_integration_lightning.py": "a CPU's Trainer",
     "test_integration_transformers.py": "a Trainer with use_cpu",
     "test_integration_transformers_fisher.py": "a Trainer with use_cpu, and gloo between processes",
     "test_pack.py": "packed rows on the CPU",

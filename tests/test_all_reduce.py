@@ -220,7 +220,7 @@ def _work(rank: int, store: str, results: str) -> None:
     alone = dist.new_group([1])
     if rank == 1:
         found["alone"] = constant(3.0, 2).all_reduce_(alone)
-    from wplfast.fisher import reduce
+    from wplfast.distributed import reduce
 
     reduce.BUCKET = 8  # every tensor travels alone
     found["small buckets"] = own(rank, with_grad=True).all_reduce_()

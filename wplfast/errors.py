@@ -31,3 +31,7 @@ class NameMismatchError(WplfastError, KeyError):
     """Names of a Fisher or an anchor do not match the names of the parameters."""
 
     __str__ = RuntimeError.__str__  # KeyError would print the repr of the message
+
+
+class RankFailedError(WplfastError):
+    """Another rank of a process group failed; the message is its."""

@@ -20,6 +20,7 @@ from ..capture.probe.graph import leaves
 from ..capture.rules.projection import Directions
 from ..capture.undo import Undo, UndoOnExit
 from ..capture.watched import Derived, check_supported, is_watched, watch
+from ..distributed.engines import check_engine, inner_module, replicas_in
 from ..errors import NonFiniteError, WplfastError
 from ..params import Params, named, some
 from .buffers import Buffers
@@ -40,7 +41,8 @@ class FisherAccumulator:
     That holds after an error and after any number of interrupts too. A pass is used in the thread that opened it, and
     passes over different models may run in several threads at once. Meanwhile other threads may run this model without
     gradients; with gradients they get an error. ``nn.DataParallel`` copies parameters in a way that is not seen: its
-    model is served one sample at a time.
+    model is served one sample at a time. ``DistributedDataParallel`` is run as the module that it wraps, whose names
+    the keys are; each rank has the Fisher of what it was given itself, until all call :meth:`Fisher.all_reduce_`.
 
     Args:
         model: the module; its parameters outside ``params`` are frozen for the pass.
@@ -62,7 +64,8 @@ class FisherAccumulator:
         directions: what gradients are projected on where two ways to compute them are compared.
 
     Raises:
-        UnsupportedParameterError: if a parameter is a tensor subclass such as DTensor.
+        UnsupportedParameterError: if a parameter is a tensor subclass such as DTensor, or the model is of FSDP1, ZeRO-3
+            or another engine that has no whole parameters.
 
     Example:
         >>> import torch, wplfast
@@ -92,7 +95,9 @@ class FisherAccumulator:
             raise ValueError(f"samples must be 'batch' or 'losses', got {samples!r}")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
-        self.model = model
+        check_engine(model)
+        self._replicas = replicas_in(model)
+        self.model = model = inner_module(model)
         self.parameters = named(model if params is None else params, complex_too=True)
         check_supported(self.parameters)
         self._verify, self._independent, self._by_losses = verify, independent, samples == "losses"
@@ -157,6 +162,11 @@ class FisherAccumulator:
             parameter.requires_grad_(True)
         for parameter in frozen:
             parameter.requires_grad_(False)
+        for ddp in self._replicas:  # neither its buckets nor its broadcasts take part
+            undo.by(ddp.__dict__.pop, ["forward"], [None])
+            if "forward" in ddp.__dict__:
+                undo.by(ddp.__dict__.__setitem__, ["forward"], [ddp.__dict__["forward"]])
+            ddp.__dict__["forward"] = ddp.module
         # Frozen parameters would let PyTorch take a fast path whose padded outputs are others (nested tensors).
         FAST_ATTENTION.hold(undo)
         if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
@@ -280,27 +290,42 @@ class FisherAccumulator:
         """Return the Fisher without a copy; the accumulator cannot be used afterwards."""
         return self._result(final=True)
 
+    def part(self) -> tuple[Fisher, bool]:
+        """Return, as :meth:`finish`, what this rank has for the Fisher of all ranks, be it nothing.
+
+        Returns:
+            The Fisher, and whether any losses depended on the parameters.
+        """
+        reached = self._usable().n_batches > 0
+        return self._normalised(final=True), reached
+
     def _result(self, final: bool) -> Fisher:
-        """Normalise, in place if ``final``."""
+        """Normalise what must not be nothing."""
         session = self._usable()
         if not self.n_samples:
             raise WplfastError("nothing was accumulated: call backward(losses) at least once")
-        self._check_reached(session.n_batches)
+        self.check_reached(session.n_batches > 0)
         if not self._total_weight > 0:
             raise WplfastError("the weights of all samples are zero")
+        return self._normalised(final)
+
+    def _normalised(self, final: bool) -> Fisher:
+        """Normalise, in place if ``final``."""
+        session = self._usable()
         if is_watched(next(iter(self.parameters.values()))):
             session.check_leaves()
         if final:
             self._invalid = "its result was taken"
-        gradient = None if self._gradient is None else self._gradient.divided(self._total_weight, final)
+        weight = self._total_weight or 1.0
+        gradient = None if self._gradient is None else self._gradient.divided(weight, final)
         served = zip(self.parameters, self._accumulators.rules, strict=True)
         rules = {name: tuple(sorted(names)) for name, names in served}
         numels = {name: p.numel() for name, p in self.parameters.items()}
-        passes = self._accumulators.n_passes / session.n_batches
+        passes = self._accumulators.n_passes / max(1, session.n_batches)
         seconds, unchecked = dict(self._accumulators.seconds), tuple(self._unchecked)
         report = Report(rules, seconds, self._seconds, self.n_skipped, numels, passes, unchecked)
         return Fisher(
-            self._fisher.divided(self._total_weight, final),
+            self._fisher.divided(weight, final),
             self.n_samples,
             total_weight=self._total_weight,
             mean_grad=gradient,
@@ -326,12 +351,19 @@ class FisherAccumulator:
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def _check_reached(self, n_batches: int) -> None:
-        """Require that losses of some batch depend on parameters; say so if a parameter of another model is left."""
+    def check_reached(self, reached: bool) -> None:
+        """Require that losses depend on the parameters; say so if a parameter of another model is left.
+
+        Args:
+            reached: whether those of any batch do.
+
+        Raises:
+            ValueError: if none do.
+        """
         own = {id(p) for p in self.model.parameters()}
         pairs = zip(self.parameters.items(), self._accumulators.rules, strict=True)
         left = [name for (name, p), rules in pairs if not rules and id(p) not in own]
-        if not n_batches or len(left) == len(self.parameters):
+        if not reached or len(left) == len(self.parameters):
             raise ValueError(without_graph(self.model, list(self.parameters), left))
         if left:
             logger.warning("no loss depends on %s, which is no parameter of the model either: its F is 0", some(left))

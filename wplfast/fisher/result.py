@@ -256,7 +256,7 @@ class Fisher(Mapping[str, Tensor]):
             NameMismatchError: if names differ; the message has those of both sides.
             ValueError: if shapes differ, an entry is NaN, infinite or negative, or no rank has samples.
         """
-        from .reduce import merged  # not with the package: it imports torch.distributed
+        from ..distributed.reduce import merged  # not with the package: not every torch has torch.distributed
 
         found = merged(self, group)
         self._tensors, self.mean_grad, self.reduced = found.tensors, found.mean_grad, True

@@ -80,17 +80,26 @@ class Attachment:
         pairs = list(zip(references.names, references.tensors(), strict=True))
         names = [name for name, p in pairs if id(p) in ids]
         left = [name for name, p in pairs if id(p) not in ids and p.requires_grad]
+        self.judge(names, left, len(pairs))
+        self._of, self._names = (references, held), tuple(names) if left or not names else None
+        return self._names
+
+    def judge(self, names: list[str], left: list[str], n_parameters: int) -> None:
+        """Refuse an optimizer that holds no parameters of the penalty, and name those that one does not hold.
+
+        Raises:
+            ValueError: if it holds none.
+        """
         if not names:
             raise ValueError(
-                f"the optimizer holds none of the penalty's {len(pairs)} parameters {some(references.names)}: was it "
-                "made for another model, or before the parameters were replaced?"
+                f"the optimizer holds none of the penalty's {n_parameters} parameters "
+                f"{some(self.penalty._groups.references.names)}: was it made for another model, or before the "
+                "parameters were replaced?"
             )
         if left:
             logger.warning(
                 "the optimizer holds %d of the penalty's %d parameters; the gradient of %s is not added for it",
                 len(names),
-                len(pairs),
+                n_parameters,
                 some(left),
             )
-        self._of, self._names = (references, held), tuple(names) if left else None
-        return self._names

@@ -18,12 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import NameMismatchError, WplfastError
+from ..fisher.faults import check_values
 from ..ops.layout import flat_dtype
 from ..params import some
-from .faults import check_values
+from .agreement import collective_device, gathered
 
 if TYPE_CHECKING:
-    from .result import Fisher
+    from ..fisher.result import Fisher
 
 T = TypeVar("T")
 
@@ -74,7 +75,7 @@ def merged(fisher: Fisher, group: Any) -> Merged:
     if dist.get_rank(group) < 0:
         raise ValueError("all_reduce_ merges over the ranks of a group, and this rank is not in it")
     entries: Entries = {name: (tuple(t.shape), t.dtype) for name, t in fisher.items()}
-    parts = _gather(_described(fisher, entries), group)
+    parts = gathered(_described(fisher, entries), group)
     again = [str(rank) for rank, part in enumerate(parts) if part.is_reduced]
     if again:
         raise WplfastError(
@@ -88,11 +89,11 @@ def merged(fisher: Fisher, group: Any) -> Merged:
     if nameless:
         raise ValueError(f"a Fisher without parameters must have 0 samples, which that of rank {nameless[0]} has not")
     alike = len({part.digest for part in parts}) == 1
-    common = _common([entries] if alike else _gather(entries, group))
+    common = _common([entries] if alike else gathered(entries, group))
     counted = [part.has_grad for part in parts if part.total_weight > 0]
     if any(counted) and not all(counted):
         logger.warning("mean_grad is left out: only some of the ranks with samples have it")
-    device = _device(group, set().union(*(part.devices for part in parts)), fisher)
+    device = collective_device(group, set().union(*(part.devices for part in parts)), list(fisher.values()))
 
     def scaled() -> list[list[tuple[list[str], Tensor]]]:
         check_values(fisher, fisher.mean_grad, "all_reduce_")
@@ -126,13 +127,6 @@ def _described(fisher: Fisher, entries: Entries) -> _Part:
     )
 
 
-def _gather(own: T, group: Any) -> list[T]:
-    """Return what all ranks say."""
-    said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, own, group=group)
-    return said
-
-
 def _on_all(function: Callable[[], T], group: Any) -> T:
     """Call a function that may fail; if it does on one rank, all raise."""
     result: T | None = None
@@ -141,7 +135,7 @@ def _on_all(function: Callable[[], T], group: Any) -> T:
         result = function()
     except (Exception, MemoryError) as error:
         own = isinstance(error, ValueError), f"{type(error).__name__}: {error}"
-    failed = {rank: fault for rank, fault in enumerate(_gather(own, group)) if fault is not None}
+    failed = {rank: fault for rank, fault in enumerate(gathered(own, group)) if fault is not None}
     if failed:
         kind = ValueError if all(is_value for is_value, _ in failed.values()) else WplfastError
         raise kind("; ".join(f"rank {rank}: {text}" for rank, (_, text) in failed.items()))
@@ -177,14 +171,6 @@ def _common(ranks: list[Entries]) -> Entries:
         return flat_dtype(reduce(torch.promote_types, (entries[name][1] for entries in holders.values())))
 
     return {name: (shape, widest(name)) for name, (shape, _) in reference.items()}
-
-
-def _device(group: Any, kinds: set[str], fisher: Mapping[str, Tensor]) -> torch.device:
-    """Return where to sum: where the tensors are, if all are of one kind that the group's backend serves."""
-    served = [backend.split(":")[0] for backend in dist.get_backend_config(group).split(",")]
-    kind = kinds.pop() if len(kinds) == 1 else "cpu"
-    kind = kind if kind in served else served[0]
-    return next((tensor.device for tensor in fisher.values() if tensor.device.type == kind), torch.device(kind))
 
 
 def _buckets(

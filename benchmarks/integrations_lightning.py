@@ -1,0 +1,118 @@
+"""A step of Lightning's Trainer with the callback, over one without and over the loop that users write.
+
+One training run serves all ways: they take turns from batch to batch, so that a busy machine slows them alike.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import wplfast
+from wplfast.integrations.lightning import WPLCallback
+
+from .models import Decoder
+from .timing import Budget, quartiles, ratio
+
+WAYS = ("without", "callback", "loop")
+VOCABULARY, LENGTH, WIDTH, BATCH = 50257, 512, 768, 2  # GPT-2-small's shapes, one layer
+QUICK = (50, 16, 8, 2)
+WARM_UP = 1  # steps of each way that are not counted
+
+
+class Language(pl.LightningModule):
+    """A causal language model; ``with_loop``: its loss has the penalty, parameter by parameter."""
+
+    def __init__(self, vocabulary: int, length: int, width: int) -> None:
+        super().__init__()
+        self.decoder = Decoder(vocabulary, length, width, 1, tied=True)
+        self.anchors: dict[str, Tensor] = {}
+        self.fisher: dict[str, Tensor] = {}
+        self.with_loop = False
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        """Return the loss."""
+        logits = self.decoder(batch[0][:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[0][:, 1:].flatten())
+        if self.with_loop:
+            for name, p in self.named_parameters():
+                loss = loss + 0.5 * (self.fisher[name] * (p - self.anchors[name]) ** 2).sum()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-6)
+
+
+class Turns(pl.Callback):
+    """First of all callbacks: chooses the way of a step, and starts the clock."""
+
+    def __init__(self, callback: WPLCallback) -> None:
+        self.callback, self.started, self.way = callback, 0.0, WAYS[0]
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        """Attach or detach the callback, and start."""
+        turn, place = divmod(index, len(WAYS))
+        self.way = WAYS[(place + turn) % len(WAYS)]
+        module.with_loop = self.way == "loop"
+        self.callback.on_train_end(trainer, module)
+        if self.way == "callback":
+            self.callback.on_train_start(trainer, module)
+        self.started = time.perf_counter()
+
+
+class Clock(pl.Callback):
+    """Last of all callbacks: stops the clock."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+        self.times: dict[str, list[float]] = {way: [] for way in WAYS}
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        """Stop."""
+        self.times[self.turns.way].append(time.perf_counter() - self.turns.started)
+
+
+def lightning_step(budget: Budget) -> dict[str, Any]:
+    """Time steps, and return their milliseconds with ratios to the steps without the callback."""
+    vocabulary, length, width, size = QUICK if budget.quick else (VOCABULARY, LENGTH, WIDTH, BATCH)
+    torch.manual_seed(0)
+    module = Language(vocabulary, length, width)
+    wpl = wplfast.WeightPlasticityLoss(module, alpha=1.0)
+    module.fisher = {name: torch.rand_like(p) for name, p in module.named_parameters()}
+    module.anchors = {name: p.detach().clone() for name, p in module.named_parameters()}
+    wpl.consolidate(module.fisher)
+    turns = Turns(callback := WPLCallback(wpl))
+    clock = Clock(turns)
+    steps = len(WAYS) * (WARM_UP + budget.rounds)
+    tokens = torch.randint(vocabulary, (size * steps, length))
+    trainer = pl.Trainer(
+        accelerator="cpu" if budget.device.type == "cpu" else "gpu",
+        devices=1,
+        max_time={"seconds": int(budget.seconds) + 1},
+        max_steps=steps,
+        gradient_clip_val=1.0,
+        callbacks=[turns, callback, clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(tokens), batch_size=size))
+    times = {way: taken[WARM_UP:] for way, taken in clock.times.items()}
+    rounds = min(map(len, times.values()))
+    times = {way: taken[:rounds] for way, taken in times.items()}
+    return {
+        "case": f"Lightning, decoder of one layer, d={width}, V={vocabulary}, T={length}, N={size}",
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "rounds": rounds,
+        "milliseconds": {way: quartiles(taken, 1e3) for way, taken in times.items()},
+        "callback_over_without": ratio(times["callback"], times["without"]),
+        "loop_over_callback": ratio(times["loop"], times["callback"]),
+    }
