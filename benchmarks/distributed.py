@@ -75,7 +75,8 @@ class Replica:
 
         budget = replace(self._rounds, rounds=rounds, seconds=float("inf"))
         own = budget.time({name: Contender(run, prepare) for name, run in runs.items()})
-        times = {name: list(map(max, *(rank[name] for rank in gathered(own)))) for name in own}
+        ranks = gathered(own)
+        times = {name: [max(each) for each in zip(*(rank[name] for rank in ranks), strict=True)] for name in own}
         return {
             "pairs": rounds,
             "milliseconds": {name: quartiles(taken, 1e3) for name, taken in times.items()},
