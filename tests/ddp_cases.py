@@ -176,7 +176,8 @@ def plain(rank, n):
 
 def verified_by_one(rank, n):
     """The one-sample loop is each rank's own affair."""
-    return wplfast.verify_fisher(ddp(), batch(3, 0), ce) if rank == 0 else None
+    wrapper = ddp()
+    return wplfast.verify_fisher(wrapper, batch(3, 0), ce) if rank == 0 else None
 
 
 def drawn(rank, n):
