@@ -174,6 +174,12 @@ def plain(rank, n):
     return found
 
 
+def verified_by_one(rank, n):
+    """The one-sample loop is each rank's own affair."""
+    wrapper = ddp()
+    return wplfast.verify_fisher(wrapper, batch(3, 0), ce) if rank == 0 else None
+
+
 def drawn(rank, n):
     """All ranks draw for the same data."""
     options = {"fisher_type": "mc", "mc_samples": 2}
@@ -343,6 +349,6 @@ def prepared(rank, n):
 #: What ranks do, by their number.
 SITUATIONS = {4: [wrapped, inner_module, accumulated, weighted, max_samples, skipped, pairs, buffers, padded]}
 SITUATIONS[2] = [
-    *OF_ALL_DATA, weighted, max_samples, max_samples_skipping, skipped, exact, not_reduced, plain, drawn,
-    constants_on_one, pairs, buffers, own_buffers, steps_around, padded, padded_and_collated, prepared
+    *OF_ALL_DATA, weighted, max_samples, max_samples_skipping, skipped, exact, not_reduced, plain, verified_by_one,
+    drawn, constants_on_one, pairs, buffers, own_buffers, steps_around, padded, padded_and_collated, prepared
 ]  # fmt: skip

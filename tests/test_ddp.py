@@ -128,6 +128,13 @@ def test_own_fishers(two):
         assert not outcomes["not_reduced"].log
 
 
+def test_the_one_sample_loop(two):
+    errors = two[0]["verified_by_one"].get()
+    assert list(errors) == [name for name, _ in cases.model().named_parameters()]
+    assert max(errors.values()) < 1e-12
+    assert two[1]["verified_by_one"].seconds < 10
+
+
 def test_draws(two):
     """Each rank has its own; the same seeds draw the same again."""
     found = [outcomes["drawn"].get() for outcomes in two]

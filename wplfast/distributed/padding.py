@@ -98,7 +98,7 @@ def _of_sampler(loader: Any, batches: Any) -> Padding | None:
     kind = type(sampler)
     if not isinstance(sampler, DistributedSampler):
         raise ValueError(f"whether {kind.__name__} repeats samples cannot be told: {_ADVICE}")
-    n_samples = len(sampler.dataset)  # type: ignore[arg-type]
+    n_samples = len(sampler.lengths if hasattr(sampler, "lengths") else sampler.dataset)  # type: ignore[arg-type]
     if sampler.total_size <= n_samples:
         return None
     is_strided = kind.__iter__ is DistributedSampler.__iter__ or f"{kind.__module__}.{kind.__qualname__}" in _STRIDED
@@ -133,7 +133,7 @@ def _of_stream(loader: Any) -> Padding | None:
     stream = loader.dataset
     if not hasattr(stream, "num_processes") or stream.num_processes == 1 or stream.drop_last:
         return None
-    rows = stream.batch_size // stream.num_processes if stream.split_batches else stream.batch_size
+    rows = stream.batch_size // stream.num_processes if getattr(stream, "split_batches", False) else stream.batch_size
     if not hasattr(stream.dataset, "__len__") or loader.num_workers > 1 or loader.batch_size != rows:
         raise ValueError(
             f"{type(stream).__name__} repeats samples at the end of a stream, and which ones cannot be told without "
