@@ -117,8 +117,9 @@ class Summary(Sequence[Row]):
         shown, rest = self._shown()
 
         def line(cells: Sequence[str], tag: str = "td") -> str:
-            aligned = (f'<{tag} style="text-align:{"right" if i else "left"}">' for i in range(len(cells)))
-            return "<tr>" + "".join(f"{a}{html.escape(c)}</{tag}>" for a, c in zip(aligned, cells, strict=True)) + "</tr>"
+            aligned = [f'<{tag} style="text-align:{"right" if i else "left"}">' for i in range(len(cells))]
+            inner = (f"{a}{html.escape(cell)}</{tag}>" for a, cell in zip(aligned, cells, strict=True))
+            return f"<tr>{''.join(inner)}</tr>"
 
         body = "".join(line(row.cells()) for row in [*shown, *([rest] if rest else [])])
         head, foot = line(_HEADER, "th"), line(self.total.cells(), "th")

@@ -40,8 +40,8 @@ def shortened(name: str, most: int) -> str:
     """Return a name with its middle left out where it is longer than so many characters."""
     if len(name) <= most:
         return name
-    head = (most - 2) // 2
-    return f"{name[:head]}..{name[len(name) - (most - 2 - head) :]}"
+    head = (most - 3) // 3  # ends of names tell more than beginnings
+    return f"{name[:head]}...{name[len(name) - (most - 3 - head) :]}"
 
 
 def number(value: float) -> str:
