@@ -1,7 +1,8 @@
 # Everything runs in a virtual environment of its own, $(VENV), which the first target that needs it makes.
 #
 #   make demo    two models that share weights: forgetting, and its cure (about a minute or two on 2 cores)
-#   make test    all tests
+#   make test    all tests but those that need heavy packages
+#   make test-integrations    those: TRL, Avalanche, the interface of the reference repository
 #   make rehearse    tests on a pretended device, which find most of what would fail on a GPU alone; under a minute
 #   make lint    ruff, clang-format, mypy
 #   make bench   microbenchmarks of this machine, into $(OUT)
@@ -20,6 +21,8 @@ TORCH ?= torch==2.13.0
 # Versions of Triton besides the newest that kernels are compiled with in tests: that of torch 2.14. Each takes 0.9 GB of
 # disk; TRITONS="3.6.0 3.7.1 3.8.0" tests all that are served, TRITONS= none.
 TRITONS ?= 3.8.0
+# Without what it depends on: builds of torchvision that go with this torch, and services that no test talks to.
+AVALANCHE ?= avalanche-lib==0.6.0
 OUT ?= out
 COMMIT ?= $(shell git rev-parse HEAD 2>/dev/null)
 BIN := $(VENV)/bin
@@ -27,13 +30,16 @@ BIN := $(VENV)/bin
 # A wheel is for one Python: `PYTHON=python3.12 make wheel` builds for that one, with tools beside those of others.
 WHEEL_VENV = .venv-wheel-$(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 
-.PHONY: demo test rehearse lint bench gpu-test gpu-sanitize gpu-bench wheel wheel-test wheel-tools clean
+.PHONY: demo test test-integrations rehearse lint bench gpu-test gpu-sanitize gpu-bench wheel wheel-test wheel-tools clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.experiments.two_models --out $(OUT)
 
 test: $(VENV)/.installed $(TRITONS:%=$(VENV)/triton-%/.installed)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+test-integrations: $(VENV)/.integrations
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/integrations
 
 # What else would run on a GPU alone, and the tests that see most of the library's code for the least time.
 REHEARSED := $(addprefix tests/test_, gpu_fisher.py gpu_penalty.py gpu_operators.py gpu_large.py \
@@ -104,5 +110,10 @@ $(VENV)/.wheel:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,demo,dev,triton]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,demo,dev,triton]" "$(TORCH)"
+	touch $@
+
+$(VENV)/.integrations: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[integrations]" "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-deps "$(AVALANCHE)"
 	touch $@

@@ -32,6 +32,8 @@ ABOUT_THE_CPU = {
     "test_docs.py": "examples as they stand",
     "test_two_models.py": "the demo takes its device as an argument",
     "test_distributed.py": "gloo between processes",
+    "test_examples.py": "scripts as they stand",
+    "test_integration_transformers.py": "processes of their own, and a CPU's Trainer",
     "test_pack.py": "packed rows on the CPU",
     "test_wheel.py": "what a wheel contains",
 }

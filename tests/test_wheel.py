@@ -143,6 +143,7 @@ def test_source_distribution_holds_what_is_built_from(built):
     with tarfile.open(path) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert held >= sources("csrc/*", "wplfast/**/*.py", "wplfast/py.typed", "tests/**/*.py", "tests/native/*", "*.md")
+    assert held >= sources("examples/*.py")
     assert held >= sources(
         "Makefile", "MANIFEST.in", "setup.py", "pyproject.toml", "LICENSE", ".ci/*", "benchmarks/*.py"
     )
