@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..params import some
 from .fisher_file import FisherFile, fisher_file
 
 
@@ -71,10 +72,11 @@ def _problems(file: FisherFile, shapes: dict[str, tuple[int, ...]] | None) -> It
             yield f"{part} holds other names than the Fisher: {sorted(held ^ set(file.names))[:6]}"
     if shapes is None:
         return
+    strange = [name for name in file.names if name not in shapes]
+    if strange:
+        yield f"{len(strange)} of {len(file.names)} names are no parameters of the model: {some(strange)}"
     for name in file.names:
-        if name not in shapes:
-            yield f"{name!r} is no parameter of the model"
-        elif shapes[name] != file.shape(name):
+        if name in shapes and shapes[name] != file.shape(name):
             yield f"{name!r} has the shape {list(file.shape(name))}, in the model {list(shapes[name])}"
 
 

@@ -169,7 +169,7 @@ class Classes:
             return self._names[value]
         is_number = isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("-").isdecimal())
         if not is_number:
-            names = ", ".join(map(repr, list(self._names)[:12]))
+            names = ", ".join(map(repr, sorted(self._names, key=self._names.__getitem__)[:12]))
             raise ValueError(f"the label must be one of the model's ({names}) or its number, got {value!r:.60}")
         if not 0 <= int(value) < self._count:
             raise ValueError(f"the label must be 0 to {self._count - 1}, as the model has them, got {value}")

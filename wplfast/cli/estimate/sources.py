@@ -51,7 +51,7 @@ def problem(arguments: argparse.Namespace, ranks: Ranks) -> Problem:
     torch.manual_seed(arguments.seed)
     parts = _model(arguments)
     if arguments.data is not None and functions.is_function(arguments.data):
-        _add_data(parts, functions.call(arguments.data, "--data"))
+        _add_data(parts, functions.call(arguments.data, "--data"), arguments.data)
     elif arguments.data is None and parts.data is None:
         raise ValueError("--data is missing: a file, or a function; --model module:function may return it, too")
     parts.model.to(device)
@@ -115,12 +115,18 @@ def _model(arguments: argparse.Namespace) -> _Parts:
     return _Parts(items[0], loss=items[1])
 
 
-def _add_data(parts: _Parts, found: Any) -> None:
-    """Take what a data function returned: data, or data and a loss."""
+def _add_data(parts: _Parts, found: Any, function: str) -> None:
+    """Take what a data function returned: data, or data and a loss.
+
+    Raises:
+        ValueError: if it returned nothing.
+    """
     if isinstance(found, tuple) and len(found) == 2 and callable(found[1]) and not isinstance(found[1], Tensor):
         parts.data, parts.loss = found
     else:
         parts.data = found
+    if parts.data is None:
+        raise ValueError(f"--data {function} must return batches, a Dataset, or (either, loss), got {_form(found)}")
 
 
 def _task(parts: _Parts, arguments: argparse.Namespace, why: str = "") -> Task:
