@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from ..fisher.faults import pop_counts
 from ..fisher.files import KIND, check_held, divided
 from ..storage import OpenFile, opened
+from ..storage.reading import DTYPES
 
 
 class FisherFile:
@@ -42,6 +44,10 @@ class FisherFile:
     def shape(self, name: str, part: str = "fisher") -> tuple[int, ...]:
         """Return the shape of a parameter."""
         return self.file.entries[f"{part}.{name}"].shape
+
+    def dtype(self, name: str, part: str = "fisher") -> torch.dtype:
+        """Return the type of a parameter's tensor."""
+        return DTYPES[self.file.entries[f"{part}.{name}"].dtype]
 
     def get(self, name: str, part: str = "fisher") -> Tensor:
         """Return a tensor, which may only be read."""

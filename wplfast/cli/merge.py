@@ -113,9 +113,9 @@ def _mean(files: Sequence[FisherFile], name: str, part: str, total: float) -> st
 
 def _widest(files: Sequence[FisherFile], name: str, part: str) -> torch.dtype:
     """Return the type that holds all files' values."""
-    dtype = files[0].get(name, part).dtype
+    dtype = files[0].dtype(name, part)
     for file in files[1:]:
-        dtype = torch.promote_types(dtype, file.get(name, part).dtype)
+        dtype = torch.promote_types(dtype, file.dtype(name, part))
     return dtype
 
 
@@ -143,7 +143,7 @@ def _theta_hat(files: Sequence[FisherFile]) -> dict[str, storage.Deferred]:
 
     return {
         f"theta_hat.{name}": storage.Deferred(
-            first.get(name, "theta_hat").dtype, first.shape(name, "theta_hat"), reader(name)
+            first.dtype(name, "theta_hat"), first.shape(name, "theta_hat"), reader(name)
         )
         for name in first.names
     }

@@ -79,7 +79,8 @@ def _evenly(parts: list[Tensor], elements: list[int]) -> Tensor:
     for part, step in zip(parts, steps, strict=True):
         if len(part):
             wanted = max(1, round(len(part) * step / widest))
-            thinned.append(part[torch.linspace(0, len(part) - 1, wanted).round().long()])
+            is_whole = wanted == len(part)
+            thinned.append(part if is_whole else part[torch.linspace(0, len(part) - 1, wanted).round().long()])
     return torch.cat(thinned) if thinned else torch.zeros(0)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .reading import (
     CHECKSUM,
+    DTYPES,
     FORMAT_VERSION,
     KIND,
     VERSION,
@@ -37,16 +38,8 @@ __all__ = ["Deferred", "FilePath", "OpenFile", "load", "opened", "save"]
 #: How often a file is read again because another one took its place meanwhile.
 _MAX_READS = 16
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+#: Names in files of the types that they hold.
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -137,10 +130,10 @@ def _entry(name: str, tensor: Tensor | Deferred) -> Entry:
         TypeError: if files do not hold such tensors.
     """
     is_dense = isinstance(tensor, Deferred) or (tensor.layout == torch.strided and not tensor.is_meta)
-    if tensor.dtype not in _DTYPES or not is_dense:
-        got = _DTYPES.get(tensor.dtype, str(tensor.dtype))
-        raise TypeError(f"{name!r} must be a dense tensor of {', '.join(map(str, _DTYPES))}, got {got}")
-    return Entry(_DTYPES[tensor.dtype], tuple(tensor.shape))
+    if tensor.dtype not in _NAMES or not is_dense:
+        got = _NAMES.get(tensor.dtype, str(tensor.dtype))
+        raise TypeError(f"{name!r} must be a dense tensor of {', '.join(map(str, _NAMES))}, got {got}")
+    return Entry(_NAMES[tensor.dtype], tuple(tensor.shape))
 
 
 def _made(name: str, tensor: Tensor | Deferred) -> Tensor:

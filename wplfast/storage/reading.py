@@ -22,8 +22,17 @@ FORMAT_VERSION = "1"
 #: Metadata that every file has, but for the checksum, which those of older releases lack.
 VERSION, KIND, CHECKSUM = "wplfast.version", "wplfast.kind", "wplfast.crc32"
 
-#: Bytes of an element, by the name of its type in files.
-SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+#: Types that files hold, by their names there.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,11 @@ class Entry:
         for size in self.shape:
             count *= size
         return count
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element; 0 for a type that is none of ours."""
+        return DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 0
 
 
 class OpenFile:
@@ -136,7 +150,7 @@ def opened(path: FilePath, kind: str) -> Iterator[OpenFile]:
 
 def in_order(entries: Mapping[str, Entry]) -> list[str]:
     """Return the names in the order of the bytes: wide types first, so that all are aligned."""
-    return sorted(entries, key=lambda name: (-SIZES.get(entries[name].dtype, 0), name))
+    return sorted(entries, key=lambda name: (-entries[name].itemsize, name))
 
 
 def described(entries: Mapping[str, Entry]) -> Iterator[tuple[str, dict[str, object]]]:
@@ -144,7 +158,7 @@ def described(entries: Mapping[str, Entry]) -> Iterator[tuple[str, dict[str, obj
     start = 0
     for name in in_order(entries):
         entry = entries[name]
-        end = start + entry.numel * SIZES.get(entry.dtype, 0)
+        end = start + entry.numel * entry.itemsize
         yield name, {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
         start = end
 
