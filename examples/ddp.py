@@ -1,0 +1,63 @@
+"""The same with DistributedDataParallel: ``torchrun --nproc-per-node 2 examples/ddp.py``, or alone, as one process."""
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import wplfast
+
+ALPHA = 1e3
+
+
+def task(seed, n=400):
+    """This process's part of points of 20 dimensions, in 4 classes by a random map."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 20, generator=generator)
+    y = (x @ torch.randn(20, 4, generator=generator)).argmax(1)
+    return x[dist.get_rank() :: dist.get_world_size()], y[dist.get_rank() :: dist.get_world_size()]
+
+
+def train(model, data, wpl=None, steps=60):
+    """Train; the penalty comes after DDP averaged the gradients, so that it counts once."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(data[0]), data[1]).backward()
+        if wpl is not None:
+            wpl.add_grad_()
+        optimizer.step()
+
+
+@torch.no_grad()
+def accuracy(model, data):
+    """Return the share of right answers of all processes."""
+    right = torch.tensor([(model(data[0]).argmax(1) == data[1]).sum(), len(data[1])])
+    dist.all_reduce(right)
+    return (right[0] / right[1]).item()
+
+
+for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+    os.environ.setdefault(name, value)  # without torchrun
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+first, second = task(1), task(2)
+model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+train(DistributedDataParallel(model), first)
+trained = {name: value.clone() for name, value in model.state_dict().items()}
+fisher = wplfast.fisher_diagonal(model, [first], wplfast.losses.cross_entropy)  # of this process's samples
+fisher.all_reduce_()  # of all samples, the same in every process
+before = accuracy(model, first)
+for way in ("without", "with"):
+    model.load_state_dict(trained)
+    wpl = wplfast.WeightPlasticityLoss(model, alpha=ALPHA)
+    wpl.consolidate(fisher)
+    train(DistributedDataParallel(model), second, wpl if way == "with" else None)
+    forgotten, learned = before - accuracy(model, first), accuracy(model, second)
+    if dist.get_rank() == 0:
+        print(f"{fisher.n_samples} samples of {dist.get_world_size()} processes; the second task: {learned:.3f}")
+        print(f"forgetting {way} the penalty: {forgotten:.3f}")
+dist.destroy_process_group()
