@@ -1,5 +1,6 @@
 """The same with DistributedDataParallel: ``torchrun --nproc-per-node 2 examples/ddp.py``, or alone, as one process."""
 
+import copy
 import os
 
 import torch
@@ -45,19 +46,20 @@ for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", 
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 first, second = task(1), task(2)
-model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
-train(DistributedDataParallel(model), first)
-trained = {name: value.clone() for name, value in model.state_dict().items()}
-fisher = wplfast.fisher_diagonal(model, [first], wplfast.losses.cross_entropy)  # of this process's samples
+trunk = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+model_a = nn.Sequential(trunk, nn.Linear(64, 4))
+train(DistributedDataParallel(model_a), first)
+fisher = wplfast.fisher_diagonal(model_a, [first], wplfast.losses.cross_entropy, params=trunk)  # of this process
 fisher.all_reduce_()  # of all samples, the same in every process
-before = accuracy(model, first)
+before = accuracy(model_a, first)
 for way in ("without", "with"):
-    model.load_state_dict(trained)
-    wpl = wplfast.WeightPlasticityLoss(model, alpha=ALPHA)
+    shared, head_a = copy.deepcopy((trunk, model_a[1]))
+    wpl = wplfast.WeightPlasticityLoss(shared, alpha=ALPHA)
     wpl.consolidate(fisher)
-    train(DistributedDataParallel(model), second, wpl if way == "with" else None)
-    forgotten, learned = before - accuracy(model, first), accuracy(model, second)
+    model_b = nn.Sequential(shared, nn.Linear(64, 4))
+    train(DistributedDataParallel(model_b), second, wpl if way == "with" else None)
+    forgotten, learned = before - accuracy(nn.Sequential(shared, head_a), first), accuracy(model_b, second)
     if dist.get_rank() == 0:
-        print(f"{fisher.n_samples} samples of {dist.get_world_size()} processes; the second task: {learned:.3f}")
+        print(f"{fisher.n_samples} samples of {dist.get_world_size()} processes; accuracy of B {learned:.3f}")
         print(f"forgetting {way} the penalty: {forgotten:.3f}")
 dist.destroy_process_group()

@@ -298,7 +298,7 @@ def test_check_finds_what_no_fisher_is(tensors: Any, problems: list[str], capsys
     assert json.loads(run(capsys, "check", "F", "--json", code=1))["problems"] == problems
     lines = run(capsys, "check", "F", code=1).splitlines()
     assert lines[:-1] == [f"WRONG {problem}" for problem in problems]
-    assert lines[-1].startswith(f"F: {len(problems)} problems")
+    assert lines[-1].startswith(f"F: {len(problems)} problem")
 
 
 def test_check_finds_a_flipped_bit_and_a_cut_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for problem in problems:
             print(f"WRONG {problem}")
-        verdict = f"{len(problems)} problems" if problems else "ok"
+        verdict = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "ok"
         print(f"{arguments.file}: {verdict}{f' ({about})' if about else ''}")
     return 1 if problems else 0
 
