@@ -1,26 +1,33 @@
 """The command line, ``wplfast COMMAND`` or ``python -m wplfast COMMAND``: one module a command.
 
 A command's module has ``add(commands)``, which adds its parser with ``run`` among the parser's defaults, and
-``run(arguments)``, which does the work and returns the exit code.
+``run(arguments)``, which does the work and returns the exit code. ``estimate/`` is what ``fisher`` is made of.
 
-Exit codes: 0, all is well; 1, what was looked at is wrong; 2, a wrong command line, or an error, which is one line.
+Exit codes: 0, all is well; 1, what was looked at is wrong; 2, a wrong command line, or an error, which is one line;
+130, interrupted (128 and the signal's number). ``WPLFAST_DEBUG=1`` shows an error's traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import info, selftest
+from . import check, diff, fisher, info, merge, selftest, show
 
-COMMANDS = (info, selftest)
+COMMANDS = (info, selftest, fisher, show, diff, merge, check)
 _EXAMPLES = """examples:
   wplfast info                     what is installed, and what will run where
   wplfast selftest --device cuda   every operator on a GPU against plain PyTorch in float64
+  wplfast fisher --model my-gpt2 --data train.jsonl -o F.safetensors
+  wplfast show F.safetensors --plot F.png
+  wplfast diff A.safetensors B.safetensors
+  wplfast merge A.safetensors B.safetensors -o C.safetensors
+  wplfast check F.safetensors --model my-gpt2
 
-exit codes: 0 all is well, 1 what was looked at is wrong, 2 an error or a wrong command line
+exit codes: 0 all is well, 1 what was looked at is wrong, 2 an error or a wrong command line, 130 interrupted
 """
 
 
@@ -44,7 +51,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"wplfast {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"wplfast {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("WPLFAST_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"wplfast {arguments.command}: error: {' '.join(_told(error).split())}", file=sys.stderr)
         return 2
     return code
+
+
+def _told(error: Exception) -> str:
+    """Say what is wrong."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, (OSError, RuntimeError, ValueError, ImportError)):
+        return str(error)
+    return f"{type(error).__name__}: {error} (WPLFAST_DEBUG=1 shows where)"

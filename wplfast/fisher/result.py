@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .. import storage
 from ..capture.accumulators import SLOW_RULES
-from ..ops.layout import as_real
-from ..params import Params, check_names, named, some
+from ..params import Params, check_names, named
+from . import files
 from .buffers import Buffers
-from .faults import check_form, check_values, pop_counts
+from .faults import check_form
 
-#: Metadata of files of Fishers that were reduced.
-_REDUCED = "wplfast.all_reduced"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-#: Key of the names whose mean gradients are complex: files hold their real and imaginary parts, [*shape, 2].
-_COMPLEX = "wplfast.complex"
+    from .summary import Summary
 
 
 @dataclass
@@ -280,17 +278,7 @@ class Fisher(Mapping[str, Tensor]):
             NameMismatchError: if theta_hat lacks a parameter.
             ValueError: if a shape differs, or an entry is NaN, infinite or negative, which :meth:`load` would refuse.
         """
-        check_values(self, self.mean_grad, "a Fisher to be saved")
-        tensors = {f"fisher.{name}": tensor for name, tensor in self.items()}
-        gradients = self.mean_grad or {}
-        tensors |= {f"mean_grad.{name}": as_real(tensor) for name, tensor in gradients.items()}
-        values = self.theta_hat if theta_hat is None else self._values(theta_hat)
-        tensors |= {f"theta_hat.{name}": tensor for name, tensor in (values or {}).items()}
-        counts = {"n_samples": str(self.n_samples), "total_weight": repr(self.total_weight)}
-        counts |= {_REDUCED: "true"} if self.reduced else {}
-        pairs = [name for name, tensor in gradients.items() if tensor.is_complex()]
-        counts |= {_COMPLEX: json.dumps(pairs)} if pairs else {}
-        storage.save(path, tensors, "fisher", {**self.metadata, **counts, "names": json.dumps(list(self))})
+        files.save(self, path, theta_hat)
 
     @classmethod
     def load(cls, path: storage.FilePath, device: str | torch.device = "cpu") -> Fisher:
@@ -301,54 +289,52 @@ class Fisher(Mapping[str, Tensor]):
             ValueError: if the file is truncated, damaged, foreign or of another version, or holds what no Fisher is:
                 entries that are NaN, infinite or negative, other names than its metadata, bad counts.
         """
-        where = os.fsdecode(path)
-        tensors, metadata = storage.load(path, "fisher")
-        parts: dict[str, dict[str, Tensor]] = {"fisher": {}, "mean_grad": {}, "theta_hat": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            if part not in parts:
-                raise ValueError(
-                    f"{where}: tensors must be named {' or '.join(f'{p}.NAME' for p in parts)}, got {name!r}"
-                )
-            parts[part][rest] = tensor
-        try:
-            for name in json.loads(metadata.get(_COMPLEX, "[]")):
-                parts["mean_grad"][name] = torch.view_as_complex(parts["mean_grad"][name])
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise ValueError(f"{where}: its mean gradients are not those of its metadata: {error}") from error
-        names, n_samples, total_weight = pop_counts(metadata, where)
-        if set(names) != parts["fisher"].keys():
-            raise ValueError(
-                f"{where}: it must hold the names {some(names)} of its metadata, got {some([*parts['fisher']])}"
-            )
-        check_values(parts["fisher"], parts["mean_grad"], where)
-        return cls(
-            {name: parts["fisher"][name].to(device) for name in names},
-            n_samples,
-            total_weight=total_weight,
-            mean_grad={name: tensor.to(device) for name, tensor in parts["mean_grad"].items()} or None,
-            theta_hat={name: tensor.to(device) for name, tensor in parts["theta_hat"].items()} or None,
-            metadata={key: value for key, value in metadata.items() if not key.startswith("wplfast.")},
-            reduced=metadata.get(_REDUCED) == "true",
-        )
+        return cls(**files.load(path, device))
 
-    def _values(self, theta_hat: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters' values under this Fisher's names, found by identity, then by name.
+    def summary(self, depth: int | None = None) -> Summary:
+        """Return a table by module: elements, mean, share of the trace, largest entry.
+
+        The trace is the sum of all entries, ``sum_i F_i``. The table prints well, renders as HTML in notebooks, and is
+        a sequence of rows.
+
+        Args:
+            depth: how many parts of a module's name count: 1 for ``encoder``, 2 for ``encoder.0``; 0 for one row of
+                everything. Default: all of them, a row for each module that has parameters of its own. A parameter
+                outside of any module has a row itself.
 
         Raises:
-            NameMismatchError: if one is missing.
-            ValueError: if a shape differs.
+            ValueError: if depth is negative.
+
+        Example:
+            >>> import torch, wplfast
+            >>> fisher = wplfast.Fisher({"a.weight": torch.tensor([1.0, 2.0]), "b.weight": torch.tensor([1.0])}, 5)
+            >>> [(row.module, row.share) for row in fisher.summary()]
+            [('a', 0.75), ('b', 0.25)]
         """
-        given = dict(theta_hat.named_parameters() if isinstance(theta_hat, nn.Module) else theta_hat)
-        names = list(given)
-        found = {mine: given[names[i]] for i, mine in self.names_of(list(given.values())).items()}
-        check_names(given, [name for name in self if name not in found], "theta_hat")
-        values = {name: found[name] if name in found else given[name] for name in self}
-        for name, value in values.items():
-            if value.shape != self[name].shape:
-                expected, got = list(self[name].shape), list(value.shape)
-                raise ValueError(f"theta_hat[{name!r}] must have shape {expected} as its Fisher, got {got}")
-        return values
+        from .summary import Summary
+
+        return Summary.of(self, depth)
+
+    def plot(self, path: storage.FilePath | None = None) -> Figure:
+        """Draw where the model keeps what it knows: each module's share of the trace, and how large its entries are.
+
+        Modules that repeat, such as the blocks of a transformer, are drawn as a map, with a column for each block.
+
+        Args:
+            path: a file to draw to; its suffix says the format (.png, .svg, .pdf). Default: none.
+
+        Returns:
+            A ``matplotlib.figure.Figure``, which notebooks show.
+
+        Raises:
+            ImportError: if matplotlib is missing.
+            OSError: if the file cannot be written.
+            ValueError: if the suffix names no format that matplotlib draws, or there are no parameters.
+        """
+        from .plot import draw
+        from .spread import Spread
+
+        return draw([Spread.of(name, tensor) for name, tensor in self.items()], self.n_samples, path)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Fisher:
         """Apply a function to every tensor."""

@@ -2,46 +2,62 @@
 
 Any reader of safetensors reads them. They are written here, one tensor after the other, because the writer of that
 library takes no views of one buffer without a copy of all of them, and does not tell the errno of a full disk.
+``reading.py`` opens them tensor by tensor, ``replacing.py`` is the file that is replaced whole or not at all.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .reading import (
+    CHECKSUM,
+    DTYPES,
+    FORMAT_VERSION,
+    KIND,
+    VERSION,
+    Entry,
+    FilePath,
+    OpenFile,
+    checksum_of_description,
+    data_of,
+    described,
+    in_order,
+    opened,
+)
 from .replacing import replacing
 
-FilePath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
-
-FORMAT_VERSION = "1"
+__all__ = ["Deferred", "FilePath", "OpenFile", "load", "opened", "save"]
 
 #: How often a file is read again because another one took its place meanwhile.
 _MAX_READS = 16
 
-#: Metadata that every file has, but for the checksum, which those of older releases lack.
-_VERSION, _KIND, _CHECKSUM = "wplfast.version", "wplfast.kind", "wplfast.crc32"
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+#: Names in files of the types that they hold.
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def save(path: FilePath, tensors: Mapping[str, Tensor], kind: str, metadata: Mapping[str, str]) -> None:
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is made when it is written, so that not all need be in memory at a time.
+
+    Args:
+        dtype: its type.
+        shape: its shape.
+        make: returns it.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def save(path: FilePath, tensors: Mapping[str, Tensor | Deferred], kind: str, metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata atomically: readers, and who comes after a crash, see the old file or the new one.
 
     No tensor is copied but from a device or where it is not contiguous, and then one at a time.
@@ -50,22 +66,20 @@ def save(path: FilePath, tensors: Mapping[str, Tensor], kind: str, metadata: Map
         OSError: if the file cannot be written (no such directory, no permission, a full disk); nothing is left then.
         TypeError: if a tensor is of a type that files do not hold, or metadata are not text.
     """
-    stamped = {**metadata, _KIND: kind, _VERSION: FORMAT_VERSION}
+    stamped = {**metadata, KIND: kind, VERSION: FORMAT_VERSION}
     for key, value in stamped.items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError(f"metadata must map str to str, got {key!r}: {value!r}")
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
-            raise TypeError(f"{name!r} must be a dense tensor of {', '.join(map(str, _DTYPES))}, got {_type(tensor)}")
+    entries = {name: _entry(name, tensor) for name, tensor in tensors.items()}
     with replacing(os.fsdecode(path)) as file:
-        checksum = _checksum_of_description(stamped, tensors)
-        file.write(_header(stamped | {_CHECKSUM: f"{0:08x}"}, tensors))
-        for name in _order(tensors):
-            data = _data(tensors[name])
+        checksum = checksum_of_description(stamped, entries)
+        file.write(_header(stamped | {CHECKSUM: f"{0:08x}"}, entries))
+        for name in in_order(entries):
+            data = data_of(_made(name, tensors[name]))
             checksum = zlib.crc32(data, checksum)
             file.write(data)
         file.seek(0)
-        file.write(_header(stamped | {_CHECKSUM: f"{checksum:08x}"}, tensors))
+        file.write(_header(stamped | {CHECKSUM: f"{checksum:08x}"}, entries))
 
 
 def load(path: FilePath, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -77,8 +91,6 @@ def load(path: FilePath, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             were saved.
     """
     path = os.fsdecode(path)
-    if os.path.isdir(path):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     for _ in range(_MAX_READS):
         before = _identity(path)
         try:
@@ -100,66 +112,43 @@ def _identity(path: str) -> tuple[int, ...]:
 
 def _load(path: str, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata of a file that nobody replaces meanwhile."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            found, version = metadata.get(_KIND), metadata.get(_VERSION)
-            if found != kind or version != FORMAT_VERSION:
-                raise ValueError(
-                    f"{path} must be a wplfast {kind} file of version {FORMAT_VERSION}, "
-                    f"got kind {found!r}, version {version!r}"
-                )
-            # Copies, because these are maps of the file, which others may write to.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    expected = metadata.pop(_CHECKSUM, None)
-    if expected is not None:
-        checksum = _checksum_of_description(metadata, tensors)
-        for name in _order(tensors):
-            checksum = zlib.crc32(_data(tensors[name]), checksum)
-        if expected != f"{checksum:08x}":
-            raise ValueError(
-                f"{path} is damaged, or something else changed it: its contents have the checksum {checksum:08x}, "
-                f"those that were saved {expected}; take another copy, or save it anew"
-            )
-    return tensors, metadata
+    with opened(path, kind) as file:
+        # Copies, because these are maps of the file, which others may write to.
+        tensors = {name: file.get(name).clone() for name in file.entries}
+        if file.stored_checksum is not None:
+            checksum = checksum_of_description(file.metadata, file.entries)
+            for name in in_order(file.entries):
+                checksum = zlib.crc32(data_of(tensors[name]), checksum)
+            file.compare(f"{checksum:08x}")
+    return tensors, file.metadata
 
 
-def _order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names in the order of the bytes: wide types first, so that all are aligned."""
-    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+def _entry(name: str, tensor: Tensor | Deferred) -> Entry:
+    """Return what a file's header says of a tensor.
+
+    Raises:
+        TypeError: if files do not hold such tensors.
+    """
+    is_dense = isinstance(tensor, Deferred) or (tensor.layout == torch.strided and not tensor.is_meta)
+    if tensor.dtype not in _NAMES or not is_dense:
+        got = _NAMES.get(tensor.dtype, str(tensor.dtype))
+        raise TypeError(f"{name!r} must be a dense tensor of {', '.join(map(str, _NAMES))}, got {got}")
+    return Entry(_NAMES[tensor.dtype], tuple(tensor.shape))
 
 
-def _described(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield names, and what the header says of the tensors."""
-    start = 0
-    for name in _order(tensors):
-        tensor = tensors[name]
-        end = start + tensor.numel() * tensor.element_size()
-        yield name, {"dtype": _type(tensor), "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
+def _made(name: str, tensor: Tensor | Deferred) -> Tensor:
+    """Return a tensor, made now if it was deferred."""
+    if isinstance(tensor, Tensor):
+        return tensor
+    made = tensor.make()
+    if (made.dtype, tuple(made.shape)) != (tensor.dtype, tensor.shape):
+        expected = f"{tensor.dtype} {list(tensor.shape)}"
+        raise TypeError(f"{name!r} must be made as {expected}, got {made.dtype} {list(made.shape)}")
+    return made
 
 
-def _header(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
+def _header(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> bytes:
     """Return the header: the length of what follows in 8 bytes, then JSON, filled up to a multiple of 8."""
-    text = json.dumps({"__metadata__": dict(metadata), **dict(_described(tensors))}).encode()
+    text = json.dumps({"__metadata__": dict(metadata), **dict(described(entries))}).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _checksum_of_description(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
-    """Return the CRC-32 of everything but the tensors' bytes, whatever a writer makes of spaces and order."""
-    return zlib.crc32(json.dumps([sorted(metadata.items()), list(_described(tensors))]).encode())
-
-
-def _data(tensor: Tensor) -> memoryview:
-    """Return a tensor's bytes, of its own memory where it is contiguous and on the CPU."""
-    flat = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1)
-    data: memoryview = flat.view(torch.uint8).numpy().data
-    return data
-
-
-def _type(tensor: Tensor) -> str:
-    """Return the name of a tensor's type in files."""
-    return _DTYPES.get(tensor.dtype, str(tensor.dtype))
