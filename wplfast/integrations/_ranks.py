@@ -9,8 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .. import storage
 from ..penalty.loss import WeightPlasticityLoss
+from ..storage.reading import data_of
 
 
 @contextmanager
@@ -49,4 +49,4 @@ def agreed(wpl: WeightPlasticityLoss) -> Iterator[None]:
 def _checksums(wpl: WeightPlasticityLoss) -> dict[str, int]:
     """Return a checksum of each part of a penalty's state."""
     parts = {**wpl._state(), "alpha": wpl.alpha}
-    return {key: zlib.crc32(storage._data(tensor)) for key, tensor in parts.items()}
+    return {key: zlib.crc32(data_of(tensor)) for key, tensor in parts.items()}

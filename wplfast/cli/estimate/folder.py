@@ -104,5 +104,5 @@ def _transformers() -> Any:
         raise ImportError(
             f'a Hugging Face model folder takes transformers ({error}): pip install "wplfast[transformers]"'
         ) from error
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()
     return transformers
