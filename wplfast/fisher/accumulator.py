@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import repeat
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,32 @@ from ..capture.rules.projection import Directions
 from ..capture.undo import Undo, UndoOnExit
 from ..capture.watched import Derived, check_supported, is_watched, watch
 from ..errors import NonFiniteError, WplfastError
-from ..params import Params, named
+from ..params import Params, device_of, named
+from .batches import Batch
 from .buffers import Buffers
 from .checks import batch_norms, check_batch_statistics, check_losses, check_weights
+from .preserve import Snapshot
 from .result import Fisher, Report
 from .undisturbed import FAST_ATTENTION, compiler_stance
 
 logger = logging.getLogger(__name__)
+
+
+class Run(Protocol):
+    """What runs one batch after the other: the model, the loss, and what they were before."""
+
+    model: nn.Module
+    loss_fn: Callable[[Any, Any], Tensor]
+    device: torch.device
+    max_samples: int | None
+    before: Snapshot
+    generator: torch.Generator
+
+    def run(self, batch: Batch) -> None:
+        """Run the model on a batch and accumulate all terms of its losses."""
+
+    def terms(self, batch: Batch, outputs: Any) -> Iterator[tuple[Any, Tensor | float]]:
+        """Yield targets, and what their losses' squared gradients count."""
 
 
 class FisherAccumulator:
@@ -60,6 +80,7 @@ class FisherAccumulator:
         n_skipped: number of samples left out as not finite.
         parameters: the watched parameters by name.
         directions: what gradients are projected on where two ways to compute them are compared.
+        device: that batches are moved to.
 
     Raises:
         UnsupportedParameterError: if a parameter is a tensor subclass such as DTensor.
@@ -97,22 +118,30 @@ class FisherAccumulator:
         check_supported(self.parameters)
         self._verify, self._independent, self._by_losses = verify, independent, samples == "losses"
         self._skip = on_nonfinite == "skip"
-        self._fisher = Buffers(self.parameters)
-        self._gradient = Buffers(self.parameters, torch.view_as_complex) if with_grad else None
-        self._staged = Buffers(self.parameters) if self._skip else None
-        self._staged_gradient = Buffers(self.parameters) if self._skip and with_grad else None
-        target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
-        self._accumulators = Accumulators(target.views, None if gradient is None else gradient.views)
-        self.directions = Directions(target.views)
+        self._accumulators = self._allocate(with_grad)
+        self.directions = Directions(self._accumulators.like)
         self._session: Session | None = None
         self._undo = Undo()
         self.n_samples = 0
         self._total_weight = 0.0
         self.n_skipped = 0
         self._unchecked: list[str] = []
+        self.device = device_of(itertools.chain(model.parameters(), self.parameters.values()))
         self._saw_constants = False
         self._seconds = 0.0
         self._invalid: str | None = None
+
+    def _allocate(self, with_grad: bool) -> Accumulators:
+        """Make what the pass adds to."""
+        self._fisher = Buffers(self.parameters)
+        self._gradient = Buffers(self.parameters, torch.view_as_complex) if with_grad else None
+        self._staged = Buffers(self.parameters) if self._skip else None
+        self._staged_gradient = Buffers(self.parameters) if self._skip and with_grad else None
+        target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
+        return Accumulators(target.views, None if gradient is None else gradient.views)
+
+    #: Why parts of a batch cannot be run by themselves, if they cannot.
+    runs_no_parts = ""
 
     # ---- the context -----------------------------------------------------------------------------------------------
 
@@ -137,13 +166,11 @@ class FisherAccumulator:
     def _open(self) -> None:
         """Change the model, each change after what gives it back."""
         watched = {id(p) for p in self.parameters.values()}
-        others = [p for p in self.model.parameters() if id(p) not in watched]
+        others = [p for p in self._all_parameters() if id(p) not in watched]
         if any(is_watched(p) for p in others):
             raise WplfastError("another Fisher pass watches parameters of this model; run one pass at a time")
         parameters, constants = list(self.parameters.values()), [*others, *self.model.buffers()]
-        self._session = Session(
-            list(self.parameters), parameters, constants, self._accumulators, self.directions, self._by_losses
-        )
+        self._session = self._new_session(parameters, constants)
         undo, frozen = self._undo, [p for p in others if p.requires_grad]
         self._session.frozen += frozen
         undo.then(self._session.release)
@@ -161,6 +188,15 @@ class FisherAccumulator:
         if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
             compiler_stance().hold(undo)
         self._batch_norms = batch_norms(self.model)
+
+    def _new_session(self, parameters: list[Tensor], constants: list[Tensor]) -> Session:
+        """Make the session of the pass."""
+        names = list(self.parameters)
+        return Session(names, parameters, constants, self._accumulators, self.directions, self._by_losses)
+
+    def _all_parameters(self) -> Iterable[Tensor]:
+        """Return the model's parameters, watched ones and others, as its forward pass uses them."""
+        return self.model.parameters()
 
     # ---- accumulation ----------------------------------------------------------------------------------------------
 
@@ -249,20 +285,39 @@ class FisherAccumulator:
         self._seconds += time.perf_counter() - started
         if session.n_batches == 1:
             self._log_slow()
+        if not self._keep_batch(len(losses)):
+            return
+        self._count(losses, weights, count)
+
+    def _keep_batch(self, n_samples: int) -> bool:
+        """Look for NaN in what a batch added, and keep it; False if the batch is left out."""
         target = self._staged or self._fisher
         if not all(bool(torch.isfinite(flat.amax())) for flat in target.flats if flat.numel()):
             name = target.first_nonfinite()
-            self._nonfinite(f"a squared gradient of {name!r} is NaN or infinite", len(losses))
-            return
+            self._nonfinite(f"a squared gradient of {name!r} is NaN or infinite", n_samples)
+            return False
         for main, staged in ((self._fisher, self._staged), (self._gradient, self._staged_gradient)):
             if main is not None and staged is not None:
                 main.add_and_clear(staged)
-        self._count(losses, weights, count)
+        return True
 
     def _count(self, losses: Tensor, weights: Tensor | None, count: int | None) -> None:
         """Count the samples of a batch that is accumulated."""
         self.n_samples += len(losses) if count is None else count
         self._total_weight += len(losses) if weights is None else float(weights.sum())
+
+    def room(self, n_losses: int, max_samples: int | None) -> int:
+        """Return how many of a batch's losses count where at most so many samples may."""
+        return n_losses if max_samples is None else min(n_losses, max_samples - self.n_samples)
+
+    def run_all(self, run: Run, batches: Iterator[Batch], done: Callable[[], None]) -> None:
+        """Run batches, up to ``run.max_samples``; call ``done`` after each."""
+        for batch in batches:
+            if not batch.is_empty:
+                run.run(batch)
+            done()
+            if run.max_samples is not None and self.n_samples >= run.max_samples:
+                break
 
     def result(self) -> Fisher:
         """Return the Fisher of all samples so far; accumulation may go on.
@@ -282,7 +337,7 @@ class FisherAccumulator:
         session = self._usable()
         if not self.n_samples:
             raise WplfastError("nothing was accumulated: call backward(losses) at least once")
-        if not session.n_batches:
+        if not self._has_batches():
             raise ValueError(
                 "losses must depend on the parameters through a graph, and those of no batch do: was the model run "
                 "under no_grad?"
@@ -293,21 +348,34 @@ class FisherAccumulator:
             session.check_leaves()
         if final:
             self._invalid = "its result was taken"
-        gradient = None if self._gradient is None else self._gradient.divided(self._total_weight, final)
+        fisher, gradient = self._divided(final)
         served = zip(self.parameters, self._accumulators.rules, strict=True)
         rules = {name: tuple(sorted(names)) for name, names in served}
         numels = {name: p.numel() for name, p in self.parameters.items()}
-        passes = self._accumulators.n_passes / session.n_batches
+        passes = self._accumulators.n_passes / max(1, session.n_batches)
         seconds, unchecked = dict(self._accumulators.seconds), tuple(self._unchecked)
         report = Report(rules, seconds, self._seconds, self.n_skipped, numels, passes, unchecked)
         return Fisher(
-            self._fisher.divided(self._total_weight, final),
+            fisher,
             self.n_samples,
             total_weight=self._total_weight,
             mean_grad=gradient,
             report=report,
-            parameters=self.parameters,
+            parameters=self._owned(),
         )
+
+    def _divided(self, final: bool) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """Return F and the mean gradient, in the accumulators' own memory if ``final``."""
+        gradient = None if self._gradient is None else self._gradient.divided(self._total_weight, final)
+        return self._fisher.divided(self._total_weight, final), gradient
+
+    def _has_batches(self) -> bool:
+        """Tell whether the losses of some batch had a graph."""
+        return self._session is not None and self._session.n_batches > 0
+
+    def _owned(self) -> Mapping[str, Tensor]:
+        """Return the parameters as their owner holds them."""
+        return self.parameters
 
     def note_unchecked(self, why: str, level: int = logging.WARNING) -> None:
         """Say once that samples could not be run in batches of their own, and keep it for the report."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..capture.call import random_state, set_random_state
 from ..errors import CoupledSamplesError
-from ..params import Params, device_of
+from ..params import Params, is_fully_sharded
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
 from .checks import check_losses
@@ -115,7 +114,7 @@ def fisher_diagonal(
     Source: arXiv:1612.00796, arXiv:1902.08232; the three types as in arXiv:2502.11756.
     """
     _check_options(fisher_type, mc_samples, max_samples)
-    accumulator = FisherAccumulator(
+    accumulator = _accumulator_of(model)(
         model,
         params,
         with_grad=with_grad,
@@ -124,7 +123,7 @@ def fisher_diagonal(
         independent=independent,
         samples=samples,
     )
-    device = device_of(itertools.chain(model.parameters(), accumulator.parameters.values()))
+    device = accumulator.device
     if generator is None:
         generator = torch.Generator(device).manual_seed(0)
     drawn = None
@@ -137,29 +136,32 @@ def fisher_diagonal(
         accumulator.note_unchecked("modules are in training mode", logging.INFO)
     if verify and samples == "losses":
         accumulator.note_unchecked("samples='losses' does not say where in a batch they lie", logging.INFO)
+    examined = verify if deterministic and samples == "batch" else False
+    if examined and accumulator.runs_no_parts:
+        accumulator.note_unchecked(accumulator.runs_no_parts, logging.INFO if independent else logging.WARNING)
+        examined = False
     run = _Pass(
         accumulator,
         model,
         loss_fn if drawn is None else drawn.loss,
         drawn,
+        generator,
         max_samples,
         device,
-        verify if deterministic and samples == "batch" else False,
+        examined,
         before=Snapshot(model),
         declared=independent is True,
         samples=samples,
     )
     with Undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
-        for item in data:
-            batch = Batch.of(item, unpack, device, samples)
-            if not batch.is_empty:
-                run.run(batch)
-            done = accumulator.n_samples
+
+        def done() -> None:
             if bar is not None:
-                bar.set_postfix_str(f"{done / max(time.time() - started, 1e-9):,.0f} samples/s", refresh=False)
+                rate = accumulator.n_samples / max(time.time() - started, 1e-9)
+                bar.set_postfix_str(f"{rate:,.0f} samples/s", refresh=False)
                 bar.update(1)
-            if max_samples is not None and done >= max_samples:
-                break
+
+        accumulator.run_all(run, (Batch.of(item, unpack, device, samples) for item in data), done)
         if not accumulator.n_samples:
             skipped = accumulator.n_skipped
             raise ValueError(f"data yielded no usable samples ({skipped} skipped)" if skipped else "data is empty")
@@ -173,6 +175,15 @@ def fisher_diagonal(
     return fisher
 
 
+def _accumulator_of(model: nn.Module) -> type[FisherAccumulator]:
+    """Return the class that accumulates for a model."""
+    if not is_fully_sharded(model):
+        return FisherAccumulator
+    from ..distributed.fsdp2 import ShardedAccumulator  # not with the package: not every torch has torch.distributed
+
+    return ShardedAccumulator
+
+
 @dataclass
 class _Pass:
     """One call of ``fisher_diagonal``: what every batch needs."""
@@ -181,6 +192,7 @@ class _Pass:
     model: nn.Module
     loss_fn: LossFn
     drawn: DrawnTargets | None  # None: the given targets
+    generator: torch.Generator
     max_samples: int | None
     device: torch.device
     verify: bool | Literal["always"]  # run parts of the first batch, or of all batches
@@ -201,7 +213,7 @@ class _Pass:
         state = random_state(self.device)
         self.before.take()
         outputs = batch.forward(self.model)
-        terms = list(self._terms(batch, outputs))
+        terms = list(self.terms(batch, outputs))
         count, weights = 0, None
         findings = Findings()
         skipped = self.accumulator.n_skipped
@@ -249,7 +261,7 @@ class _Pass:
             self._independent = findings.independent
         return findings
 
-    def _terms(self, batch: Batch, outputs: Any) -> Iterator[tuple[Any, Tensor | float]]:
+    def terms(self, batch: Batch, outputs: Any) -> Iterator[tuple[Any, Tensor | float]]:
         """Yield targets, and what their losses' squared gradients count: a number, or one for each sample."""
         if self.drawn is None:
             yield batch.targets, 1.0
@@ -265,7 +277,7 @@ class _Pass:
                     "a batch's third element is taken for weights: drop it with unpack= if it is something else"
                 )
             weights = weights.to(losses.device, torch.float64)
-        room = len(losses) if self.max_samples is None else self.max_samples - self.accumulator.n_samples
+        room = self.accumulator.room(len(losses), self.max_samples)
         if room >= len(losses):
             return len(losses), weights
         kept = torch.arange(len(losses), device=losses.device) < room

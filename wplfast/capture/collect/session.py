@@ -86,7 +86,7 @@ class Session:
         self._is_verified = False
         self._by_losses = by_losses
         self._reorders = by_losses  # rows may lie in another order in every batch
-        self._linearity = Linearity(self._run, self._leaf_grads)
+        self._linearity = Linearity(self.run, self._leaf_grads)
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class Session:
         if steady is None:
             return False
         keep = batch.retain_graph or steady.may_wake
-        self._run(batch.losses, None, steady.start(self.interception.taps), keep)
+        self.run(batch.losses, None, steady.start(self.interception.taps), keep)
         if not steady.finish(self.parameters, self.interception.derived):
             self._find_unseen(set())
         woken = steady.woken()
@@ -218,7 +218,7 @@ class Session:
             passes = inference.probe_weights.rounds
         else:
             raise WplfastError(f"could not measure which samples the uses of {self._some(wanted or set())} belong to")
-        astray = one_by_one(batch, self._unseen, self._run, self._leaf_grads, self.accumulators, self.directions)
+        astray = one_by_one(batch, self._unseen, self.run, self._leaf_grads, self.accumulators, self.directions)
         if astray:
             raise CoupledSamplesError(
                 f"the gradients of {self._some(astray)} for one sample after the other do not add up to that of the "
@@ -229,9 +229,9 @@ class Session:
         if batch.verify:
             seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
             seen |= self.interception.native_dtypes
-            weights, fisher = inference.probe_weights.verifying, self.accumulators.fisher
+            weights, accumulators = inference.probe_weights.verifying, self.accumulators
             try:
-                finite = verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, fisher)
+                finite = verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, accumulators)
             except VerificationError:
                 if not first or inference.in_pairs or not self._linearity.is_bent_in(batch):
                     raise
@@ -296,8 +296,8 @@ class Session:
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 
-    def _run(self, losses: Tensor, weights: Tensor | None, listener: Listener, keep: bool) -> None:
-        """Run one backward pass over the losses, with weights or with ones."""
+    def run(self, losses: Tensor, weights: Tensor | None, listener: Listener, keep: bool) -> None:
+        """Run one backward pass over the losses, with weights or with ones; ``keep`` the graph."""
         self.accumulators.n_passes += 1
         # Not losses.backward(weights): PyTorch imports sympy for that, which takes longer than most first batches.
         total = losses.sum() if weights is None else (losses * weights.to(losses)).sum()
@@ -338,7 +338,7 @@ class Session:
                 self.directions.add(batch.ordinary, index, gradient)
 
         listener = ProbePass(self._inference, self._in_backward, keep if verifies else None)
-        self._run(batch.losses, weights, listener, keep=True)
+        self.run(batch.losses, weights, listener, keep=True)
         if verifies:
             for index, gradient in enumerate(self._leaf_grads.take()):
                 if gradient is not None:
@@ -355,7 +355,7 @@ class Session:
             round_.excluded |= self._unseen
             round_.last |= self._in_backward
         listener = CollectPass(self._inference, round_, self.names, self._in_backward, wanted)
-        self._run(batch.losses, None, listener, batch.keep)
+        self.run(batch.losses, None, listener, batch.keep)
         if round_ is not None:
             round_.finish()
             batch.one_by_one |= self._find_unseen(round_.squared)

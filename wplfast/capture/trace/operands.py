@@ -21,9 +21,10 @@ class Operands:
         self._index = {id(p): i for i, p in enumerate(parameters)}
         self.leaves = [p.detach().requires_grad_() for p in parameters]
         self._watched = [Operand(leaf, leaf.detach(), (i,)) for i, leaf in enumerate(self.leaves)]
-        # Kept, so that data cannot take the memory of a buffer that the model replaces.
+        # Kept, so that data cannot take the place of a buffer that the model replaces. Not known by their addresses: a
+        # sharded model frees its parameters' memory and fills it again, elsewhere.
         kept = [t.untyped_storage() for t in (*constants, *self.leaves) if t.numel()]
-        self._constants = {storage.data_ptr(): storage for storage in kept}
+        self._constants = {storage._cdata: storage for storage in kept}
         self._interceptor = interceptor
 
     def of(self, tensor: Tensor) -> Operand | None:
@@ -67,7 +68,7 @@ class Operands:
             return False
         if tensor.dim() == 0 or tensor.layout != torch.strided:
             return tensor.dim() == 0
-        return tensor.untyped_storage().data_ptr() in self._constants
+        return tensor.untyped_storage()._cdata in self._constants
 
 
 class Sorter:
