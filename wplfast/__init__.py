@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"  # before the modules that write it into what they make
 
-from . import backends, errors, functional, losses, ops
+from . import backends, distributed, errors, functional, losses, ops
 from .fisher.accumulator import FisherAccumulator
 from .fisher.diagonal import fisher_diagonal
 from .fisher.result import Fisher
@@ -17,6 +17,7 @@ __all__ = [
     "WeightPlasticityLoss",
     "__version__",
     "backends",
+    "distributed",
     "errors",
     "fisher_diagonal",
     "functional",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .distributed.engines import check_engine, check_parameter, inner_module
 from .errors import NameMismatchError, UnsupportedParameterError
 from .ops.expect import FLOATING
 
@@ -24,7 +25,8 @@ def named(
     """Return the parameters by name.
 
     Args:
-        params: a module (those of its parameters that require grad), a mapping, or (name, tensor) pairs.
+        params: a module (those of its parameters that require grad; of DistributedDataParallel, those of the module
+            that it wraps, by that one's names), a mapping, or (name, tensor) pairs.
         what: the argument's name, for error messages.
         complex_too: complex parameters may be among them.
         sharded_too: DTensors may be among them.
@@ -32,8 +34,11 @@ def named(
     Raises:
         TypeError: if an entry is not a (str, Tensor) pair.
         ValueError: if there are none, a name or a tensor occurs twice, or a tensor is not a floating point leaf.
-        UnsupportedParameterError: if a tensor wraps others (DTensor and the like).
+        UnsupportedParameterError: if a tensor wraps others (DTensor and the like), or the engine that a module is
+            wrapped in has no whole parameters.
     """
+    check_engine(params, what)
+    params = inner_module(params)
     if isinstance(params, nn.Module):
         pairs: list[tuple[str, Tensor]] = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
         if not pairs:

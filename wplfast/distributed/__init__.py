@@ -5,6 +5,6 @@ same on all of them leaves: one Fisher, or one error that names the rank. It may
 package's ``result`` and ``faults``; ``fisher`` and ``penalty`` import it.
 """
 
-from .agreement import Agreement
+from .replicas import local
 
-__all__ = ["Agreement"]
+__all__ = ["local"]

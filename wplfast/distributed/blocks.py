@@ -171,8 +171,12 @@ class Block:
 
     def is_finite(self) -> bool:
         """Tell whether F has no NaN nor inf here."""
-        parts = (self.shards if self._staged is None else self._staged)[0]
-        return all(bool(torch.isfinite(part.amax())) for part in parts if part.numel())
+        return all(bool(torch.isfinite(part.amax())) for part in self.parts if part.numel())
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """This rank's shards of F as far as they may be new."""
+        return (self.shards if self._staged is None else self._staged)[0]
 
     def commit(self, keep: bool) -> None:
         """Take over a batch that was kept apart, or drop it."""

@@ -10,10 +10,10 @@ Public API of FSDP2 but for one thing: whether gradients were synchronised, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,20 +23,24 @@ from torch.distributed.tensor import DTensor
 from ..capture.accumulators import Accumulators
 from ..capture.call import random_state, set_random_state
 from ..errors import NonFiniteError, WplfastError
-from ..fisher.accumulator import FisherAccumulator, Run
+from ..fisher.accumulator import FisherAccumulator
 from ..fisher.batches import Batch, moved
 from ..fisher.preserve import Rewound
 from ..fisher.result import Fisher
 from ..params import Params, named
-from .agreement import Agreement
 from .blocks import Parameter, ShardedAccumulators, blocks_of, modules_of, parameters_of
-from .lockstep import Lockstep, LockstepSession, Milestones
+from .lockstep import Lockstep, LockstepSession, Milestones, PassAgreement
+
+if TYPE_CHECKING:
+    from ..capture.undo import Undo
+    from ..fisher.diagonal import Run
 
 
 class ShardedAccumulator(FisherAccumulator):
-    """The accumulator of an FSDP2 model; every rank makes it, and runs all batches by :meth:`run_all`.
+    """The accumulator of an FSDP2 model; every rank makes it.
 
     Args:
+        ranks: the pass of all ranks.
         model: to which, or to parts of which, ``fully_shard`` was applied.
         params: as :class:`wplfast.FisherAccumulator` takes them.
         options: as :class:`wplfast.FisherAccumulator` takes them.
@@ -50,12 +54,14 @@ class ShardedAccumulator(FisherAccumulator):
         "a small copy of the model without it, or pass independent=True"
     )
 
-    def __init__(self, model: nn.Module, params: Params | None = None, **options: Any) -> None:
+    def __init__(
+        self, ranks: ShardedPass, model: nn.Module, params: Params | None = None, **options: Any
+    ) -> None:
+        self._ranks = ranks
         self._every = parameters_of(model)
         chosen = named(model if params is None else params, sharded_too=True)
         known = {id(p.shard): p for p in self._every}
         self._of = {name: known.get(id(t)) or Parameter(name, t, t, None) for name, t in chosen.items()}
-        self._group = _group_of(self._every)
         super().__init__(model, {name: p.whole for name, p in self._of.items()}, **options)
         self.device = next(p.whole.device for p in self._every)
 
@@ -64,7 +70,7 @@ class ShardedAccumulator(FisherAccumulator):
         order = {id(p): i for i, p in enumerate(self._every)}
         pairs = sorted(enumerate(self._of.values()), key=lambda pair: order.get(id(pair[1]), len(order)))
         indices, parameters = [i for i, _ in pairs], [p for _, p in pairs]
-        self._blocks = blocks_of(parameters, indices, with_grad, self._skip, self._group)
+        self._blocks = blocks_of(parameters, indices, with_grad, self._skip, self._ranks.group)
         self._staged = self._staged_gradient = None
         return ShardedAccumulators(self._blocks)
 
@@ -76,7 +82,7 @@ class ShardedAccumulator(FisherAccumulator):
         """Make the session of the pass."""
         names = list(self.parameters)
         session = LockstepSession(names, parameters, constants, self._accumulators, self.directions, self._by_losses)
-        self._lockstep = Lockstep(Agreement(self._group, "the Fisher pass"), self._blocks)
+        self._lockstep = Lockstep(self._ranks, self._blocks)
         session.lockstep, self._lockstep.session = self._lockstep, session
         return session
 
@@ -96,86 +102,49 @@ class ShardedAccumulator(FisherAccumulator):
         milestones = Milestones(self.model, self._blocks, self._lockstep)
         undo.then(milestones.remove)
 
+    def _check_model(self, model: nn.Module) -> None:
+        """An FSDP2 model it is."""
+
     # ---- batches ---------------------------------------------------------------------------------------------------
 
-    def run_all(self, run: Run, batches: Iterator[Batch], done: Callable[[], None]) -> None:
-        """Run all batches of all ranks; ranks without any accompany the others.
+    def accumulate(self, losses: Tensor, *args: Any, replay: Callable[[], Tensor] | None = None, **options: Any) -> None:
+        """Accumulate one batch; see the base class."""
+        lockstep = self._lockstep
+        lockstep.losses = losses
+
+        def run_again() -> Tensor:
+            assert replay is not None
+            lockstep.before_forward()
+            lockstep.losses = replay()
+            return lockstep.losses
+
+        super().accumulate(losses, *args, replay=None if replay is None else run_again, **options)
+
+    @property
+    def has_batches(self) -> bool:
+        """Whether losses of this rank had a graph."""
+        return self._session is not None and self._session.n_batches > 0
+
+    @property
+    def counts(self) -> tuple[int, float, int]:
+        """Samples, their weights' sum, and samples that were left out."""
+        return self.n_samples, self._total_weight, self.n_skipped
+
+    @counts.setter
+    def counts(self, counts: tuple[int, float, int]) -> None:
+        self.n_samples, self._total_weight, self.n_skipped = counts
+
+    def run_once(self, run: Run, batch: Batch | None, own: Batch, rehearses: bool) -> None:
+        """Run one batch of all ranks.
 
         Args:
             run: runs a batch.
-            batches: this rank's.
-            done: called after each batch.
-
-        Raises:
-            RankFailedError: if another rank failed.
-            NonFiniteError: on all ranks, if F has NaN or inf.
+            batch: this rank's; None: its data ended.
+            own: this, or one to accompany the others with.
+            rehearses: nothing is to be counted.
         """
-        own: Batch | None = None
-        with self._agreement as agreement:
-            while True:
-                batch = next((b for b in batches if not b.is_empty), None)
-                is_new = batch is not None and not self._started.n_batches
-                said = agreement.exchange((batch is not None, is_new, own is None, self.n_samples, self._nonfinite_name()))
-                bad = [name for *_, name in said if name]
-                if bad:
-                    raise NonFiniteError(f"a squared gradient of {bad[0]!r} is NaN or infinite; look for overflow")
-                enough = run.max_samples is not None and sum(n for *_, n, _ in said) >= run.max_samples
-                if enough or not any(has for has, *_ in said):
-                    break
-                own = own if batch is None else batch
-                if any(lacks and not has for has, _, lacks, *_ in said):
-                    own = self._given([has for has, *_ in said], own)
-                assert own is not None
-                self._step(run, batch, own, rehearses=any(new for _, new, *_ in said))
-                done()
-            self._total(agreement)
-
-    @property
-    def _agreement(self) -> Agreement:
-        """What the ranks agree by."""
-        return self._lockstep.agreement
-
-    @property
-    def _started(self) -> LockstepSession:
-        """The session."""
-        session = self._lockstep.session
-        assert session is not None
-        return session
-
-    def _given(self, have: list[bool], own: Batch | None) -> Batch:
-        """Return this rank's batch; to those without any, the first rank that has one gives its."""
-        giver, cpu = have.index(True), torch.device("cpu")
-        gives = own is not None and self._agreement.rank == giver
-        said = self._agreement.exchange(moved((own.inputs, own.targets), cpu) if gives and own is not None else None)
-        if own is not None:
-            return own
-        inputs, targets = moved(said[giver], self.device)
-        return Batch(inputs, targets, None)
-
-    def _step(self, run: Run, batch: Batch | None, own: Batch, rehearses: bool) -> None:
-        """Run one batch of all ranks; a new kind of batch twice."""
-        state, counts = random_state(run.device), self._counts()
-        drawn = run.generator.get_state()
-        forward = partial(_for_company, run, own)
-        if rehearses:
-            self._run(run, batch, own, True, forward)
-            self._set_counts(counts)
-            run.before.restore()
-            set_random_state(run.device, state)
-            run.generator.set_state(drawn)
-        self._run(run, batch, own, False, forward)
-        if self._skip:
-            keep = all(self._agreement.exchange(all(block.is_finite() for block in self._blocks)))
-            for block in self._blocks:
-                block.commit(keep)
-            if not keep:
-                added = self.n_samples - counts[0]
-                self._set_counts(counts)
-                self._nonfinite("a squared gradient of some rank is NaN or infinite", added)
-
-    def _run(self, run: Run, batch: Batch | None, own: Batch, rehearses: bool, forward: Callable[[], None]) -> None:
-        """Run one batch once."""
-        self._lockstep.start_batch(rehearses, rehearses or self._verify == "always", forward)
+        lockstep, counts = self._lockstep, self.counts
+        lockstep.start_batch(rehearses, rehearses or self._verify == "always", partial(_for_company, run, own))
         if batch is not None:
             run.run(batch)
         else:
@@ -184,73 +153,67 @@ class ShardedAccumulator(FisherAccumulator):
             targets, _ = next(run.terms(own, outputs))
             losses = run.loss_fn(outputs, targets)
             self._spare_leaves(losses)
-            self.room(0, run.max_samples)
-            self._lockstep.losses = losses
-        self._lockstep.end_batch()
-        self._started.pass_over(retain_graph=False)
+            run.limit.pass_round(self.n_samples)
+            lockstep.losses = losses
+        lockstep.end_batch()
+        self._usable().pass_over(retain_graph=False)
+        if rehearses:
+            self.counts = counts
 
-    def accumulate(self, losses: Tensor, *args: Any, replay: Callable[[], Tensor] | None = None, **options: Any) -> None:
-        """Accumulate one batch; see the base class."""
-        self._lockstep.losses = losses
+    def commit(self, keep: bool, before: tuple[int, float, int]) -> None:
+        """Keep a batch of all ranks that was kept apart, or leave it out, with the counts before it."""
+        for block in self._blocks:
+            block.commit(keep)
+        if not keep:
+            left_out = self.n_samples - before[0]
+            self.counts = before
+            self._nonfinite("a squared gradient of some rank is NaN or infinite", left_out)
 
-        def run_again() -> Tensor:
-            assert replay is not None
-            self._lockstep.before_forward()
-            self._lockstep.losses = replay()
-            return self._lockstep.losses
+    @property
+    def stages(self) -> bool:
+        """Whether batches are kept apart, to be left out where they have NaN."""
+        return self._skip
 
-        super().accumulate(losses, *args, replay=None if replay is None else run_again, **options)
-
-    def room(self, n_losses: int, max_samples: int | None) -> int:
-        """Return how many of this rank's losses count: those of lower ranks come first."""
-        if max_samples is None:
-            return n_losses
-        said = self._agreement.exchange((n_losses, self.n_samples))
-        before = sum(n for _, n in said) + sum(n for n, _ in said[: self._agreement.rank])
-        return min(n_losses, max(0, max_samples - before))
+    def nonfinite_name(self) -> str:
+        """Name a parameter whose F has NaN or inf on this rank; "" where none has."""
+        for block in self._blocks:
+            if not block.is_finite():
+                pairs = zip(block.indices, block.parts, strict=True)
+                return next(list(self._of)[i] for i, part in pairs if not bool(part.isfinite().all()))
+        return ""
 
     def _keep_batch(self, n_samples: int) -> bool:
         """Keep a batch: whether it has NaN shows once all ranks' squares are added up."""
         return True
 
-    def _nonfinite_name(self) -> str:
-        """Name a parameter whose F has NaN or inf here; "" where none has."""
-        for block in self._blocks:
-            if not self._skip and not block.is_finite():
-                bad = (p for p, f in zip(block.parameters, block.shards[0], strict=True) if not bool(f.isfinite().all()))
-                return next(bad).name
-        return ""
-
-    def _counts(self) -> tuple[int, float, int]:
-        return self.n_samples, self._total_weight, self.n_skipped
-
-    def _set_counts(self, counts: tuple[int, float, int]) -> None:
-        self.n_samples, self._total_weight, self.n_skipped = counts
-
     # ---- the result ------------------------------------------------------------------------------------------------
 
-    def _total(self, agreement: Agreement) -> None:
+    def take_totals(self, said: Sequence[tuple[tuple[int, float, int], float, list[list[str]]]]) -> None:
         """Count the samples of all ranks, and take over which rules served what on others."""
-        rules = self._accumulators.rules
-        said = agreement.exchange((*self._counts(), self._started.n_batches, [sorted(names) for names in rules]))
-        self.n_samples, self._total_weight, self.n_skipped = (sum(one[i] for one in said) for i in range(3))
-        self._any_batches = any(n for *_, n, _ in said)
-        for *_, others in said:
-            for names, more in zip(rules, others, strict=True):
+        counts = list(zip(*(each for each, _, _ in said), strict=True))
+        self.counts = sum(counts[0]), sum(counts[1]), sum(counts[2])
+        for _, _, others in said:
+            for names, more in zip(self._accumulators.rules, others, strict=True):
                 names.update(more)
+        self._accumulators.n_passes = round(max(passes for _, passes, _ in said) * self._n_batches)
 
-    def _has_batches(self) -> bool:
-        """Tell whether some rank's losses had a graph."""
-        return self._any_batches
+    def told(self) -> tuple[tuple[int, float, int], float, list[list[str]]]:
+        """Return what :meth:`take_totals` takes of each rank."""
+        return self.counts, self._accumulators.n_passes / self._n_batches, [sorted(names) for names in self._accumulators.rules]
 
-    def _divided(self, final: bool) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    @property
+    def _n_batches(self) -> int:
+        """Batches of this rank, or 1."""
+        return max(1, self._usable().n_batches)
+
+    def _divided(self, weight: float, final: bool) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """Return F and the mean gradient as shards."""
         names = list(self._of)
         kinds: list[dict[str, Tensor]] = [{} for _ in self._blocks[0].shards]
         for block in self._blocks:
             for found, parts in zip(kinds, block.shards, strict=True):
                 for index, p, part in zip(block.indices, block.parameters, parts, strict=True):
-                    found[names[index]] = _like(part / self._total_weight, p.shard)
+                    found[names[index]] = _like(part / weight, p.shard)
         fisher, *gradient = ({name: found[name] for name in names} for found in kinds)
         return fisher, gradient[0] if gradient else None
 
@@ -258,11 +221,118 @@ class ShardedAccumulator(FisherAccumulator):
         """Return the shards."""
         return {name: p.shard for name, p in self._of.items()}
 
-    def _result(self, final: bool) -> Fisher:
-        """Return the Fisher of all ranks."""
-        fisher = super()._result(final)
-        fisher.reduced = True
-        return fisher
+
+class ShardedPass(PassAgreement):
+    """A pass of all ranks of an FSDP2 model, each over data of its own.
+
+    Args:
+        model: to which, or to parts of which, ``fully_shard`` was applied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """See the class."""
+        super().__init__(_group_of(model), "fisher_diagonal")
+
+    def accumulator(self, kind: type[FisherAccumulator], *args: Any, **options: Any) -> ShardedAccumulator:
+        """Make what accumulates, in place of the kind for other models."""
+        return ShardedAccumulator(self, *args, **options)
+
+    def begin(self, model: nn.Module, options: Mapping[str, Any], undo: Undo) -> None:
+        """Find out whether all ranks are about to do the same.
+
+        Raises:
+            ValueError: on all ranks, if options differ.
+        """
+        said = self.exchange(options)
+        for key in options:
+            if any(each[key] != said[0][key] for each in said):
+                got = ", ".join(f"{each[key]!r} on rank {rank}" for rank, each in enumerate(said))
+                raise ValueError(f"{key} must be the same on all ranks, got {got}")
+
+    def run_all(self, run: Run, batches: Iterator[Batch], bar: Any) -> None:
+        """Run all batches of all ranks; ranks whose data ended accompany the others.
+
+        Args:
+            run: runs a batch.
+            batches: this rank's.
+            bar: the progress bar, if there is one.
+
+        Raises:
+            RankFailedError: if another rank failed.
+            NonFiniteError: on all ranks, if F has NaN or inf.
+        """
+        accumulator = run.accumulator
+        assert isinstance(accumulator, ShardedAccumulator)
+        own: Batch | None = None
+        while True:
+            batch = next((b for b in batches if not (b.is_empty or run.limit.has_repeats_alone)), None)
+            bad = "" if accumulator.stages else accumulator.nonfinite_name()
+            is_new = batch is not None and not accumulator.has_batches
+            said = self.exchange((batch is not None, is_new, own is None and batch is None, bad))
+            found = next((name for *_, name in said if name), "")
+            if found:
+                raise NonFiniteError(
+                    f"a squared gradient of {found!r} is NaN or infinite; look for overflow in the model, or pass "
+                    "on_nonfinite='skip'"
+                )
+            have = [has for has, *_ in said]
+            if not any(have) or run.limit.is_reached(accumulator.n_samples):
+                return
+            own = own if batch is None else batch
+            if any(lacks for _, _, lacks, _ in said):
+                own = self._given(have.index(True), own, accumulator.device)
+            assert own is not None
+            self._step(run, accumulator, batch, own, rehearses=any(new for _, new, _, _ in said))
+            if bar is not None:
+                bar.update(1)
+
+    def fisher(self, accumulator: FisherAccumulator) -> Callable[[], Fisher]:
+        """Return what makes the Fisher once the model is as it was.
+
+        Raises:
+            ValueError: on all ranks, if none has a sample, or none has one that depends on the parameters.
+        """
+        assert isinstance(accumulator, ShardedAccumulator)
+        said = self.exchange((accumulator.told(), accumulator.has_batches))
+        accumulator.take_totals([told for told, _ in said])
+        if not accumulator.n_samples:
+            skipped = accumulator.n_skipped
+            raise ValueError(
+                f"data yielded no usable samples on any of the {self.n_ranks} ranks ({skipped} skipped)"
+                if skipped
+                else f"data is empty on all {self.n_ranks} ranks"
+            )
+        if not any(has for _, has in said):
+            accumulator.refuse_constants()
+        found, _ = accumulator.part()
+        found.reduced = True
+        return lambda: found
+
+    def _given(self, giver: int, own: Batch | None, device: torch.device) -> Batch:
+        """Return this rank's batch; where it never had one, that of a rank which has."""
+        gives = own is not None and self.rank == giver
+        said = self.exchange(moved((own.inputs, own.targets), torch.device("cpu")) if gives and own else None)
+        if own is not None:
+            return own
+        inputs, targets = moved(said[giver], device)
+        return Batch(inputs, targets, None)
+
+    def _step(
+        self, run: Run, accumulator: ShardedAccumulator, batch: Batch | None, own: Batch, rehearses: bool
+    ) -> None:
+        """Run one batch of all ranks; twice where some rank has seen none yet."""
+        before = accumulator.counts
+        if rehearses:
+            state, drawn, limit = random_state(run.device), run.generator.get_state(), run.limit
+            run.limit = limit.copied()
+            accumulator.run_once(run, batch, own, rehearses=True)
+            run.before.restore()
+            set_random_state(run.device, state)
+            run.generator.set_state(drawn)
+            run.limit = limit
+        accumulator.run_once(run, batch, own, rehearses=False)
+        if accumulator.stages:
+            accumulator.commit(not any(self.exchange(accumulator.nonfinite_name())), before)
 
 
 def _like(part: Tensor, shard: Tensor) -> Tensor:
@@ -283,13 +353,16 @@ def _for_company(run: Run, batch: Batch) -> None:
     set_random_state(run.device, state)
 
 
-def _group_of(every: Iterable[Parameter]) -> Any:
+def _group_of(model: nn.Module) -> Any:
     """Return the process group of all ranks that run the model; None for all there are.
 
     Raises:
         WplfastError: if they are some of the ranks alone, on a mesh of several dimensions.
     """
-    mesh = next(p.shard.device_mesh for p in every if isinstance(p.shard, DTensor))
+    modules = modules_of(model)
+    for module in modules:
+        module.reshard()
+    mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
     if mesh.size() == dist.get_world_size():
         return None
     if mesh.ndim > 1:

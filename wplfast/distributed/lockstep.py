@@ -8,9 +8,11 @@ need nothing run a pass for company, whose gradients nobody collects.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import partial
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +24,11 @@ from ..capture.collect.session import Session
 from ..capture.collect.steady import SteadyBatch
 from ..capture.trace.nested import current_task
 from ..capture.watched import map_tensors, tensors_in
-from ..errors import WplfastError
+from ..errors import RankFailedError, WplfastError
 from .agreement import Agreement
 from .blocks import Block
+
+logger = logging.getLogger(__name__)
 
 
 class Need(Enum):
@@ -42,6 +46,54 @@ class _Said(NamedTuple):
     collects: bool = False  # squares are added in it
     keep: bool = False  # another pass over the same graph may follow
     waiting: tuple[bool, ...] = ()  # for each block: squares wait to be reduced
+
+
+class PassAgreement(Agreement):
+    """An agreement in which a rank may fail inside of a pass too, where the others wait for what FSDP2 gathers.
+
+    It cannot meet them there: it leaves word in the store. They find it as soon as the group's connections end, with
+    the process that failed, and not later than the group's timeout.
+
+    Attributes:
+        is_inside: a pass of all ranks is going on.
+    """
+
+    is_inside = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Tell the others of an error that leaves."""
+        if error is None or not self.is_inside:
+            super().__exit__(kind, error, traceback)
+            return
+        self._ended = True
+        self._look(error)
+        text = f"rank {self.rank} failed inside of the model with {type(error).__name__}: {error}"
+        logger.error("%s, which ends %s on all ranks", text, self._what)
+        self._store.set(self._word, text)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Return what all ranks say; see the base class."""
+        try:
+            return super().exchange(value)
+        except RankFailedError as error:
+            self._look(error)
+            raise
+
+    def _look(self, error: BaseException) -> None:
+        """Raise with what another rank left word of, if one did."""
+        try:
+            text = self._store.get(self._word).decode() if self._store.check([self._word]) else ""
+        except RuntimeError:  # the store is gone
+            return
+        if text:
+            raise RankFailedError(f"{self._what} ended: {text}") from error
+
+    @property
+    def _word(self) -> str:
+        """The key under which word is left."""
+        return f"{self._alarm}/inside"
 
 
 class Company:
@@ -69,7 +121,7 @@ class Lockstep:
         session: runs backward passes.
     """
 
-    def __init__(self, agreement: Agreement, blocks: Sequence[Block]) -> None:
+    def __init__(self, agreement: PassAgreement, blocks: Sequence[Block]) -> None:
         self.agreement, self._blocks = agreement, blocks
         self.rehearses, self.keeps_totals = False, False
         self.losses: Tensor | None = None
@@ -169,13 +221,18 @@ class LockstepSession(Session):
         """Run one backward pass as soon as all ranks run one."""
         collects = isinstance(listener, SteadyBatch) or (isinstance(listener, CollectPass) and not listener.is_dry)
         guard = _Guard(listener)
-        super().run(losses, weights, guard, self.lockstep.before_backward(collects, keep))
+        keep = self.lockstep.before_backward(collects, keep)
+        self.lockstep.agreement.is_inside = True
+        super().run(losses, weights, guard, keep)
+        self.lockstep.agreement.is_inside = False
         if guard.error is not None:
             raise guard.error
 
     def accompany(self, losses: Tensor, listener: Listener, keep: bool) -> None:
         """Run one backward pass that nobody here needs."""
+        self.lockstep.agreement.is_inside = True
         super().run(losses, None, listener, keep)
+        self.lockstep.agreement.is_inside = False
         self.accumulators.n_passes -= 1
         self._leaf_grads.drop()
 
@@ -224,6 +281,7 @@ class Milestones:
         options: Any = {"prepend": True, "with_kwargs": True}
         self._handles = [module.register_forward_pre_hook(self._called, **options) for module in modules.values()]
         self._handles.append(model.register_forward_pre_hook(self._begins, prepend=True))
+        self._handles.append(model.register_forward_hook(self._ends))
 
     def remove(self) -> None:
         """End it."""
@@ -234,6 +292,12 @@ class Milestones:
         """Begin a forward pass."""
         if current_task() == -1:
             self._passed.clear()
+            self._lockstep.agreement.is_inside = True
+
+    def _ends(self, *_: object) -> None:
+        """End it."""
+        if current_task() == -1:
+            self._lockstep.agreement.is_inside = False
 
     def _called(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Send what a module is called on through a node."""

@@ -7,9 +7,9 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import repeat
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,33 +21,15 @@ from ..capture.probe.graph import leaves
 from ..capture.rules.projection import Directions
 from ..capture.undo import Undo, UndoOnExit
 from ..capture.watched import Derived, check_supported, is_watched, watch
-from ..errors import NonFiniteError, WplfastError
-from ..params import Params, device_of, named
-from .batches import Batch
+from ..distributed.engines import check_engine, inner_module, replicas_in
+from ..errors import NonFiniteError, UnsupportedParameterError, WplfastError
+from ..params import Params, device_of, is_fully_sharded, named
 from .buffers import Buffers
 from .checks import batch_norms, check_batch_statistics, check_losses, check_weights
-from .preserve import Snapshot
 from .result import Fisher, Report
 from .undisturbed import FAST_ATTENTION, compiler_stance
 
 logger = logging.getLogger(__name__)
-
-
-class Run(Protocol):
-    """What runs one batch after the other: the model, the loss, and what they were before."""
-
-    model: nn.Module
-    loss_fn: Callable[[Any, Any], Tensor]
-    device: torch.device
-    max_samples: int | None
-    before: Snapshot
-    generator: torch.Generator
-
-    def run(self, batch: Batch) -> None:
-        """Run the model on a batch and accumulate all terms of its losses."""
-
-    def terms(self, batch: Batch, outputs: Any) -> Iterator[tuple[Any, Tensor | float]]:
-        """Yield targets, and what their losses' squared gradients count."""
 
 
 class FisherAccumulator:
@@ -60,7 +42,8 @@ class FisherAccumulator:
     That holds after an error and after any number of interrupts too. A pass is used in the thread that opened it, and
     passes over different models may run in several threads at once. Meanwhile other threads may run this model without
     gradients; with gradients they get an error. ``nn.DataParallel`` copies parameters in a way that is not seen: its
-    model is served one sample at a time.
+    model is served one sample at a time. ``DistributedDataParallel`` is run as the module that it wraps, whose names
+    the keys are; each rank has the Fisher of what it was given itself, until all call :meth:`Fisher.all_reduce_`.
 
     Args:
         model: the module; its parameters outside ``params`` are frozen for the pass.
@@ -83,7 +66,8 @@ class FisherAccumulator:
         device: that batches are moved to.
 
     Raises:
-        UnsupportedParameterError: if a parameter is a tensor subclass such as DTensor.
+        UnsupportedParameterError: if a parameter is a tensor subclass such as DTensor, or the model is of FSDP1, ZeRO-3
+            or another engine that has no whole parameters.
 
     Example:
         >>> import torch, wplfast
@@ -113,7 +97,9 @@ class FisherAccumulator:
             raise ValueError(f"samples must be 'batch' or 'losses', got {samples!r}")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
-        self.model = model
+        self._check_model(model)
+        self._replicas = replicas_in(model)
+        self.model = model = inner_module(model)
         self.parameters = named(model if params is None else params, complex_too=True)
         check_supported(self.parameters)
         self._verify, self._independent, self._by_losses = verify, independent, samples == "losses"
@@ -139,6 +125,15 @@ class FisherAccumulator:
         self._staged_gradient = Buffers(self.parameters) if self._skip and with_grad else None
         target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
         return Accumulators(target.views, None if gradient is None else gradient.views)
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Refuse a model that this cannot accumulate for."""
+        check_engine(model)
+        if is_fully_sharded(model):
+            raise UnsupportedParameterError(
+                "the ranks of an FSDP2 model run their passes together: call fisher_diagonal(model, data, loss_fn), which "
+                "sees to it, in place of a FisherAccumulator of your own"
+            )
 
     #: Why parts of a batch cannot be run by themselves, if they cannot.
     runs_no_parts = ""
@@ -183,6 +178,11 @@ class FisherAccumulator:
             parameter.requires_grad_(True)
         for parameter in frozen:
             parameter.requires_grad_(False)
+        for ddp in self._replicas:  # neither its buckets nor its broadcasts take part
+            undo.by(ddp.__dict__.pop, ["forward"], [None])
+            if "forward" in ddp.__dict__:
+                undo.by(ddp.__dict__.__setitem__, ["forward"], [ddp.__dict__["forward"]])
+            ddp.__dict__["forward"] = ddp.module
         # Frozen parameters would let PyTorch take a fast path whose padded outputs are others (nested tensors).
         FAST_ATTENTION.hold(undo)
         if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
@@ -306,19 +306,6 @@ class FisherAccumulator:
         self.n_samples += len(losses) if count is None else count
         self._total_weight += len(losses) if weights is None else float(weights.sum())
 
-    def room(self, n_losses: int, max_samples: int | None) -> int:
-        """Return how many of a batch's losses count where at most so many samples may."""
-        return n_losses if max_samples is None else min(n_losses, max_samples - self.n_samples)
-
-    def run_all(self, run: Run, batches: Iterator[Batch], done: Callable[[], None]) -> None:
-        """Run batches, up to ``run.max_samples``; call ``done`` after each."""
-        for batch in batches:
-            if not batch.is_empty:
-                run.run(batch)
-            done()
-            if run.max_samples is not None and self.n_samples >= run.max_samples:
-                break
-
     def result(self) -> Fisher:
         """Return the Fisher of all samples so far; accumulation may go on.
 
@@ -332,23 +319,46 @@ class FisherAccumulator:
         """Return the Fisher without a copy; the accumulator cannot be used afterwards."""
         return self._result(final=True)
 
+    def part(self) -> tuple[Fisher, bool]:
+        """Return, as :meth:`finish`, what this rank has for the Fisher of all ranks, be it nothing.
+
+        Returns:
+            The Fisher, and whether any losses depended on the parameters.
+        """
+        reached = self._usable().n_batches > 0
+        return self._normalised(final=True), reached
+
     def _result(self, final: bool) -> Fisher:
-        """Normalise, in place if ``final``."""
+        """Normalise what must not be nothing."""
         session = self._usable()
         if not self.n_samples:
             raise WplfastError("nothing was accumulated: call backward(losses) at least once")
-        if not self._has_batches():
-            raise ValueError(
-                "losses must depend on the parameters through a graph, and those of no batch do: was the model run "
-                "under no_grad?"
-            )
+        if not session.n_batches:
+            self.refuse_constants()
         if not self._total_weight > 0:
             raise WplfastError("the weights of all samples are zero")
+        return self._normalised(final)
+
+    def refuse_constants(self) -> None:
+        """Raise for losses that no parameter reached.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "losses must depend on the parameters through a graph, and those of no batch do: was the model run "
+            "under no_grad?"
+        )
+
+    def _normalised(self, final: bool) -> Fisher:
+        """Normalise, in place if ``final``."""
+        session = self._usable()
         if is_watched(next(iter(self.parameters.values()))):
             session.check_leaves()
         if final:
             self._invalid = "its result was taken"
-        fisher, gradient = self._divided(final)
+        weight = self._total_weight or 1.0
+        fisher, gradient = self._divided(weight, final)
         served = zip(self.parameters, self._accumulators.rules, strict=True)
         rules = {name: tuple(sorted(names)) for name, names in served}
         numels = {name: p.numel() for name, p in self.parameters.items()}
@@ -364,14 +374,10 @@ class FisherAccumulator:
             parameters=self._owned(),
         )
 
-    def _divided(self, final: bool) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """Return F and the mean gradient, in the accumulators' own memory if ``final``."""
-        gradient = None if self._gradient is None else self._gradient.divided(self._total_weight, final)
-        return self._fisher.divided(self._total_weight, final), gradient
-
-    def _has_batches(self) -> bool:
-        """Tell whether the losses of some batch had a graph."""
-        return self._session is not None and self._session.n_batches > 0
+    def _divided(self, weight: float, final: bool) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """Return F and the mean gradient: the sums by ``weight``, in their own memory if ``final``."""
+        gradient = None if self._gradient is None else self._gradient.divided(weight, final)
+        return self._fisher.divided(weight, final), gradient
 
     def _owned(self) -> Mapping[str, Tensor]:
         """Return the parameters as their owner holds them."""

@@ -15,13 +15,17 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..capture.call import random_state, set_random_state
+from ..distributed.engines import check_engine
+from ..distributed.padding import padding_of
+from ..distributed.shared_pass import open_pass
 from ..errors import CoupledSamplesError
-from ..params import Params, is_fully_sharded
+from ..params import Params
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
 from .checks import check_losses
 from .drawn import DrawnTargets
 from .independence import Examination, Findings
+from .limit import Limit
 from .preserve import Snapshot
 from .result import Fisher
 from .sampling import Likelihood
@@ -49,18 +53,26 @@ def fisher_diagonal(
     progress: bool = False,
     samples: Literal["batch", "losses"] = "batch",
     independent: bool | None = None,
+    reduce: bool | None = None,
 ) -> Fisher:
     """Estimate the diagonal Fisher information, a mean over samples of squared per-sample gradients.
 
     ``F_i = 1/N sum_n (d loss_n / d theta_i)^2``, exact for every model whose samples do not depend on each other, on
     one scale whatever the batch size. The pass costs about one ordinary backward pass per batch.
 
+    Under DistributedDataParallel each rank calls it with data of its own, of any number of samples, and all get the
+    same Fisher, that of one process over all data; see ``reduce``. Nothing is collective but a word before the pass and
+    one sum after it (with ``max_samples``, also a word a batch), and a rank that fails ends it on all of them.
+
     Args:
-        model: the module. Its parameters, flags, gradients and the RNG state are afterwards what they were.
+        model: the module. Its parameters, flags, gradients and the RNG state are afterwards what they were. Of
+            DistributedDataParallel, and of DeepSpeed's engine up to ZeRO-2, the module inside is run and gives the
+            names.
         data: yields ``(inputs, targets)``, ``(inputs, targets, weights)`` or a dict with ``labels``; inputs are a
             tensor, a tuple (positional) or a dict (keywords). Batches are moved to the model's device. Sample weights
             [N], floating point, enter outside the square, ``F = sum_n w_n g_n^2 / sum_n w_n``. Empty batches are left
-            out.
+            out, and so are samples that a loader repeats so that all ranks have equally many (``DistributedSampler``,
+            ``Accelerator.prepare``), unless ``reduce=False``.
         loss_fn: ``loss_fn(outputs, targets)`` returns one loss per sample, [N]; see :mod:`wplfast.losses`. For "mc" and
             "exact" it must be -log p of ``likelihood``, or its mean over tokens. How it reads labels (shifted, ignored
             positions, classes not last, one-hot) is found out on the first batch, and labels are drawn accordingly.
@@ -73,8 +85,10 @@ def fisher_diagonal(
             ``(outputs, generator) -> targets``, whose draws are compared with the loss where that is one of these.
             "exact" takes categorical, and bernoulli for one logit or several of each sample.
         mc_samples: draws per sample, stratified: less noise than that of as many independent ones.
-        max_samples: stop after so many samples.
-        generator: for the draws, of the outputs' device; default: a fresh one with a fixed seed.
+        max_samples: stop after so many samples. Of a Fisher of several ranks: after so many in all, counted in the
+            order of batches, and among the i-th batches of all ranks in the order of ranks.
+        generator: for the draws, of the outputs' device; default: a fresh one with a fixed seed, the rank where there
+            are several. One of your own should have another seed on each rank.
         train: leave the modules' modes as they are (dropout on) instead of eval mode.
         with_grad: also compute ``Fisher.mean_grad``, the mean gradient.
         verify: check the first batch against ordinary autograd and parts of itself in batches of their own, and now and
@@ -90,6 +104,9 @@ def fisher_diagonal(
             weights and ``n_samples`` count these. Who owns which row is measured in every batch, which takes about one
             more backward pass each, and no sample is run alone to check.
         independent: True if you know that no sample's loss depends on another sample; it is not checked then.
+        reduce: whether the Fisher is one of all ranks' data, the same on each, or of this rank's alone. What is reduced
+            must be called on all ranks (of the process group that the model is wrapped for). Default: True for a model
+            in DistributedDataParallel or the like; a plain module's is this rank's own, which is said once.
 
     Returns:
         A mapping from names to float32 (float64 for float64 parameters) tensors of the parameters' shapes. Of a complex
@@ -99,7 +116,10 @@ def fisher_diagonal(
         TypeError: if a batch is of no known form, or its third element is no weights.
         ValueError: if data is empty, losses are not [N] or those of no batch depend on the parameters, a row holds
             several documents though ``samples="batch"``, an option does not fit, or the loss ("mc", "exact") is not
-            -log p of the targets that are drawn for it (label smoothing, class weights, a missing 1/2, ...).
+            -log p of the targets that are drawn for it (label smoothing, class weights, a missing 1/2, ...); on all
+            ranks, if their models or options differ, or a loader repeats samples that cannot be told from the others.
+        RankFailedError: if another rank raised; with its error.
+        UnsupportedParameterError: if the model is of an engine that has no whole parameters: FSDP1, ZeRO-3, ...
         CoupledSamplesError: if a sample's loss depends on other samples.
         NonFiniteError: if a loss or gradient is NaN or infinite.
         VerificationError: if captured gradients disagree with autograd.
@@ -113,60 +133,58 @@ def fisher_diagonal(
 
     Source: arXiv:1612.00796, arXiv:1902.08232; the three types as in arXiv:2502.11756.
     """
-    _check_options(fisher_type, mc_samples, max_samples)
-    accumulator = _accumulator_of(model)(
-        model,
-        params,
-        with_grad=with_grad,
-        verify=verify,
-        on_nonfinite=on_nonfinite,
-        independent=independent,
-        samples=samples,
-    )
-    device = accumulator.device
-    if generator is None:
-        generator = torch.Generator(device).manual_seed(0)
-    drawn = None
-    if fisher_type != "empirical":
-        watched = list(accumulator.parameters.values())
-        drawn = DrawnTargets(loss_fn, likelihood, fisher_type == "exact", mc_samples, generator, watched)
-    started = time.time()
-    deterministic = not (train and any(module.training for module in model.modules()))
-    if verify and not deterministic:
-        accumulator.note_unchecked("modules are in training mode", logging.INFO)
-    if verify and samples == "losses":
-        accumulator.note_unchecked("samples='losses' does not say where in a batch they lie", logging.INFO)
-    examined = verify if deterministic and samples == "batch" else False
-    if examined and accumulator.runs_no_parts:
-        accumulator.note_unchecked(accumulator.runs_no_parts, logging.INFO if independent else logging.WARNING)
-        examined = False
-    run = _Pass(
-        accumulator,
-        model,
-        loss_fn if drawn is None else drawn.loss,
-        drawn,
-        generator,
-        max_samples,
-        device,
-        examined,
-        before=Snapshot(model),
-        declared=independent is True,
-        samples=samples,
-    )
-    with Undisturbed(model, train, device), accumulator, _bar(data, progress) as bar:
-
-        def done() -> None:
-            if bar is not None:
-                rate = accumulator.n_samples / max(time.time() - started, 1e-9)
-                bar.set_postfix_str(f"{rate:,.0f} samples/s", refresh=False)
-                bar.update(1)
-
-        accumulator.run_all(run, (Batch.of(item, unpack, device, samples) for item in data), done)
-        if not accumulator.n_samples:
-            skipped = accumulator.n_skipped
-            raise ValueError(f"data yielded no usable samples ({skipped} skipped)" if skipped else "data is empty")
-        fisher = accumulator.finish()
-    source = f"wplfast {__version__}, {type(model).__name__}"
+    check_engine(model)
+    with open_pass(model, reduce) as ranks:
+        _check_options(fisher_type, mc_samples, max_samples)
+        accumulator = ranks.accumulator(
+            FisherAccumulator,
+            model,
+            params,
+            with_grad=with_grad,
+            verify=verify,
+            on_nonfinite=on_nonfinite,
+            independent=independent,
+            samples=samples,
+        )
+        inner, device = accumulator.model, accumulator.device
+        if generator is None:
+            generator = torch.Generator(device).manual_seed(ranks.rank)
+        drawn = None
+        if fisher_type != "empirical":
+            watched = list(accumulator.parameters.values())
+            drawn = DrawnTargets(loss_fn, likelihood, fisher_type == "exact", mc_samples, generator, watched)
+        deterministic = not (train and any(module.training for module in inner.modules()))
+        if verify and not deterministic:
+            accumulator.note_unchecked("modules are in training mode", logging.INFO)
+        if verify and samples == "losses":
+            accumulator.note_unchecked("samples='losses' does not say where in a batch they lie", logging.INFO)
+        examined = verify if deterministic and samples == "batch" else False
+        if examined and accumulator.runs_no_parts:
+            accumulator.note_unchecked(accumulator.runs_no_parts, logging.INFO if independent else logging.WARNING)
+            examined = False
+        padding = None if reduce is False else padding_of(data)
+        limit = Limit(max_samples, padding, ranks.exchange, ranks.rank, on_nonfinite == "skip")
+        run = Run(
+            accumulator,
+            inner,
+            loss_fn if drawn is None else drawn.loss,
+            drawn,
+            generator,
+            limit,
+            device,
+            examined,
+            before=Snapshot(inner),
+            declared=independent is True,
+            samples=samples,
+        )
+        options = {"fisher_type": fisher_type, "max_samples": max_samples, "with_grad": with_grad, "train": train}
+        with Undisturbed(inner, train, device) as undo:
+            ranks.begin(model, options, undo)
+            with accumulator, _bar(data, progress and ranks.rank == 0) as bar:
+                ranks.run_all(run, (Batch.of(item, unpack, device, samples) for item in data), bar)
+                result = ranks.fisher(accumulator)
+        fisher = result()
+    source = f"wplfast {__version__}, {type(inner).__name__}"
     fisher.metadata |= {
         "source": source,
         "fisher_type": fisher_type,
@@ -175,17 +193,8 @@ def fisher_diagonal(
     return fisher
 
 
-def _accumulator_of(model: nn.Module) -> type[FisherAccumulator]:
-    """Return the class that accumulates for a model."""
-    if not is_fully_sharded(model):
-        return FisherAccumulator
-    from ..distributed.fsdp2 import ShardedAccumulator  # not with the package: not every torch has torch.distributed
-
-    return ShardedAccumulator
-
-
 @dataclass
-class _Pass:
+class Run:
     """One call of ``fisher_diagonal``: what every batch needs."""
 
     accumulator: FisherAccumulator
@@ -193,7 +202,7 @@ class _Pass:
     loss_fn: LossFn
     drawn: DrawnTargets | None  # None: the given targets
     generator: torch.Generator
-    max_samples: int | None
+    limit: Limit
     device: torch.device
     verify: bool | Literal["always"]  # run parts of the first batch, or of all batches
     before: Snapshot  # what a forward pass may change, as it was before this batch's
@@ -207,6 +216,16 @@ class _Pass:
         self._examination = Examination(self.model, self.loss_fn, parameters, directions, self.device)
         self._independent: bool | None = True if self.declared else None
         self._is_examined = False
+        self._started = time.time()
+
+    def take(self, batch: Batch, bar: Any) -> None:
+        """Run the model on one batch, unless it is empty or repeats others, and move the progress bar."""
+        if not (batch.is_empty or self.limit.has_repeats_alone):
+            self.run(batch)
+        if bar is not None:
+            rate = self.accumulator.n_samples / max(time.time() - self._started, 1e-9)
+            bar.set_postfix_str(f"{rate:,.0f} samples/s", refresh=False)
+            bar.update(1)
 
     def run(self, batch: Batch) -> None:
         """Run the model on one batch and accumulate all terms of its losses."""
@@ -269,7 +288,7 @@ class _Pass:
             yield from self.drawn.terms(outputs, batch.targets)
 
     def _limit(self, weights: Tensor | None, losses: Tensor) -> tuple[int, Tensor | None]:
-        """Give samples beyond max_samples the weight zero; return how many samples count, and the weights."""
+        """Give samples beyond the limit the weight zero; return how many samples count, and the weights."""
         if weights is not None:
             if weights.shape != losses.shape:
                 raise ValueError(
@@ -277,7 +296,7 @@ class _Pass:
                     "a batch's third element is taken for weights: drop it with unpack= if it is something else"
                 )
             weights = weights.to(losses.device, torch.float64)
-        room = self.accumulator.room(len(losses), self.max_samples)
+        room = self.limit.room(len(losses), self.accumulator.n_samples)
         if room >= len(losses):
             return len(losses), weights
         kept = torch.arange(len(losses), device=losses.device) < room

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.watched import map_tensors, tensors_in
+from ..distributed.engines import inner_module
 from ..errors import VerificationError
 from ..ops.layout import flat_dtype
 from ..params import Params, device_of, named
@@ -51,6 +52,7 @@ def verify_fisher(
         VerificationError: if a parameter differs by more than rtol.
         ValueError: if the batch cannot be cut into samples.
     """
+    model = inner_module(model)
     parameters = named(model if params is None else params, complex_too=True)
     device = device_of([*model.parameters(), *parameters.values()])
     taken = Batch.of(batch, unpack, device)
@@ -66,7 +68,7 @@ def verify_fisher(
         inputs, targets = map_tensors(part, (taken.inputs, taken.targets))
         return inputs, targets
 
-    fisher = fisher_diagonal(model, [cut(0, count)], loss_fn, params=parameters, unpack=tuple)
+    fisher = fisher_diagonal(model, [cut(0, count)], loss_fn, params=parameters, unpack=tuple, reduce=False)
     loop = {name: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for name, p in parameters.items()}
     with Undisturbed(model, train=False, device=device):
         for n in range(count):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ..distributed.replicas import check_replicas
+from ..fisher.result import Fisher
 from ..ops.layout import flat_dtype
 from ..params import Params, device_of
 from .anchors import Anchors
@@ -189,6 +191,10 @@ class WeightPlasticityLoss(Saved):
 
         An interrupt or an error leaves all anchors as they were, or (an interrupt at the very end) all as they become.
 
+        Where there is a process group of several ranks, F and anchors must be the same on all: each rank waits up to
+        ten seconds for the others to consolidate, too. A rank that has a penalty alone, or one of its own, does so
+        within :func:`wplfast.distributed.local`.
+
         Args:
             fisher: diagonals by name (:func:`wplfast.fisher_diagonal` or any mapping). A Fisher of this process is
                 matched by the identity of the parameters first, then by name.
@@ -213,6 +219,8 @@ class WeightPlasticityLoss(Saved):
             TypeError: if fisher or theta_hat is no mapping.
             NameMismatchError: if a name is missing, or left over.
             StaleParameterError: if a parameter was replaced in its module, or the module got another one.
+            WplfastError: if F differs from that of another rank whose anchors are the same, or either does where the
+                parameters are wrapped in DistributedDataParallel, or F was reduced.
             ValueError: if a shape does not fit, a Fisher is negative or more than its dtype holds, or an option is out
                 of range.
             NonFiniteError: if a Fisher or an anchor has NaN or inf.
@@ -235,6 +243,8 @@ class WeightPlasticityLoss(Saved):
                 anchors = groups.anchors_beside(tensors, indices if groups.outlast(options) else None)
             newer = newer_anchor(parameters, fisher, theta_hat, prefix, options)
             check_extra(fisher, newer.keys, references, prefix, extra)
+            known = references.are_replicas or (isinstance(fisher, Fisher) and fisher.reduced)
+            check_replicas(names, newer.fisher, newer.theta_hat, known, fisher)
             in_place = anchors is not groups.anchors
             anchors, change = anchors.consolidated(indices, newer, options, in_place)
             self._commit(groups.with_anchors(anchors), change)

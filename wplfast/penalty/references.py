@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from ..distributed.engines import check_engine, inner_module, is_replica
 from ..errors import NameMismatchError, StaleParameterError
 from ..ops.prepared import Link
 from ..params import Params, check_names, named, some, suggest_prefix
@@ -49,6 +50,10 @@ class References:
     """
 
     def __init__(self, params: Params, names: Sequence[str] | None = None) -> None:
+        #: Whether an engine keeps the same parameters on all ranks.
+        self.are_replicas = is_replica(params)
+        check_engine(params, "params")
+        params = inner_module(params)
         if isinstance(params, nn.Module):
             _registrations.watch()
         self._counted = _registrations.count  # of registrations that the module is known to have no part in
@@ -76,6 +81,7 @@ class References:
         Raises:
             NameMismatchError: if a name is new or missing and must not be, or none is left.
         """
+        given_as, params = params, inner_module(params)
         params = params if isinstance(params, nn.Module) else named(params)
         given = named(_with_frozen(params, self.names))
         kept = [name for name in self.names if name in given]
@@ -93,7 +99,7 @@ class References:
                 "join, not anchored until the next consolidate. If they are not meant to, pass the others alone: a "
                 "submodule, or {name: tensor}"
             )
-        return References(params, [*kept, *more])
+        return References(given_as if isinstance(given_as, nn.Module) else params, [*kept, *more])
 
     def __contains__(self, name: object) -> bool:
         """Tell whether a name is known."""
