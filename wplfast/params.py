@@ -64,7 +64,10 @@ def named(
             raise ValueError(f"{what}: {names[id(tensor)]!r} and {name!r} are the same tensor; pass it under one name")
         if not tensor.is_leaf:
             raise ValueError(f"{what}[{name!r}] must be a leaf tensor (a parameter), got the result of an operation")
-        if _wraps_others(tensor) and not (sharded_too and is_sharded(tensor)):
+        sharded = sharded_too and is_sharded(tensor)
+        if not sharded:
+            check_parameter(name, tensor, what)
+        if _wraps_others(tensor) and not sharded:
             raise UnsupportedParameterError(f"{what}[{name!r}] must have memory of its own, got a {type(tensor)}")
         if tensor.is_neg():
             raise ValueError(f"{what}[{name!r}] must not be a negated view (torch._neg_view)")

@@ -70,13 +70,14 @@ class ProductRecipe:
         else:
             a, g = self._layout.rows(x), self._layout.rows(gradient)
         a, g = (t if t.stride(2) == 1 or t.shape[2] <= 1 else t.contiguous() for t in (a, g))
-        into, weights = self._accumulators, self._accumulators.weights
+        into, weights = self._accumulators.fisher, self._accumulators.weights
+        plain = self._accumulators.gradient
         factors = (g, a) if self._transposed else (a, g)
-        self._fisher_linear_(into.fisher[self._weight], *factors, weights, into.gradient_of(self._weight))
+        of_weight = None if plain is None else plain[self._weight]
+        self._fisher_linear_(into[self._weight], *factors, weights, of_weight)
         if self._bias is not None:
-            fisher, plain = into.fisher[self._bias], into.gradient_of(self._bias)
             sums = g[:, 0] if g.shape[1] == 1 else g.sum(1, dtype=self._wide)
             sums = sums.to(self._wide).contiguous()
-            self._accumulate_squares_(fisher, sums, weights)
+            self._accumulate_squares_(into[self._bias], sums, weights)
             if plain is not None:
-                add_weighted(sums, plain, weights)
+                add_weighted(sums, plain[self._bias], weights)
