@@ -90,6 +90,15 @@ def is_sharded(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return the part of a tensor that lies where that of a parameter on this rank does: all of it unless one is a shard."""
+    if not (is_sharded(tensor) or is_sharded(parameter)):
+        return tensor
+    from .distributed.shards import local_part  # not with the package
+
+    return local_part(tensor, parameter)
+
+
 def is_fully_sharded(model: Any) -> bool:
     """Tell whether FSDP2's ``fully_shard`` was applied to a model, or to parts of it."""
     module = sys.modules.get("torch.distributed.fsdp")

@@ -218,7 +218,7 @@ class _Opening(Sequence[Tensor]):
     """Sums by a parameter's index; who asks for one finds memory there."""
 
     def __init__(self, blocks: Sequence[Block], kind: int) -> None:
-        self._of = {i: (b, b.sums[kind][k]) for b in blocks for k, i in enumerate(b.indices)}
+        self._of: dict[int, tuple[Block, Tensor]] = {i: (b, b.sums[kind][k]) for b in blocks for k, i in enumerate(b.indices)}
 
     def __len__(self) -> int:
         return len(self._of)

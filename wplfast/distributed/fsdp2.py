@@ -16,20 +16,20 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..capture.accumulators import Accumulators
 from ..capture.call import random_state, set_random_state
-from ..errors import NonFiniteError, WplfastError
+from ..errors import NonFiniteError
 from ..fisher.accumulator import FisherAccumulator
 from ..fisher.batches import Batch, moved
 from ..fisher.preserve import Rewound
 from ..fisher.result import Fisher
 from ..params import Params, named
+from .agreement import Group
 from .blocks import Parameter, ShardedAccumulators, blocks_of, modules_of, parameters_of
 from .lockstep import Lockstep, LockstepSession, Milestones, PassAgreement
+from .shards import group_of, like
 
 if TYPE_CHECKING:
     from ..capture.undo import Undo
@@ -101,6 +101,10 @@ class ShardedAccumulator(FisherAccumulator):
         self._session.frozen += lost
         milestones = Milestones(self.model, self._blocks, self._lockstep)
         undo.then(milestones.remove)
+        for index, p in enumerate(self._of.values()):
+            if p.module is not None and p.whole.dtype != torch.float64:  # FSDP2 widens gradients that it does not reduce
+                caught = partial(self._session.leaf_grads.catch, index)
+                undo.then(p.whole.register_post_accumulate_grad_hook(caught).remove)
 
     def _check_model(self, model: nn.Module) -> None:
         """An FSDP2 model it is."""
@@ -165,7 +169,7 @@ class ShardedAccumulator(FisherAccumulator):
         for block in self._blocks:
             block.commit(keep)
         if not keep:
-            left_out = self.n_samples - before[0]
+            left_out = self.n_samples - before[0] + self.n_skipped - before[2]
             self.counts = before
             self._nonfinite("a squared gradient of some rank is NaN or infinite", left_out)
 
@@ -173,6 +177,10 @@ class ShardedAccumulator(FisherAccumulator):
     def stages(self) -> bool:
         """Whether batches are kept apart, to be left out where they have NaN."""
         return self._skip
+
+    def is_spoilt(self) -> bool:
+        """Whether this rank found NaN or inf in the last batch of all ranks, in its gradients or in F."""
+        return self._lockstep.is_spoilt or bool(self.nonfinite_name())
 
     def nonfinite_name(self) -> str:
         """Name a parameter whose F has NaN or inf on this rank; "" where none has."""
@@ -213,7 +221,7 @@ class ShardedAccumulator(FisherAccumulator):
         for block in self._blocks:
             for found, parts in zip(kinds, block.shards, strict=True):
                 for index, p, part in zip(block.indices, block.parameters, parts, strict=True):
-                    found[names[index]] = _like(part / weight, p.shard)
+                    found[names[index]] = like(part / weight, p.shard)
         fisher, *gradient = ({name: found[name] for name in names} for found in kinds)
         return fisher, gradient[0] if gradient else None
 
@@ -332,15 +340,7 @@ class ShardedPass(PassAgreement):
             run.limit = limit
         accumulator.run_once(run, batch, own, rehearses=False)
         if accumulator.stages:
-            accumulator.commit(not any(self.exchange(accumulator.nonfinite_name())), before)
-
-
-def _like(part: Tensor, shard: Tensor) -> Tensor:
-    """Return a local part as what a parameter is: a DTensor of its mesh and placements, or a plain tensor."""
-    if not isinstance(shard, DTensor):
-        return part
-    options: Any = {"run_check": False, "shape": shard.shape, "stride": shard.stride()}
-    return DTensor.from_local(part, shard.device_mesh, shard.placements, **options)
+            accumulator.commit(not any(self.exchange(accumulator.is_spoilt())), before)
 
 
 def _for_company(run: Run, batch: Batch) -> None:
@@ -353,24 +353,11 @@ def _for_company(run: Run, batch: Batch) -> None:
     set_random_state(run.device, state)
 
 
-def _group_of(model: nn.Module) -> Any:
-    """Return the process group of all ranks that run the model; None for all there are.
-
-    Raises:
-        WplfastError: if they are some of the ranks alone, on a mesh of several dimensions.
-    """
-    modules = modules_of(model)
-    for module in modules:
+def _group_of(model: nn.Module) -> Group:
+    """Return the process group of all ranks that run the model."""
+    for module in modules_of(model):
         module.reshard()
-    mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
-    if mesh.size() == dist.get_world_size():
-        return None
-    if mesh.ndim > 1:
-        raise WplfastError(
-            f"a Fisher pass on a mesh of {mesh.ndim} dimensions needs all {dist.get_world_size()} ranks in it, got "
-            f"{mesh.size()}: use a process group, or a mesh, of these ranks alone"
-        )
-    return mesh.get_group()
+    return group_of(model.parameters())
 
 
 def _without_sync(model: nn.Module) -> Callable[[], None]:

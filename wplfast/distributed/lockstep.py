@@ -116,6 +116,7 @@ class Lockstep:
     Attributes:
         rehearses: squares of this batch are dropped: it runs to learn how the model's calls are to be collected.
         keeps_totals: sums of squares are looked at when the batch is verified.
+        is_spoilt: collecting ended early, since a gradient of this rank is NaN or infinite.
         losses: of this rank's forward pass; passes for company run over their graph.
         forward: runs the model on this rank's batch, for company.
         session: runs backward passes.
@@ -123,7 +124,7 @@ class Lockstep:
 
     def __init__(self, agreement: PassAgreement, blocks: Sequence[Block]) -> None:
         self.agreement, self._blocks = agreement, blocks
-        self.rehearses, self.keeps_totals = False, False
+        self.rehearses, self.keeps_totals, self.is_spoilt = False, False, False
         self.losses: Tensor | None = None
         self.forward: Callable[[], object] | None = None
         self.session: LockstepSession | None = None
@@ -132,6 +133,7 @@ class Lockstep:
     def start_batch(self, rehearses: bool, keeps_totals: bool, forward: Callable[[], object]) -> None:
         """Begin a batch of all ranks."""
         self.rehearses, self.keeps_totals, self.forward, self.losses = rehearses, keeps_totals, forward, None
+        self.is_spoilt = False
         for block in self._blocks:
             block.totals.zero_()
 
@@ -226,6 +228,7 @@ class LockstepSession(Session):
         super().run(losses, weights, guard, keep)
         self.lockstep.agreement.is_inside = False
         if guard.error is not None:
+            self.lockstep.is_spoilt = True
             raise guard.error
 
     def accompany(self, losses: Tensor, listener: Listener, keep: bool) -> None:
@@ -234,7 +237,7 @@ class LockstepSession(Session):
         super().run(losses, None, listener, keep)
         self.lockstep.agreement.is_inside = False
         self.accumulators.n_passes -= 1
-        self._leaf_grads.drop()
+        self.leaf_grads.drop()
 
 
 class _Guard:
@@ -307,7 +310,8 @@ class Milestones:
         tensors = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
         if not tensors:
             return None
-        queue = iter(_Milestone.apply(partial(self._reached, self._of[id(module)]), *tensors))
+        apply: Any = _Milestone.apply
+        queue = iter(apply(partial(self._reached, self._of[id(module)]), *tensors))
         return map_tensors(lambda t: next(queue) if t.requires_grad else t, (args, kwargs))
 
     def _reached(self, blocks: Sequence[Block]) -> None:

@@ -6,7 +6,7 @@ summed over ranks once. It never gathers a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..errors import UnsupportedParameterError, WplfastError
 from ..ops.prepared import PreparedPenalty
 from ..penalty.autograd import EagerPenalty
 from ..penalty.param_groups import ParamGroup
-from .agreement import Agreement, collective_device
+from .agreement import Agreement, Group, collective_device
 
 
 def placed(shard: Tensor) -> tuple[DeviceMesh, int, int]:
@@ -127,24 +127,31 @@ def as_shards(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> 
 
 @contextmanager
 def together(shards: Sequence[Tensor], what: str) -> Iterator[None]:
-    """Let what all ranks do to sharded parameters be done by all of them, or by none.
+    """Let what all ranks do to sharded tensors be done by all of them, or by none.
 
     Raises:
         RankFailedError: if another rank failed in it.
     """
-    mesh = next((s.device_mesh for s in shards if isinstance(s, DTensor)), None)
-    if mesh is None:
-        yield
-        return
-    group = None if mesh.size() == dist.get_world_size() else mesh.get_group(placed_along(shards))
-    with Agreement(group, what) as agreement:
+    with Agreement(group_of(shards), what) as agreement:
         yield
         agreement.exchange(None)
 
 
-def placed_along(shards: Sequence[Tensor]) -> int:
-    """Return the mesh dimension that the first shard is sharded along."""
-    return placed(next(s for s in shards if isinstance(s, DTensor)))[1]
+def group_of(tensors: Iterable[Tensor]) -> Group:
+    """Return the process group of all ranks that hold parts of tensors, of which some are shards; None: all ranks.
+
+    Raises:
+        WplfastError: if they are some of the ranks alone, on a mesh of several dimensions.
+    """
+    mesh = next(t.device_mesh for t in tensors if isinstance(t, DTensor))
+    if mesh.size() == dist.get_world_size():
+        return None
+    if mesh.ndim > 1:
+        raise WplfastError(
+            f"a mesh of {mesh.ndim} dimensions must hold all {dist.get_world_size()} ranks, got {mesh.size()}: use a "
+            "process group of these ranks alone"
+        )
+    return mesh.get_group()
 
 
 class Alias:

@@ -196,7 +196,7 @@ class FisherAccumulator:
 
     def _all_parameters(self) -> Iterable[Tensor]:
         """Return the model's parameters, watched ones and others, as its forward pass uses them."""
-        return self.model.parameters()
+        return list(self.model.parameters())
 
     # ---- accumulation ----------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .. import storage
 from ..capture.accumulators import SLOW_RULES
 from ..ops.layout import as_real
-from ..params import Params, check_names, named, some
+from ..params import Params, check_names, is_sharded, named, some
 from .buffers import Buffers
 from .faults import check_form, check_values, pop_counts
 
@@ -278,8 +279,10 @@ class Fisher(Mapping[str, Tensor]):
             OSError: if the file cannot be written.
             NameMismatchError: if theta_hat lacks a parameter.
             ValueError: if a shape differs, or an entry is NaN, infinite or negative, which :meth:`load` would refuse.
+            RankFailedError: if F lies as shards on several ranks, all of which save it, and another one failed.
         """
-        check_values(self, self.mean_grad, "a Fisher to be saved")
+        with self._together("saving a Fisher"):
+            check_values(self, self.mean_grad, "a Fisher to be saved")
         tensors = {f"fisher.{name}": tensor for name, tensor in self.items()}
         gradients = self.mean_grad or {}
         tensors |= {f"mean_grad.{name}": as_real(tensor) for name, tensor in gradients.items()}
@@ -330,6 +333,14 @@ class Fisher(Mapping[str, Tensor]):
             metadata={key: value for key, value in metadata.items() if not key.startswith("wplfast.")},
             reduced=metadata.get(_REDUCED) == "true",
         )
+
+    def _together(self, what: str) -> AbstractContextManager[None]:
+        """Let all ranks succeed in something, or none, where F lies as shards on them."""
+        if not any(map(is_sharded, self.values())):
+            return nullcontext()
+        from ..distributed.shards import together  # not with the package
+
+        return together(list(self.values()), what)
 
     def _values(self, theta_hat: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parameters' values under this Fisher's names, found by identity, then by name.

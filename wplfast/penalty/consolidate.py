@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import NameMismatchError, NonFiniteError
 from ..fisher.result import Fisher
 from ..ops.layout import by_kind
-from ..params import check_names, is_sharded, some
+from ..params import check_names, is_sharded, part_of, some
 from .references import References
 
 AnchorRule: TypeAlias = Literal["merge", "replace"]
@@ -107,15 +107,6 @@ def newer_anchor(
         if max(-low, high) > torch.finfo(p.dtype).max:
             raise ValueError(f"theta_hat[{key!r}] has entries beyond {p.dtype}, its parameter's type")
     return NewerAnchor(found.keys, hats.tensors, found.tensors, found.high, weight, over_ranks)
-
-
-def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return the part of a tensor that lies where that of a parameter on this rank does: all of it unless one is a shard."""
-    if not (is_sharded(tensor) or is_sharded(parameter)):
-        return tensor
-    from ..distributed.shards import local_part  # not with the package
-
-    return local_part(tensor, parameter)
 
 
 def _over_ranks(parameters: Sequence[Tensor], largest: bool = False) -> OverRanks:

@@ -10,13 +10,14 @@ import errno
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..params import is_sharded
 from .replacing import replacing
 
 FilePath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
@@ -44,7 +45,8 @@ _DTYPES = {
 def save(path: FilePath, tensors: Mapping[str, Tensor], kind: str, metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata atomically: readers, and who comes after a crash, see the old file or the new one.
 
-    No tensor is copied but from a device or where it is not contiguous, and then one at a time.
+    No tensor is copied but from a device or where it is not contiguous, and then one at a time. Of tensors that are
+    shards (DTensor) all ranks call this; they are gathered one at a time, and rank 0 writes.
 
     Raises:
         OSError: if the file cannot be written (no such directory, no permission, a full disk); nothing is left then.
@@ -57,15 +59,25 @@ def save(path: FilePath, tensors: Mapping[str, Tensor], kind: str, metadata: Map
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
             raise TypeError(f"{name!r} must be a dense tensor of {', '.join(map(str, _DTYPES))}, got {_type(tensor)}")
-    with replacing(os.fsdecode(path)) as file:
-        checksum = _checksum_of_description(stamped, tensors)
-        file.write(_header(stamped | {_CHECKSUM: f"{0:08x}"}, tensors))
-        for name in _order(tensors):
-            data = _data(tensors[name])
-            checksum = zlib.crc32(data, checksum)
-            file.write(data)
-        file.seek(0)
-        file.write(_header(stamped | {_CHECKSUM: f"{checksum:08x}"}, tensors))
+    names = _order(tensors)
+
+    def write(whole: Callable[[Tensor], Tensor]) -> None:
+        with replacing(os.fsdecode(path)) as file:
+            checksum = _checksum_of_description(stamped, tensors)
+            file.write(_header(stamped | {_CHECKSUM: f"{0:08x}"}, tensors))
+            for name in names:
+                data = _data(whole(tensors[name]))
+                checksum = zlib.crc32(data, checksum)
+                file.write(data)
+            file.seek(0)
+            file.write(_header(stamped | {_CHECKSUM: f"{checksum:08x}"}, tensors))
+
+    if any(map(is_sharded, tensors.values())):
+        from ..distributed.files import writing  # not with the package
+
+        writing([tensors[name] for name in names], write)
+    else:
+        write(lambda tensor: tensor)
 
 
 def load(path: FilePath, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -76,7 +76,7 @@ class Session:
         self.interception = Interception(parameters, constants, Idle())
         self.n_batches = 0
         self.frozen: list[Tensor] = []  # parameters that require no grad during the pass, and only then
-        self._leaf_grads = LeafGrads(parameters, self.interception)
+        self.leaf_grads = LeafGrads(parameters, self.interception)
         self._inference = LayoutInference()
         self._structures: dict[tuple[object, ...], int] = {}  # of graphs, numbered
         self._n_structures = self._n_known = 0
@@ -86,7 +86,7 @@ class Session:
         self._is_verified = False
         self._by_losses = by_losses
         self._reorders = by_losses  # rows may lie in another order in every batch
-        self._linearity = Linearity(self.run, self._leaf_grads)
+        self._linearity = Linearity(self.run, self.leaf_grads)
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class Session:
             return False
         keep = batch.retain_graph or steady.may_wake
         self.run(batch.losses, None, steady.start(self.interception.taps), keep)
-        if not steady.finish(self.parameters, self.interception.derived):
+        if not steady.finish(self.parameters, self.interception.derived) or self.leaf_grads.caught:
             self._find_unseen(set())
         woken = steady.woken()
         if woken:
@@ -218,7 +218,7 @@ class Session:
             passes = inference.probe_weights.rounds
         else:
             raise WplfastError(f"could not measure which samples the uses of {self._some(wanted or set())} belong to")
-        astray = one_by_one(batch, self._unseen, self.run, self._leaf_grads, self.accumulators, self.directions)
+        astray = one_by_one(batch, self._unseen, self.run, self.leaf_grads, self.accumulators, self.directions)
         if astray:
             raise CoupledSamplesError(
                 f"the gradients of {self._some(astray)} for one sample after the other do not add up to that of the "
@@ -278,7 +278,7 @@ class Session:
         Raises:
             WplfastError: if there are some.
         """
-        found = self._leaf_grads.past_the_taps()
+        found = self.leaf_grads.past_the_taps()
         if found:
             raise WplfastError(
                 f"a gradient arrived at {self._some(found)} that this pass did not compute: do not call .backward() "
@@ -287,7 +287,7 @@ class Session:
 
     def abandon(self) -> None:
         """Forget a batch that will not be accumulated."""
-        self._leaf_grads.drop()
+        self.leaf_grads.drop()
         self.release()
 
     def release(self) -> None:
@@ -340,7 +340,7 @@ class Session:
         listener = ProbePass(self._inference, self._in_backward, keep if verifies else None)
         self.run(batch.losses, weights, listener, keep=True)
         if verifies:
-            for index, gradient in enumerate(self._leaf_grads.take()):
+            for index, gradient in enumerate(self.leaf_grads.take()):
                 if gradient is not None:
                     keep(index, gradient)
             self._dtypes |= listener.dtypes
@@ -434,8 +434,8 @@ class Session:
 
     def _find_unseen(self, squared: set[int]) -> set[int]:
         """Return the parameters that gradients arrived at past the taps, and remember them."""
-        found = self._leaf_grads.past_the_taps()
-        self._leaf_grads.drop()
+        found = self.leaf_grads.past_the_taps()
+        self.leaf_grads.drop()
         fresh = found - self._unseen
         if fresh and self.n_batches:
             raise WplfastError(
