@@ -91,7 +91,7 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return the part of a tensor that lies where that of a parameter on this rank does: all of it unless one is a shard."""
+    """Return the part of a tensor that lies where that of a parameter on this rank does; all of it for whole ones."""
     if not (is_sharded(tensor) or is_sharded(parameter)):
         return tensor
     from .distributed.shards import local_part  # not with the package

@@ -22,7 +22,6 @@ from ..capture.accumulators import Accumulators
 from ..errors import UnsupportedParameterError
 from ..ops.layout import flat_dtype
 
-
 #: Its name since PyTorch 2.13, and before.
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -218,7 +217,9 @@ class _Opening(Sequence[Tensor]):
     """Sums by a parameter's index; who asks for one finds memory there."""
 
     def __init__(self, blocks: Sequence[Block], kind: int) -> None:
-        self._of: dict[int, tuple[Block, Tensor]] = {i: (b, b.sums[kind][k]) for b in blocks for k, i in enumerate(b.indices)}
+        self._of: dict[int, tuple[Block, Tensor]] = {
+            i: (b, b.sums[kind][k]) for b in blocks for k, i in enumerate(b.indices)
+        }
 
     def __len__(self) -> int:
         return len(self._of)

@@ -9,9 +9,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
 from ..errors import NameMismatchError
@@ -47,7 +48,7 @@ def load_penalty(penalty: WeightPlasticityLoss, checkpoint: str | os.PathLike[st
         >>> other.n_anchors
         1
     """
-    entries: dict[str, Any] = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    entries: dict[str, Any] = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     prefix = f"{key}."
     kept = {n.removeprefix(prefix): e for n, e in entries.items() if n.startswith(prefix)}
     kept = {name: entry for name, entry in kept.items() if isinstance(entry, TensorStorageMetadata)}
@@ -56,7 +57,7 @@ def load_penalty(penalty: WeightPlasticityLoss, checkpoint: str | os.PathLike[st
     parameters = penalty._groups.references.by_name()
     state = {name: _blank(entry, parameters.get(name.partition(".")[2])) for name, entry in kept.items()}
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    dcp.load({key: state}, checkpoint_id=checkpoint, no_dist=alone)
+    load({key: state}, checkpoint_id=checkpoint, no_dist=alone)
     penalty.load_state_dict(state)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor

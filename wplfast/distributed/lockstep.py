@@ -207,7 +207,7 @@ class Lockstep:
         """Run a backward pass that counts for nothing."""
         if self.losses is None or not self.losses.requires_grad:
             raise WplfastError(
-                "the losses of this rank's batch do not depend on the parameters, and those of another rank's do: FSDP2 "
+                "the losses of this rank's batch do not depend on the parameters, as those of another rank's do: FSDP2 "
                 "gathers parameters in every backward pass, so that all ranks need one; leave such batches out"
             )
         assert self.session is not None
@@ -241,7 +241,7 @@ class LockstepSession(Session):
 
 
 class _Guard:
-    """Lets a pass go on to its end after an error of what listens to it: other ranks wait for what is gathered in it."""
+    """Lets a pass go on to its end after an error of what listens to it, as other ranks wait for what it gathers."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener

@@ -73,7 +73,7 @@ def like(part: Tensor, shard: Tensor) -> Tensor:
 
 
 def localised(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a penalty's state with this rank's parts; entries of other shapes than the sharded parameters' are left out.
+    """Return a penalty's state with this rank's parts, without entries of other shapes than sharded parameters have.
 
     Args:
         state: named tensors, whole or DTensors.
@@ -183,7 +183,7 @@ class Alias:
 
 
 class ShardedParamGroup(ParamGroup):
-    """Parameters that are shards on one mesh: a :class:`ParamGroup` of their local parts, with gradients as DTensors."""
+    """A :class:`ParamGroup` of the local parts of shards on one mesh, with gradients as DTensors."""
 
     def _take(self, indices: Sequence[int], references: Any) -> None:
         """Take the local parts."""

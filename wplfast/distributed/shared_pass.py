@@ -18,12 +18,12 @@ from .engines import group_of, inner_module, is_replica, replicas_in
 from .fingerprint import fingerprints
 
 if TYPE_CHECKING:
-    from .fsdp2 import ShardedPass
     from ..capture.undo import Undo
     from ..fisher.accumulator import FisherAccumulator
     from ..fisher.batches import Batch
     from ..fisher.diagonal import Run
     from ..fisher.result import Fisher
+    from .fsdp2 import ShardedPass
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()

@@ -131,8 +131,8 @@ class FisherAccumulator:
         check_engine(model)
         if is_fully_sharded(model):
             raise UnsupportedParameterError(
-                "the ranks of an FSDP2 model run their passes together: call fisher_diagonal(model, data, loss_fn), which "
-                "sees to it, in place of a FisherAccumulator of your own"
+                "the ranks of an FSDP2 model run their passes together: call fisher_diagonal(model, data, loss_fn), "
+                "which sees to it, in place of a FisherAccumulator of your own"
             )
 
     #: Why parts of a batch cannot be run by themselves, if they cannot.

@@ -172,7 +172,16 @@ class Fisher(Mapping[str, Tensor]):
 
     @property
     def flat(self) -> Tensor:
-        """All diagonals in one 1-D tensor, in the mapping's order."""
+        """All diagonals in one 1-D tensor, in the mapping's order.
+
+        Raises:
+            ValueError: if they are shards (DTensor), of which none has all.
+        """
+        if any(map(is_sharded, self.values())):
+            raise ValueError(
+                "F lies as shards on several ranks, and flat would be all of it on one: sum over names instead "
+                "(fisher[name].sum().full_tensor()), or let consolidate(normalize='trace') divide by the mean"
+            )
         return torch.cat([tensor.reshape(-1) for tensor in self.values()])
 
     def __add__(self, other: Fisher) -> Fisher:

@@ -87,7 +87,11 @@ def newer_anchor(
         NonFiniteError: if F, theta_hat or a parameter has NaN or inf.
     """
     names, theta = list(parameters), list(parameters.values())
-    parts, over_ranks, most = [part_of(p, p).detach() for p in theta], _over_ranks(theta), _over_ranks(theta, largest=True)
+    parts, over_ranks, most = (
+        [part_of(p, p).detach() for p in theta],
+        _over_ranks(theta),
+        _over_ranks(theta, largest=True),
+    )
     found = look_up(fisher, names, theta, "fisher", prefix)
     if theta_hat is not None:
         hats = look_up(theta_hat, names, theta, "theta_hat", prefix)

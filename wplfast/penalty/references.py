@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
@@ -62,9 +62,10 @@ class References:
             _registrations.watch()
         self._counted = _registrations.count  # of registrations that the module is known to have no part in
         if is_fully_sharded(params):
-            for module in params.modules():  # type: ignore[union-attr]  # shards are what the optimizer holds
-                if is_fully_sharded(module) and hasattr(module, "reshard"):
-                    module.reshard()
+            from ..distributed.blocks import modules_of  # not with the package
+
+            for module in modules_of(cast(nn.Module, params)):
+                module.reshard()  # to what optimizers hold
         parameters = named(params if names is None else _with_frozen(params, names), sharded_too=True)
         if names is not None:
             check_names(parameters, names, "params")
@@ -199,7 +200,7 @@ class References:
         found = self._aliases.get(index)
         if found is None or not found.fits():
             assert self._tensors is not None
-            found = self._aliases[index] = Alias(self._tensors[index])
+            found = self._aliases[index] = Alias(cast(Any, self._tensors[index]))
         return found
 
     def complete(self) -> bool:

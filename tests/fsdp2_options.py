@@ -1,0 +1,204 @@
+"""What ranks do with options of a Fisher pass in FSDP2, and with what goes wrong on one of them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+import torch.nn.functional as F
+from fsdp2_cases import GPT, T, batch, ce, compare, data, everything, full, model, off, sharded
+from oracle import fisher_loop
+
+import wplfast
+from wplfast import fisher_diagonal
+
+# ---- the Fisher: options ---------------------------------------------------------------------------------------------
+
+
+def _joined(n, sizes=SIZES):
+    return tuple(torch.cat(column) for column in zip(*everything(n, sizes), strict=True))
+
+
+def weights_and_mean_gradient(rank, n):
+    w = [torch.rand(s, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in range(9)]
+    mine = [(x, y, w[len(x)]) for x, y in data(rank)]
+    every = [(x, y, w[len(x)]) for x, y in everything(n)]
+    one = fisher_diagonal(model(), every, ce, with_grad=True, reduce=False)
+    fisher = fisher_diagonal(sharded(model()), mine, ce, with_grad=True)
+    return {
+        "off": max(off(fisher, one), off(fisher.mean_grad, one.mean_grad)),
+        "weight": fisher.total_weight - one.total_weight,
+        "n": fisher.n_samples,
+    }
+
+
+def max_samples(rank, n):
+    """In the order of batches, then of ranks."""
+    parts, found = [data(r) for r in range(n)], []
+    x, y = (torch.cat(c) for c in zip(*(p[i] for i in range(3) for p in parts if i < len(p)), strict=True))
+    for most in (1, 4, 8, 100):
+        fisher = fisher_diagonal(sharded(model()), data(rank), ce, max_samples=most)
+        found.append((fisher.n_samples, off(fisher, fisher_loop(model(), [(x[:most], y[:most])], ce))))
+    return {"counts": [c for c, _ in found], "total": len(y), "off": max(e for _, e in found)}
+
+
+def exact_and_drawn(rank, n):
+    """Targets from the model: all of them, and draws that are counted alone."""
+
+    class Last(GPT):
+        def forward(self, x):
+            return super().forward(x)[:, -1, :3]
+
+    def last():
+        torch.manual_seed(0)
+        return Last().double()
+
+    sizes = [(2, 1), (2,), (), (1,)]
+    mine, every = ([(x, y[:, -1] % 3) for x, y in d] for d in (data(rank, sizes), everything(n, sizes)))
+    one = fisher_diagonal(last(), every, ce, fisher_type="exact", reduce=False)
+    fisher = fisher_diagonal(sharded(last()), mine, ce, fisher_type="exact")
+    drawn = fisher_diagonal(sharded(last()), mine, ce, fisher_type="mc", mc_samples=2)
+    return {
+        "off": off(fisher, one),
+        "n": drawn.n_samples,
+        "finite": all(bool(full(f).isfinite().all()) for f in drawn.values()),
+    }
+
+
+def losses_as_samples(rank, n):
+    """Each token's loss is a sample, in a model without attention."""
+
+    class Tokens(GPT):
+        def forward(self, x):
+            return self.head(self.tokens(x) + self.places(torch.arange(T).expand_as(x)))
+
+    def made():
+        torch.manual_seed(0)
+        found = Tokens().double()
+        del found.blocks
+        found.blocks = []
+        return found
+
+    def by_token(outputs, targets):
+        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+
+    whole, total, count = made(), None, 0
+    for x, y in everything(n):
+        for loss in by_token(whole(x), y):
+            gradients = torch.autograd.grad(loss, list(whole.parameters()), retain_graph=True)
+            total = (
+                [g.square() for g in gradients]
+                if total is None
+                else [t + g.square() for t, g in zip(total, gradients, strict=True)]
+            )
+            count += 1
+    expected = {name: t / count for (name, _), t in zip(whole.named_parameters(), total, strict=True)}
+    fisher = fisher_diagonal(sharded(made()), data(rank), by_token, samples="losses")
+    return {"off": off(fisher, expected), "n": fisher.n_samples - count}
+
+
+def skipping(rank, n):
+    """A batch of rank 0 has NaN in its loss, another in a gradient: that is left out on all ranks."""
+
+    class Spoil(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, spoils):
+            ctx.spoils = spoils
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * (float("nan") if ctx.spoils else 1.0), None
+
+    def loss(outputs, targets):
+        return ce(Spoil.apply(outputs, len(targets) == 3), targets) * (float("nan") if len(targets) == 1 else 1.0)
+
+    sizes = [(3, 2, 1), (4, 5), (2, 4), (5,)]
+    fisher = fisher_diagonal(sharded(model()), data(rank, sizes), loss, on_nonfinite="skip")
+    left = [b for r in range(n) for i, b in enumerate(data(r, sizes)) if i > 0 and len(b[0]) > 1]
+    return {"off": off(fisher, fisher_loop(model(), left, ce)), "n": fisher.n_samples - sum(len(x) for x, _ in left)}
+
+
+OPTIONS = [weights_and_mean_gradient, max_samples, exact_and_drawn, losses_as_samples, skipping]
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+class BrokenError(Exception):
+    pass
+
+
+def _failing(at: int, rank: int):
+    """A loss that fails on rank 1 in its n-th call."""
+    calls = []
+
+    def loss(outputs, targets):
+        calls.append(0)
+        if rank == 1 and len(calls) > at:
+            raise BrokenError("the loss is broken")
+        return ce(outputs, targets)
+
+    return loss
+
+
+def loss_fails(rank, n):
+    fisher_diagonal(sharded(model()), data(rank), _failing(0, rank))
+
+
+def loss_fails_later(rank, n):
+    fisher_diagonal(sharded(model()), data(rank, [(2, 2, 2)] * n), _failing(3, rank))
+
+
+def loader_fails(rank, n):
+    def batches():
+        yield batch(2, rank)
+        if rank == 1:
+            raise BrokenError("the loader is broken")
+        yield batch(2, 10 + rank)
+
+    fisher_diagonal(sharded(model()), batches(), ce)
+
+
+def gradient_is_nan(rank, n):
+    def loss(outputs, targets):
+        if rank == 1:
+            outputs.register_hook(lambda g: g * float("nan"))
+        return ce(outputs, targets)
+
+    fisher_diagonal(sharded(model()), data(rank), loss)
+
+
+def samples_are_coupled(rank, n):
+    fisher_diagonal(sharded(model()), data(rank), lambda o, y: ce(o - o.mean(0) if rank == 1 else o, y))
+
+
+def no_data_at_all(rank, n):
+    fisher_diagonal(sharded(model()), [], ce)
+
+
+def local_alone(rank, n):
+    fisher_diagonal(sharded(model()), data(rank), ce, reduce=False)
+
+
+def own_accumulator(rank, n):
+    wplfast.FisherAccumulator(sharded(model()))
+
+
+def after_an_error(rank, n):
+    """The same model goes on after a pass that failed."""
+    module = sharded(model())
+    with suppress(BrokenError, wplfast.errors.RankFailedError):
+        fisher_diagonal(module, data(rank), _failing(0, rank))
+    return compare(rank, n, model(), module)
+
+
+ERRORS = [
+    loss_fails,
+    loss_fails_later,
+    loader_fails,
+    gradient_is_nan,
+    samples_are_coupled,
+    no_data_at_all,
+    local_alone,
+    own_accumulator,
+]
