@@ -18,7 +18,7 @@ import wplfast
 from wplfast import fisher_diagonal
 
 ce = wplfast.losses.cross_entropy
-V, D, T = 13, 8, 5  # neither 2 nor 4 divides V
+V, D, T = 13, 8, 5  # neither 2 nor 4 divides V; the last of 4 ranks has no row of T
 
 #: Batches of each rank; of two ranks the first two. The third has no data.
 SIZES = [(3, 2, 1), (4,), (), (1, 2)]
@@ -43,7 +43,7 @@ class GPT(nn.Module):
 
     def __init__(self, tied: bool = False, recompute: bool | None = None, by_rows: bool = False) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(V, D), nn.Embedding(T + 2, D)
+        self.tokens, self.places = nn.Embedding(V, D), nn.Embedding(T, D)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.head = nn.Linear(D, V, bias=False)
         if tied:

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
-from fsdp2_cases import GPT, T, batch, ce, compare, data, everything, full, model, off, sharded
+from fsdp2_cases import GPT, SIZES, T, batch, ce, compare, data, everything, full, model, off, sharded
 from oracle import fisher_loop
 
 import wplfast

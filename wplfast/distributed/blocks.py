@@ -8,8 +8,9 @@ is through; then one reduce-scatter adds the squares of all ranks to what each r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -148,22 +149,33 @@ class Block:
             self.totals += torch.stack([f.sum(dtype=torch.float64) for f in self.sums[0]])
 
     @torch.no_grad()
-    def reduce(self) -> None:
-        """Add the squares of all ranks to their shards, in one reduce-scatter; every rank calls it."""
+    def reduce(self) -> Callable[[], None]:
+        """Begin to add up the squares of all ranks, in one reduce-scatter; every rank calls it.
+
+        Returns:
+            What ends it: it waits, and adds to the shards.
+        """
         pieces = [(s, _chunk(s, self._dim, self._n_ranks)) for sums in self.sums for s in sums]
         packed = torch.zeros(self._n_ranks, sum(size for _, size in pieces), dtype=self._dtype, device=self._device)
         if self.is_open:
             for part, (tensor, _) in zip(packed.split([size for _, size in pieces], 1), pieces, strict=True):
                 _pack(part, tensor, self._dim)
             self.close()
-        own = packed.view(-1)
-        if self._group is not None:
-            own = torch.empty(packed.shape[1], dtype=self._dtype, device=self._device)
-            _reduce_scatter(own, packed.view(-1), group=self._group)
+        if self._group is None:
+            return partial(self._add, packed.view(-1), None, packed)
+        own = torch.empty(packed.shape[1], dtype=self._dtype, device=self._device)
+        work = _reduce_scatter(own, packed.view(-1), group=self._group, async_op=True)
+        return partial(self._add, own, work, packed)
+
+    @torch.no_grad()
+    def _add(self, own: Tensor, work: Any, packed: Tensor) -> None:
+        """Add what a reduce-scatter gave this rank, once it is there; what was sent is kept until then."""
+        if work is not None:
+            work.wait()
         del packed
         for group in self._others:
             dist.all_reduce(own, group=group)
-        found = iter(own.split([size for _, size in pieces]))
+        found = iter(own.split([_chunk(s, self._dim, self._n_ranks) for sums in self.sums for s in sums]))
         for kind in self.shards if self._staged is None else self._staged:
             for shard, numel in zip(kind, self._numels, strict=True):
                 shard += next(found)[:numel].view(shard.shape).to(shard.device)

@@ -128,6 +128,7 @@ class Lockstep:
         self.losses: Tensor | None = None
         self.forward: Callable[[], object] | None = None
         self.session: LockstepSession | None = None
+        self._pending: Callable[[], None] | None = None
         self._collects = False  # the pass that runs adds squares, on some rank
 
     def start_batch(self, rehearses: bool, keeps_totals: bool, forward: Callable[[], object]) -> None:
@@ -171,6 +172,7 @@ class Lockstep:
         for index, block in enumerate(self._blocks):
             if any(other.waiting[index] for other in said):
                 self._reduce(block)
+        self._end_reduction()
         self.losses = self.forward = None
 
     def passed(self, block: Block) -> None:
@@ -196,7 +198,14 @@ class Lockstep:
         if self.rehearses:
             block.close()
         else:
-            block.reduce()
+            self._end_reduction()
+            self._pending = block.reduce()
+
+    def _end_reduction(self) -> None:
+        """Wait for the block that was reduced last, which ran beside the backward pass of the next one."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending()
 
     def _accompany_forward(self) -> None:
         """Run a forward pass that counts for nothing."""

@@ -43,12 +43,12 @@ class ShardedAccumulator(FisherAccumulator):
     """
 
     runs_no_parts = (
-        "samples are not run in batches of their own under FSDP2, where every forward pass is one of all ranks; look at "
-        "a small copy of the model without it, or pass independent=True"
+        "samples are not run in batches of their own under FSDP2, where every forward pass is one of all ranks; look "
+        "at a small copy of the model without it, or pass independent=True"
     )
 
     def __init__(self, ranks: ShardedPass, model: nn.Module, params: Params | None = None, **options: Any) -> None:
-        self._ranks = ranks
+        self._ranks, self._accompanies = ranks, False
         self._every = parameters_of(model)
         chosen = named(model if params is None else params, sharded_too=True)
         known = {id(p.shard): p for p in self._every}
@@ -151,7 +151,9 @@ class ShardedAccumulator(FisherAccumulator):
             outputs = own.forward(run.model)
             targets, _ = next(run.terms(own, outputs))
             losses = run.loss_fn(outputs, targets)
-            self._spare_leaves(losses)
+            if not self._accompanies:
+                self._accompanies = True
+                self._spare_leaves(losses)
             run.limit.pass_round(self.n_samples)
             lockstep.losses = losses
         lockstep.end_batch()
