@@ -63,7 +63,7 @@ def against(n: int, act: Callable[[WeightPlasticityLoss, nn.Module], object], wr
         value.backward()
         added = wpl.add_grad_(0.5)
         placed = all(isinstance(p, DTensor) == isinstance(p.grad, DTensor) for p in module.parameters())
-        found.append((float(value), float(added), grads(module), placed, wpl.n_anchors))
+        found.append((value.item(), added.item(), grads(module), placed, wpl.n_anchors))
     (v, a, g, _, k), (v_, a_, g_, placed, k_) = found
     return {"off": max(abs(v - v_) / v, abs(a - a_) / a, off(g_, g)), "placed": placed, "anchors": k_ - k}
 
@@ -114,7 +114,7 @@ def own_fisher_as_shards(rank, n):
     with wplfast.distributed.local():
         one.consolidate({f"x.{k}": full(f) for k, f in fisher.items()})
     moved(module, 2), moved(whole, 2)
-    return {"off": abs(float(wpl()) - float(one())) / float(one()), "again": off(wpl.fisher, one.fisher)}
+    return {"off": abs(wpl().item() - one().item()) / one().item(), "again": off(wpl.fisher, one.fisher)}
 
 
 def parts_and_prefixes(rank, n):
@@ -128,7 +128,7 @@ def parts_and_prefixes(rank, n):
         moved(one, 2)
         part = wpl.subset(PART)
         found.append(
-            [float(part()), float(part.add_grad_()), float(wpl()), sum(p.grad is not None for p in one.parameters())]
+            [part().item(), float(part.add_grad_()), wpl().item(), sum(p.grad is not None for p in one.parameters())]
         )
     return {"off": max(abs(a - b) / a for a, b in zip(*found, strict=True))}
 
@@ -156,7 +156,11 @@ def trained(rank, n):
             torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
             if step == 2:
                 handle = wpl.attach(optimizer)
-            optimizer.step()
+            if step >= 4:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
         handle.remove()
         found.append(dict(module.named_parameters()))
     return {"off": off(found[1], found[0])}
@@ -171,7 +175,7 @@ def while_gathered(rank, n):
     wpl.consolidate(first)
     module(batch(2, 0)[0])
     kinds = {isinstance(p, DTensor) for p in module.parameters()}
-    before, value = float(wpl()), wpl.add_grad_()
+    before, value = wpl().item(), wpl.add_grad_()
     return {
         "gathered": False in kinds,
         "off": abs(before - float(value)),
@@ -208,9 +212,9 @@ def states(rank, n):
     again.load_state_dict(state)
     back.load_state_dict(one.state_dict())
     moved(whole, 2), moved(other, 2)
-    values = [float(one()), float(again())]
+    values = [one().item(), again().item()]
     moved(module, 3)
-    old = [float(wpl()), float(back())]
+    old = [wpl().item(), back().item()]
     return {
         "off": max(abs(values[0] - values[1]) / values[0], abs(old[0] - old[1]) / old[0]),
         "keys": all(
@@ -233,7 +237,7 @@ def saves(rank, n):
     dcp.save({"model": module.state_dict(), "wpl": wpl.state_dict()}, checkpoint_id=folder() / "checkpoint")
     whole = {name: full(f) for name, f in fisher.items()}, {name: full(g) for name, g in fisher.mean_grad.items()}
     hats = {name: full(t) for name, t in wpl.theta_hat.items()}
-    value = float(wpl())
+    value = wpl().item()
     if rank == 0:
         torch.save((*whole, hats, value, fisher.n_samples), folder() / "told")
     dist.barrier()
@@ -257,7 +261,7 @@ def loaded(module: nn.Module) -> dict:
     read = Fisher.load(folder() / "fisher.safetensors")
     from_fisher.consolidate(read)
     return {
-        "values": [abs(float(wpl()) - value) / value for wpl in (from_checkpoint, from_file)],
+        "values": [abs(wpl().item() - value) / value for wpl in (from_checkpoint, from_file)],
         "F": max(off(read, fisher), off(read.mean_grad, gradient), off(from_fisher.fisher, fisher)),
         "theta_hat": off(from_file.theta_hat, hats),
         "n": read.n_samples - n_samples,

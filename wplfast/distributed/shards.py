@@ -6,8 +6,10 @@ summed over ranks once. It never gathers a parameter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,7 +22,10 @@ from ..errors import UnsupportedParameterError, WplfastError
 from ..ops.prepared import PreparedPenalty
 from ..penalty.autograd import EagerPenalty
 from ..penalty.param_groups import ParamGroup
-from .agreement import Agreement, Group, collective_device
+from .agreement import Agreement, Group, gathered
+
+#: What all ranks are doing together.
+_agreement: ContextVar[Agreement | None] = ContextVar("_agreement", default=None)
 
 
 def placed(shard: Tensor) -> tuple[DeviceMesh, int, int]:
@@ -96,18 +101,26 @@ def localised(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> 
 
 
 def over_ranks(values: Sequence[float], shards: Sequence[Tensor], largest: bool = False) -> list[float]:
-    """Return a number for each parameter, added up over the ranks that hold parts of it, or the largest of theirs."""
+    """Return a number for each parameter, added up over the ranks that hold parts of it, or the largest of theirs.
+
+    Raises:
+        RankFailedError: if another rank failed in what all do :func:`together`.
+    """
     found = list(values)
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for index, shard in enumerate(shards):
         if isinstance(shard, DTensor):
             kinds.setdefault(key_of(shard), []).append(index)
+    agreement = _agreement.get()
     for (mesh, along), indices in kinds.items():
-        group = mesh.get_group(along)
-        told = torch.tensor([found[i] for i in indices], dtype=torch.float64, device=collective_device(group))
-        dist.all_reduce(told, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
-        for i, value in zip(indices, told.tolist(), strict=True):
-            found[i] = value
+        coordinates = mesh.get_coordinate()
+        assert coordinates is not None
+        replica = [c for i, c in enumerate(coordinates) if i != along]
+        own = replica, [found[i] for i in indices]
+        said = gathered(own, group_of(shards)) if agreement is None else agreement.exchange(own)
+        parts = [told for place, told in said if place == replica]
+        for k, i in enumerate(indices):
+            found[i] = max(part[k] for part in parts) if largest else math.fsum(part[k] for part in parts)
     return found
 
 
@@ -133,7 +146,11 @@ def together(shards: Sequence[Tensor], what: str) -> Iterator[None]:
         RankFailedError: if another rank failed in it.
     """
     with Agreement(group_of(shards), what) as agreement:
-        yield
+        token = _agreement.set(agreement)
+        try:
+            yield
+        finally:
+            _agreement.reset(token)
         agreement.exchange(None)
 
 

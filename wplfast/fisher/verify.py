@@ -56,8 +56,8 @@ def verify_fisher(
     model = inner_module(model)
     if is_fully_sharded(model):
         raise UnsupportedParameterError(
-            "verify_fisher runs samples one by one, which the ranks of an FSDP2 model cannot do apart: verify on a small "
-            "copy of the model to which fully_shard was not applied"
+            "verify_fisher runs samples one by one, which the ranks of an FSDP2 model cannot do apart: verify on a "
+            "small copy of the model to which fully_shard was not applied"
         )
     parameters = named(model if params is None else params, complex_too=True)
     device = device_of([*model.parameters(), *parameters.values()])

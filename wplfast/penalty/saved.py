@@ -70,7 +70,8 @@ class Saved(nn.Module):
             ValueError: if the file is truncated, foreign or of another version, or a shape differs.
             NameMismatchError: if names differ; if not strict, if nothing fits.
         """
-        state, _ = storage.load(path, "penalty")
+        with self._groups.references.together("reading a penalty"):
+            state, _ = storage.load(path, "penalty")
         found = self._restore(state, strict)
         differing = f"missing {found.missing[:6]}, unexpected {found.unexpected[:6]}"
         if strict and (found.missing or found.unexpected):
