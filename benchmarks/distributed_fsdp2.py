@@ -44,7 +44,7 @@ N_RANKS = 2
 ROUNDS, STEADY = 5, range(3, 8)  # batches of a pass that are timed: known, and not measured again
 
 #: vocabulary, length, width, layers; samples a rank.
-SIZES = {"decoder": (1000, 128, 256, 4, 8), "large": (8000, 64, 640, 10, 2)}
+SIZES = {"decoder": (1000, 128, 256, 4, 8), "wide": (1000, 32, 640, 6, 1), "large": (8000, 64, 640, 10, 2)}
 ce = wplfast.losses.cross_entropy
 
 
@@ -356,7 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
     found: dict[str, Any] = {"environment": environment()}
     if options.what == "costs":
         found |= {"time": on_ranks(times, "decoder"), "bytes": on_ranks(communicated, "decoder")}
-        found["memory"] = on_ranks(memory, "large")
+        found["memory"] = on_ranks(memory, "wide")
     else:
         with tempfile.TemporaryDirectory() as folder:
             found["ranks"] = on_ranks(end_to_end, "large", folder)
