@@ -8,6 +8,7 @@
     python -m benchmarks fisher --peers           # and against other libraries, those of the extra [peers] too
     python -m benchmarks scaling --plot out.png   # against batch size, length, width, classes and samples
     python -m benchmarks rule linear              # one capture rule, on and off: NAME of a case, or MODULE:CASE
+    python -m benchmarks distributed              # of two ranks, against steps under DistributedDataParallel
     python -m benchmarks all --json results.json
     python -m benchmarks readme                   # the README's tables, from the records in benchmarks/results
 
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from . import anchors, figures, fisher, peers, penalty, readme, report, rule, scaling
+from . import anchors, distributed, figures, fisher, peers, penalty, readme, report, rule, scaling
 from .plumbing import malloc
 from .plumbing.markdown import aligned
 from .plumbing.record import environment, write_bytes, write_json
@@ -36,7 +37,7 @@ from .workloads import KNOWN, WORKLOADS
 
 #: What each choice measures. Sweep and anchors keep freed memory, which cannot be undone, and so come last.
 PARTS: dict[str, tuple[str, ...]] = {
-    **{part: (part,) for part in ("fisher", "peers", "scaling", "anchors", "rule")},
+    **{part: (part,) for part in ("fisher", "peers", "scaling", "anchors", "rule", "distributed")},
     "penalty": ("penalty", "sweep"),
     "all": ("penalty", "fisher", "sweep", "anchors"),
     "readme": (),
@@ -50,6 +51,7 @@ RUNS: dict[str, Callable[[Budget, argparse.Namespace], Any]] = {
     "peers": lambda budget, options: peers.run(budget, options.workloads),
     "scaling": lambda budget, options: scaling.run(budget),
     "anchors": lambda budget, options: anchors.run(budget),
+    "distributed": lambda budget, options: distributed.run(budget, options.workloads),
     "rule": lambda budget, options: rule.run(options.case, budget),
 }
 
@@ -142,6 +144,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     if options.peers and "fisher" not in PARTS[options.what]:
         parser.error(f"--peers goes with fisher or all, not with {options.what}")
+    if options.what == "distributed" and options.device != "cpu":
+        parser.error("distributed measures ranks on the CPU, over gloo")
     if options.plot is not None and not set(PARTS[options.what]) & set(figures.DRAWN):
         parser.error(f"--plot draws {', '.join(figures.DRAWN)}, not {options.what}")
     return options

@@ -141,6 +141,23 @@ def fisher(runs: Runs, details: bool = False) -> Lines:
     return table(["Fisher / ordinary forward and backward", *heads], rows)
 
 
+def distributed(runs: Runs, details: bool = False) -> Lines:
+    """Return passes and whole calls of several ranks over steps of as many: a line for each workload."""
+    rows = []
+    for records in zip(*(run["records"] for run in runs), strict=True):
+        first = records[0]
+        cells = [spread(r["ratio"]) + "\\*" * (r["pairs"] < PAIRS) for r in records]
+        cells += [spread(r["whole"]["ratio"]) for r in records]
+        if details:
+            sent = sum(each["bytes"] for each in first["collectives_of_a_call"].values())
+            cells += [time(first["milliseconds"]["unit"]), str(first["whole"]["batches"])]
+            cells += [f"{sent / 1e6:.1f}, {first['bytes_of_a_step'] / 1e6:.1f}", f"{first['relative_error']:.0e}"]
+        rows.append([f"{first['shown']}, {first['ranks']} ranks", *cells])
+    heads = [_on(what, run) for what in ("pass", "whole call") for run in runs]
+    heads += ["step", "batches of a call", "MB sent: call, step", "error"] if details else []
+    return table(["Fisher / step under DistributedDataParallel", *heads], rows)
+
+
 def peers(runs: Runs, details: bool = False) -> Lines:
     """Return the time over the unit's and the peak memory of every library, or why it failed."""
 
@@ -194,5 +211,6 @@ def rule(runs: Runs, details: bool = False) -> Lines:
 
 TABLES: dict[str, Callable[[Runs, bool], Lines]] = {
     "penalty": penalty, "sweep": sweep, "anchors": anchors, "fisher": fisher, "peers": peers, "scaling": scaling,
+    "distributed": distributed,
     "rule": rule,
 }  # fmt: skip

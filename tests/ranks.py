@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ NEEDS_GLOO = pytest.mark.skipif(
 )
 
 #: Seconds after which a rank that waits in vain gives up.
-TIMEOUT = 20
+TIMEOUT = 60
 
 Situation = Callable[[int, int], Any]
 
@@ -58,6 +59,7 @@ class _Log(logging.Handler):
 def _work(rank: int, n_ranks: int, folder: str, situations: Sequence[Situation]) -> None:
     torch.set_num_threads(1)
     logging.getLogger("wplfast").addHandler(log := _Log())
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "localhost"}
     store, timeout = Path(folder, "store").as_uri(), datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=n_ranks, timeout=timeout)
     found = {}
@@ -82,8 +84,8 @@ def launched(n_ranks: int, situations: Sequence[Situation], folder: Path) -> lis
 
     Args:
         n_ranks: processes.
-        situations: functions of the rank and the number of ranks, each of which all ranks call; of a module that they can
-            import. What they return is pickled.
+        situations: functions of the rank and the number of ranks, each of which all ranks call. They are of a module
+            that can be imported, and what they return is pickled.
         folder: for files.
     """
     mp.spawn(_work, (n_ranks, str(folder), situations), nprocs=n_ranks)

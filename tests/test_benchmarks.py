@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
-from benchmarks import anchors, fisher, peer_libraries, peers, penalty, report, rule, scaling, timing, ways
+from benchmarks import anchors, distributed, fisher, peer_libraries, peers, penalty, report, rule, scaling, timing, ways
 from benchmarks.__main__ import main
 from benchmarks.plumbing.markdown import aligned
 from benchmarks.timing import Budget
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import KNOWN, WORKLOADS
 from wplfast.capture import rules as capture_rules
 
 CPU = torch.device("cpu")
@@ -281,6 +281,24 @@ def test_peers_compute_the_same_fisher(peer, workload):
         assert min(errors) < fisher.TOLERANCE < max(errors), "positions [T] have no axis of samples"
     else:
         assert max(errors) < fisher.TOLERANCE
+
+
+def test_distributed_quick(tmp_path):
+    """One rank does what each of two does."""
+    torch.distributed.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    try:
+        record = distributed.measure(KNOWN["mlp"], QUICK)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert record["relative_error"] < 1e-4
+    assert record["pairs"] == record["whole"]["pairs"] == QUICK.rounds
+    fisher = 4 * record["parameters"]
+    assert record["bytes_of_a_step"] == fisher
+    assert record["collectives_of_a_call"]["all_reduce"] == {"calls": 1, "bytes": fisher}
+    assert record["collectives_of_a_call"]["all_gather"]["bytes"] < 10_000  # what ranks tell each other
+    shown = "\n".join(report.distributed([{"threads": 1, "records": [record]}], details=True))
+    assert "| Fisher / step under DistributedDataParallel | pass, 1 thread | whole call, 1 thread |" in shown
+    assert "784-1024-1024-10, N=256, 1 ranks" in shown
 
 
 def test_peers_and_scaling_quick(tmp_path, capfd):

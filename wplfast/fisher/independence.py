@@ -29,6 +29,7 @@ from ..capture.collect.batch import SingleSample
 from ..capture.probe.graph import leaves
 from ..capture.rules.projection import Directions
 from ..capture.undo import Undo
+from ..distributed.agreement import is_distributed
 from .batches import Batch
 from .cutting import Cut, Parts
 from .preserve import Rewound, Snapshot
@@ -212,10 +213,36 @@ class Examination:
 
         with _GradsApart(self._parameters, leaves(losses), arrived):
             if losses.requires_grad:
-                losses.sum().backward()
+                self._backward(losses.sum(), found)
             for index, parameter in enumerate(self._parameters):
                 arrived(index, parameter)  # what a Function added by itself
         return SingleSample(len(trial.expected) - 1, {index: total / len(losses) for index, total in found.items()})
+
+
+    def _backward(self, total: Tensor, found: dict[int, Tensor]) -> None:
+        """Run a backward pass down to the parameters; what does not accumulate is projected into ``found``.
+
+        DistributedDataParallel hooks into accumulation where no hook of Python reaches, and would take these gradients
+        for those of a forward pass of its own that has not run backward yet: there, none are accumulated.
+        """
+        if not is_distributed():
+            total.backward()
+            return
+
+        def captured(index: int, gradient: Tensor) -> Tensor:
+            self._directions.add(found, index, gradient)
+            return gradient.new_zeros(()).expand_as(gradient)  # all are kept until the end
+
+        hooks = [p.register_hook(partial(captured, index)) for index, p in enumerate(self._parameters)]
+        try:
+            torch.autograd.grad(total, self._parameters, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "heckpoint" not in str(error):
+                raise
+            found.clear()  # a reentrant checkpoint accumulates, whatever is asked for
+            for hook in hooks:
+                hook.remove()
+            total.backward()
 
 
 class _Trial:
@@ -341,7 +368,7 @@ class _GradsApart(Undo):
         tensors = self._tensors
         self.by(setattr, tensors, repeat("grad"), [t.grad for t in tensors])
         hooked = [t for t in tensors if t._backward_hooks is not None]
-        self.by(setattr, hooked, repeat("_backward_hooks"), [t._backward_hooks for t in hooked])
+        self.by(setattr, tensors, repeat("_backward_hooks"), [t._backward_hooks for t in tensors])
         followed = [t for t in tensors if t._post_accumulate_grad_hooks is not None]
         after = [t._post_accumulate_grad_hooks for t in followed]
         self.by(setattr, followed, repeat("_post_accumulate_grad_hooks"), after)
