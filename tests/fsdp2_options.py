@@ -5,12 +5,15 @@ from __future__ import annotations
 from contextlib import suppress
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fsdp2_cases import GPT, SIZES, T, batch, ce, compare, data, everything, full, model, off, sharded
 from oracle import fisher_loop
 
 import wplfast
 from wplfast import fisher_diagonal
+from wplfast.distributed import blocks
+from wplfast.distributed.blocks import Block
 
 # ---- the Fisher: options ---------------------------------------------------------------------------------------------
 
@@ -202,3 +205,71 @@ ERRORS = [
     local_alone,
     own_accumulator,
 ]
+
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+
+
+def costs(rank, n):
+    """Collectives of a steady batch beside those of a step, and how many bytes of squares there are at once."""
+    module, (x, y) = sharded(model()), batch(4, rank)
+    calls: list[tuple[str, int]] = []
+    names = [name for name in ("all_gather_into_tensor", "all_gather_single") if hasattr(dist, name)]
+    scatter, gathers, opened, closed = (
+        blocks._reduce_scatter,
+        [getattr(dist, name) for name in names],
+        Block.open,
+        Block.close,
+    )
+    held, most, seen = set(), [0], []
+
+    def counting(what, function):
+        def call(*args, **options):
+            tensors = [t for t in (*args, *options.values()) if isinstance(t, torch.Tensor)]
+            calls.append((what, max(t.nbytes for t in tensors)))
+            return function(*args, **options)
+
+        return call
+
+    def opens(block):
+        opened(block)
+        held.add(block)
+        most[0] = max(most[0], sum(b._n_bytes for b in held))
+
+    def closes(block):
+        closed(block)
+        held.discard(block)
+
+    def repeated():
+        for _ in range(6):
+            seen.append(len(calls))
+            yield x, y
+
+    def step():
+        ce(module(x), y).mean().backward()
+
+    step()
+    blocks._reduce_scatter, Block.open, Block.close = counting("reduce-scatter", scatter), opens, closes
+    for name, function in zip(names, gathers, strict=True):
+        setattr(dist, name, counting("all-gather", function))
+    fsdp_scatters = [name for name in ("reduce_scatter_tensor", "reduce_scatter_single") if hasattr(dist, name)]
+    own = [getattr(dist, name) for name in fsdp_scatters]
+    for name, function in zip(fsdp_scatters, own, strict=True):
+        setattr(dist, name, counting("reduce-scatter", function))
+    try:
+        step()
+        of_step = sorted(calls)
+        calls.clear()
+        fisher_diagonal(module, repeated(), ce, independent=True)
+        of_pass = sorted(calls[seen[4] : seen[5]])
+    finally:
+        blocks._reduce_scatter, Block.open, Block.close = scatter, opened, closed
+        for name, function in zip([*names, *fsdp_scatters], [*gathers, *own], strict=True):
+            setattr(dist, name, function)
+    whole = max(sum(p.numel() * p.element_size() for p in part.parameters()) for part in module.blocks)
+    return {
+        "step": of_step,
+        "pass": of_pass,
+        "most": most[0],
+        "block": whole,
+        "parameters": sum(p.nbytes for p in model().parameters()),
+    }

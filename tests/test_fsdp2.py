@@ -34,6 +34,7 @@ ON_TWO = [
     *options.OPTIONS,
     *options.ERRORS,
     options.after_an_error,
+    options.costs,
     *penalties.PENALTIES,
     *penalties.OTHERS,
     penalties.loads,
@@ -149,6 +150,14 @@ def test_a_rank_that_fails_ends_all(request, situation, text, n_ranks):
         assert text in outcome.error
         assert outcome.error.startswith("RankFailedError: fisher_diagonal ended: rank 1 failed with") == (rank != 1)
         assert outcome.seconds < 10
+
+
+def test_a_pass_sends_what_a_step_sends(two):
+    """One reduce-scatter a block, of F where a step has one of gradients; squares of one block are there at a time."""
+    for found in of_all(two, options.costs):
+        assert found["pass"] == found["step"]
+        assert [what for what, _ in found["pass"]].count("reduce-scatter") == 5
+        assert found["most"] == found["block"] < found["parameters"] / 2
 
 
 def test_what_cannot_be_had(two):

@@ -142,6 +142,8 @@ class Lockstep:
 
     def before_forward(self) -> None:
         """Let all ranks run another forward pass."""
+        for block in self._blocks if self.rehearses else ():
+            block.close()  # of an attempt that is made again
         self._exchange(_Said(Need.FORWARD))
 
     def before_backward(self, collects: bool, keep: bool) -> bool:

@@ -218,7 +218,6 @@ class Examination:
                 arrived(index, parameter)  # what a Function added by itself
         return SingleSample(len(trial.expected) - 1, {index: total / len(losses) for index, total in found.items()})
 
-
     def _backward(self, total: Tensor, found: dict[int, Tensor]) -> None:
         """Run a backward pass down to the parameters; what does not accumulate is projected into ``found``.
 
