@@ -44,7 +44,7 @@ N_RANKS = 2
 ROUNDS, STEADY = 5, range(3, 8)  # batches of a pass that are timed: known, and not measured again
 
 #: vocabulary, length, width, layers; samples a rank.
-SIZES = {"decoder": (1000, 128, 256, 4, 8), "wide": (1000, 32, 640, 6, 1), "large": (8000, 64, 640, 10, 2)}
+SIZES = {"decoder": (1000, 128, 256, 4, 8), "wide": (1000, 32, 640, 6, 1), "large": (8000, 16, 640, 10, 2)}
 ce = wplfast.losses.cross_entropy
 
 
@@ -248,7 +248,7 @@ def memory(size: str) -> dict[str, float]:
 
 # ---- end to end ------------------------------------------------------------------------------------------------------
 
-RATE, ALPHA, STEPS = 0.05, 100.0, 10
+RATE, ALPHA, STEPS = 0.05, 1.0, 10
 
 
 def train(model: nn.Module, wpl: Any, size: str, share: slice, steps: range) -> float:
@@ -276,7 +276,7 @@ def end_to_end(size: str, folder: str) -> dict[str, Any]:
     fisher = wplfast.fisher_diagonal(model, [batch(size, 10 * rank + i) for i in range(1 + rank)], ce, independent=True)
     said["Fisher, s"] = time.perf_counter() - started
     wpl = wplfast.WeightPlasticityLoss(model, alpha=ALPHA)
-    wpl.consolidate(fisher)
+    wpl.consolidate(fisher, normalize="max")
     started = time.perf_counter()
     share = slice(2 * rank, 2 * rank + 2)
     said["penalty"] = train(model, wpl, size, share, range(STEPS))
@@ -306,7 +306,7 @@ def in_one_process(size: str, folder: str) -> dict[str, float]:
     data = [batch(size, 10 * rank + i) for rank in range(N_RANKS) for i in range(1 + rank)]
     fisher = wplfast.fisher_diagonal(other, data, ce)
     own = wplfast.WeightPlasticityLoss(other, alpha=ALPHA)
-    own.consolidate(fisher)
+    own.consolidate(fisher, normalize="max")
     value = train(other, own, size, whole, range(STEPS))
     next_value = train(other, own, size, whole, range(STEPS, STEPS + 1))
     saved = wplfast.Fisher.load(f"{folder}/fisher.safetensors")
