@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import time
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -122,7 +126,31 @@ def skipping(rank, n):
     return {"off": off(fisher, fisher_loop(model(), left, ce)), "n": fisher.n_samples - sum(len(x) for x, _ in left)}
 
 
-OPTIONS = [weights_and_mean_gradient, max_samples, exact_and_drawn, losses_as_samples, skipping]
+def between_accumulated_steps(rank, n):
+    """Gradients of two batches add up, the first without reduction, with a pass in between; each layout is measured."""
+    pair, found = (model(), sharded(model())), {}
+    x, y = batch(4 * n, 3)
+    mine = [slice(4 * rank + 2 * i, 4 * rank + 2 * i + 2) for i in range(2)]
+    ce(pair[0](x), y).mean().backward()
+    module = pair[1]
+    module.set_requires_gradient_sync(False)
+    (ce(module(x[mine[0]]), y[mine[0]]).mean() / 2).backward()
+    fisher = fisher_diagonal(module, data(rank), ce, verify="always")
+    found["off"] = off(fisher, fisher_loop(model(), everything(n), ce))
+    module.set_requires_gradient_sync(True)
+    (ce(module(x[mine[1]]), y[mine[1]]).mean() / 2).backward()
+    grads = [{name: p.grad for name, p in one.named_parameters()} for one in pair]
+    return {**found, "step": off(grads[1], grads[0]), "n": fisher.n_samples}
+
+
+OPTIONS = [
+    between_accumulated_steps,
+    weights_and_mean_gradient,
+    max_samples,
+    exact_and_drawn,
+    losses_as_samples,
+    skipping,
+]
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
@@ -273,3 +301,25 @@ def costs(rank, n):
         "block": whole,
         "parameters": sum(p.nbytes for p in model().parameters()),
     }
+
+
+def fails_inside(rank: int, path: str) -> None:
+    """A process whose model fails in its forward pass, and ends; and one that waits for what FSDP2 gathers there."""
+    torch.set_num_threads(1)
+    patience = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=Path(path, "store").as_uri(), rank=rank, world_size=2, timeout=patience)
+    module = sharded(model())
+
+    def fail(*_):
+        raise BrokenError("the model is broken")
+
+    if rank == 1:
+        module.blocks[1].register_forward_pre_hook(fail)
+    dist.barrier()
+    started = time.monotonic()
+    try:
+        fisher_diagonal(module, data(rank), ce)
+    except Exception as error:
+        told = f"{time.monotonic() - started:.3f} {type(error).__name__}: {error}"
+        Path(path, f"told.{rank}").write_text(told)
+    os._exit(0)

@@ -10,6 +10,7 @@ import fsdp2_penalties as penalties
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
 from ranks import NEEDS_GLOO, launched
 
 pytestmark = NEEDS_GLOO
@@ -69,7 +70,9 @@ def is_exact(found, n_ranks):
 
 
 @pytest.mark.parametrize(
-    "situation", [*cases.WRAPPINGS, *cases.MODELS, options.after_an_error], ids=lambda f: f.__name__
+    "situation",
+    [*cases.WRAPPINGS, *cases.MODELS, options.between_accumulated_steps, options.after_an_error],
+    ids=lambda f: f.__name__,
 )
 def test_fisher_of_two_ranks(two, situation):
     for found in of_all(two, situation):
@@ -150,6 +153,17 @@ def test_a_rank_that_fails_ends_all(request, situation, text, n_ranks):
         assert text in outcome.error
         assert outcome.error.startswith("RankFailedError: fisher_diagonal ended: rank 1 failed with") == (rank != 1)
         assert outcome.seconds < 10
+
+
+def test_a_rank_that_fails_inside_of_the_model(tmp_path):
+    """It cannot meet the others, which wait for what FSDP2 gathers: they learn of it when its process ends."""
+    mp.spawn(options.fails_inside, (str(tmp_path),), nprocs=2)
+    seconds, text = (tmp_path / "told.0").read_text().split(" ", 1)
+    assert text == (
+        "RankFailedError: fisher_diagonal ended: rank 1 failed inside of the model with BrokenError: the model is broken"
+    )
+    assert float(seconds) < 30
+    assert (tmp_path / "told.1").read_text().endswith("BrokenError: the model is broken")
 
 
 def test_a_pass_sends_what_a_step_sends(two):

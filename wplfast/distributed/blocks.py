@@ -58,6 +58,8 @@ def parameters_of(model: nn.Module) -> list[Parameter]:
     for module in modules:
         assert isinstance(module, nn.Module)
         shards = list(module.named_parameters(remove_duplicate=False))
+        if not found:
+            _check_whole_ones_stay(module)
         module.unshard()
         for (_, shard), (_, whole) in zip(shards, module.named_parameters(remove_duplicate=False), strict=True):
             if whole is not shard:
@@ -74,6 +76,25 @@ def parameters_of(model: nn.Module) -> list[Parameter]:
         if one.whole.is_complex() and one.module is not None:
             raise UnsupportedParameterError(f"{name!r} is complex; complex parameters under FSDP2 are not served")
     return [found[key] for key in names]
+
+
+def _check_whole_ones_stay(module: FSDPModule) -> None:
+    """Require that a module is given the same whole parameters whenever it is gathered: they are what is watched.
+
+    Raises:
+        UnsupportedParameterError: if they are others.
+    """
+    assert isinstance(module, nn.Module)
+    seen = []
+    for _ in range(2):
+        module.unshard()
+        seen.append([id(p) for p in module.parameters()])
+        module.reshard()
+    if seen[0] != seen[1]:
+        raise UnsupportedParameterError(
+            f"FSDP2 of PyTorch {torch.__version__} makes other whole parameters whenever it gathers them, in which a "
+            "Fisher pass would see nothing; PyTorch 2.10 to 2.13 were tried"
+        )
 
 
 def _shard_dim(shard: Tensor) -> tuple[int, int] | None:
