@@ -159,9 +159,7 @@ def test_a_rank_that_fails_inside_of_the_model(tmp_path):
     """It cannot meet the others, which wait for what FSDP2 gathers: they learn of it when its process ends."""
     mp.spawn(options.fails_inside, (str(tmp_path),), nprocs=2)
     seconds, text = (tmp_path / "told.0").read_text().split(" ", 1)
-    assert text == (
-        "RankFailedError: fisher_diagonal ended: rank 1 failed inside of the model with BrokenError: the model is broken"
-    )
+    assert text.startswith("RankFailedError: fisher_diagonal ended: rank 1 failed inside of the model with BrokenError")
     assert float(seconds) < 30
     assert (tmp_path / "told.1").read_text().endswith("BrokenError: the model is broken")
 
