@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -18,7 +19,9 @@ from .ops.expect import FLOATING
 Params: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
-def named(params: Params, what: str = "params", complex_too: bool = False) -> dict[str, Tensor]:
+def named(
+    params: Params, what: str = "params", complex_too: bool = False, sharded_too: bool = False
+) -> dict[str, Tensor]:
     """Return the parameters by name.
 
     Args:
@@ -26,6 +29,7 @@ def named(params: Params, what: str = "params", complex_too: bool = False) -> di
             that it wraps, by that one's names), a mapping, or (name, tensor) pairs.
         what: the argument's name, for error messages.
         complex_too: complex parameters may be among them.
+        sharded_too: DTensors may be among them.
 
     Raises:
         TypeError: if an entry is not a (str, Tensor) pair.
@@ -60,8 +64,10 @@ def named(params: Params, what: str = "params", complex_too: bool = False) -> di
             raise ValueError(f"{what}: {names[id(tensor)]!r} and {name!r} are the same tensor; pass it under one name")
         if not tensor.is_leaf:
             raise ValueError(f"{what}[{name!r}] must be a leaf tensor (a parameter), got the result of an operation")
-        check_parameter(name, tensor, what)
-        if _wraps_others(tensor):
+        sharded = sharded_too and is_sharded(tensor)
+        if not sharded:
+            check_parameter(name, tensor, what)
+        if _wraps_others(tensor) and not sharded:
             raise UnsupportedParameterError(f"{what}[{name!r}] must have memory of its own, got a {type(tensor)}")
         if tensor.is_neg():
             raise ValueError(f"{what}[{name!r}] must not be a negated view (torch._neg_view)")
@@ -76,6 +82,31 @@ def named(params: Params, what: str = "params", complex_too: bool = False) -> di
 def _wraps_others(tensor: Any) -> bool:
     """Tell whether a tensor is a wrapper of others (DTensor and the like)."""
     return is_traceable_wrapper_subclass(tensor)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Tell whether a tensor is a DTensor; torch.distributed is not imported for it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return the part of a tensor that lies where that of a parameter on this rank does; all of it for whole ones."""
+    if not (is_sharded(tensor) or is_sharded(parameter)):
+        return tensor
+    from .distributed.shards import local_part  # not with the package
+
+    return local_part(tensor, parameter)
+
+
+def is_fully_sharded(model: Any) -> bool:
+    """Tell whether FSDP2's ``fully_shard`` was applied to a model, or to parts of it."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return (
+        module is not None
+        and isinstance(model, nn.Module)
+        and any(isinstance(part, module.FSDPModule) for part in model.modules())
+    )
 
 
 def check_names(given: Iterable[str], wanted: Iterable[str], what: str) -> None:

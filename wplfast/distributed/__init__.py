@@ -5,6 +5,20 @@ same on all of them leaves: one Fisher, or one error that names the rank. It may
 package's ``result`` and ``faults``; ``fisher`` and ``penalty`` import it.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .replicas import local
 
-__all__ = ["local"]
+if TYPE_CHECKING:
+    from .checkpoints import load_penalty
+
+__all__ = ["load_penalty", "local"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs ``torch.distributed.checkpoint`` when it is first asked for."""
+    if name != "load_penalty":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .checkpoints import load_penalty
+
+    return load_penalty

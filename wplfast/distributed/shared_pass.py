@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import NameMismatchError
-from ..params import some
+from ..params import is_fully_sharded, some
 from .agreement import Agreement, Group, collective_device, is_distributed
 from .engines import group_of, inner_module, is_replica, replicas_in
 from .fingerprint import fingerprints
@@ -20,13 +20,16 @@ from .fingerprint import fingerprints
 if TYPE_CHECKING:
     from ..capture.undo import Undo
     from ..fisher.accumulator import FisherAccumulator
+    from ..fisher.batches import Batch
+    from ..fisher.diagonal import Run
     from ..fisher.result import Fisher
+    from .fsdp2 import ShardedPass
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-def open_pass(model: nn.Module, reduce: bool | None) -> OwnPass | SharedPass:
+def open_pass(model: nn.Module, reduce: bool | None) -> OwnPass | SharedPass | ShardedPass:
     """Return the pass of a model: of all ranks where it is to be reduced.
 
     Args:
@@ -40,6 +43,12 @@ def open_pass(model: nn.Module, reduce: bool | None) -> OwnPass | SharedPass:
         if reduce:
             raise RuntimeError("reduce=True needs a process group: call torch.distributed.init_process_group first")
         return OwnPass()
+    if is_fully_sharded(model):
+        from .fsdp2 import ShardedPass  # not with the package: a release of PyTorch may lack what it needs
+
+        if reduce is False:
+            raise ValueError("the Fisher of an FSDP2 model is one of all ranks: reduce=False cannot be had")
+        return ShardedPass(model)
     if reduce or (reduce is None and is_replica(model)):
         return SharedPass(group_of(model))
     if reduce is None and is_distributed() and not _said:
@@ -71,11 +80,19 @@ class OwnPass:
     def __exit__(self, *error: object) -> None:
         """Nobody is to be told of an error."""
 
+    def accumulator(self, kind: type[FisherAccumulator], *args: Any, **options: Any) -> FisherAccumulator:
+        """Make what accumulates."""
+        return kind(*args, **options)
+
     def begin(self, model: nn.Module, options: Mapping[str, Any], undo: Undo) -> None:
         """Nothing is to be agreed on."""
 
-    def poll(self) -> None:
-        """Nobody else can fail."""
+    def run_all(self, run: Run, batches: Iterator[Batch], bar: Any) -> None:
+        """Run all batches."""
+        for batch in batches:
+            run.take(batch, bar)
+            if run.limit.is_reached(run.accumulator.n_samples):
+                break
 
     def fisher(self, accumulator: FisherAccumulator) -> Callable[[], Fisher]:
         """Return what makes the Fisher once the model is as it was.
@@ -133,6 +150,23 @@ class SharedPass(Agreement):
                 raise ValueError(f"{key} must be the same on all ranks, got {got}")
         if differing:
             self._take_from_first(list(buffers.values()), undo)
+
+    def accumulator(self, kind: type[FisherAccumulator], *args: Any, **options: Any) -> FisherAccumulator:
+        """Make what accumulates this rank's part."""
+        return kind(*args, **options)
+
+    def run_all(self, run: Run, batches: Iterator[Batch], bar: Any) -> None:
+        """Run all batches of this rank; then wait for those of the others, where a limit counts them.
+
+        Raises:
+            RankFailedError: if another rank failed.
+        """
+        for batch in batches:
+            self.poll()
+            run.take(batch, bar)
+            if run.limit.is_reached(run.accumulator.n_samples):
+                break
+        run.limit.sit_out(run.accumulator.n_samples)
 
     def fisher(self, accumulator: FisherAccumulator) -> Callable[[], Fisher]:
         """Return what makes the Fisher of all ranks once the model is as it was.

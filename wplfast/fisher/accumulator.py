@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import repeat
 from typing import Literal
 
@@ -21,8 +22,8 @@ from ..capture.rules.projection import Directions
 from ..capture.undo import Undo, UndoOnExit
 from ..capture.watched import Derived, check_supported, is_watched, watch
 from ..distributed.engines import check_engine, inner_module, replicas_in
-from ..errors import NonFiniteError, WplfastError
-from ..params import Params, named, some
+from ..errors import NonFiniteError, UnsupportedParameterError, WplfastError
+from ..params import Params, device_of, is_fully_sharded, named, some
 from .buffers import Buffers
 from .checks import batch_norms, check_batch_statistics, check_losses, check_weights, without_graph
 from .result import Fisher, Report
@@ -62,6 +63,7 @@ class FisherAccumulator:
         n_skipped: number of samples left out as not finite.
         parameters: the watched parameters by name.
         directions: what gradients are projected on where two ways to compute them are compared.
+        device: that batches are moved to.
 
     Raises:
         UnsupportedParameterError: if a parameter is a tensor subclass such as DTensor, or the model is of FSDP1, ZeRO-3
@@ -95,29 +97,46 @@ class FisherAccumulator:
             raise ValueError(f"samples must be 'batch' or 'losses', got {samples!r}")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
-        check_engine(model)
+        self._check_model(model)
         self._replicas = replicas_in(model)
         self.model = model = inner_module(model)
         self.parameters = named(model if params is None else params, complex_too=True)
         check_supported(self.parameters)
         self._verify, self._independent, self._by_losses = verify, independent, samples == "losses"
         self._skip = on_nonfinite == "skip"
-        self._fisher = Buffers(self.parameters)
-        self._gradient = Buffers(self.parameters, torch.view_as_complex) if with_grad else None
-        self._staged = Buffers(self.parameters) if self._skip else None
-        self._staged_gradient = Buffers(self.parameters) if self._skip and with_grad else None
-        target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
-        self._accumulators = Accumulators(target.views, None if gradient is None else gradient.views)
-        self.directions = Directions(target.views)
+        self._accumulators = self._allocate(with_grad)
+        self.directions = Directions(self._accumulators.like)
         self._session: Session | None = None
         self._undo = Undo()
         self.n_samples = 0
         self._total_weight = 0.0
         self.n_skipped = 0
         self._unchecked: list[str] = []
+        self.device = device_of(itertools.chain(model.parameters(), self.parameters.values()))
         self._saw_constants = False
         self._seconds = 0.0
         self._invalid: str | None = None
+
+    def _allocate(self, with_grad: bool) -> Accumulators:
+        """Make what the pass adds to."""
+        self._fisher = Buffers(self.parameters)
+        self._gradient = Buffers(self.parameters, torch.view_as_complex) if with_grad else None
+        self._staged = Buffers(self.parameters) if self._skip else None
+        self._staged_gradient = Buffers(self.parameters) if self._skip and with_grad else None
+        target, gradient = self._staged or self._fisher, self._staged_gradient or self._gradient
+        return Accumulators(target.views, None if gradient is None else gradient.views)
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Refuse a model that this cannot accumulate for."""
+        check_engine(model)
+        if is_fully_sharded(model):
+            raise UnsupportedParameterError(
+                "the ranks of an FSDP2 model run their passes together: call fisher_diagonal(model, data, loss_fn), "
+                "which sees to it, in place of a FisherAccumulator of your own"
+            )
+
+    #: Why parts of a batch cannot be run by themselves, if they cannot.
+    runs_no_parts = ""
 
     # ---- the context -----------------------------------------------------------------------------------------------
 
@@ -142,13 +161,11 @@ class FisherAccumulator:
     def _open(self) -> None:
         """Change the model, each change after what gives it back."""
         watched = {id(p) for p in self.parameters.values()}
-        others = [p for p in self.model.parameters() if id(p) not in watched]
+        others = [p for p in self._all_parameters() if id(p) not in watched]
         if any(is_watched(p) for p in others):
             raise WplfastError("another Fisher pass watches parameters of this model; run one pass at a time")
         parameters, constants = list(self.parameters.values()), [*others, *self.model.buffers()]
-        self._session = Session(
-            list(self.parameters), parameters, constants, self._accumulators, self.directions, self._by_losses
-        )
+        self._session = self._new_session(parameters, constants)
         undo, frozen = self._undo, [p for p in others if p.requires_grad]
         self._session.frozen += frozen
         self._session.interception.has_frozen = bool(frozen)
@@ -172,6 +189,15 @@ class FisherAccumulator:
         if "torch._dynamo" in sys.modules:  # compiled code would be traced through the watched parameters
             compiler_stance().hold(undo)
         self._batch_norms = batch_norms(self.model)
+
+    def _new_session(self, parameters: list[Tensor], constants: list[Tensor]) -> Session:
+        """Make the session of the pass."""
+        names = list(self.parameters)
+        return Session(names, parameters, constants, self._accumulators, self.directions, self._by_losses)
+
+    def _all_parameters(self) -> Iterable[Tensor]:
+        """Return the model's parameters, watched ones and others, as its forward pass uses them."""
+        return list(self.model.parameters())
 
     # ---- accumulation ----------------------------------------------------------------------------------------------
 
@@ -262,15 +288,21 @@ class FisherAccumulator:
         self._seconds += time.perf_counter() - started
         if session.n_batches == 1:
             self._log_slow()
+        if not self._keep_batch(len(losses)):
+            return
+        self._count(losses, weights, count)
+
+    def _keep_batch(self, n_samples: int) -> bool:
+        """Look for NaN in what a batch added, and keep it; False if the batch is left out."""
         target = self._staged or self._fisher
         if not all(bool(torch.isfinite(flat.amax())) for flat in target.flats if flat.numel()):
             name = target.first_nonfinite()
-            self._nonfinite(f"a squared gradient of {name!r} is NaN or infinite", len(losses))
-            return
+            self._nonfinite(f"a squared gradient of {name!r} is NaN or infinite", n_samples)
+            return False
         for main, staged in ((self._fisher, self._staged), (self._gradient, self._staged_gradient)):
             if main is not None and staged is not None:
                 main.add_and_clear(staged)
-        self._count(losses, weights, count)
+        return True
 
     def _count(self, losses: Tensor, weights: Tensor | None, count: int | None) -> None:
         """Count the samples of a batch that is accumulated."""
@@ -317,7 +349,7 @@ class FisherAccumulator:
         if final:
             self._invalid = "its result was taken"
         weight = self._total_weight or 1.0
-        gradient = None if self._gradient is None else self._gradient.divided(weight, final)
+        fisher, gradient = self._divided(weight, final)
         served = zip(self.parameters, self._accumulators.rules, strict=True)
         rules = {name: tuple(sorted(names)) for name, names in served}
         numels = {name: p.numel() for name, p in self.parameters.items()}
@@ -325,13 +357,22 @@ class FisherAccumulator:
         seconds, unchecked = dict(self._accumulators.seconds), tuple(self._unchecked)
         report = Report(rules, seconds, self._seconds, self.n_skipped, numels, passes, unchecked)
         return Fisher(
-            self._fisher.divided(weight, final),
+            fisher,
             self.n_samples,
             total_weight=self._total_weight,
             mean_grad=gradient,
             report=report,
-            parameters=self.parameters,
+            parameters=self._owned(),
         )
+
+    def _divided(self, weight: float, final: bool) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """Return F and the mean gradient: the sums by ``weight``, in their own memory if ``final``."""
+        gradient = None if self._gradient is None else self._gradient.divided(weight, final)
+        return self._fisher.divided(weight, final), gradient
+
+    def _owned(self) -> Mapping[str, Tensor]:
+        """Return the parameters as their owner holds them."""
+        return self.parameters
 
     def note_unchecked(
         self,
@@ -361,8 +402,8 @@ class FisherAccumulator:
             ValueError: if none do.
         """
         own = {id(p) for p in self.model.parameters()}
-        pairs = zip(self.parameters.items(), self._accumulators.rules, strict=True)
-        left = [name for (name, p), rules in pairs if not rules and id(p) not in own]
+        owned = zip(self.parameters.items(), self._owned().values(), self._accumulators.rules, strict=True)
+        left = [name for (name, p), held, rules in owned if not rules and own.isdisjoint((id(p), id(held)))]
         if not reached or len(left) == len(self.parameters):
             raise ValueError(without_graph(self.model, list(self.parameters), left))
         if left:

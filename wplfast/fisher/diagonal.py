@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -21,7 +20,7 @@ from ..distributed.engines import check_engine
 from ..distributed.padding import padding_of
 from ..distributed.shared_pass import open_pass
 from ..errors import CoupledSamplesError
-from ..params import Params, device_of
+from ..params import Params
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
 from .checks import check_losses, check_outputs
@@ -142,7 +141,8 @@ def fisher_diagonal(
     check_engine(model)
     with open_pass(model, reduce) as ranks:
         _check_options(fisher_type, mc_samples, max_samples)
-        accumulator = FisherAccumulator(
+        accumulator = ranks.accumulator(
+            FisherAccumulator,
             model,
             params,
             with_grad=with_grad,
@@ -151,8 +151,7 @@ def fisher_diagonal(
             independent=independent,
             samples=samples,
         )
-        inner = accumulator.model
-        device = device_of(itertools.chain(inner.parameters(), accumulator.parameters.values()))
+        inner, device = accumulator.model, accumulator.device
         if generator is None:
             generator = torch.Generator(device).manual_seed(ranks.rank)
         drawn = None
@@ -165,16 +164,21 @@ def fisher_diagonal(
             accumulator.note_unchecked("modules are in training mode", logging.INFO)
         if verify and samples == "losses":
             accumulator.note_unchecked("samples='losses' does not say where in a batch they lie", logging.INFO)
+        examined = verify if deterministic and samples == "batch" else False
+        if examined and accumulator.runs_no_parts:
+            accumulator.note_unchecked(accumulator.runs_no_parts, logging.INFO if independent else logging.WARNING)
+            examined = False
         padding = None if reduce is False else padding_of(data)
         limit = Limit(max_samples, padding, ranks.exchange, ranks.rank, on_nonfinite == "skip")
-        run = _Pass(
+        run = Run(
             accumulator,
             inner,
             loss_fn if drawn is None else drawn.loss,
             drawn,
+            generator,
             limit,
             device,
-            verify if deterministic and samples == "batch" else False,
+            examined,
             before=Snapshot(inner),
             declared=independent is True,
             samples=samples,
@@ -183,12 +187,7 @@ def fisher_diagonal(
         with Undisturbed(inner, train, device) as undo:
             ranks.begin(model, options, undo)
             with accumulator, _bar(data, progress and ranks.rank == 0) as bar:
-                for item in data:
-                    ranks.poll()
-                    run.take(Batch.of(item, unpack, device, samples), bar)
-                    if limit.is_reached(accumulator.n_samples):
-                        break
-                limit.sit_out(accumulator.n_samples)
+                ranks.run_all(run, (Batch.of(item, unpack, device, samples) for item in data), bar)
                 result = ranks.fisher(accumulator)
         fisher = result()
     source = f"wplfast {__version__}, {type(inner).__name__}"
@@ -201,13 +200,14 @@ def fisher_diagonal(
 
 
 @dataclass
-class _Pass:
+class Run:
     """One call of ``fisher_diagonal``: what every batch needs."""
 
     accumulator: FisherAccumulator
     model: nn.Module
     loss_fn: LossFn
     drawn: DrawnTargets | None  # None: the given targets
+    generator: torch.Generator
     limit: Limit
     device: torch.device
     verify: bool | Literal["always"]  # run parts of the first batch, or of all batches
@@ -237,8 +237,8 @@ class _Pass:
         """Run the model on one batch and accumulate all terms of its losses."""
         state = random_state(self.device)
         self.before.take()
-        outputs = batch.forward(self.model)
-        terms = list(self._terms(batch, outputs))
+        outputs = self._forward(batch)
+        terms = list(self.terms(batch, outputs))
         count, weights = 0, None
         findings = Findings()
         skipped = self.accumulator.n_skipped
@@ -247,7 +247,7 @@ class _Pass:
             nonlocal outputs
             self.before.restore()
             set_random_state(self.device, state)
-            outputs = batch.forward(self.model)
+            outputs = self._forward(batch)
             return self.loss_fn(outputs, terms[0].targets)
 
         for index, term in enumerate(terms):
@@ -276,6 +276,11 @@ class _Pass:
             if self.accumulator.n_skipped > skipped:  # the batch is left out, with all terms
                 return
 
+    def _forward(self, batch: Batch) -> Any:
+        """Return the model's outputs."""
+        outputs = batch.forward(self.model)
+        return outputs if self.drawn is None else self.drawn.apart(outputs)
+
     def _examine(self, batch: Batch, targets: Any, losses: Tensor, state: Tensor) -> Findings:
         """Find out whether samples are independent, in the first batch that tells or in all."""
         if not self.verify or not losses.requires_grad or (self._is_examined and self.verify != "always"):
@@ -289,7 +294,7 @@ class _Pass:
             self._independent = findings.independent
         return findings
 
-    def _terms(self, batch: Batch, outputs: Any) -> Iterator[Term]:
+    def terms(self, batch: Batch, outputs: Any) -> Iterator[Term]:
         """Yield targets, and what their losses' squared gradients count."""
         if self.drawn is None:
             yield Term(batch.targets)

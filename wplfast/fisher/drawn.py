@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .likelihood import fit
 from .loss_check import LossCheck
+from .places import leaves_of, replaced
 from .reading import Reading, readings
 from .sampler_check import check_sampler
 from .sampling import Likelihood, draw
@@ -84,6 +85,14 @@ class DrawnTargets:
         self._note = note
         self._n_batches = 0
         self._check: LossCheck | None = None  # of the batch at hand
+
+    def apart(self, outputs: Any) -> Any:
+        """Return the outputs as tensors of their own, whose gradient is asked for without a call of the model's hooks.
+
+        FSDP2 gathers parameters in such hooks, and takes their end for that of the backward pass.
+        """
+        taken = {n: t.view_as(t) for n, t in enumerate(leaves_of(outputs)) if t.requires_grad and not t.is_nested}
+        return replaced(outputs, taken) if taken else outputs
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the losses of targets of this class's making."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.expect import FLOATING
-from ..params import some
+from ..params import part_of, some
 
 
 def check_form(
@@ -42,13 +42,14 @@ def check_form(
 
 
 def check_values(tensors: Mapping[str, Tensor], mean_grad: Mapping[str, Tensor] | None, where: str) -> None:
-    """Check every number, in one pass and without temporary memory.
+    """Check every number, in one pass and without temporary memory; of shards (DTensor) those of this rank.
 
     Raises:
         ValueError: if one is NaN or infinite, or an F negative, or a tensor is of no floating point type.
     """
     for kind, part, least in (("fisher", tensors, 0.0), ("mean_grad", mean_grad or {}, -math.inf)):
-        for name, tensor in part.items():
+        for name, given in part.items():
+            tensor = part_of(given.detach(), given)
             if kind == "mean_grad" and tensor.is_complex():
                 tensor = torch.view_as_real(tensor.detach().resolve_conj())
             if tensor.dtype not in FLOATING:

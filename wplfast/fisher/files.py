@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import storage
 from ..ops.layout import as_real
-from ..params import check_names, some
+from ..params import check_names, is_sharded, some
 from .faults import check_values, pop_counts
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ PARTS = ("fisher", "mean_grad", "theta_hat")
 
 def save(fisher: Fisher, path: storage.FilePath, theta_hat: nn.Module | Mapping[str, Tensor] | None) -> None:
     """Write a Fisher; see :meth:`wplfast.Fisher.save`."""
-    check_values(fisher, fisher.mean_grad, "a Fisher to be saved")
+    with _together(fisher, "saving a Fisher"):
+        check_values(fisher, fisher.mean_grad, "a Fisher to be saved")
     tensors = {f"fisher.{name}": tensor for name, tensor in fisher.items()}
     gradients = fisher.mean_grad or {}
     tensors |= {f"mean_grad.{name}": as_real(tensor) for name, tensor in gradients.items()}
@@ -101,6 +103,15 @@ def check_held(names: list[str], held: list[str], where: str) -> None:
     """
     if set(names) != set(held):
         raise ValueError(f"{where}: it must hold the names {some(names)} of its metadata, got {some(held)}")
+
+
+def _together(fisher: Fisher, what: str) -> AbstractContextManager[None]:
+    """Let all ranks succeed in something, or none, where F lies as shards on them."""
+    if not any(map(is_sharded, fisher.values())):
+        return nullcontext()
+    from ..distributed.shards import together  # not with the package
+
+    return together(list(fisher.values()), what)
 
 
 def _values(fisher: Fisher, theta_hat: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

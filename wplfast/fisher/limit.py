@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from ..distributed.padding import Padding
@@ -67,6 +68,17 @@ class Limit:
         """Be in the rounds of the other ranks until theirs end, too."""
         while self._exchange is not None and self._most is not None and not self._is_over:
             self._round(0, counted, self._most)
+
+    def pass_round(self, counted: int) -> None:
+        """Be in one round of the other ranks without samples."""
+        if self._exchange is not None and self._most is not None:
+            self._round(0, counted, self._most)
+
+    def copied(self) -> Limit:
+        """Return a limit that has counted the same samples so far."""
+        twin = copy.copy(self)
+        twin._padding = copy.copy(self._padding)
+        return twin
 
     def _round(self, own: int, counted: int, most: int) -> int:
         """Return how many of this rank's samples count in a round of all ranks."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import storage
 from ..capture.accumulators import SLOW_RULES
-from ..params import Params, check_names, named
+from ..params import Params, check_names, is_sharded, named
 from . import files
 from .buffers import Buffers
 from .faults import check_form
@@ -170,7 +170,16 @@ class Fisher(Mapping[str, Tensor]):
 
     @property
     def flat(self) -> Tensor:
-        """All diagonals in one 1-D tensor, in the mapping's order."""
+        """All diagonals in one 1-D tensor, in the mapping's order.
+
+        Raises:
+            ValueError: if they are shards (DTensor), of which none has all.
+        """
+        if any(map(is_sharded, self.values())):
+            raise ValueError(
+                "F lies as shards on several ranks, and flat would be all of it on one: sum over names instead "
+                "(fisher[name].sum().full_tensor()), or let consolidate(normalize='trace') divide by the mean"
+            )
         return torch.cat([tensor.reshape(-1) for tensor in self.values()])
 
     def __add__(self, other: Fisher) -> Fisher:
@@ -277,6 +286,7 @@ class Fisher(Mapping[str, Tensor]):
             OSError: if the file cannot be written.
             NameMismatchError: if theta_hat lacks a parameter.
             ValueError: if a shape differs, or an entry is NaN, infinite or negative, which :meth:`load` would refuse.
+            RankFailedError: if F lies as shards on several ranks, all of which save it, and another one failed.
         """
         files.save(self, path, theta_hat)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..capture.watched import map_tensors, tensors_in
 from ..distributed.engines import inner_module
-from ..errors import VerificationError
+from ..errors import UnsupportedParameterError, VerificationError
 from ..ops.layout import flat_dtype
-from ..params import Params, device_of, named
+from ..params import Params, device_of, is_fully_sharded, named
 from .batches import Batch, Unpack
 from .diagonal import fisher_diagonal
 from .undisturbed import Undisturbed
@@ -51,8 +51,14 @@ def verify_fisher(
     Raises:
         VerificationError: if a parameter differs by more than rtol.
         ValueError: if the batch cannot be cut into samples.
+        UnsupportedParameterError: if it is an FSDP2 model.
     """
     model = inner_module(model)
+    if is_fully_sharded(model):
+        raise UnsupportedParameterError(
+            "verify_fisher runs samples one by one, which the ranks of an FSDP2 model cannot do apart: verify on a "
+            "small copy of the model to which fully_shard was not applied"
+        )
     parameters = named(model if params is None else params, complex_too=True)
     device = device_of([*model.parameters(), *parameters.values()])
     taken = Batch.of(batch, unpack, device)

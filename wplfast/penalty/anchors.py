@@ -155,6 +155,9 @@ class Anchors:
             if merging:
                 constant = decay * self.constant[chosen] + added
             if options.clip_norm is not None:
+                norms = torch.tensor(
+                    newer.over_ranks(norms.square().tolist()), dtype=torch.float64, device="cpu"
+                ).sqrt()
                 factors = (options.clip_norm / norms).clamp_(max=1.0)  # of F = 0 too: 1 / 0 is inf
                 change.scale(factors)
                 constant *= factors

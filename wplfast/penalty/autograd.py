@@ -36,7 +36,7 @@ def differentiable(prepared: PreparedPenalty) -> Tensor:
         _, theta_hat, offset, fisher, alpha, l2 = prepared.arguments
         value, _ = apply(alpha, l2, len(theta), *theta, *theta_hat, *fisher, *offset)
         return prepared.with_constant(value)
-    apply = _EagerPenalty.apply
+    apply = EagerPenalty.apply
     value = apply(prepared, *theta)
     return value
 
@@ -49,7 +49,7 @@ def total(values: Sequence[Tensor]) -> Tensor:
     return result
 
 
-class _EagerPenalty(torch.autograd.Function):
+class EagerPenalty(torch.autograd.Function):
     """Value and packed gradient in one pass.
 
     Gradients of float16 parameters wait for the incoming one, which may be a loss scale that keeps them from vanishing.

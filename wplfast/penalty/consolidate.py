@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import NameMismatchError, NonFiniteError
 from ..fisher.result import Fisher
 from ..ops.layout import by_kind
-from ..params import names_hint, prefixes, some, suggest_prefix
+from ..params import is_sharded, names_hint, part_of, prefixes, some, suggest_prefix
 from .references import References
 
 AnchorRule: TypeAlias = Literal["merge", "replace"]
@@ -48,14 +49,19 @@ class Options:
             raise ValueError(f"clip_norm must be finite and positive, got {self.clip_norm}")
 
 
+#: See :class:`NewerAnchor`.
+OverRanks: TypeAlias = Callable[[Sequence[float]], list[float]]
+
+
 class NewerAnchor(NamedTuple):
     """An anchor of some parameters that is about to enter; one entry per parameter in each list."""
 
     keys: list[str]  #: names in the mapping that F came from, for error messages
-    theta_hat: list[Tensor]  #: on the parameters' devices, of any dtype that the parameter's can hold
-    fisher: list[Tensor]  #: on the parameters' devices; finite and not negative
-    largest: list[float]  #: entries of F
+    theta_hat: list[Tensor]  #: on the parameters' devices, of any dtype that the parameter's can hold; parts of shards
+    fisher: list[Tensor]  #: on the parameters' devices; finite and not negative; parts of shards
+    largest: list[float]  #: entries of F, on all ranks
     weight: float  #: factor on F
+    over_ranks: OverRanks = list  #: adds up a number for each parameter over the ranks that hold parts of it
 
 
 def newer_anchor(
@@ -81,6 +87,11 @@ def newer_anchor(
         NonFiniteError: if F, theta_hat or a parameter has NaN or inf.
     """
     names, theta = list(parameters), list(parameters.values())
+    parts, over_ranks, most = (
+        [part_of(p, p).detach() for p in theta],
+        _over_ranks(theta),
+        _over_ranks(theta, largest=True),
+    )
     found = look_up(fisher, names, theta, "fisher", prefix)
     if theta_hat is not None:
         hats = look_up(theta_hat, names, theta, "theta_hat", prefix)
@@ -88,20 +99,32 @@ def newer_anchor(
         hats = taken(fisher.theta_hat, found.keys, theta, "theta_hat")
     else:
         hats = None
-        check_finite(names, theta, "parameter")
+        check_finite(names, parts, "parameter")
     for key, low in zip(found.keys, found.low, strict=True):
         if low < 0:
             raise ValueError(f"fisher[{key!r}] must not be negative, got a least entry of {low:g}")
-    weight = options.weight * _factor(found, options.normalize)
+    found.high = most(found.high)
+    weight = options.weight * _factor(found, options.normalize, theta, over_ranks)
     if hats is None:
-        return NewerAnchor(found.keys, [p.detach() for p in theta], found.tensors, found.high, weight)
+        return NewerAnchor(found.keys, parts, found.tensors, found.high, weight, over_ranks)
     for key, low, high, p in zip(hats.keys, hats.low, hats.high, theta, strict=True):
         if max(-low, high) > torch.finfo(p.dtype).max:
             raise ValueError(f"theta_hat[{key!r}] has entries beyond {p.dtype}, its parameter's type")
-    return NewerAnchor(found.keys, hats.tensors, found.tensors, found.high, weight)
+    return NewerAnchor(found.keys, hats.tensors, found.tensors, found.high, weight, over_ranks)
 
 
-def _factor(found: Found, normalization: Normalization | None) -> float:
+def _over_ranks(parameters: Sequence[Tensor], largest: bool = False) -> OverRanks:
+    """Return what adds up a number for each parameter over the ranks that hold parts of it, or finds the largest."""
+    if not any(map(is_sharded, parameters)):
+        return list
+    from ..distributed.shards import over_ranks
+
+    return partial(over_ranks, shards=parameters, largest=largest)
+
+
+def _factor(
+    found: Found, normalization: Normalization | None, parameters: Sequence[Tensor], over_ranks: OverRanks
+) -> float:
     """Return the factor that normalises the Fisher of all parameters together.
 
     Raises:
@@ -113,8 +136,8 @@ def _factor(found: Found, normalization: Normalization | None) -> float:
         raise ValueError("a Fisher that is zero everywhere cannot be normalised")
     if normalization == "max":
         return 1.0 / max(found.high)
-    trace = sum(float(tensor.sum(dtype=torch.float64)) for tensor in found.tensors)
-    return sum(tensor.numel() for tensor in found.tensors) / trace
+    traces = over_ranks([float(tensor.sum(dtype=torch.float64)) for tensor in found.tensors])
+    return sum(p.numel() for p in parameters) / sum(traces)
 
 
 def check_mapping(given: Any, what: str) -> None:
@@ -268,7 +291,7 @@ def taken(mapping: Mapping[str, Tensor], keys: list[str], parameters: Sequence[T
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.shape != shape:
             got = f"{tensor.dtype}{list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{what}[{key!r}] must be floating point of shape {list(shape)}, got {got}")
-        tensors.append(tensor.detach().to(parameter.device))
+        tensors.append(part_of(tensor.detach(), parameter).to(parameter.device))
     return Found(keys, tensors, *check_finite(keys, tensors, what))
 
 

@@ -160,7 +160,7 @@ class WeightPlasticityLoss(Saved):
     @alpha.setter
     def alpha(self, value: Alpha) -> None:
         groups = self._groups
-        tensors = groups.references.tensors()
+        tensors = groups.references.parts()
         values = alpha_tensor(value, groups.references.names, device_of(tensors))
         if values.shape == groups.alpha.shape:
             groups.alpha.copy_(values)
@@ -234,17 +234,18 @@ class WeightPlasticityLoss(Saved):
         names = references.chosen(active)
         if not names:
             raise ValueError("active must name at least one parameter, got none")
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), references.together("consolidate"):
             tensors, indices = references.tensors(), [references.index[name] for name in names]
-            parameters = {name: tensors[i] for name, i in zip(names, indices, strict=True)}
+            parameters, parts = {name: tensors[i] for name, i in zip(names, indices, strict=True)}, references.parts()
             if self.n_anchors == 0:
-                anchors = Anchors(tensors, self._fisher_dtype)
+                anchors = Anchors(parts, self._fisher_dtype)
             else:
-                anchors = groups.anchors_beside(tensors, indices if groups.outlast(options) else None)
+                anchors = groups.anchors_beside(parts, indices if groups.outlast(options) else None)
             newer = newer_anchor(parameters, fisher, theta_hat, prefix, options)
             check_extra(fisher, newer.keys, references, prefix, extra)
-            known = references.are_replicas or (isinstance(fisher, Fisher) and fisher.reduced)
-            check_replicas(names, newer.fisher, newer.theta_hat, known, fisher)
+            if not references.is_sharded:
+                known = references.are_replicas or (isinstance(fisher, Fisher) and fisher.reduced)
+                check_replicas(names, newer.fisher, newer.theta_hat, known, fisher)
             in_place = anchors is not groups.anchors
             anchors, change = anchors.consolidated(indices, newer, options, in_place)
             self._commit(groups.with_anchors(anchors), change)
@@ -388,7 +389,7 @@ class WeightPlasticityLoss(Saved):
         groups = self._groups
         if groups.anchors is None or groups.anchors.n_anchors == 0:
             return {}
-        return dict(zip(groups.references.names, getattr(groups.anchors, column), strict=True))
+        return groups.references.placed(getattr(groups.anchors, column))
 
     def extra_repr(self) -> str:
         """Summarise."""
@@ -411,7 +412,7 @@ class WeightPlasticityLoss(Saved):
         if torch.compiler.is_compiling():
             raise RuntimeError("evaluate this active set once before it is compiled: addresses cannot be traced")
         with torch.inference_mode(False):
-            anchors = groups.anchors_beside(groups.references.tensors())
+            anchors = groups.anchors_beside(groups.references.parts())
             if anchors is not groups.anchors:
                 self._commit(groups.with_anchors(anchors))
         return self._groups.make(key)

@@ -47,8 +47,9 @@ class ParamGroup:
         self, indices: Sequence[int], references: References, anchors: Anchors, alpha: Tensor, l2: float
     ) -> None:
         self.indices = list(indices)
-        theta = references.tensors()
+        theta = references.parts()
         self.theta = [theta[i] for i in indices]
+        self._take(indices, references)
         for i in indices:
             if theta[i].numel() and not theta[i].data_ptr():
                 raise StaleParameterError(f"{references.names[i]!r} has no memory: its storage was freed")
@@ -63,6 +64,9 @@ class ParamGroup:
         kind = PreparedPenalty if self._gaps else backends.prepared_penalty(device.type)
         self._prepared = kind(*self._arguments, self._constant)
         self._prepared.remember()
+
+    def _take(self, indices: Sequence[int], references: References) -> None:
+        """Take what a subclass keeps of the parameters."""
 
     def set_alpha(self, alpha: Tensor) -> None:
         """Take over alpha's values."""
@@ -162,13 +166,18 @@ class ParamGroups:
                 matches no prefix of alpha.
         """
         sources = [self.references.index.get(name) for name in references.names]
-        theta, anchors, alpha = references.tensors(), self.anchors, self.alpha
+        theta, anchors, alpha = references.parts(), self.anchors, self.alpha
         with torch.inference_mode(False), torch.no_grad():
             if anchors is not None:
                 for name, parameter, source in zip(references.names, theta, sources, strict=True):
                     if source is None:
                         continue
                     old, new = list(anchors.fisher[source].shape), list(parameter.shape)
+                    if new != old and references.is_sharded:
+                        raise ValueError(
+                            f"params[{name!r}] is sharded and must have its anchor's shape, {old} on this rank, got "
+                            f"{new}; to let it grow, save the penalty and load it with strict=False where it is whole"
+                        )
                     if len(new) != len(old) or any(a < b for a, b in zip(new, old, strict=True)):
                         raise ValueError(f"params[{name!r}] must have at least its anchor's shape {old}, got {new}")
                 anchors = anchors.moved(theta, sources)
@@ -225,16 +234,29 @@ class ParamGroups:
         assert self.anchors is not None
         with torch.inference_mode(False):
             names = self.references.names if key is None else key
-            indices, theta = [self.references.index[name] for name in names], self.references.tensors()
+            indices, theta = [self.references.index[name] for name in names], self.references.parts()
             groups = [
-                ParamGroup([indices[k] for k in positions], self.references, self.anchors, self.alpha, self.l2)
+                kind(chosen, self.references, self.anchors, self.alpha, self.l2)
                 for positions in by_kind(theta[i] for i in indices).values()
+                for kind, chosen in self._split([indices[k] for k in positions])
             ]
         self._groups[key] = groups
         if len(self._groups) > _MAX_ACTIVE_SETS:
             with suppress(KeyError):  # another thread dropped the same one at this moment
                 self._groups.popitem(last=False)
         return groups
+
+    def _split(self, indices: list[int]) -> list[tuple[type[ParamGroup], list[int]]]:
+        """Split parameters of one device and dtype by what they are evaluated as."""
+        if not self.references.is_sharded:
+            return [(ParamGroup, indices)]
+        from ..distributed.shards import ShardedParamGroup, key_of  # not with the package
+
+        tensors = self.references.tensors()
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for i in indices:
+            kinds.setdefault(key_of(tensors[i]), []).append(i)
+        return [(ShardedParamGroup if key else ParamGroup, chosen) for key, chosen in kinds.items()]
 
     def take_alpha(self) -> None:
         """Bring what was written to alpha to the groups."""

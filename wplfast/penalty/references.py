@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
@@ -11,7 +12,10 @@ from torch.nn.modules import module as hooks
 from ..distributed.engines import check_engine, inner_module, is_replica
 from ..errors import NameMismatchError, StaleParameterError
 from ..ops.prepared import Link
-from ..params import Params, check_names, named, some, suggest_prefix
+from ..params import Params, check_names, is_fully_sharded, is_sharded, named, some, suggest_prefix
+
+if TYPE_CHECKING:
+    from ..distributed.shards import Alias
 
 
 class Registrations:
@@ -57,7 +61,12 @@ class References:
         if isinstance(params, nn.Module):
             _registrations.watch()
         self._counted = _registrations.count  # of registrations that the module is known to have no part in
-        parameters = named(params if names is None else _with_frozen(params, names))
+        if is_fully_sharded(params):
+            from ..distributed.blocks import modules_of  # not with the package
+
+            for module in modules_of(cast(nn.Module, params)):
+                module.reshard()  # to what optimizers hold
+        parameters = named(params if names is None else _with_frozen(params, names), sharded_too=True)
         if names is not None:
             check_names(parameters, names, "params")
             parameters = {name: parameters[name] for name in names}
@@ -69,6 +78,9 @@ class References:
         self._others = {name for name, p in _parameters(self._root) if not p.requires_grad}
         self._copied: dict[int, Any] | None = None  # id -> copy, until this copy is used
         self._paths: list[list[Link]] = []
+        #: Whether some are DTensors, of which a part lies on this rank.
+        self.is_sharded = any(map(is_sharded, self._tensors))
+        self._aliases: dict[int, Alias] = {}
 
     def again(self, params: Params, new: Literal["error", "add"], missing: Literal["error", "drop"]) -> References:
         """Return references to other tensors by the same names.
@@ -82,8 +94,8 @@ class References:
             NameMismatchError: if a name is new or missing and must not be, or none is left.
         """
         given_as, params = params, inner_module(params)
-        params = params if isinstance(params, nn.Module) else named(params)
-        given = named(_with_frozen(params, self.names))
+        params = params if isinstance(params, nn.Module) else named(params, sharded_too=True)
+        given = named(_with_frozen(params, self.names), sharded_too=True)
         kept = [name for name in self.names if name in given]
         more = [name for name in given if name not in self.index]
         if len(kept) < len(self.names) and (prefix := suggest_prefix(list(given), self.names)) is not None:
@@ -141,7 +153,8 @@ class References:
             self._root = self._copied.get(id(self._root), self._root)
             self._copied = None
         if not self._paths:
-            self._paths = [_path(self._root, name, t) for name, t in zip(self.names, self._tensors, strict=True)]
+            pairs = zip(self.names, self._tensors, strict=True)
+            self._paths = [[] if is_sharded(t) else _path(self._root, name, t) for name, t in pairs]
         for name, path in zip(self.names, self._paths, strict=True):
             for holder, key, value in path:
                 held = holder.get(key)
@@ -163,6 +176,47 @@ class References:
             )
         return self._tensors
 
+    def parts(self) -> list[Tensor]:
+        """Return what the penalty computes on: the tensors, or leaves on the memory of their parts on this rank.
+
+        Raises:
+            StaleParameterError: as :meth:`tensors`.
+        """
+        tensors = self.tensors()
+        if not self.is_sharded:
+            return tensors
+        return [self.alias(i).tensor if is_sharded(t) else t for i, t in enumerate(tensors)]
+
+    def by_name(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        return dict(zip(self.names, self.tensors(), strict=True))
+
+    def placed(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return tensors that lie beside :meth:`parts`, by name, as what the parameters are: shards for shards."""
+        if not self.is_sharded:
+            return dict(zip(self.names, parts, strict=True))
+        from ..distributed.shards import like
+
+        return {name: like(part, t) for name, part, t in zip(self.names, parts, self.tensors(), strict=True)}
+
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """Let all ranks succeed in something, or none, where parameters are shards."""
+        if not self.is_sharded:
+            return nullcontext()
+        from ..distributed.shards import together
+
+        return together(self.tensors(), what)
+
+    def alias(self, index: int) -> Alias:
+        """Return what stands for the part of a sharded tensor on this rank."""
+        from ..distributed.shards import Alias  # not with the package
+
+        found = self._aliases.get(index)
+        if found is None or not found.fits():
+            assert self._tensors is not None
+            found = self._aliases[index] = Alias(cast(Any, self._tensors[index]))
+        return found
+
     def complete(self) -> bool:
         """Tell whether the module got no parameter since these references were made."""
         if self._counted != _registrations.count:
@@ -180,7 +234,8 @@ class References:
         """Return the names of parameters that require grad and that the module did not have."""
         known = {id(tensor) for tensor in self._tensors or ()}
         pairs = _parameters(self._root)
-        return [name for name, p in pairs if p.requires_grad and id(p) not in known and name not in self._others]
+        known_names = self._others | (set(self.names) if self.is_sharded else set())  # FSDP2 gathers them for a while
+        return [name for name, p in pairs if p.requires_grad and id(p) not in known and name not in known_names]
 
     def links(self, indices: Iterable[int]) -> list[Link]:
         """Return what must hold in the module as long as it has these tensors."""
@@ -209,7 +264,7 @@ class References:
     def copied(self, memo: dict[int, Any]) -> References:
         """Return a deep copy's references: to what the same deep copy makes of the tensors, else to the same ones."""
         twin = References.__new__(References)
-        twin.__dict__ = {**self.__dict__, "_copied": memo, "_paths": [], "_counted": -1}
+        twin.__dict__ = {**self.__dict__, "_copied": memo, "_paths": [], "_counted": -1, "_aliases": {}}
         if self._copied is not None:  # a copy of a copy that has not been used
             self.tensors()
             twin.__dict__ |= {"_tensors": self._tensors, "_root": self._root}
@@ -217,7 +272,7 @@ class References:
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the names alone."""
-        return {**self.__dict__, "_tensors": None, "_root": None, "_copied": None, "_paths": []}
+        return {**self.__dict__, "_tensors": None, "_root": None, "_copied": None, "_paths": [], "_aliases": {}}
 
 
 def _parameters(root: nn.Module | None) -> Iterable[tuple[str, Tensor]]:

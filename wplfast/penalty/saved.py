@@ -70,7 +70,8 @@ class Saved(nn.Module):
             ValueError: if the file is truncated, foreign or of another version, or a shape differs.
             NameMismatchError: if names differ; if not strict, if nothing fits.
         """
-        state, _ = storage.load(path, "penalty")
+        with self._groups.references.together("reading a penalty"):
+            state, _ = storage.load(path, "penalty")
         found = self._restore(state, strict)
         differing = f"missing {found.missing[:6]}, unexpected {found.unexpected[:6]}"
         if strict and (found.missing or found.unexpected):
@@ -116,13 +117,29 @@ class Saved(nn.Module):
     def _state(self) -> dict[str, Tensor]:
         """Return the anchors as named tensors."""
         groups = self._groups
-        return to_state(groups.references.names, groups.anchors)
+        state = to_state(groups.references.names, groups.anchors)
+        if not groups.references.is_sharded:
+            return state
+        from ..distributed.shards import as_shards  # not with the package
+
+        return as_shards(state, groups.references.by_name())
 
     def _restore(self, state: Mapping[str, Tensor], strict: bool) -> Faults:
         """Take anchors over unless something is wrong with them; if not strict, what fits."""
         groups = self._groups
         references = groups.references
-        parameters = dict(zip(references.names, references.tensors(), strict=True))
+        with references.together("loading a penalty"):
+            if references.is_sharded:
+                from ..distributed.shards import localised
+
+                state = localised(state, references.by_name())
+            return self._restore_parts(state, strict, groups, references)
+
+    def _restore_parts(
+        self, state: Mapping[str, Tensor], strict: bool, groups: ParamGroups, references: References
+    ) -> Faults:
+        """Take over anchors of what lies on this rank."""
+        parameters = dict(zip(references.names, references.parts(), strict=True))
         found = faults(state, parameters, self._fisher_dtype, strict)
         if found.errors or not found.headed or (strict and (found.missing or found.unexpected)):
             return found
@@ -131,7 +148,7 @@ class Saved(nn.Module):
             if not found.fitting:
                 return found
             with torch.inference_mode(False), torch.no_grad():
-                tensors = references.tensors()
+                tensors = references.parts()
                 if self.n_anchors and len(found.fitting) < len(parameters):  # the others keep what they have
                     anchors = groups.anchors_beside(tensors).moved(tensors)
                 else:
@@ -179,7 +196,7 @@ class Saved(nn.Module):
     def _blank(self, references: References, l2: float) -> Anchors | None:
         """Return anchors that do not hold, where there is a weight decay term to evaluate."""
         with torch.inference_mode(False), torch.no_grad():
-            return Anchors(references.tensors(), self._fisher_dtype) if l2 else None
+            return Anchors(references.parts(), self._fisher_dtype) if l2 else None
 
 
 def _strict_call(default: bool) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..params import is_sharded
 from .reading import (
     CHECKSUM,
     DTYPES,
@@ -60,7 +61,8 @@ class Deferred:
 def save(path: FilePath, tensors: Mapping[str, Tensor | Deferred], kind: str, metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata atomically: readers, and who comes after a crash, see the old file or the new one.
 
-    No tensor is copied but from a device or where it is not contiguous, and then one at a time.
+    No tensor is copied but from a device or where it is not contiguous, and then one at a time. Of tensors that are
+    shards (DTensor) all ranks call this; they are gathered one at a time, and rank 0 writes.
 
     Raises:
         OSError: if the file cannot be written (no such directory, no permission, a full disk); nothing is left then.
@@ -71,15 +73,26 @@ def save(path: FilePath, tensors: Mapping[str, Tensor | Deferred], kind: str, me
         if not (isinstance(key, str) and isinstance(value, str)):
             raise TypeError(f"metadata must map str to str, got {key!r}: {value!r}")
     entries = {name: _entry(name, tensor) for name, tensor in tensors.items()}
-    with replacing(os.fsdecode(path)) as file:
-        checksum = checksum_of_description(stamped, entries)
-        file.write(_header(stamped | {CHECKSUM: f"{0:08x}"}, entries))
-        for name in in_order(entries):
-            data = data_of(_made(name, tensors[name]))
-            checksum = zlib.crc32(data, checksum)
-            file.write(data)
-        file.seek(0)
-        file.write(_header(stamped | {CHECKSUM: f"{checksum:08x}"}, entries))
+    names = in_order(entries)
+
+    def write(whole: Callable[[Tensor], Tensor]) -> None:
+        with replacing(os.fsdecode(path)) as file:
+            checksum = checksum_of_description(stamped, entries)
+            file.write(_header(stamped | {CHECKSUM: f"{0:08x}"}, entries))
+            for name in names:
+                data = data_of(whole(_made(name, tensors[name])))
+                checksum = zlib.crc32(data, checksum)
+                file.write(data)
+            file.seek(0)
+            file.write(_header(stamped | {CHECKSUM: f"{checksum:08x}"}, entries))
+
+    shards = [tensor for name in names if isinstance(tensor := tensors[name], Tensor)]
+    if any(map(is_sharded, shards)):
+        from ..distributed.files import writing  # not with the package
+
+        writing(shards, write)
+    else:
+        write(lambda tensor: tensor)
 
 
 def load(path: FilePath, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:

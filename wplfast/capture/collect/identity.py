@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import VerificationError
+from ..accumulators import Accumulators
 from ..probe.weights import negligible
 from ..rules.projection import N_DIRECTIONS, Directions
 from .batch import Batch
@@ -47,7 +48,7 @@ def verify_batch(
     parameters: Sequence[Tensor],
     seen: set[torch.dtype],
     unseen: set[int],
-    fisher: Sequence[Tensor],
+    accumulators: Accumulators,
 ) -> bool:
     """Compare captured gradients with plain autograd; False if something overflowed, which the accumulator reports.
 
@@ -58,17 +59,17 @@ def verify_batch(
         parameters: these.
         seen: dtypes of gradients that the batch had: the coarsest decides about tolerances.
         unseen: parameters that were not captured.
-        fisher: the sums of squares so far.
+        accumulators: with the sums of squares so far.
 
     Raises:
         VerificationError: if they disagree.
     """
-    sums = _on_host([f.sum() for f in fisher])
+    sums = _on_host(accumulators.sums())
     if not bool(torch.isfinite(sums).all()):
         return False
     own = {p.dtype.to_real() for p in parameters}
     coarsest = {dtype: max(seen | {dtype}, key=lambda d: torch.finfo(d).eps) for dtype in own}
-    dtypes, numels = [coarsest[p.dtype.to_real()] for p in parameters], [f.numel() for f in fisher]
+    dtypes, numels = [coarsest[p.dtype.to_real()] for p in parameters], [f.numel() for f in accumulators.like]
     check_identity(
         names,
         batch.captured,

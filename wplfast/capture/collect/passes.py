@@ -116,6 +116,7 @@ class CollectPass:
         moved: calls whose outputs' rows belong to other samples than in earlier batches.
         foreign: calls whose outputs' gradients stayed as they were when the losses got weights.
         layouts: by the index of a tapped call, what its outputs' layouts were.
+        is_dry: nothing is accumulated.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class CollectPass:
         wanted: set[int] | None = None,
     ) -> None:
         self._inference, self._round, self._names = inference, round_, names
+        self.is_dry = round_ is None
         self._in_backward, self._wanted = in_backward, wanted
         self.retry: set[int] = set()
         self.mixed: list[TappedCall] = []

@@ -76,7 +76,7 @@ class Session:
         self.interception = Interception(parameters, constants, Idle())
         self.n_batches = 0
         self.frozen: list[Tensor] = []  # parameters that require no grad during the pass, and only then
-        self._leaf_grads = LeafGrads(parameters, self.interception)
+        self.leaf_grads = LeafGrads(parameters, self.interception)
         self._inference = LayoutInference()
         self._structures: dict[tuple[object, ...], int] = {}  # of graphs, numbered
         self._n_structures = self._n_known = 0
@@ -86,7 +86,7 @@ class Session:
         self._is_verified = False
         self._by_losses = by_losses
         self._reorders = by_losses  # rows may lie in another order in every batch
-        self._linearity = Linearity(self._run, self._leaf_grads)
+        self._linearity = Linearity(self.run, self.leaf_grads)
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
@@ -160,8 +160,8 @@ class Session:
         if steady is None:
             return False
         keep = batch.retain_graph or steady.may_wake
-        self._run(batch.losses, None, steady.start(self.interception.taps), keep)
-        if not steady.finish(self.parameters, self.interception.derived):
+        self.run(batch.losses, None, steady.start(self.interception.taps), keep)
+        if not steady.finish(self.parameters, self.interception.derived) or self.leaf_grads.caught:
             self._find_unseen(set())
         woken = steady.woken()
         if woken:
@@ -224,7 +224,7 @@ class Session:
             passes = inference.probe_weights.rounds
         else:
             raise WplfastError(f"could not measure which samples the uses of {self._some(wanted or set())} belong to")
-        astray = one_by_one(batch, self._unseen, self._run, self._leaf_grads, self.accumulators, self.directions)
+        astray = one_by_one(batch, self._unseen, self.run, self.leaf_grads, self.accumulators, self.directions)
         if astray:
             raise CoupledSamplesError(
                 f"the gradients of {self._some(astray)} for one sample after the other do not add up to that of the "
@@ -236,9 +236,9 @@ class Session:
         if batch.verify:
             seen = {d.dtype for d in self.interception.derived if d.is_floating_point()} | self._dtypes
             seen |= self.interception.native_dtypes
-            weights, fisher = inference.probe_weights.verifying, self.accumulators.fisher
+            weights, accumulators = inference.probe_weights.verifying, self.accumulators
             try:
-                finite = verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, fisher)
+                finite = verify_batch(batch, weights, self.names, self.parameters, seen, self._unseen, accumulators)
             except VerificationError:
                 if not first or inference.in_pairs or not self._linearity.is_bent_in(batch):
                     raise
@@ -285,7 +285,7 @@ class Session:
         Raises:
             WplfastError: if there are some.
         """
-        found = self._leaf_grads.past_the_taps()
+        found = self.leaf_grads.past_the_taps()
         if found:
             raise WplfastError(
                 f"a gradient arrived at {self._some(found)} that this pass did not compute: do not call .backward() "
@@ -294,7 +294,7 @@ class Session:
 
     def abandon(self) -> None:
         """Forget a batch that will not be accumulated."""
-        self._leaf_grads.drop()
+        self.leaf_grads.drop()
         self.release()
 
     def release(self) -> None:
@@ -303,8 +303,8 @@ class Session:
 
     # ---- passes ----------------------------------------------------------------------------------------------------
 
-    def _run(self, losses: Tensor, weights: Tensor | None, listener: Listener, keep: bool) -> None:
-        """Run one backward pass over the losses, with weights or with ones."""
+    def run(self, losses: Tensor, weights: Tensor | None, listener: Listener, keep: bool) -> None:
+        """Run one backward pass over the losses, with weights or with ones; ``keep`` the graph."""
         self.accumulators.n_passes += 1
         # Not losses.backward(weights): PyTorch imports sympy for that, which takes longer than most first batches.
         total = losses.sum() if weights is None else (losses * weights.to(losses)).sum()
@@ -345,9 +345,9 @@ class Session:
                 self.directions.add(batch.ordinary, index, gradient)
 
         listener = ProbePass(self._inference, self._in_backward, keep if verifies else None)
-        self._run(batch.losses, weights, listener, keep=True)
+        self.run(batch.losses, weights, listener, keep=True)
         if verifies:
-            for index, gradient in enumerate(self._leaf_grads.take()):
+            for index, gradient in enumerate(self.leaf_grads.take()):
                 if gradient is not None:
                     keep(index, gradient)
             self._dtypes |= listener.dtypes
@@ -362,7 +362,7 @@ class Session:
             round_.excluded |= self._unseen
             round_.last |= self._in_backward
         listener = CollectPass(self._inference, round_, self.names, self._in_backward, wanted)
-        self._run(batch.losses, None, listener, batch.keep)
+        self.run(batch.losses, None, listener, batch.keep)
         if round_ is not None:
             round_.finish()
             batch.one_by_one |= self._find_unseen(round_.squared)
@@ -455,8 +455,8 @@ class Session:
 
     def _find_unseen(self, squared: set[int]) -> set[int]:
         """Return the parameters that gradients arrived at past the taps, and remember them."""
-        found = self._leaf_grads.past_the_taps()
-        self._leaf_grads.drop()
+        found = self.leaf_grads.past_the_taps()
+        self.leaf_grads.drop()
         fresh = found - self._unseen
         if fresh and self.n_batches:
             raise WplfastError(

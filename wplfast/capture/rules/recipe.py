@@ -45,11 +45,11 @@ class ProductRecipe:
     ) -> None:
         self._accumulators, self._layout, self._transposed = accumulators, layout, transposed
         self._is_plain = len(shape) == 2 and shape[0] == layout.n_samples and layout.has_rows(2)  # a row a sample
-        self._fisher, self._gradient = accumulators.fisher[weight], accumulators.gradient_of(weight)
-        self._wide = self._fisher.dtype
+        self._weight, self._bias = weight, bias
+        like = accumulators.like[weight]
+        self._wide = like.dtype
         self._as_they_are = {dtype for dtype in FLOATING if flat_dtype(dtype) == self._wide}
-        self._bias = None if bias is None else (accumulators.fisher[bias], accumulators.gradient_of(bias))
-        device = self._fisher.device.type
+        device = like.device.type
         self._fisher_linear_ = kernel("fisher_linear_", device)
         self._accumulate_squares_ = kernel("accumulate_squares_", device)
         for index in (weight, bias):
@@ -70,13 +70,14 @@ class ProductRecipe:
         else:
             a, g = self._layout.rows(x), self._layout.rows(gradient)
         a, g = (t if t.stride(2) == 1 or t.shape[2] <= 1 else t.contiguous() for t in (a, g))
-        weights = self._accumulators.weights
+        into, weights = self._accumulators.fisher, self._accumulators.weights
+        plain = self._accumulators.gradient
         factors = (g, a) if self._transposed else (a, g)
-        self._fisher_linear_(self._fisher, *factors, weights, self._gradient)
+        of_weight = None if plain is None else plain[self._weight]
+        self._fisher_linear_(into[self._weight], *factors, weights, of_weight)
         if self._bias is not None:
-            fisher, plain = self._bias
             sums = g[:, 0] if g.shape[1] == 1 else g.sum(1, dtype=self._wide)
             sums = sums.to(self._wide).contiguous()
-            self._accumulate_squares_(fisher, sums, weights)
+            self._accumulate_squares_(into[self._bias], sums, weights)
             if plain is not None:
-                add_weighted(sums, plain, weights)
+                add_weighted(sums, plain[self._bias], weights)

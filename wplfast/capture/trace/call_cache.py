@@ -31,15 +31,19 @@ MAX_ENTRIES = 1 << 20
 
 
 class _OperandForm:
-    """A watched parameter at its address."""
+    """A watched parameter whose memory is that of its value, wherever it is by now."""
 
-    __slots__ = ("address", "stride", "tensor")
+    __slots__ = ("stride", "tensor", "value")
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.address, self.stride = tensor, tensor.data_ptr(), tensor.stride()
+    def __init__(self, tensor: Tensor, value: Tensor) -> None:
+        self.tensor, self.value, self.stride = tensor, value, tensor.stride()
 
     def fits(self, value: Any, operands: Operands) -> bool:
-        return value is self.tensor and self.tensor.data_ptr() == self.address and self.tensor.stride() == self.stride
+        return (
+            value is self.tensor
+            and self.tensor.data_ptr() == self.value.data_ptr()
+            and self.tensor.stride() == self.stride
+        )
 
 
 class _InputForm:
@@ -133,8 +137,9 @@ class CachedCall:
         for position, (slot, value) in enumerate(zip(call.args, args, strict=True)):
             if isinstance(value, Tensor):
                 if slot.kind == "operand":
-                    forms.append(_OperandForm(value))
-                    values.append((position, call.operands[slot.index].value))
+                    own = call.operands[slot.index].value
+                    forms.append(_OperandForm(value, own))
+                    values.append((position, own))
                     continue
                 # Integers are looked at each time (do they count up?), leaves may be another model's parameters.
                 if (

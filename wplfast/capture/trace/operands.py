@@ -21,9 +21,10 @@ class Operands:
         self._index = {id(p): i for i, p in enumerate(parameters)}
         self.leaves = [p.detach().requires_grad_() for p in parameters]
         self._watched = [Operand(leaf, leaf.detach(), (i,)) for i, leaf in enumerate(self.leaves)]
-        # Kept, so that data cannot take the memory of a buffer that the model replaces.
+        # Kept, so that data cannot take the place of a buffer that the model replaces. Not known by their addresses: a
+        # sharded model frees its parameters' memory and fills it again, elsewhere.
         kept = [storage for t in (*constants, *self.leaves) if t.numel() and (storage := _memory(t)) is not None]
-        self._constants = {storage.data_ptr(): storage for storage in kept}
+        self._constants = {storage._cdata: storage for storage in kept}
         self._interceptor = interceptor
 
     def of(self, tensor: Tensor) -> Operand | None:
@@ -68,7 +69,7 @@ class Operands:
         if tensor.dim() == 0:
             return True
         storage = _memory(tensor)
-        return storage is not None and storage.data_ptr() in self._constants
+        return storage is not None and storage._cdata in self._constants
 
 
 class Sorter:
