@@ -1,0 +1,178 @@
+"""What the record says in a table, in two figures and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ...plumbing import plots
+from ..harness import drawing
+from ..harness.statistics import difference, seeds_of, signed
+from ..harness.tables import Table
+from .training import ARMS
+
+NOTES = """Test accuracies in % at the end; ±: half the 95 % interval of the mean over seeds, of differences paired by seed.
+Forgetting: a task's best accuracy so far minus that at the end, without the last task. New tasks: the accuracy of tasks
+but the first right after they were learnt. Good: the alphas whose validation accuracy is within 2 points of the best;
+< or >: to the grid's end."""
+
+_COLUMNS = (
+    "",
+    "all tasks",
+    "first task",
+    "last task",
+    "forgetting",
+    "new tasks",
+    "above L2",
+    "alpha or layers",
+    "good",
+)
+_CURVES = ("none", "l2", "mc")  # the panels of the first figure
+_FEW = (plots.BLUE, plots.VERMILLION, plots.GREEN, plots.ORANGE, plots.PURPLE)  # colours of a few tasks
+_LOOKS = {
+    "l2": (plots.ORANGE, "^", "-"),
+    "mc": (plots.BLUE, "o", "-"),
+    "exact": (plots.BLACK, "s", "--"),
+    "empirical": (plots.SKY, "D", "-"),
+    "none": (plots.VERMILLION, "v", ":"),
+    "frozen": (plots.GREY, "P", "-."),
+    "joint": (plots.BLACK, "", (0, (1, 2))),
+}
+_SQUARED = (plots.GREEN, plots.PURPLE, "#8A6D00")  # by rank of the batch size
+
+
+def title(arm: str) -> str:
+    """Name an arm."""
+    kind, _, size = arm.partition(" ")
+    return f"{ARMS[kind]} {size}" if size else ARMS[kind]
+
+
+def tables(record: dict[str, Any]) -> dict[str, Table]:
+    """Return the table of arms."""
+    arms = record["arms"]
+    return {"arms": Table(_COLUMNS, [[title(arm), *_cells(found, arms.get("l2"))] for arm, found in arms.items()])}
+
+
+def _cells(found: Mapping[str, Any], l2: Mapping[str, Any] | None) -> list[str]:
+    """Return an arm's row."""
+    good = found.get("good")
+    setting = found["setting"]
+    shown = "" if setting is None else f"{setting:g}" if isinstance(setting, float) else f"layers {setting}"
+    return [
+        *(with_interval(values) for values in (found["accuracy"], found["tasks"][0], found["tasks"][-1])),
+        *(with_interval(found[key]) if key in found else "" for key in ("forgetting", "new_tasks")),
+        "" if l2 is None or l2 is found else signed(*difference(found["accuracy"], l2["accuracy"])),
+        shown + " (edge)" * found["at_edge_of_grid"],
+        ""
+        if good is None
+        else f"{'< ' * good['open_low']}{good['low']:.1e} to {'> ' * good['open_high']}{good['high']:.1e}",
+    ]
+
+
+def with_interval(values: Mapping[str, Any]) -> str:
+    """Format a mean with its 95 % interval, where there is one."""
+    half = values["half_width"]
+    return f"{round(values['mean'], 1) + 0.0:.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
+def words(record: dict[str, Any]) -> str:
+    """Say what the run showed, from its numbers alone."""
+    arms, n = record["arms"], record["settings"]["tasks"]
+    lines = []
+    for arm in (arm for arm in _CURVES if arm in arms):
+        found = arms[arm]
+        alpha = "" if found["setting"] is None else f" (alpha {found['setting']:g})"
+        first, mean = found["tasks"][0]["mean"], found["accuracy"]["mean"]
+        lines.append(f"{title(arm)}{alpha}: {mean:.1f} % over all {n} tasks, {first:.1f} % on the first one")
+    return "\n".join(lines)
+
+
+def figures(record: dict[str, Any]) -> dict[str, bytes]:
+    """Return both figures; the second one only where alphas were tried."""
+    drawn = {"": _sequence(record)}
+    if any("good" in found for found in record["arms"].values()):
+        drawn["_alphas"] = _alphas(record)
+    return drawn
+
+
+def _sequence(record: dict[str, Any]) -> bytes:
+    """Draw every task's accuracy while the next ones are learnt: a panel for each arm, a colour for each task."""
+    arms = [arm for arm in _CURVES if arm in record["arms"]]
+    settings = record["settings"]
+    n, epochs = settings["tasks"], settings["epochs"]
+    figure, axes = drawing.panels(1, len(arms), (3.6 * len(arms) + 0.3, 3.7), sharey=True)
+    for axis, arm in zip(axes[0], arms, strict=True):
+        _draw_tasks(axis, record["arms"][arm], n, epochs)
+        found = record["arms"][arm]
+        alpha = "" if found["setting"] is None else f", alpha = {found['setting']:,g}"
+        axis.set_title(f"{title(arm)}{alpha}", loc="left", pad=17, fontsize=9.5, fontweight="bold")
+        words = f"all {n} tasks in the end: {with_interval(found['accuracy'])} %"
+        axis.annotate(words, (0, 1.02), xycoords="axes fraction", fontsize=8.5, va="bottom")
+        axis.set_xlabel("epochs")
+    axes[0, 0].set_ylabel("test accuracy (%)")
+    drawing.legend(figure, axes[0, :1], min(n, 10))
+    where = f"{record['data']['name']}, {seeds_of(settings['seeds'])}; bands: 95 % intervals"
+    return drawing.png(figure, f"One network learns {n} tasks in a row: permuted pixels  ({where})", 128)
+
+
+def _draw_tasks(axis: Any, found: Mapping[str, Any], n: int, epochs: int) -> None:
+    """Draw one arm's tasks from the epoch on in which each is first learnt, and where one ends and the next begins."""
+    x = np.arange(1, n * epochs + 1)
+    mean = np.array(found["curve"])
+    half = None if found["curve_half_width"] is None else np.array(found["curve_half_width"])
+    for task in range(n):
+        since = slice(task * epochs, None)
+        look = {"color": _colour(task, n), "label": f"task {task + 1}", "linewidth": 1.9}
+        if half is None:
+            axis.plot(x[since], mean[since, task], **look)
+        else:
+            drawing.band(axis, x[since], mean[since, task], half[since, task], opacity=0.16, **look)
+        axis.axvspan(task * epochs, (task + 1) * epochs, color=plots.BLACK, alpha=0.045 * (task % 2), linewidth=0)
+        if n <= 6:
+            middle = ((task + 0.5) * epochs, 1.5)
+            axis.annotate(f"learns {task + 1}", middle, ha="center", fontsize=7.5, color=plots.GREY)
+    axis.set(xlim=(0, n * epochs), ylim=(0, 101), xticks=[task * epochs for task in range(n + 1)])
+    axis.grid(axis="x", visible=False)
+
+
+def _colour(task: int, n: int) -> Any:
+    """Return a task's colour: one of a few that differ, or one of a scale from dark to bright."""
+    return _FEW[task] if n <= len(_FEW) else plots.pyplot().get_cmap("viridis")(0.93 * task / (n - 1))
+
+
+def _alphas(record: dict[str, Any]) -> bytes:
+    """Draw the accuracy over all tasks against alpha, and that over the tasks learnt so far after each."""
+    figure, axes = drawing.panels(1, 2, (11.5, 4.6), width_ratios=(1.75, 1), sharey=True)
+    sweep, stages = axes[0]
+    n = record["settings"]["tasks"]
+    for arm, found in record["arms"].items():
+        colour, marker, line = look(arm, record["settings"]["batch_sizes"])
+        style = {"color": colour, "marker": marker, "markersize": 4.5, "linestyle": line, "label": title(arm)}
+        mean, half = found["accuracy"]["mean"], found["accuracy"]["half_width"] or 0
+        if isinstance(found["setting"], float):
+            sweep.plot([row["setting"] for row in found["grid"]], [row["test"] for row in found["grid"]], **style)
+            sweep.errorbar(found["setting"], mean, yerr=half, color=colour, capsize=3, linewidth=1.3, marker="")
+        else:
+            sweep.axhline(mean, color=colour, linestyle=line, linewidth=1.2)
+        if "stages" in found:
+            means, halves = ([stage[key] or 0 for stage in found["stages"]] for key in ("mean", "half_width"))
+            stages.errorbar(range(1, n + 1), means, yerr=halves, capsize=2, **style)
+        else:
+            stages.axhline(mean, **style | {"linewidth": 1.2})
+    sweep.set(xscale="log", xlabel="alpha, as the user sets it", ylabel="test accuracy (%)")
+    stages.set(xlabel="tasks learnt", xticks=range(1, n + 1))
+    drawing.letter(sweep, 0, f"mean over all {n} tasks in the end")
+    drawing.letter(stages, 1, "mean over the tasks learnt so far")
+    drawing.legend(figure, [stages], 4)
+    where = f"{record['data']['name']}, {seeds_of(record['settings']['seeds'])}; bars: 95 % intervals"
+    return drawing.png(figure, f"Permuted pixels: how strong, and which F  ({where})", 128)
+
+
+def look(arm: str, batch_sizes: list[int]) -> tuple[Any, ...]:
+    """Return an arm's colour, marker and line."""
+    kind, _, size = arm.partition(" ")
+    if kind != "squared":
+        return _LOOKS[kind]
+    return _SQUARED[batch_sizes.index(int(size)) % len(_SQUARED)], "x", "-"
