@@ -1,6 +1,6 @@
 # Everything runs in a virtual environment of its own, $(VENV), which the first target that needs it makes.
 #
-#   make demo    two models that share weights: forgetting, and its cure (about a minute or two on 2 cores)
+#   make demo    a row of tasks, and two models that share weights: forgetting and its cure (a minute or two on 2 cores)
 #   make test    all tests
 #   make rehearse    tests on a pretended device, which find most of what would fail on a GPU alone; under a minute
 #   make lint    ruff, clang-format, mypy
@@ -30,7 +30,7 @@ WHEEL_VENV = .venv-wheel-$(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.
 .PHONY: demo test rehearse lint bench gpu-test gpu-sanitize gpu-bench wheel wheel-test wheel-tools clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.experiments.two_models --out $(OUT)
+	$(BIN)/python -m benchmarks.experiments.demo --out $(OUT)
 
 test: $(VENV)/.installed $(TRITONS:%=$(VENV)/triton-%/.installed)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -1,4 +1,4 @@
-"""What the record says in a table, in two figures and in words."""
+"""What the record says in a table and in two figures."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..harness.statistics import difference, seeds_of, signed
 from ..harness.tables import Table
 from .training import ARMS
 
-NOTES = """Test accuracies in % at the end; ±: half the 95 % interval of the mean over seeds, of differences paired by seed.
-Forgetting: a task's best accuracy so far minus that at the end, without the last task. New tasks: the accuracy of tasks
-but the first right after they were learnt. Good: the alphas whose validation accuracy is within 2 points of the best;
-< or >: to the grid's end."""
+NOTES = """Test accuracies in % at the end; ±: half the 95 % interval of the mean over seeds, of differences paired by
+seed. Forgetting: a task's best accuracy so far minus that at the end, without the last task. New tasks: the accuracy of
+tasks but the first right after they were learnt. Good: the alphas whose validation accuracy is within 2 points of the
+best; < or >: to the grid's end."""
 
 _COLUMNS = (
     "",
@@ -26,10 +26,11 @@ _COLUMNS = (
     "forgetting",
     "new tasks",
     "above L2",
-    "alpha or layers",
+    "alpha, layers",
     "good",
 )
-_CURVES = ("none", "l2", "mc")  # the panels of the first figure
+_CURVES = {"none": "no penalty", "l2": "L2 anchor (F = 1)", "mc": "Fisher"}  # the panels of the first figure
+_ENOUGH = 4  # seeds for an interval that says something
 _FEW = (plots.BLUE, plots.VERMILLION, plots.GREEN, plots.ORANGE, plots.PURPLE)  # colours of a few tasks
 _LOOKS = {
     "l2": (plots.ORANGE, "^", "-"),
@@ -51,13 +52,12 @@ def title(arm: str) -> str:
 
 def tables(record: dict[str, Any]) -> dict[str, Table]:
     """Return the table of arms."""
-    arms = record["arms"]
+    arms = dict(sorted(record["arms"].items(), key=lambda item: list(ARMS).index(item[0].split()[0])))
     return {"arms": Table(_COLUMNS, [[title(arm), *_cells(found, arms.get("l2"))] for arm, found in arms.items()])}
 
 
 def _cells(found: Mapping[str, Any], l2: Mapping[str, Any] | None) -> list[str]:
     """Return an arm's row."""
-    good = found.get("good")
     setting = found["setting"]
     shown = "" if setting is None else f"{setting:g}" if isinstance(setting, float) else f"layers {setting}"
     return [
@@ -65,28 +65,19 @@ def _cells(found: Mapping[str, Any], l2: Mapping[str, Any] | None) -> list[str]:
         *(with_interval(found[key]) if key in found else "" for key in ("forgetting", "new_tasks")),
         "" if l2 is None or l2 is found else signed(*difference(found["accuracy"], l2["accuracy"])),
         shown + " (edge)" * found["at_edge_of_grid"],
-        ""
-        if good is None
-        else f"{'< ' * good['open_low']}{good['low']:.1e} to {'> ' * good['open_high']}{good['high']:.1e}",
+        _range(found["good"]) if "good" in found else "",
     ]
+
+
+def _range(good: Mapping[str, Any]) -> str:
+    """Format a range of alphas."""
+    return f"{'< ' * good['open_low']}{good['low']:.1e} to {'> ' * good['open_high']}{good['high']:.1e}"
 
 
 def with_interval(values: Mapping[str, Any]) -> str:
     """Format a mean with its 95 % interval, where there is one."""
     half = values["half_width"]
     return f"{round(values['mean'], 1) + 0.0:.1f}" + ("" if half is None else f" ± {half:.1f}")
-
-
-def words(record: dict[str, Any]) -> str:
-    """Say what the run showed, from its numbers alone."""
-    arms, n = record["arms"], record["settings"]["tasks"]
-    lines = []
-    for arm in (arm for arm in _CURVES if arm in arms):
-        found = arms[arm]
-        alpha = "" if found["setting"] is None else f" (alpha {found['setting']:g})"
-        first, mean = found["tasks"][0]["mean"], found["accuracy"]["mean"]
-        lines.append(f"{title(arm)}{alpha}: {mean:.1f} % over all {n} tasks, {first:.1f} % on the first one")
-    return "\n".join(lines)
 
 
 def figures(record: dict[str, Any]) -> dict[str, bytes]:
@@ -101,27 +92,28 @@ def _sequence(record: dict[str, Any]) -> bytes:
     """Draw every task's accuracy while the next ones are learnt: a panel for each arm, a colour for each task."""
     arms = [arm for arm in _CURVES if arm in record["arms"]]
     settings = record["settings"]
-    n, epochs = settings["tasks"], settings["epochs"]
+    n, epochs, enough = settings["tasks"], settings["epochs"], settings["seeds"] >= _ENOUGH
     figure, axes = drawing.panels(1, len(arms), (3.6 * len(arms) + 0.3, 3.7), sharey=True)
     for axis, arm in zip(axes[0], arms, strict=True):
-        _draw_tasks(axis, record["arms"][arm], n, epochs)
+        _draw_tasks(axis, record["arms"][arm], n, epochs, enough)
         found = record["arms"][arm]
         alpha = "" if found["setting"] is None else f", alpha = {found['setting']:,g}"
-        axis.set_title(f"{title(arm)}{alpha}", loc="left", pad=17, fontsize=9.5, fontweight="bold")
-        words = f"all {n} tasks in the end: {with_interval(found['accuracy'])} %"
-        axis.annotate(words, (0, 1.02), xycoords="axes fraction", fontsize=8.5, va="bottom")
+        axis.set_title(f"{_CURVES[arm]}{alpha}", loc="left", pad=17, fontweight="bold")
+        said = with_interval(found["accuracy"]) if enough else f"{found['accuracy']['mean']:.1f}"
+        said = f"mean of all {n} tasks in the end: {said} %"
+        axis.annotate(said, (0, 1.02), xycoords="axes fraction", fontsize=8.5, va="bottom")
         axis.set_xlabel("epochs")
     axes[0, 0].set_ylabel("test accuracy (%)")
     drawing.legend(figure, axes[0, :1], min(n, 10))
-    where = f"{record['data']['name']}, {seeds_of(settings['seeds'])}; bands: 95 % intervals"
+    where = f"{record['data']['name']}, {seeds_of(settings['seeds'])}{'; bands: 95 % intervals' * enough}"
     return drawing.png(figure, f"One network learns {n} tasks in a row: permuted pixels  ({where})", 128)
 
 
-def _draw_tasks(axis: Any, found: Mapping[str, Any], n: int, epochs: int) -> None:
+def _draw_tasks(axis: Any, found: Mapping[str, Any], n: int, epochs: int, bands: bool) -> None:
     """Draw one arm's tasks from the epoch on in which each is first learnt, and where one ends and the next begins."""
     x = np.arange(1, n * epochs + 1)
     mean = np.array(found["curve"])
-    half = None if found["curve_half_width"] is None else np.array(found["curve_half_width"])
+    half = np.array(found["curve_half_width"]) if bands else None
     for task in range(n):
         since = slice(task * epochs, None)
         look = {"color": _colour(task, n), "label": f"task {task + 1}", "linewidth": 1.9}
@@ -161,7 +153,7 @@ def _alphas(record: dict[str, Any]) -> bytes:
             stages.errorbar(range(1, n + 1), means, yerr=halves, capsize=2, **style)
         else:
             stages.axhline(mean, **style | {"linewidth": 1.2})
-    sweep.set(xscale="log", xlabel="alpha, as the user sets it", ylabel="test accuracy (%)")
+    sweep.set(xscale="log", xlabel="alpha, as the user sets it", ylabel="test accuracy (%)", ylim=(0, 101))
     stages.set(xlabel="tasks learnt", xticks=range(1, n + 1))
     drawing.letter(sweep, 0, f"mean over all {n} tasks in the end")
     drawing.letter(stages, 1, "mean over the tasks learnt so far")

@@ -29,9 +29,10 @@ def _arm(runs: Sequence[Run], setup: Setup) -> dict[str, Any]:
     curves = 100 * np.array([run.curve for run in runs if run.setting == chosen])  # [seeds, epochs, tasks]
     ends = curves[:, setup.epochs - 1 :: setup.epochs]  # [seeds, tasks learnt, tasks]
     found: dict[str, Any] = {"setting": chosen, "grid": grid, "accuracy": interval(curves[:, -1].mean(1))}
-    found["at_edge_of_grid"] = isinstance(chosen, float) and at_edge(chosen, [row["setting"] for row in grid])
-    if isinstance(chosen, float) and len(grid) > 1:
-        found["good"] = good_range([row["setting"] for row in grid], [row["validation"] for row in grid], WITHIN)
+    alphas = [row["setting"] for row in grid] if isinstance(chosen, float) and len(grid) > 1 else []
+    found["at_edge_of_grid"] = bool(at_edge(chosen, alphas))
+    if alphas:
+        found["good"] = good_range(alphas, [row["validation"] for row in grid], WITHIN)
     found["tasks"] = [interval(curves[:, -1, task]) for task in range(setup.tasks)]
     if runs[0].arm != "joint":  # which has no tasks one after the other
         learnt = range(1, setup.tasks)
@@ -44,7 +45,7 @@ def _arm(runs: Sequence[Run], setup: Setup) -> dict[str, Any]:
 
 
 def interval(values: np.ndarray) -> dict[str, Any]:
-    """Return mean, spread and single values over seeds, and half the width of the mean's 95 % interval, if it has one."""
+    """Return mean, spread and single values over seeds, and half the mean's 95 % interval, if it has one."""
     half = half_width(values)
     return {**spread(values), "half_width": round(float(half), 3) if np.isfinite(half) else None}
 
