@@ -9,7 +9,7 @@
     python -m benchmarks scaling --plot out.png   # against batch size, length, width, classes and samples
     python -m benchmarks rule linear              # one capture rule, on and off: NAME of a case, or MODULE:CASE
     python -m benchmarks all --json results.json
-    python -m benchmarks readme                   # the README's tables, from the records in benchmarks/results
+    python -m benchmarks readme                   # the tables of README and docs, from benchmarks/results
 
 Results are checked against float64 before anything is timed. All contenders of a case run once in every round.
 """
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: no CUDA device is available", file=sys.stderr)
         return 2
     if options.what == "readme":
-        write_bytes(readme.PATH, readme.render().encode())
+        readme.write()
         return 0
     before, parts = torch.get_num_threads(), list(PARTS[options.what])
     if options.peers:
