@@ -64,7 +64,7 @@ def draw_samples(axes: Axes, values: Tensor) -> None:
     axes.set(xticks=range(SHOWN), xticklabels=[], xlabel=f"{SHOWN} samples in batches of {BATCH}")
     axes.set_ylabel("gradient of one parameter")
     axes.set_title(said, fontsize=9, loc="left")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="center", bbox_to_anchor=(0.34, 0.3))
 
 
 def draw_sizes(axes: Axes, name: str, g: Tensor, colour: str) -> None:

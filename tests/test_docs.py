@@ -33,7 +33,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("path", filter(blocks_of, PAGES), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*filter(blocks_of, PAGES)], ids=lambda path: path.stem)
 def test_examples_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "\n".join(blocks_of(path))  # each goes on from those before it

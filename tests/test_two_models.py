@@ -281,7 +281,7 @@ def test_the_tables_on_the_page_are_those_of_the_records():
     marked = page.MARKED.findall(text)
     assert text.count("<!-- table") == text.count("<!-- end -->") == len(marked)
     shown = {record for _, _, records, _ in marked for record in records.split()}
-    experiments = ("two_models", "ewc", "text_search", "image_search", "fine_tuning")
+    experiments = ("two_models", "permuted_pixels", "ewc", "text_search", "image_search", "fine_tuning")
     assert shown == {path.stem for path in page.RESULTS.glob("*.json") if path.stem.startswith(experiments)}
     assert all(f"results/{name}.png" in text for name in shown)
 
