@@ -28,9 +28,13 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Return every sample's gradient of all parameters, [N, P]."""
 
     def loss(params: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(model, params, (image[None],)), label[None])
+        return F.cross_entropy(
+            functional_call(model, params, (image[None],)), label[None]
+        )
 
-    found = vmap(grad(loss), (None, 0, 0))(dict(model.named_parameters()), images, labels)
+    found = vmap(grad(loss), (None, 0, 0))(
+        dict(model.named_parameters()), images, labels
+    )
     return torch.cat([g.flatten(1) for g in found.values()], 1).detach().double()
 
 
@@ -46,7 +50,9 @@ def train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
 
 def batch_squared(g: Tensor, size: int) -> Tensor:
     """Return the mean over whole batches of the squared mean gradient, [P]."""
-    return torch.stack([part.mean(0).square() for part in g.split(size) if len(part) == size]).mean(0)
+    return torch.stack(
+        [part.mean(0).square() for part in g.split(size) if len(part) == size]
+    ).mean(0)
 
 
 def draw_samples(axes: Axes, values: Tensor) -> None:
@@ -54,14 +60,28 @@ def draw_samples(axes: Axes, values: Tensor) -> None:
     right = values.square().mean().item()
     means = values.view(-1, BATCH).mean(1)
     wrong = means.square().mean().item()
-    axes.bar(range(SHOWN), values, color=BLUE, width=0.75, label="gradient of one sample")
+    axes.bar(
+        range(SHOWN), values, color=BLUE, width=0.75, label="gradient of one sample"
+    )
     for index, mean in enumerate(means.tolist()):
         first = index * BATCH - 0.5
-        axes.fill_between([first, first + BATCH], 0, mean, color=RED, alpha=0.45, linewidth=0)
-        axes.plot([first, first + BATCH], [mean, mean], color=RED, linewidth=2, label="mean of a batch" * (index == 0))
+        axes.fill_between(
+            [first, first + BATCH], 0, mean, color=RED, alpha=0.45, linewidth=0
+        )
+        axes.plot(
+            [first, first + BATCH],
+            [mean, mean],
+            color=RED,
+            linewidth=2,
+            label="mean of a batch" * (index == 0),
+        )
     axes.axhline(0, color="black", linewidth=0.8)
     said = f"mean of squares: {right:.2g};  of the batches' squared means: {wrong:.2g}, {right / wrong:.1f} times less"
-    axes.set(xticks=range(SHOWN), xticklabels=[], xlabel=f"{SHOWN} samples in batches of {BATCH}")
+    axes.set(
+        xticks=range(SHOWN),
+        xticklabels=[],
+        xlabel=f"{SHOWN} samples in batches of {BATCH}",
+    )
     axes.set_ylabel("gradient of one parameter")
     axes.set_title(said, fontsize=9, loc="left")
     axes.legend(frameon=False, fontsize=8, loc="center", bbox_to_anchor=(0.34, 0.3))
@@ -70,15 +90,28 @@ def draw_samples(axes: Axes, values: Tensor) -> None:
 def draw_sizes(axes: Axes, name: str, g: Tensor, colour: str) -> None:
     """Draw how F shrinks with the batch size, as measured and as it must."""
     right, mean = g.square().mean(0).sum(), g.mean(0).square().sum()
-    axes.plot(SIZES, [(batch_squared(g, b).sum() / right).item() for b in SIZES], "o", color=colour, label=name)
+    axes.plot(
+        SIZES,
+        [(batch_squared(g, b).sum() / right).item() for b in SIZES],
+        "o",
+        color=colour,
+        label=name,
+    )
     n = len(g)
-    spread = [((right - mean) * (n - b) / (n - 1) / b + mean).item() / right.item() for b in SIZES]
+    spread = [
+        ((right - mean) * (n - b) / (n - 1) / b + mean).item() / right.item()
+        for b in SIZES
+    ]
     axes.plot(SIZES, spread, color=colour, linewidth=1.2)
 
 
 def main() -> None:
     """Write the figure."""
-    plt.rcParams |= {"svg.hashsalt": "wplfast", "svg.fonttype": "none", "font.family": "sans-serif"}
+    plt.rcParams |= {
+        "svg.hashsalt": "wplfast",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+    }
     torch.manual_seed(0)
     images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
     order = torch.randperm(len(labels))
@@ -87,15 +120,35 @@ def main() -> None:
     before = gradients(model, images, labels)
     train(model, images, labels)
     after = gradients(model, images, labels)
-    biases = before[:SHOWN, -10:]  # of the classes: the parameter that comes closest to what is typical, a BATCH-th
-    typical = (batch_squared(biases, BATCH) * BATCH / biases.square().mean(0) - 1).abs().argmin()
+    biases = before[
+        :SHOWN, -10:
+    ]  # of the classes: the parameter that comes closest to what is typical, a BATCH-th
+    typical = (
+        (batch_squared(biases, BATCH) * BATCH / biases.square().mean(0) - 1)
+        .abs()
+        .argmin()
+    )
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(1.25, 1), layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 3.8), width_ratios=(1.25, 1), layout="constrained"
+    )
     draw_samples(left, biases[:, typical])
-    right.plot(SIZES, [1 / b for b in SIZES], "--", color=GREY, linewidth=1, label="1 / batch size")
+    right.plot(
+        SIZES,
+        [1 / b for b in SIZES],
+        "--",
+        color=GREY,
+        linewidth=1,
+        label="1 / batch size",
+    )
     draw_sizes(right, "before training", before, RED)
     draw_sizes(right, "after training", after, BLUE)
-    right.set(xscale="log", yscale="log", xlabel="batch size", ylabel="batch-squared F over the right one")
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlabel="batch size",
+        ylabel="batch-squared F over the right one",
+    )
     right.set_title("dots: measured; lines: (F - μ²) / B + μ²", fontsize=9, loc="left")
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):

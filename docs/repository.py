@@ -27,7 +27,6 @@ PAGES = {
 RECORDS, SITE_RECORDS = "benchmarks/results", "results/records"
 _CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
-_ROLE = re.compile(r":(?:attr|class|exc|func|meth|mod):(?=<code>)")
 _ELSEWHERE = re.compile(r"[a-z]+:")
 
 logger = logging.getLogger("mkdocs.hooks.repository")
@@ -36,7 +35,11 @@ logger = logging.getLogger("mkdocs.hooks.repository")
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages and records to the site."""
     for path in sorted((ROOT / RECORDS).iterdir()):
-        files.append(File.generated(config, f"{SITE_RECORDS}/{path.name}", abs_src_path=str(path)))
+        files.append(
+            File.generated(
+                config, f"{SITE_RECORDS}/{path.name}", abs_src_path=str(path)
+            )
+        )
     for path, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
     return files
@@ -44,7 +47,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
     """Turn a page's links, but for those in code."""
-    here = next((path for path, site in PAGES.items() if site == page.file.src_uri), f"docs/{page.file.src_uri}")
+    here = next(
+        (path for path, site in PAGES.items() if site == page.file.src_uri),
+        f"docs/{page.file.src_uri}",
+    )
 
     def turned(found: re.Match[str]) -> str:
         begin, target, end = found.groups()
@@ -55,16 +61,15 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
         if site is None or files.get_file_from_path(site) is None:
             logger.warning("%s links to %s, which the site does not hold", here, path)
             return found[0]
-        return begin + posixpath.relpath(site, posixpath.dirname(page.file.src_uri) or ".") + end
+        return (
+            begin
+            + posixpath.relpath(site, posixpath.dirname(page.file.src_uri) or ".")
+            + end
+        )
 
     parts = _CODE.split(markdown)
     parts[::2] = (_LINK.sub(turned, part) for part in parts[::2])
     return "".join(parts)
-
-
-def on_page_content(html: str, **_: Any) -> str:
-    """Leave out Sphinx's roles, which docstrings have for editors and ``help()``."""
-    return _ROLE.sub("", html)
 
 
 def site_path(path: str) -> str | None:
