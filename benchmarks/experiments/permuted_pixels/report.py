@@ -52,8 +52,13 @@ def title(arm: str) -> str:
 
 def tables(record: dict[str, Any]) -> dict[str, Table]:
     """Return the table of arms."""
-    arms = dict(sorted(record["arms"].items(), key=lambda item: list(ARMS).index(item[0].split()[0])))
+    arms = _ordered(record)
     return {"arms": Table(_COLUMNS, [[title(arm), *_cells(found, arms.get("l2"))] for arm, found in arms.items()])}
+
+
+def _ordered(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arms in the order in which they are listed."""
+    return dict(sorted(record["arms"].items(), key=lambda item: list(ARMS).index(item[0].split()[0])))
 
 
 def _cells(found: Mapping[str, Any], l2: Mapping[str, Any] | None) -> list[str]:
@@ -139,7 +144,8 @@ def _alphas(record: dict[str, Any]) -> bytes:
     figure, axes = drawing.panels(1, 2, (11.5, 4.6), width_ratios=(1.75, 1), sharey=True)
     sweep, stages = axes[0]
     n = record["settings"]["tasks"]
-    for arm, found in record["arms"].items():
+    arms = _ordered(record)
+    for rank, (arm, found) in enumerate(arms.items()):
         colour, marker, line = look(arm, record["settings"]["batch_sizes"])
         style = {"color": colour, "marker": marker, "markersize": 4.5, "linestyle": line, "label": title(arm)}
         mean, half = found["accuracy"]["mean"], found["accuracy"]["half_width"] or 0
@@ -150,10 +156,11 @@ def _alphas(record: dict[str, Any]) -> bytes:
             sweep.axhline(mean, color=colour, linestyle=line, linewidth=1.2)
         if "stages" in found:
             means, halves = ([stage[key] or 0 for stage in found["stages"]] for key in ("mean", "half_width"))
-            stages.errorbar(range(1, n + 1), means, yerr=halves, capsize=2, **style)
+            beside = 0.035 * (rank - len(arms) / 2)  # so that intervals do not cover each other
+            stages.errorbar(np.arange(1, n + 1) + beside, means, yerr=halves, capsize=2, **style | {"linewidth": 1.1})
         else:
             stages.axhline(mean, **style | {"linewidth": 1.2})
-    sweep.set(xscale="log", xlabel="alpha, as the user sets it", ylabel="test accuracy (%)", ylim=(0, 101))
+    sweep.set(xscale="log", xlabel="alpha, as the user sets it", ylabel="test accuracy (%)", ylim=(None, 101))
     stages.set(xlabel="tasks learnt", xticks=range(1, n + 1))
     drawing.letter(sweep, 0, f"mean over all {n} tasks in the end")
     drawing.letter(stages, 1, "mean over the tasks learnt so far")
