@@ -186,6 +186,7 @@ def test_demo_says_what_it_showed(tmp_path, capsys, shown):
     assert "0.5 with WPL, 0.2 with an L2 anchor, 0.0 with frozen layers: any anchor does" in out
     chosen = json.loads(demo.CHOSEN.read_text())["arms"]
     assert calls[0][-4:] == ["--grid", str(chosen["mc"]["setting"]), "--l2-grid", str(chosen["l2"]["setting"])]
+    assert "has layers of its own" in out
     assert calls[1][-2:] == ["--levels", "convergence"]
     demo.main(["--out", str(tmp_path), "--all"])
     assert "--levels" not in calls[3]
@@ -197,3 +198,4 @@ def test_demo_says_where_there_is_no_difference(shown):
     assert "the Fisher buys little here" in "".join(demo.of_tasks(tasks))
     models["panels"][0]["methods"]["l2"]["forgetting"]["mean"] = 3.5
     assert "they differ by 3 points" in "".join(demo.of_models(models))
+    assert demo.of_both(tasks, models) == []

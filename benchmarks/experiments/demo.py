@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     files = (options.out / f"{name}.json" for name in ("permuted_pixels", "two_models"))
     tasks, models = (json.loads(path.read_text()) for path in files)
-    print("\nWhat this showed", *of_tasks(tasks), *of_models(models), sep="\n")
+    print("\nWhat this showed", *of_tasks(tasks), *of_models(models), *of_both(tasks, models), sep="\n")
     return 0
 
 
@@ -50,7 +50,7 @@ def of_tasks(record: dict[str, Any]) -> list[str]:
     """Say what the row of tasks showed."""
     arms = [record["arms"][arm] for arm in ("none", "l2", "mc")]
     every, first = ([values["mean"] for values in many] for many in zip(*map(_of_all_and_first, arms), strict=True))
-    gained = every[2] - every[1]
+    gained = gain(record)
     said = f"the Fisher's weights are worth {gained:.0f} points" if gained > CLEAR else "the Fisher buys little here"
     return [
         f"1. {record['settings']['tasks']} tasks in a row: in the end the network tells {every[0]:.0f} % of all their"
@@ -69,13 +69,34 @@ def of_models(record: dict[str, Any]) -> list[str]:
     """Say what two models on one trunk showed, where A was trained to convergence."""
     methods = record["panels"][0]["methods"]
     lost = {m: round(methods[m]["forgetting"]["mean"], 1) + 0.0 for m in ("none", "wpl", "l2", "frozen")}
-    apart = abs(lost["wpl"] - lost["l2"])
+    apart = difference(record)
     said = "any anchor does" if apart < CLEAR else f"they differ by {apart:.0f} points"
     return [
         f"2. Two models on one trunk: training B costs A {lost['none']:.1f} points without a penalty,",
         f"   {lost['wpl']:.1f} with WPL, {lost['l2']:.1f} with an L2 anchor, {lost['frozen']:.1f} with frozen layers: "
         f"{said}.",
     ]
+
+
+def of_both(tasks: dict[str, Any], models: dict[str, Any]) -> list[str]:
+    """Say what follows, where the first makes a difference and the second none."""
+    if gain(tasks) <= CLEAR or difference(models) >= CLEAR:
+        return []
+    return [
+        "So the Fisher's weights matter where the same parameters must learn the next task, not where the new model",
+        "has layers of its own to learn it with.",
+    ]
+
+
+def gain(tasks: dict[str, Any]) -> float:
+    """Return the points that the Fisher ends above the L2 anchor."""
+    return float(tasks["arms"]["mc"]["accuracy"]["mean"] - tasks["arms"]["l2"]["accuracy"]["mean"])
+
+
+def difference(models: dict[str, Any]) -> float:
+    """Return how many points of forgetting lie between WPL and the L2 anchor."""
+    methods = models["panels"][0]["methods"]
+    return abs(methods["wpl"]["forgetting"]["mean"] - methods["l2"]["forgetting"]["mean"])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +14,10 @@ from ..harness.statistics import difference, seeds_of, signed
 from ..harness.tables import Table
 from .training import ARMS
 
-NOTES = """Test accuracies in % at the end; ±: half the 95 % interval of the mean over seeds, of differences paired by
-seed. Forgetting: a task's best accuracy so far minus that at the end, without the last task. New tasks: the accuracy of
-tasks but the first right after they were learnt. Good: the alphas whose validation accuracy is within 2 points of the
-best; < or >: to the grid's end."""
+NOTES = """Test accuracies in % at the end; ±: half the 95 % interval of the mean over 4 seeds or more, of differences
+paired by seed. Forgetting: a task's best accuracy so far minus that at the end, without the last task. New tasks: the
+accuracy of tasks but the first right after they were learnt. Good: the alphas whose validation accuracy is within 2
+points of the best; < or >: to the grid's end."""
 
 _COLUMNS = (
     "",
@@ -68,7 +69,7 @@ def _cells(found: Mapping[str, Any], l2: Mapping[str, Any] | None) -> list[str]:
     return [
         *(with_interval(values) for values in (found["accuracy"], found["tasks"][0], found["tasks"][-1])),
         *(with_interval(found[key]) if key in found else "" for key in ("forgetting", "new_tasks")),
-        "" if l2 is None or l2 is found else signed(*difference(found["accuracy"], l2["accuracy"])),
+        "" if l2 is None or l2 is found else _above(found, l2),
         shown + " (edge)" * found["at_edge_of_grid"],
         _range(found["good"]) if "good" in found else "",
     ]
@@ -81,8 +82,14 @@ def _range(good: Mapping[str, Any]) -> str:
 
 def with_interval(values: Mapping[str, Any]) -> str:
     """Format a mean with its 95 % interval, where there is one."""
-    half = values["half_width"]
+    half = values["half_width"] if len(values["seeds"]) >= _ENOUGH else None
     return f"{round(values['mean'], 1) + 0.0:.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
+def _above(found: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Format how far an arm is above another one."""
+    mean, half = difference(found["accuracy"], other["accuracy"])
+    return signed(mean, half if len(found["accuracy"]["seeds"]) >= _ENOUGH else math.inf)
 
 
 def figures(record: dict[str, Any]) -> dict[str, bytes]:
@@ -104,8 +111,7 @@ def _sequence(record: dict[str, Any]) -> bytes:
         found = record["arms"][arm]
         alpha = "" if found["setting"] is None else f", alpha = {found['setting']:,g}"
         axis.set_title(f"{_CURVES[arm]}{alpha}", loc="left", pad=17, fontweight="bold")
-        said = with_interval(found["accuracy"]) if enough else f"{found['accuracy']['mean']:.1f}"
-        said = f"mean of all {n} tasks in the end: {said} %"
+        said = f"mean of all {n} tasks in the end: {with_interval(found['accuracy'])} %"
         axis.annotate(said, (0, 1.02), xycoords="axes fraction", fontsize=8.5, va="bottom")
         axis.set_xlabel("epochs")
     axes[0, 0].set_ylabel("test accuracy (%)")
