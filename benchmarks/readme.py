@@ -9,7 +9,7 @@ from typing import Any
 
 from . import gpu_report, report
 from .experiments import page
-from .plumbing.markdown import RESULTS, image
+from .plumbing.markdown import RESULTS, image, several
 
 ROOT = Path(__file__).parent.parent
 UNMEASURED = "GPU speed is unmeasured."
@@ -41,8 +41,13 @@ def beside(path: Path) -> Lines:
         found, suffix = record(measured.stem), measured.stem.removeprefix("peers")
         penalty = record(f"penalty{suffix}")["penalty"] if (RESULTS / f"penalty{suffix}.json").exists() else []
         lines += [*report.beside(found["hardware"]["cpu"], found["peers"], penalty), ""]
-    on_gpu = "stand under [speed](docs/results/speed.md#on-a-gpu)" if gpu_record() else "are not measured yet"
-    return [*lines, f"Other processors are not measured yet; GPUs {on_gpu}."]
+    passes = [f"{one['ratio']['median']:.2g}" for one in record("fisher_cpu")["fisher"][-1]["records"]]
+    on_gpu = " GPU: [speed](docs/results/speed.md#on-a-gpu)." if gpu_record() else " Neither are GPUs."
+    return [
+        *lines,
+        f"Ratios depend on the machine's BLAS: on another {record('fisher_cpu')['hardware']['cpu']} the five passes took",
+        f"{several(passes)} units. Other processors are not measured yet.{on_gpu}",
+    ]
 
 
 def strength(path: Path) -> Lines:

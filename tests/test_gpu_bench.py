@@ -208,7 +208,7 @@ def test_gpu_record_is_rendered(rehearsed):
 
 def test_readme_says_that_gpu_speed_is_unmeasured_until_it_is(tmp_path, monkeypatch):
     assert readme.gpu(readme.ROOT) == [readme.UNMEASURED]
-    assert "GPUs are not measured yet" in readme.beside(readme.ROOT)[-1]
+    assert "Neither are GPUs" in readme.beside(readme.ROOT)[-1]
     place = record_of.environment()
     record = {"quick": False, "parts": {"roofs": parts.EMPTY | {"place": place}}}
     monkeypatch.setattr(readme, "gpu_record", lambda: record)

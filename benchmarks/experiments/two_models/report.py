@@ -111,7 +111,8 @@ def figures(record: dict[str, Any]) -> dict[str, bytes]:
     axes[0, 0].set_ylabel("test accuracy (%)")
     drawing.legend(figure, axes[:, 0], min(4, 1 + len(panels)))
     where = f"{record['data']['name']}, {seeds_of(record['settings']['seeds'])}"
-    return {"": drawing.png(figure, f"Training B on shared layers: what A forgets, what B pays  ({where})")}
+    apart = "  " if len(panels) > 2 else "\n"  # a narrow figure has two lines
+    return {"": drawing.png(figure, f"Training B on shared layers: what A forgets, what B pays{apart}({where})")}
 
 
 def _draw_curves(axis: Any, panel: dict[str, Any]) -> None:
