@@ -41,12 +41,13 @@ def beside(path: Path) -> Lines:
         found, suffix = record(measured.stem), measured.stem.removeprefix("peers")
         penalty = record(f"penalty{suffix}")["penalty"] if (RESULTS / f"penalty{suffix}.json").exists() else []
         lines += [*report.beside(found["hardware"]["cpu"], found["peers"], penalty), ""]
-    passes = [f"{one['ratio']['median']:.2g}" for one in record("fisher_cpu")["fisher"][-1]["records"]]
+    whole = record("fisher_cpu")
+    passes = [f"{one['ratio']['median']:.2g}" for one in whole["fisher"][-1]["records"]]
     on_gpu = " GPU: [speed](docs/results/speed.md#on-a-gpu)." if gpu_record() else " Neither are GPUs."
     return [
         *lines,
-        f"Ratios depend on the machine's BLAS: on another {record('fisher_cpu')['hardware']['cpu']} the five passes took",
-        f"{several(passes)} units. Other processors are not measured yet.{on_gpu}",
+        f"Ratios depend on the machine's BLAS: on another {whole['hardware']['cpu']} these passes took",
+        f"{several(passes)} times an ordinary one. Other processors are not measured yet.{on_gpu}",
     ]
 
 
