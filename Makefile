@@ -1,8 +1,9 @@
 # Everything runs in a virtual environment of its own, $(VENV), which the first target that needs it makes.
 #
-#   make demo    two models that share weights: forgetting, and its cure (about a minute or two on 2 cores)
+#   make demo    a row of tasks, and two models that share weights: forgetting and its cure (a minute or two on 2 cores)
 #   make test    all tests but those that need heavy packages
 #   make test-integrations    those: TRL, Avalanche, the interface of the reference repository
+#   make docs    the documentation site, into $(OUT)/site
 #   make rehearse    tests on a pretended device, which find most of what would fail on a GPU alone; under a minute
 #   make lint    ruff, clang-format, mypy
 #   make bench   microbenchmarks of this machine, into $(OUT)
@@ -30,10 +31,10 @@ BIN := $(VENV)/bin
 # A wheel is for one Python: `PYTHON=python3.12 make wheel` builds for that one, with tools beside those of others.
 WHEEL_VENV = .venv-wheel-$(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 
-.PHONY: demo test test-integrations rehearse lint bench gpu-test gpu-sanitize gpu-bench wheel wheel-test wheel-tools clean
+.PHONY: demo docs test test-integrations rehearse lint bench gpu-test gpu-sanitize gpu-bench wheel wheel-test wheel-tools clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.experiments.two_models --out $(OUT)
+	$(BIN)/python -m benchmarks.experiments.demo --out $(OUT)
 
 test: $(VENV)/.installed $(TRITONS:%=$(VENV)/triton-%/.installed)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
@@ -47,6 +48,9 @@ REHEARSED := $(addprefix tests/test_, gpu_fisher.py gpu_penalty.py gpu_operators
 
 rehearse: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n0 --device rehearsal $(REHEARSED)
+
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir $(abspath $(OUT))/site
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -110,7 +114,7 @@ $(VENV)/.wheel:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,demo,dev,triton]" "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,demo,docs,dev,triton]" "$(TORCH)"
 	touch $@
 
 $(VENV)/.integrations: $(VENV)/.installed

@@ -3,7 +3,7 @@
 Environment:
     WPLFAST_NO_CPP: ``1`` leaves the extension out; the plain-PyTorch backend then serves CPU tensors.
     WPLFAST_CUDA_ARCHS: targets such as ``80;90;100``; a wheel then also holds Triton kernels precompiled for them, and
-        its version says so: ``0.1.0+sm80.sm90.sm100``. Needs torch and triton: ``pip wheel --no-build-isolation .``
+        its version says so: ``0.2.0+sm80.sm90.sm100``. Needs torch and triton: ``pip wheel --no-build-isolation .``
     CXX, CXXFLAGS: compiler and extra flags, as usual.
     WPLFAST_JOBS: how many sources are compiled at a time; as many as there are processors without it.
 """

@@ -11,7 +11,7 @@
     python -m benchmarks distributed              # of two ranks, against steps under DistributedDataParallel
     python -m benchmarks integrations             # a training step of each package, with the callback and without
     python -m benchmarks all --json results.json
-    python -m benchmarks readme                   # the README's tables, from the records in benchmarks/results
+    python -m benchmarks readme                   # the tables of README and docs, from benchmarks/results
 
 Results are checked against float64 before anything is timed. All contenders of a case run once in every round.
 """
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: no CUDA device is available", file=sys.stderr)
         return 2
     if options.what == "readme":
-        write_bytes(readme.PATH, readme.render().encode())
+        readme.write()
         return 0
     before, parts = torch.get_num_threads(), list(PARTS[options.what])
     if options.peers:

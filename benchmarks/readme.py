@@ -1,45 +1,104 @@
-"""The README's tables, from the records in ``benchmarks/results``: ``python -m benchmarks readme``."""
+"""Tables and figures of the README and of the documentation, from the records: ``python -m benchmarks readme``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from . import gpu_report, report
 from .experiments import page
-from .plumbing.markdown import RESULTS, image
+from .plumbing.markdown import RESULTS, image, several
 
-PATH = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 UNMEASURED = "GPU speed is unmeasured."
+
+Lines = list[str]
+
+
+def record(name: str) -> dict[str, Any]:
+    """Read a record."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
 
 
 def gpu_record() -> dict[str, Any] | None:
     """Return the last of the records ``gpu_*.json``, if there is one; rehearsals do not count."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"))]
-    return next((record for record in reversed(found) if not record["quick"]), None)
+    return next((one for one in reversed(found) if not one["quick"]), None)
 
 
-def sections() -> Iterator[tuple[str, list[str]]]:
-    """Yield the README's sections: their names and lines."""
-    names = ("penalty_cpu", "fisher_cpu", "anchors_cpu", "peers_cpu", "scaling_cpu")
-    read = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
-    of_penalty, of_fisher, of_anchors, of_peers, of_scaling = read
-    curves = image("two_models_mnist.png", "Accuracy of A and B while B is trained")
-    yield "two_models", [*curves, page.table("levels", ["two_models_mnist"])]
-    alphas = image("ewc_digits.png", "Accuracy against alpha, for Fishers estimated in batches of several sizes")
-    yield "strength", [*alphas, page.table("strength", ["ewc_digits"])]
+def tasks(path: Path) -> Lines:
+    """Return the figure of a row of tasks."""
+    return image("permuted_pixels_digits.png", "Accuracy of each task while the next ones are learnt", path.parent)
+
+
+def beside(path: Path) -> Lines:
+    """Return the short table of speed: every processor whose peers were measured, and the penalty there."""
+    lines: Lines = []
+    for measured in sorted(RESULTS.glob("peers_*.json")):
+        found, suffix = record(measured.stem), measured.stem.removeprefix("peers")
+        penalty = record(f"penalty{suffix}")["penalty"] if (RESULTS / f"penalty{suffix}.json").exists() else []
+        lines += [*report.beside(found["hardware"]["cpu"], found["peers"], penalty), ""]
+    whole = record("fisher_cpu")
+    passes = [f"{one['ratio']['median']:.2g}" for one in whole["fisher"][-1]["records"]]
+    on_gpu = " GPU: [speed](docs/results/speed.md#on-a-gpu)." if gpu_record() else " Neither are GPUs."
+    return [
+        *lines,
+        f"Ratios depend on the machine's BLAS: on another {whole['hardware']['cpu']} these passes took",
+        f"{several(passes)} times an ordinary one. Other processors are not measured yet.{on_gpu}",
+    ]
+
+
+def strength(path: Path) -> Lines:
+    """Return the figure and the table of what the batch size does to alpha."""
+    words = "Accuracy against alpha, for Fishers estimated in batches of several sizes"
+    return [*image("ewc_digits.png", words, path.parent), page.table("strength", ["ewc_digits"])]
+
+
+def speed(path: Path) -> Lines:
+    """Return the tables of the penalty and of the Fisher pass."""
+    of_penalty = record("penalty_cpu")
     place = f"{of_penalty['hardware']['cpu']}, torch {of_penalty['versions']['torch']}"
     words = f"{place}; medians [quartiles] of interleaved runs, from `python -m benchmarks`."
-    yield "speed", [words, "", *report.penalty(of_penalty["penalty"]), "", *report.fisher(of_fisher["fisher"])]
-    yield "gpu", [gpu_report.section(gpu_record()) or UNMEASURED]
-    sizes = image("penalty_cpu.png", "Time of a penalty against the number of parameters, by number of tensors")
-    yield "sweep", [*sizes, *report.sweep(of_penalty["sweep"])]
-    yield "anchors", report.anchors(of_anchors["anchors"])
-    yield "peers", report.peers(of_peers["peers"])
-    grown = image("scaling_cpu.png", "Time and memory against batch size, length, width, classes and samples")
-    yield "scaling", [*grown, *report.scaling(of_scaling["scaling"])]
+    of_fisher = report.fisher(record("fisher_cpu")["fisher"])
+    return [words, "", *report.penalty(of_penalty["penalty"]), "", *of_fisher]
+
+
+def gpu(path: Path) -> Lines:
+    """Return what was measured on a GPU."""
+    return [gpu_report.section(gpu_record()) or UNMEASURED]
+
+
+def sweep(path: Path) -> Lines:
+    """Return the penalty's times by size."""
+    words = "Time of a penalty against the number of parameters, by number of tensors"
+    return [*image("penalty_cpu.png", words, path.parent), *report.sweep(record("penalty_cpu")["sweep"])]
+
+
+def anchors(path: Path) -> Lines:
+    """Return the tables of several anchors."""
+    return report.anchors(record("anchors_cpu")["anchors"])
+
+
+def peers(path: Path) -> Lines:
+    """Return other libraries' times and memory."""
+    return report.peers(record("peers_cpu")["peers"])
+
+
+def scaling(path: Path) -> Lines:
+    """Return how a pass grows."""
+    words = "Time and memory against batch size, length, width, classes and samples"
+    return [*image("scaling_cpu.png", words, path.parent), *report.scaling(record("scaling_cpu")["scaling"])]
+
+
+#: page -> its sections, which stand between markers of their names
+PAGES: dict[str, tuple[Callable[[Path], Lines], ...]] = {
+    "README.md": (tasks, beside),
+    "docs/how-to/choosing-alpha.md": (strength,),
+    "docs/results/speed.md": (speed, gpu, peers, sweep, anchors, scaling),
+}
 
 
 def fill(text: str, section: str, content: str) -> str:
@@ -52,13 +111,20 @@ def fill(text: str, section: str, content: str) -> str:
     head, found, rest = text.partition(begin)
     _, closed, tail = rest.partition(end)
     if not (found and closed):
-        raise ValueError(f"the README lacks the markers of {section!r}")
+        raise ValueError(f"the page lacks the markers of {section!r}")
     return "".join((head, begin, "\n", content, "\n", end, tail))
 
 
-def render() -> str:
-    """Return the README with its sections filled in."""
-    text = PATH.read_text()
-    for name, lines in sections():
-        text = fill(text, name, "\n".join(lines))
+def render(name: str) -> str:
+    """Return a page with its sections filled in."""
+    path = ROOT / name
+    text = path.read_text()
+    for section in PAGES[name]:
+        text = fill(text, section.__name__, "\n".join(section(path)))
     return text
+
+
+def write() -> None:
+    """Write all pages."""
+    for name in PAGES:
+        (ROOT / name).write_text(render(name))

@@ -1,7 +1,7 @@
-"""Tables of what was measured, in Markdown: printed after a run, and in the README.
+"""Tables of what was measured, in Markdown: printed after a run, in the README and in the documentation.
 
 Every table takes the runs of one part of a record, one for each number of threads; ``details`` adds what the console
-shows and the README leaves out.
+shows and the pages leave out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAMES = {
 ROOFS = ("triad", "triad in place", "copy")
 OURS, BASELINES = ("add_grad_", "autograd", "functional"), ("eager", "foreach", "cat", "compile")
 LARGE = 10**6  # parameters from which bandwidth is what counts
-SHOWN = 2  # cases of the penalty that the README shows
+SHOWN = 2  # cases of the penalty that pages show
 PAIRS = 30  # below so many, a ratio is marked
 
 Runs = Sequence[dict[str, Any]]
@@ -176,6 +176,27 @@ def peers(runs: Runs, details: bool = False) -> Lines:
         for r in run["records"]
     ]
     return table(["", *(NAMES.get(name, name) for name in names)], rows)
+
+
+def beside(place: str, runs: Runs, penalties: Runs) -> Lines:
+    """Return one processor's short table: times over the unit's of every library, and the penalty in one line."""
+    run = runs[-1]
+    names = list(run["records"][0]["contenders"])
+
+    def shown(result: Mapping[str, Any]) -> str:
+        if "ratio" not in result:
+            return "fails" if result["error"] != "not installed" else "-"
+        return f"{result['ratio']['median']:.2g}" if result["right"] else "wrong"
+
+    heads = [f"{place}, {threads(run['threads'])}", *(NAMES.get(name, name) for name in names)]
+    lines = table(heads, [[r["shown"], *(shown(r["contenders"][n]) for n in names)] for r in run["records"]])
+    if penalties:
+        large = penalties[0]["records"][0]
+        ways = (way for way in ("add_grad_", "compile", "foreach, value", "eager") if way in large["results"])
+        times = (f"{NAMES[way]} {time(large['results'][way]['milliseconds'], quartiles=False)}" for way in ways)
+        words = f"The penalty's value and gradient, {large['case']}, {threads(penalties[0]['threads'])}"
+        lines += ["", f"{words}: {', '.join(times)}."]
+    return lines
 
 
 def scaling(runs: Runs, details: bool = False) -> Lines:

@@ -41,31 +41,84 @@ def draw(axes: Axes, time_first: bool) -> None:
     axes.set_xlim(-0.3, 9.6)
     axes.set_ylim(6.2, -1.7)
     axes.axis("off")
-    axes.set_title("[T·N, D]: time first" if time_first else "[N·T, D]: samples first", loc="left", fontsize=11)
-    for left, head in ((0, "G with weights 1"), (3.5, "G with weights c"), (7, "ratio")):
+    axes.set_title(
+        "[T·N, D]: time first" if time_first else "[N·T, D]: samples first",
+        loc="left",
+        fontsize=11,
+    )
+    for left, head in (
+        (0, "G with weights 1"),
+        (3.5, "G with weights c"),
+        (7, "ratio"),
+    ):
         axes.text(left, -0.45, head, fontsize=9, color="#333333")
     for row in range(N * T):
         owner = int((WEIGHTS - ratios[row, 0]).abs().argmin())
         assert torch.equal(ratios[row], WEIGHTS[owner].expand(3)), "the ratio is exact"
         for left, values in ((0, plain[row]), (3.5, weighted[row])):
             for column, value in enumerate(values):
-                box = plt.Rectangle((left + column, row), 0.96, 0.9, facecolor=COLOURS[owner], alpha=0.25, linewidth=0)
+                box = plt.Rectangle(
+                    (left + column, row),
+                    0.96,
+                    0.9,
+                    facecolor=COLOURS[owner],
+                    alpha=0.25,
+                    linewidth=0,
+                )
                 axes.add_patch(box)
-                axes.text(left + column + 0.48, row + 0.47, f"{value:.3f}", ha="center", va="center", fontsize=7.5)
-        axes.text(7, row + 0.47, f"{ratios[row, 0]:g}", va="center", fontsize=10, color=COLOURS[owner], weight="bold")
-        axes.text(7.7, row + 0.47, f"sample {owner}", va="center", fontsize=9, color=COLOURS[owner])
+                axes.text(
+                    left + column + 0.48,
+                    row + 0.47,
+                    f"{value:.3f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                )
+        axes.text(
+            7,
+            row + 0.47,
+            f"{ratios[row, 0]:g}",
+            va="center",
+            fontsize=10,
+            color=COLOURS[owner],
+            weight="bold",
+        )
+        axes.text(
+            7.7,
+            row + 0.47,
+            f"sample {owner}",
+            va="center",
+            fontsize=9,
+            color=COLOURS[owner],
+        )
 
 
 def main() -> None:
     """Draw both layouts side by side."""
-    plt.rcParams |= {"svg.hashsalt": "wplfast", "svg.fonttype": "none", "font.family": "sans-serif"}
+    plt.rcParams |= {
+        "svg.hashsalt": "wplfast",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+    }
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 3.9))
     draw(left, time_first=False)
     draw(right, time_first=True)
-    weights = ",  ".join(f"c of sample {n} = {c:g}" for n, c in enumerate(WEIGHTS.tolist()))
-    figure.text(0.5, 0.02, f"Losses are weighted with powers of two: {weights}", ha="center", fontsize=9.5)
+    weights = ",  ".join(
+        f"c of sample {n} = {c:g}" for n, c in enumerate(WEIGHTS.tolist())
+    )
+    figure.text(
+        0.5,
+        0.02,
+        f"Losses are weighted with powers of two: {weights}",
+        ha="center",
+        fontsize=9.5,
+    )
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(Path(__file__).with_name("power_of_two.svg"), metadata={"Date": None}, facecolor="white")
+    figure.savefig(
+        Path(__file__).with_name("power_of_two.svg"),
+        metadata={"Date": None},
+        facecolor="white",
+    )
 
 
 if __name__ == "__main__":

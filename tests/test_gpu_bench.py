@@ -207,11 +207,13 @@ def test_gpu_record_is_rendered(rehearsed):
 
 
 def test_readme_says_that_gpu_speed_is_unmeasured_until_it_is(tmp_path, monkeypatch):
-    assert ("gpu", [readme.UNMEASURED]) in list(readme.sections())
+    assert readme.gpu(readme.ROOT) == [readme.UNMEASURED]
+    assert "Neither are GPUs" in readme.beside(readme.ROOT)[-1]
     place = record_of.environment()
     record = {"quick": False, "parts": {"roofs": parts.EMPTY | {"place": place}}}
     monkeypatch.setattr(readme, "gpu_record", lambda: record)
-    assert place["hardware"]["cpu"] in dict(readme.sections())["gpu"][0]
+    assert place["hardware"]["cpu"] in readme.gpu(readme.ROOT)[0]
+    assert "#on-a-gpu" in readme.beside(readme.ROOT)[-1]
     monkeypatch.undo()
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.gpu_record() is None

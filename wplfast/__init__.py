@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"  # before the modules that write it into what they make
+__version__ = "0.2.0"  # before the modules that write it into what they make
 
 from . import backends, distributed, errors, functional, losses, ops
 from .fisher.accumulator import FisherAccumulator

@@ -1,16 +1,17 @@
-"""What the README's sections and the tables on the console are made of."""
+"""What the sections of pages and the tables on the console are made of."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-def image(name: str, words: str) -> list[str]:
-    """Return a figure's line and an empty one, or none where there is no figure."""
-    return [f"![{words}](benchmarks/results/{name})", ""] if (RESULTS / name).exists() else []
+def image(name: str, words: str, folder: Path) -> list[str]:
+    """Return a figure's line for a page in a folder and an empty one, or none where there is no figure."""
+    return [f"![{words}]({os.path.relpath(RESULTS / name, folder)})", ""] if (RESULTS / name).exists() else []
 
 
 def heading(cells: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 import wplfast
 
-from ..harness.statistics import best, deviation, grouped
+from ..harness.statistics import best, deviation, good_range, grouped
 from .scenarios import Setup, tasks
 from .training import FISHER_BATCH, KINDS, accuracies, estimate, first_task, seed_of, train
 
@@ -126,38 +126,6 @@ def _difference(fisher: np.ndarray, reference: np.ndarray) -> float:
 def _rounded(values: np.ndarray) -> list[float]:
     """Return values to 3 digits after the point."""
     return [round(float(value), 3) for value in values]
-
-
-def good_range(alphas: Sequence[float], scores: Sequence[float], within: float) -> dict[str, float | bool]:
-    """Return the range of strengths around the best one whose score is at most ``within`` below the best.
-
-    Args:
-        alphas: a grid in ascending order.
-        scores: of each strength, in points; between two of them it is read off a line over log10(alpha).
-        within: in points.
-
-    Returns:
-        ``low``, ``high`` (strengths), ``decades`` (log10 of their ratio), and ``open_low``, ``open_high``: whether the
-        range reaches that end of the grid, so that it may be wider than that.
-    """
-    x, y = np.log10(alphas), np.asarray(scores, float)
-    best, bound = int(y.argmax()), float(y.max()) - within
-    ends, is_open = [], []
-    for step in (-1, 1):
-        at = best
-        while 0 <= at + step < len(y) and y[at + step] >= bound:
-            at += step
-        is_open.append(not 0 <= at + step < len(y))
-        share = 0.0 if is_open[-1] else (y[at] - bound) / (y[at] - y[at + step])
-        ends.append(float(x[at]) if is_open[-1] else float(x[at] + share * (x[at + step] - x[at])))
-    low, high = ends
-    return {
-        "low": float(f"{10**low:.4g}"),
-        "high": float(f"{10**high:.4g}"),
-        "decades": round(high - low, 3),
-        "open_low": is_open[0],
-        "open_high": is_open[1],
-    }
 
 
 def shift(alphas: Sequence[float], reference: Sequence[float], scores: Sequence[float]) -> float:

@@ -42,6 +42,15 @@ def deviation(values: np.ndarray) -> np.ndarray:
     return values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
 
 
+def half_width(values: np.ndarray) -> np.ndarray:
+    """Return half the 95 % interval of the mean over the first axis (Student's t), inf of fewer than two values."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return np.full(values.shape[1:], math.inf)
+    return np.asarray(t.ppf(0.975, len(values) - 1) * values.std(0, ddof=1) / math.sqrt(len(values)))
+
+
 def five_digits(value: float) -> float:
     """Keep five digits."""
     return float(f"{value:.5g}")
@@ -54,13 +63,40 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float
         a: spread over seeds.
         b: another one, over the same seeds.
     """
-    from scipy.stats import t
-
     values = np.subtract(a["seeds"], b["seeds"])
-    if len(values) < 2:
-        return float(values.mean()), math.inf
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(half)
+    return float(values.mean()), float(half_width(values))
+
+
+def good_range(alphas: Sequence[float], scores: Sequence[float], within: float) -> dict[str, float | bool]:
+    """Return the range of strengths around the best one whose score is at most ``within`` below the best.
+
+    Args:
+        alphas: a grid in ascending order.
+        scores: of each strength, in points; between two of them it is read off a line over log10(alpha).
+        within: in points.
+
+    Returns:
+        ``low``, ``high`` (strengths), ``decades`` (log10 of their ratio), and ``open_low``, ``open_high``: whether the
+        range reaches that end of the grid, so that it may be wider than that.
+    """
+    x, y = np.log10(alphas), np.asarray(scores, float)
+    best, bound = int(y.argmax()), float(y.max()) - within
+    ends, is_open = [], []
+    for step in (-1, 1):
+        at = best
+        while 0 <= at + step < len(y) and y[at + step] >= bound:
+            at += step
+        is_open.append(not 0 <= at + step < len(y))
+        share = 0.0 if is_open[-1] else (y[at] - bound) / (y[at] - y[at + step])
+        ends.append(float(x[at]) if is_open[-1] else float(x[at] + share * (x[at + step] - x[at])))
+    low, high = ends
+    return {
+        "low": float(f"{10**low:.4g}"),
+        "high": float(f"{10**high:.4g}"),
+        "decades": round(high - low, 3),
+        "open_low": is_open[0],
+        "open_high": is_open[1],
+    }
 
 
 def signed(mean: float, half: float, digits: int = 1) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from ..data.digits import load_split
 from ..harness.command import Experiment
 from ..harness.command import main as run_command
-from ..harness.options import add_options, make_parser, read, strength
+from ..harness.options import add_options, make_parser, read, share, strength
 from ..harness.runner import Runner
 from . import report, training
 from .training import METHODS, TUNED, Setup
@@ -36,8 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_options(parser, Setup())
     words = "values of alpha * mean(F); default: %(default)s"
     parser.add_argument("--grid", type=strength, nargs="+", default=GRID, help=words)
+    words = "A's validation accuracy at its end, from 0 to 1, or convergence; default: those of the paper"
+    parser.add_argument("--levels", type=level, nargs="+", default=LEVELS, help=words, metavar="LEVEL")
     experiment = Experiment("two_models", prepare, run, report.tables, report.figures, report.NOTES, ("methods",))
     return run_command(experiment, parser.parse_args(arguments))
+
+
+def level(text: str) -> float | None:
+    """Read when A's training ends."""
+    return None if text == "convergence" else share(text)
 
 
 def prepare(options: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
@@ -49,7 +56,7 @@ def prepare(options: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
 
 def run(setup: Setup, options: argparse.Namespace, runner: Runner) -> dict[str, Any]:
     """Train all models and return one panel for each level."""
-    starts = [(setup, level, seed) for level in LEVELS for seed in range(options.seeds)]
+    starts = [(setup, level, seed) for level in options.levels for seed in range(options.seeds)]
     trained = runner.map("training A", training.train_a, starts)
     arms = [(m, value) for m in METHODS for value in (options.grid if m in TUNED else (None,))]
     runs = runner.map("training B", training.train_b, [(setup, a, *arm) for a in trained for arm in arms])
@@ -58,7 +65,7 @@ def run(setup: Setup, options: argparse.Namespace, runner: Runner) -> dict[str, 
         last = first + options.seeds
         panels.append(report.summarise(setup, trained[first:last], runs[first * len(arms) : last * len(arms)]))
     data = load_split(setup.data, 0).name
-    settings = {**asdict(setup), "data": data, "seeds": options.seeds, "levels": LEVELS, "grid": options.grid}
+    settings = {**asdict(setup), "data": data, "seeds": options.seeds, "levels": options.levels, "grid": options.grid}
     return {"settings": settings, "panels": panels}
 
 

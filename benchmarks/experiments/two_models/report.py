@@ -97,7 +97,7 @@ def figures(record: dict[str, Any]) -> dict[str, bytes]:
     """Draw accuracies over B's iterations at each level, and below what A forgets and B pays with every method."""
     panels, names = record["panels"], list(METHODS.values())
     share = {"sharex": "row", "sharey": "row", "height_ratios": (1.75, 1)}
-    figure, axes = drawing.panels(2, len(panels), (12, 6.4), **share)
+    figure, axes = drawing.panels(2, len(panels), (max(6.4, 3 * len(panels)), 6.4), **share)
     for column, panel in enumerate(panels):
         _draw_curves(axes[0, column], panel)
         arms = [(panel["methods"][m]["forgetting"], panel["methods"][m]["cost_b"]) for m in METHODS]
@@ -109,9 +109,10 @@ def figures(record: dict[str, Any]) -> dict[str, bytes]:
     for axis in axes[:, 1:].flat:
         axis.tick_params(axis="y", length=0)
     axes[0, 0].set_ylabel("test accuracy (%)")
-    drawing.legend(figure, axes[:, 0], 4)
+    drawing.legend(figure, axes[:, 0], min(4, 1 + len(panels)))
     where = f"{record['data']['name']}, {seeds_of(record['settings']['seeds'])}"
-    return {"": drawing.png(figure, f"Training B on shared layers: what A forgets, what B pays  ({where})")}
+    apart = "  " if len(panels) > 2 else "\n"  # a narrow figure has two lines
+    return {"": drawing.png(figure, f"Training B on shared layers: what A forgets, what B pays{apart}({where})")}
 
 
 def _draw_curves(axis: Any, panel: dict[str, Any]) -> None:
