@@ -413,3 +413,8 @@ def test_module_fisher_says_what_it_needs():
         module_fisher(Module(), pl.Trainer(**QUIET))
     with pytest.raises(TypeError, match="several training data loaders"):
         module_fisher(Module(), [data(), data()])
+
+
+def test_what_is_no_penalty_is_refused_at_once():
+    with pytest.raises(TypeError, match=r"wpl must be a wplfast.WeightPlasticityLoss, got Module: make one"):
+        WPLCallback(Module())

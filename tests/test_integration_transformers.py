@@ -21,7 +21,7 @@ from trainer_cases import bert, descend, llama, padded, rows, trainer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import wplfast
-from wplfast.integrations.transformers import WPLCallback
+from wplfast.integrations.transformers import WPLCallback, trainer_fisher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -268,3 +268,16 @@ def test_an_optimizer_that_steps_elsewhere_is_refused(tmp_path):
     run.optimizer.step = lambda closure=None: None
     with pytest.raises(RuntimeError, match="steps within the backward pass"):
         run.train()
+
+
+@pytest.mark.parametrize(
+    "given", [torch.nn.Linear(2, 2), {"w": torch.ones(2)}, None], ids=lambda given: type(given).__name__
+)
+def test_what_is_no_penalty_is_refused_at_once(given):
+    with pytest.raises(TypeError, match=f"wpl must be a wplfast.WeightPlasticityLoss, got {type(given).__name__}"):
+        WPLCallback(given)
+
+
+def test_what_is_no_trainer_is_refused():
+    with pytest.raises(TypeError, match=r"must be a transformers.Trainer, got Linear: use wplfast.fisher_diagonal"):
+        trainer_fisher(torch.nn.Linear(2, 2))

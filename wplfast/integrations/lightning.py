@@ -23,6 +23,7 @@ from ..penalty.attach import Attachment, attach
 from ..penalty.loss import WeightPlasticityLoss
 from ._criterion import per_sample
 from ._lightning_module import AsTrained, classes, data_of, datamodule_of
+from ._penalty import check_penalty
 from ._ranks import agreed
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class WPLCallback(_Callback):  # type: ignore[misc]
         log: whether the penalty is logged as ``wpl``, at the batches that end with a step.
 
     Raises:
+        TypeError: if wpl is no penalty.
         ValueError: (as training starts) if no optimizer holds a parameter of the penalty, or ranks differ in theirs.
 
     Example:
@@ -62,6 +64,7 @@ class WPLCallback(_Callback):  # type: ignore[misc]
     def __init__(self, wpl: WeightPlasticityLoss, log: bool = True) -> None:
         """See the class."""
         super().__init__()
+        check_penalty(wpl)
         self.wpl, self._log = wpl, log
         self._steps: list[_Step] = []
         self._handles: list[RemovableHandle] = []

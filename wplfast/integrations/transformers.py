@@ -21,6 +21,7 @@ from ..params import Params, device_of, some
 from ..penalty.attach import Attachment, attach
 from ..penalty.loss import WeightPlasticityLoss
 from . import _trainer_fisher
+from ._penalty import check_penalty
 from ._ranks import agreed
 from ._trainer_tasks import TokenReduction
 
@@ -45,6 +46,7 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
             pass of a step.
 
     Raises:
+        TypeError: if wpl is no penalty.
         ValueError: (as training starts) if the penalty has none of the model's parameters, or only frozen ones; if
             anchors or alpha differ between ranks.
         FileNotFoundError: (as training resumes) if neither the checkpoint nor the penalty has anchors.
@@ -62,6 +64,7 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, wpl: WeightPlasticityLoss, log: bool = True, before_clipping: bool = False) -> None:
         """See the class."""
         super().__init__()
+        check_penalty(wpl)
         self.wpl, self._log, self._before_clipping = wpl, log, before_clipping
         self._name = "wpl"
         self._handle: RemovableHandle | None = None
@@ -273,6 +276,7 @@ def trainer_fisher(
         The Fisher; its names are those of ``trainer.model``, or of ``params``.
 
     Raises:
+        TypeError: if it is no Trainer.
         ValueError: if there is no data; if the Trainer's loss of several samples is not the mean of theirs (class
             weights), or labels are to be drawn for a loss of its own: pass loss_fn; and what ``fisher_diagonal`` finds.
 
@@ -282,6 +286,10 @@ def trainer_fisher(
 
     Source: arXiv:1612.00796, arXiv:1902.08232; see :func:`wplfast.fisher_diagonal`.
     """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"trainer must be a transformers.Trainer, got {type(trainer).__name__}: use wplfast.fisher_diagonal"
+        )
     return _trainer_fisher.estimate(trainer, dataset, max_samples, params, token_reduction, loss_fn, options)
 
 
