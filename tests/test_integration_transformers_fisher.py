@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import random
 
@@ -18,6 +19,7 @@ pytest.importorskip("peft", reason="peft is not installed (the extra 'test')")
 import peft
 import torch.nn.functional as F
 from oracle import assert_close
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import IterableDataset
 from trainer_cases import bert, descend, llama, own_loss_loop, padded, rows, t5, trainer
 from transformers import DataCollatorWithFlattening, Trainer
@@ -291,7 +293,17 @@ def _rank(rank: int, folder: str) -> None:
     model, data = llama(), rows(*LENGTHS[:4])
     options = {"ddp_backend": "gloo", "max_steps": 2, "max_grad_norm": 0.1, "save_strategy": "steps", "save_steps": 2}
     run = trainer(model, data, folder, **options)
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logging.getLogger("wplfast").addHandler(handler)
     fishers = [trainer_fisher(run, rows(*LENGTHS)), trainer_fisher(run, data[:1]), trainer_fisher(run, max_samples=3)]
+    assert not [record for record in said if "this rank's data alone" in record.getMessage()]
+    sharded = llama()
+    for block in (*sharded.model.layers, sharded):
+        fully_shard(block)
+    shards = trainer_fisher(trainer(sharded, data, folder, **options), rows(*LENGTHS))
+    fishers.append({n: f.full_tensor() for n, f in shards.items()})
     wpl = wplfast.WeightPlasticityLoss(model, alpha=30.0)
     theta_hat = {n: p + 0.1 for n, p in model.named_parameters()}
     wpl.consolidate(fishers[0], theta_hat=theta_hat)
@@ -301,8 +313,8 @@ def _rank(rank: int, folder: str) -> None:
         callback = WPLCallback(wpl, before_clipping=before_clipping)
         trainer(model, data, folder, callbacks=[callback], **options).train()
         states.append(copy.deepcopy(model.state_dict()))
-    torch.save(([dict(f) for f in fishers], [f.n_samples for f in fishers], states), f"{folder}/{rank}.pt")
-    with torch.no_grad():
+    torch.save(([dict(f) for f in fishers], [f.n_samples for f in fishers[:3]], states), f"{folder}/{rank}.pt")
+    with torch.no_grad(), wplfast.distributed.local():
         wpl.consolidate({n: f * (1 + rank) for n, f in fishers[0].items()})
     try:
         trainer(model, data, folder, callbacks=[WPLCallback(wpl)], **options).train()
@@ -322,6 +334,7 @@ def test_two_ranks_are_one(tmp_path):
     assert counts == [5, 1, 3]
     assert_close(fishers[0], own_loss_loop(model, rows(*LENGTHS), predicted))
     assert_close(fishers[1], own_loss_loop(model, data[:1], predicted))
+    assert_close(fishers[3], own_loss_loop(model, rows(*LENGTHS), predicted))
     assert all(torch.equal(a[n], b[n]) for a, b in zip(fishers, others, strict=True) for n in a)
     for before_clipping, state, other in zip((False, True), states, others_states, strict=True):
         assert all(torch.equal(state[n], other[n]) for n in state)

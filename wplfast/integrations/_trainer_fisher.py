@@ -14,7 +14,7 @@ from ..fisher.batches import moved
 from ..fisher.diagonal import LossFn, fisher_diagonal
 from ..fisher.result import Fisher
 from ..fisher.undisturbed import Undisturbed
-from ..params import Params, device_of, named
+from ..params import Params, device_of
 from ._trainer_data import TrainerData, left_alone
 from ._trainer_tasks import Task, TokenReduction, document_ids, task_of
 
@@ -64,7 +64,7 @@ def estimate(
     if token_reduction not in ("sum", "mean"):
         raise ValueError(f"token_reduction must be 'sum' or 'mean', got {token_reduction!r}")
     model = trainer.model
-    watched = named(model if params is None else params, complex_too=True)
+    watched = {name: p for name, p in model.named_parameters() if p.requires_grad} if params is None else params
     rank, n_ranks = trainer.args.process_index, trainer.args.world_size
     with left_alone(trainer):
         data = TrainerData(trainer, dataset, shuffled=max_samples is not None)
@@ -75,15 +75,11 @@ def estimate(
             if task is None:
                 batch_size = 1
         call, arguments = _call(trainer, task, loss_fn, token_reduction, options)
-        if n_ranks > 1:
-            max_samples = None if max_samples is None else max_samples // n_ranks + (rank < max_samples % n_ranks)
         loader = data.loader(batch_size, rank, n_ranks)
-        if n_ranks > 1 and (max_samples == 0 or (not data.is_stream and not len(loader))):
-            fisher = Fisher.zeros(watched)
-        else:
-            fisher = fisher_diagonal(call, loader, params=watched, max_samples=max_samples, **arguments)
+        arguments = {"params": watched, "max_samples": max_samples, "reduce": True if n_ranks > 1 else None} | arguments
+        fisher = fisher_diagonal(call, loader, **arguments)
     fisher.metadata["source"] = fisher.metadata.get("source", "").replace(type(call).__name__, type(model).__name__)
-    return fisher.all_reduce_() if n_ranks > 1 else fisher
+    return fisher
 
 
 def _task(trainer: Any, data: TrainerData) -> Task | None:
