@@ -251,8 +251,8 @@ def trainer_fisher(
 
     Data are collated by the Trainer's collator, without the columns that its model does not take, in batches of its
     ``per_device_train_batch_size`` and its mixed precision; in eval mode, on the device that the model is on. Each
-    process takes its part, every sample once, and all get the same Fisher; of an FSDP2 model, its shards. Documents that
-    are packed into rows (TRL's packing, ``DataCollatorWithFlattening``) are samples of their own. The Trainer is
+    process takes its part, every sample once, and all get the same Fisher; of an FSDP2 model, its shards. Documents
+    that are packed into rows (TRL's packing, ``DataCollatorWithFlattening``) are samples of their own. The Trainer is
     afterwards as it was.
 
     The loss of a sample is -log p of all its labels, told by the model's class: causal (shifted) and masked language
