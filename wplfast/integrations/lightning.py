@@ -73,7 +73,7 @@ class WPLCallback(_Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the optimizers, on all ranks or none."""
-        with agreed(self.wpl):
+        with agreed(self.wpl, trainer.world_size):
             self._attach(trainer, pl_module)
 
     def _attach(self, trainer: Any, pl_module: Any) -> None:

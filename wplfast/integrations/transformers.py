@@ -48,6 +48,7 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
         ValueError: (as training starts) if the penalty has none of the model's parameters, or only frozen ones; if
             anchors or alpha differ between ranks.
         FileNotFoundError: (as training resumes) if neither the checkpoint nor the penalty has anchors.
+        RankFailedError: (as training starts) if another rank raised; with its error.
         NotImplementedError: (as training starts) under DeepSpeed.
 
     Example:
@@ -76,7 +77,7 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
         trainer, checkpoint = _of_trainer("resume_from_checkpoint")
         if trainer is not None:
             self._take_place(trainer.callback_handler)
-        with agreed(self.wpl):
+        with agreed(self.wpl, args.world_size):
             if getattr(trainer, "is_deepspeed_enabled", False):
                 raise NotImplementedError(
                     "DeepSpeed keeps gradients where no parameter's .grad is: train with FSDP2 (TrainingArguments("
@@ -181,9 +182,19 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
 
         Raises:
             FileNotFoundError: if there are none, nor in the penalty.
+            RuntimeError: if it is not known, and the penalty has none.
         """
         if not isinstance(checkpoint, (str, os.PathLike)):
-            raise RuntimeError("which checkpoint is resumed from is not known here: call wpl.load(path) before train()")
+            if not self.wpl.n_anchors:
+                raise RuntimeError(
+                    "training resumes, but no transformers.Trainer is seen that says from which checkpoint, and the "
+                    "penalty has no anchors: call wpl.load(os.path.join(checkpoint, 'wpl.safetensors')) before train()"
+                )
+            logger.warning(
+                "training resumes from a checkpoint that is not known here: the penalty keeps the %d anchors it has",
+                self.wpl.n_anchors,
+            )
+            return
         path = os.path.join(checkpoint, f"{self._name}.safetensors")
         if os.path.isfile(path):
             self.wpl.load(path)
