@@ -367,6 +367,8 @@ def test_two_ranks_are_one(tmp_path):
         assert own in error, error
     assert_close(fishers[0], own_loss_loop(model, rows(*LENGTHS), predicted))
     assert_close(fishers[1], own_loss_loop(model, data[:1], predicted))
+    chosen = trainer_fisher(trainer(model, data, tmp_path), max_samples=3)  # by one process
+    assert_close(fishers[2], {name: f.double() for name, f in chosen.items()})
     assert all(torch.equal(a[n], b[n]) for a, b in zip(fishers, others, strict=True) for n in a)
     for before_clipping, state, other in zip((False, True), states, others_states, strict=True):
         assert all(torch.equal(state[n], other[n]) for n in state)

@@ -50,6 +50,7 @@ class WPLCallback(_Callback):  # type: ignore[misc]
 
     Raises:
         ValueError: (as training starts) if no optimizer holds a parameter of the penalty, or ranks differ in theirs.
+        RankFailedError: (as training starts) if another rank raised; with its error.
 
     Example:
         >>> import torch, wplfast

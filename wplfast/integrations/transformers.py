@@ -259,8 +259,9 @@ def trainer_fisher(
 
     Data are collated by the Trainer's collator, without the columns that its model does not take, in batches of its
     ``per_device_train_batch_size`` and its mixed precision; in eval mode, on the device that the model is on. Each
-    process takes its part, every sample once, and all get the same Fisher. Documents that are packed into rows (TRL's
-    packing, ``DataCollatorWithFlattening``) are samples of their own. The Trainer is afterwards as it was.
+    process takes its part, every sample once, and all get the same Fisher; one that fails ends it on all. Documents
+    that are packed into rows (TRL's packing, ``DataCollatorWithFlattening``) are samples of their own. The Trainer is
+    afterwards as it was.
 
     The loss of a sample is -log p of all its labels, told by the model's class: causal (shifted) and masked language
     models, encoder-decoders, classifiers of sequences, images or sounds (one label, several, or regression, by
@@ -271,7 +272,8 @@ def trainer_fisher(
     Args:
         trainer: a ``Trainer``, before or after training.
         dataset: prepared as the Trainer's own are; default: its ``train_dataset``.
-        max_samples: estimate on so many samples, of all processes together, drawn at random (of a stream: the first).
+        max_samples: estimate on so many samples, of all processes together, drawn at random (of a stream: the first);
+            the same ones on any number of processes.
         params: what to estimate for; default: all of the model's parameters that require grad, so of a PEFT model its
             adapters.
         token_reduction: ``"sum"``: -log p, which the Fisher information is defined with. ``"mean"``: what the model
@@ -285,7 +287,9 @@ def trainer_fisher(
 
     Raises:
         ValueError: if there is no data; if the Trainer's loss of several samples is not the mean of theirs (class
-            weights), or labels are to be drawn for a loss of its own: pass loss_fn; and what ``fisher_diagonal`` finds.
+            weights), or labels are to be drawn for a loss of its own: pass loss_fn; on all processes, if their data
+            or models differ; and what ``fisher_diagonal`` finds.
+        RankFailedError: if another process failed; with its error.
 
     Example:
         >>> from wplfast.integrations.transformers import trainer_fisher
