@@ -83,10 +83,10 @@ wheel-tools:
 # A missing compiler costs the C++ backend, not the run.
 gpu-test:
 	$(PYTHON) setup.py -q build_ext --inplace || echo "the C++ extension was not built: its tests will say so"
-	$(PYTHON) -m tests.gpu --out $(OUT) --sanitize
+	$(PYTHON) tests/gpu.py --out $(OUT) --sanitize
 
 gpu-sanitize:
-	$(PYTHON) -m tests.sanitize
+	$(PYTHON) tests/sanitize.py
 
 clean:
 	rm -rf build dist $(OUT) wplfast/_C*.so *.egg-info

@@ -249,11 +249,18 @@ def integrations(runs: Runs, details: bool = False) -> Lines:
             [
                 _on(record["case"], run),
                 *(time(record["milliseconds"][way]) for way in ("fisher", "evaluation")),
-                *(spread(record[key]) for key in ("fisher_over_evaluation", "unverified_over_evaluation")),
+                *(spread(record[f"{key}_over_evaluation"]) for key in ("fisher", "unverified", "later_batch")),
             ]
             for run, record in found
         ]
-        heads = ["the data's Fisher", "`trainer_fisher`", "`trainer.evaluate`", "over it", "over it, verify=False"]
+        heads = [
+            "the data's Fisher",
+            "`trainer_fisher`",
+            "`trainer.evaluate`",
+            "over it",
+            "over it, verify=False",
+            "a later batch over one",
+        ]
         lines += ["", *table(heads, rows)]
     return [*lines, *(f"missing: {text}" for text in runs[0]["records"]["missing"])]
 

@@ -1,4 +1,4 @@
-"""All tests on a GPU in one call: ``python -m tests.gpu``, or ``make gpu-test``. See CONTRIBUTING.md, "On a GPU".
+"""All tests on a GPU in one call: ``python tests/gpu.py``, or ``make gpu-test``. See CONTRIBUTING.md, "On a GPU".
 
 Tests are dealt out in batches to processes of their own, so that a crash, a hang or a lost device costs one test, and
 what is done by the time limit is reported in any case. Those marked ``alone`` follow, in one process, and those that
@@ -20,6 +20,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import sanitize
 
 ROOT = Path(__file__).parent.parent
 BATCH = 60  # tests that one process gets
@@ -308,8 +310,6 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         run = Run(options, Path(folder))
-        from tests import sanitize
-
         checking = sanitize.start(Path(folder)) if options.sanitize else None
         try:
             run.collect()
@@ -325,4 +325,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # the package may not be installed
     sys.exit(main())

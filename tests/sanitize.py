@@ -1,7 +1,7 @@
-"""Every kernel once with small odd sizes under NVIDIA's compute-sanitizer: ``python -m tests.sanitize``.
+"""Every kernel once with small odd sizes under NVIDIA's compute-sanitizer: ``python tests/sanitize.py``.
 
 memcheck finds accesses outside of allocations (without torch's cache, so that each tensor is one), racecheck hazards in
-shared memory. ``python -m tests.sanitize --kernels`` is what it runs.
+shared memory. ``python tests/sanitize.py --kernels`` is what it runs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Check:
             ]
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    [tool, *options, sys.executable, "-m", "tests.sanitize", "--kernels"],
+                    [tool, *options, sys.executable, __file__, "--kernels"],
                     cwd=ROOT,
                     env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path},
                     stdout=output,
@@ -91,7 +91,6 @@ def run_kernels(device: str) -> None:
     """Call every operator for every dtype, aligned and not."""
     import torch
 
-    sys.path.insert(0, str(Path(__file__).parent))
     os.environ["WPLFAST_TEST_DEVICE"] = device
     import test_gpu_operators as cases
     from gpu_cases import map_nested

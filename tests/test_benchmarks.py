@@ -433,4 +433,5 @@ def test_integrations_are_measured(tmp_path, capsys):
     assert set(step["milliseconds"]) == {"without", "callback", "loop"}
     assert step["loop_over_callback"]["median"] > 0
     assert found["fisher"]["fisher_over_evaluation"]["median"] > 1
+    assert found["fisher"]["later_batch_over_evaluation"]["median"] > 1
     assert "trainer_fisher" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 Every model is drawn from a seed. Where it does not couple samples, the Fisher is that of the one-sample loop, and a
 refusal is a fault. Where it does, the pass is refused, or says that it could not check.
-``python -m tests.test_input_forms FIRST LAST`` tries many.
+``python tests/test_input_forms.py FIRST LAST`` tries many.
 """
 
 from __future__ import annotations

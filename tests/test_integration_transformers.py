@@ -181,6 +181,21 @@ def test_resuming_in_the_middle_of_a_task_gives_the_same_bits(tmp_path):
         bert_run(tmp_path / "resumed", consolidate=False, checkpoint=str(tmp_path / "elsewhere"))
 
 
+def test_a_checkpoint_that_is_not_known_is_an_error_without_anchors(caplog):
+    """Called by something else than a Trainer: nothing says which checkpoint is resumed from."""
+    model = torch.nn.Linear(3, 2)
+    wpl = wplfast.WeightPlasticityLoss(model)
+    events = TrainingArguments(use_cpu=True), TrainerState(global_step=3), TrainerControl()
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    with pytest.raises(RuntimeError, match=r"has no anchors: call wpl.load\("):
+        WPLCallback(wpl).on_train_begin(*events, **given)
+    assert not given["optimizer"]._optimizer_step_pre_hooks
+    wpl.consolidate({n: torch.ones_like(p) for n, p in model.named_parameters()})  # what the error says has been done
+    WPLCallback(wpl).on_train_begin(*events, **given)
+    assert "keeps the 1 anchors it has" in caplog.text
+    assert given["optimizer"]._optimizer_step_pre_hooks
+
+
 def test_the_best_model_comes_back_and_the_penalty_still_holds_it(tmp_path):
     model = llama()
     wpl, fisher, theta_hat = penalty_of(model)

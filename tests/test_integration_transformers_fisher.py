@@ -285,6 +285,43 @@ def test_the_trainer_is_left_as_it_was(tmp_path):
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 
+class _Broken(list):
+    """Samples of which one cannot be read, beyond those that are looked at before the pass."""
+
+    def __getitem__(self, index):
+        if index == 6:
+            raise OSError("sample 6 cannot be read")
+        return super().__getitem__(index)
+
+
+FAILURES = {  # what the other rank says has ended (nothing: both find out), and the error
+    "data": ("fisher_diagonal", "OSError: sample 6 cannot be read"),
+    "argument": ("trainer_fisher", "ValueError: token_reduction must be"),
+    "other data": ("", "ValueError: trainer_fisher: rank 0 and rank 1 differ in ['the number of samples']"),
+    "penalty": ("the start of training", "ValueError: none of the penalty's"),
+}
+
+
+def _failures(rank, run, model, data, folder, options):
+    """Let rank 1 fail, or be given something else, in several places; return each rank's errors."""
+    whole = rows(*LENGTHS, *LENGTHS)
+    reduction, more = ("sums", [*whole, *data]) if rank else ("sum", whole)
+    other = wplfast.WeightPlasticityLoss(llama() if rank else model)
+    calls = {
+        "data": lambda: trainer_fisher(run, _Broken(whole) if rank else whole),
+        "argument": lambda: trainer_fisher(run, token_reduction=reduction),
+        "other data": lambda: trainer_fisher(run, more),
+        "penalty": lambda: trainer(model, data, folder, callbacks=[WPLCallback(other)], **options).train(),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
 def _rank(rank: int, folder: str) -> None:
     """Estimate and train on one of two ranks; then differ."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -304,6 +341,7 @@ def _rank(rank: int, folder: str) -> None:
         fully_shard(block)
     shards = trainer_fisher(trainer(sharded, data, folder, **options), rows(*LENGTHS))
     fishers.append({n: f.full_tensor() for n, f in shards.items()})
+    failed = _failures(rank, run, model, data, folder, options)
     wpl = wplfast.WeightPlasticityLoss(model, alpha=30.0)
     theta_hat = {n: p + 0.1 for n, p in model.named_parameters()}
     wpl.consolidate(fishers[0], theta_hat=theta_hat)
@@ -313,13 +351,13 @@ def _rank(rank: int, folder: str) -> None:
         callback = WPLCallback(wpl, before_clipping=before_clipping)
         trainer(model, data, folder, callbacks=[callback], **options).train()
         states.append(copy.deepcopy(model.state_dict()))
-    torch.save(([dict(f) for f in fishers], [f.n_samples for f in fishers[:3]], states), f"{folder}/{rank}.pt")
+    torch.save(([dict(f) for f in fishers], [f.n_samples for f in fishers[:3]], states, failed), f"{folder}/{rank}.pt")
     with torch.no_grad(), wplfast.distributed.local():
         wpl.consolidate({n: f * (1 + rank) for n, f in fishers[0].items()})
     try:
         trainer(model, data, folder, callbacks=[WPLCallback(wpl)], **options).train()
     except ValueError as error:
-        assert "the penalties of rank 0 and rank 1 differ in ['constant." in str(error), error  # noqa: PT017
+        assert "rank 0 and rank 1 differ in ['constant." in str(error), error  # noqa: PT017
     else:
         raise AssertionError("ranks with other Fishers train")
     torch.distributed.destroy_process_group()
@@ -330,11 +368,20 @@ def test_two_ranks_are_one(tmp_path):
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     model, data = llama(), rows(*LENGTHS[:4])
     theta_hat = {n: p.detach() + 0.1 for n, p in model.named_parameters()}
-    ((fishers, counts, states), (others, _, others_states)) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (fishers, counts, states, failed), (others, _, others_states, others_failed) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)
+    )
     assert counts == [5, 1, 3]
+    for (name, error), (_, other) in zip(failed.items(), others_failed.items(), strict=True):
+        what, own = FAILURES[name]
+        assert own in other, name
+        assert error.startswith(f"RankFailedError: {what} ended: rank 1 failed with") if what else own in error, error
+        assert own in error, error
     assert_close(fishers[0], own_loss_loop(model, rows(*LENGTHS), predicted))
     assert_close(fishers[1], own_loss_loop(model, data[:1], predicted))
     assert_close(fishers[3], own_loss_loop(model, rows(*LENGTHS), predicted))
+    chosen = trainer_fisher(trainer(model, data, tmp_path), max_samples=3)  # by one process
+    assert_close(fishers[2], {name: f.double() for name, f in chosen.items()})
     assert all(torch.equal(a[n], b[n]) for a, b in zip(fishers, others, strict=True) for n in a)
     for before_clipping, state, other in zip((False, True), states, others_states, strict=True):
         assert all(torch.equal(state[n], other[n]) for n in state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 
 import pytest
@@ -48,6 +49,21 @@ def test_a_fisher_of_the_whole_model_is_matched_by_identity(module):
     wpl = wplfast.WeightPlasticityLoss(module[0])  # named weight, bias
     wpl.consolidate(fisher, extra="ignore")
     assert torch.equal(wpl.fisher["weight"], fisher["fc.weight"])
+
+
+def test_a_fisher_of_other_parameters_of_the_same_names_is_said_to_be_matched_by_name(module, caplog, tmp_path):
+    fisher = wplfast.Fisher(random_fisher(module), 1, parameters=dict(module.named_parameters()))
+    fisher.save(tmp_path / "fisher")
+    twin = wplfast.WeightPlasticityLoss(copy.deepcopy(module))
+    for given, penalty, said in (
+        (fisher, twin, True),
+        (wplfast.Fisher.load(tmp_path / "fisher"), twin, False),  # a file knows no parameters
+        (fisher, wplfast.WeightPlasticityLoss(module), False),
+    ):
+        caplog.clear()
+        with caplog.at_level("INFO", "wplfast"):
+            penalty.consolidate(given)
+        assert ("matched by name" in caplog.text) == said
 
 
 def test_given_anchor_values_and_a_prefix_that_the_error_proposes(module):

@@ -2,8 +2,8 @@
 
 Every model is drawn from a seed: a few operations that use the same weights in layouts of several kinds, and for each
 batch which of them run, how often and in which order, on how many samples and steps. Samples do not depend on each
-other, so that a wrong value and a refusal are faults alike. ``python -m tests.test_varying_calls FIRST LAST`` tries
-many.
+other, so that a wrong value and a refusal are faults alike. ``python tests/test_varying_calls.py FIRST LAST``
+tries many.
 """
 
 from __future__ import annotations

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+T = TypeVar("T")
+
 
 class _Part(IterableDataset[Any]):
-    """Every so many samples of a stream."""
+    """The batches of a stream that are one rank's."""
 
-    def __init__(self, stream: Any, rank: int, n_ranks: int) -> None:
+    def __init__(self, stream: Any, batch_size: int, rank: int, n_ranks: int) -> None:
         """Refer to a stream."""
-        self._stream, self._rank, self._n_ranks = stream, rank, n_ranks
+        self._stream, self._of = stream, (batch_size, rank, n_ranks)
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over this rank's samples."""
-        return islice(iter(self._stream), self._rank, None, self._n_ranks)
+        return _dealt(self._stream, *self._of)
 
 
 class TrainerData:
@@ -54,6 +56,11 @@ class TrainerData:
             seed = self._args.seed if self._args.data_seed is None else self._args.data_seed
             self._order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
 
+    @property
+    def n_samples(self) -> int | None:
+        """How many samples there are; None: it is a stream."""
+        return None if self._order is None else len(self._order)
+
     def first(self, n_samples: int) -> dict[str, Any]:
         """Collate the first samples.
 
@@ -76,12 +83,12 @@ class TrainerData:
         return dict(batch)
 
     def loader(self, batch_size: int, rank: int = 0, n_ranks: int = 1) -> DataLoader[Any]:
-        """Return a loader over a rank's part; all parts together hold every sample once."""
+        """Return a loader over a rank's batches, every so many of those that one process would have."""
         part = self.samples
         if self._order is not None:
-            part = Subset(self.samples, self._order[rank::n_ranks])
+            part = Subset(self.samples, list(_dealt(self._order, batch_size, rank, n_ranks)))
         elif n_ranks > 1:
-            part = _Part(self.samples, rank, n_ranks)
+            part = _Part(self.samples, batch_size, rank, n_ranks)
         n_workers = self._args.dataloader_num_workers
         return DataLoader(
             part,
@@ -92,6 +99,11 @@ class TrainerData:
             prefetch_factor=self._args.dataloader_prefetch_factor if n_workers else None,
             generator=torch.Generator().manual_seed(self._args.seed),  # so that none is drawn from the global one
         )
+
+
+def _dealt(samples: Iterable[T], batch_size: int, rank: int, n_ranks: int) -> Iterator[T]:
+    """Yield the samples of a rank's batches, which are dealt out one by one."""
+    return (sample for place, sample in enumerate(samples) if place // batch_size % n_ranks == rank)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ..fisher.diagonal import LossFn, fisher_diagonal
 from ..fisher.result import Fisher
 from ..fisher.undisturbed import Undisturbed
 from ..params import Params, device_of
+from ._ranks import together
 from ._trainer_data import TrainerData, left_alone
 from ._trainer_tasks import Task, TokenReduction, document_ids, task_of
 
@@ -61,20 +62,19 @@ def estimate(
     options: dict[str, Any],
 ) -> Fisher:
     """See :func:`wplfast.integrations.transformers.trainer_fisher`."""
-    if token_reduction not in ("sum", "mean"):
-        raise ValueError(f"token_reduction must be 'sum' or 'mean', got {token_reduction!r}")
     model = trainer.model
     watched = {name: p for name, p in model.named_parameters() if p.requires_grad} if params is None else params
     rank, n_ranks = trainer.args.process_index, trainer.args.world_size
     with left_alone(trainer):
-        data = TrainerData(trainer, dataset, shuffled=max_samples is not None)
-        batch_size = trainer.args.per_device_train_batch_size
-        task = None
-        if loss_fn is None:
-            task = _task(trainer, data)
-            if task is None:
-                batch_size = 1
-        call, arguments = _call(trainer, task, loss_fn, token_reduction, options)
+        hint = "each takes its part of the same data, so give all the same data set and Trainer"
+        with together(n_ranks, "trainer_fisher", hint) as told:
+            if token_reduction not in ("sum", "mean"):
+                raise ValueError(f"token_reduction must be 'sum' or 'mean', got {token_reduction!r}")
+            data = TrainerData(trainer, dataset, shuffled=max_samples is not None)
+            task = None if loss_fn is not None else _task(trainer, data)
+            call, arguments = _call(trainer, task, loss_fn, token_reduction, options)
+            told |= {"the number of samples": data.n_samples, "the loss": type(call).__name__}
+        batch_size = 1 if isinstance(call, _OwnLoss) else trainer.args.per_device_train_batch_size
         loader = data.loader(batch_size, rank, n_ranks)
         arguments = {"params": watched, "max_samples": max_samples, "reduce": True if n_ranks > 1 else None} | arguments
         fisher = fisher_diagonal(call, loader, **arguments)
@@ -88,31 +88,42 @@ def _task(trainer: Any, data: TrainerData) -> Task | None:
     Raises:
         ValueError: if it is so for single samples, but not for several.
     """
-    device = device_of(trainer.model.parameters())
-    found: Task | None = None
+    with Undisturbed(trainer.model, False, device_of(trainer.model.parameters())), torch.no_grad():
+        task, here, own = _losses(trainer, data.first(_N_FIRST))
+        if task is None:
+            _say(trainer, "its model or its labels are of no known kind")
+            return None
+        if _is_same(trainer, here, own):
+            return task
+        if not task.by_documents:
+            _, alone, own_alone = _losses(trainer, data.first(1))
+            if not _is_same(trainer, alone, own_alone):
+                _say(trainer, f"its loss of the first sample is {own_alone.item():.6g}, the model's {alone.item():.6g}")
+                return None
+    raise ValueError(
+        f"the Trainer's loss of the first {_N_FIRST} samples is {own.item():.6g}, the mean over what is predicted for "
+        f"them {here.item():.6g}: weights of classes, another loss of packed documents, or one that depends on "
+        "the batch cannot be told apart from outside; pass loss_fn(outputs, labels), one loss for each sample"
+    )
+
+
+def _losses(trainer: Any, batch: Mapping[str, Any]) -> tuple[Task | None, Tensor, Tensor]:
+    """Return a batch's task (None: of no known kind), what the model computes for it, and the Trainer's loss."""
+    model = trainer.model
+    batch = moved(batch, device_of(model.parameters()))
+    task = task_of(model, batch)
+    if task is None:
+        return None, torch.tensor(torch.nan), torch.tensor(torch.nan)
+    inputs, targets = _split(model, task, batch)
+    outputs = _AsEvaluated(model, trainer.accelerator.autocast)(**inputs)
+    return task, task.model_loss(outputs, targets), _own_loss(trainer, batch)
+
+
+def _is_same(trainer: Any, here: Tensor, own: Tensor) -> bool:
+    """Tell whether two losses of a batch are one but for rounding; what is not finite tells nothing."""
     is_exact = not trainer.accelerator.native_amp and next(trainer.model.parameters()).dtype.itemsize >= 4
-    with Undisturbed(trainer.model, False, device), torch.no_grad():
-        for n_samples in (1, _N_FIRST):
-            batch = moved(data.first(n_samples), device)
-            found = task_of(trainer.model, batch)
-            if found is None:
-                _say(trainer, "its model or its labels are of no known kind")
-                return None
-            inputs, targets = _split(trainer.model, found, batch)
-            outputs = _AsEvaluated(trainer.model, trainer.accelerator.autocast)(**inputs)
-            here, own = found.model_loss(outputs, targets), _own_loss(trainer, batch)
-            rtol = 1e-4 if is_exact else 0.02
-            if bool(torch.isclose(here.float(), own.float(), rtol=rtol, atol=1e-6)) or not bool(here.isfinite()):
-                continue
-            if n_samples == 1 and not found.by_documents:
-                _say(trainer, f"its loss of the first sample is {own.item():.6g}, the model's {here.item():.6g}")
-                return None
-            raise ValueError(
-                f"the Trainer's loss of {n_samples} samples is {own.item():.6g}, the mean over what is predicted for "
-                f"them {here.item():.6g}: weights of classes, another loss of packed documents, or one that depends on "
-                "the batch cannot be told apart from outside; pass loss_fn(outputs, labels), one loss for each sample"
-            )
-    return found
+    close = torch.isclose(here.float(), own.float(), rtol=1e-4 if is_exact else 0.02, atol=1e-6)
+    return bool(close) or not bool(here.isfinite())
 
 
 def _say(trainer: Any, why: str) -> None:

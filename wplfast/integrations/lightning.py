@@ -52,6 +52,7 @@ class WPLCallback(_Callback):  # type: ignore[misc]
     Raises:
         TypeError: if wpl is no penalty.
         ValueError: (as training starts) if no optimizer holds a parameter of the penalty, or ranks differ in theirs.
+        RankFailedError: (as training starts) if another rank raised; with its error.
 
     Example:
         >>> import torch, wplfast
@@ -76,7 +77,7 @@ class WPLCallback(_Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the optimizers, on all ranks or none."""
-        with agreed(self.wpl):
+        with agreed(self.wpl, trainer.world_size):
             self._attach(trainer, pl_module)
 
     def _attach(self, trainer: Any, pl_module: Any) -> None:

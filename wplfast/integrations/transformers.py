@@ -50,6 +50,7 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
         ValueError: (as training starts) if the penalty has none of the model's parameters, or only frozen ones; if
             anchors or alpha differ between ranks.
         FileNotFoundError: (as training resumes) if neither the checkpoint nor the penalty has anchors.
+        RankFailedError: (as training starts) if another rank raised; with its error.
         NotImplementedError: (as training starts) under DeepSpeed.
 
     Example:
@@ -79,7 +80,7 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
         trainer, checkpoint = _of_trainer("resume_from_checkpoint")
         if trainer is not None:
             self._take_place(trainer.callback_handler)
-        with agreed(self.wpl):
+        with agreed(self.wpl, args.world_size):
             if getattr(trainer, "is_deepspeed_enabled", False):
                 raise NotImplementedError(
                     "DeepSpeed keeps gradients where no parameter's .grad is: train with FSDP2 (TrainingArguments("
@@ -184,9 +185,19 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
 
         Raises:
             FileNotFoundError: if there are none, nor in the penalty.
+            RuntimeError: if it is not known, and the penalty has none.
         """
         if not isinstance(checkpoint, (str, os.PathLike)):
-            raise RuntimeError("which checkpoint is resumed from is not known here: call wpl.load(path) before train()")
+            if not self.wpl.n_anchors:
+                raise RuntimeError(
+                    "training resumes, but no transformers.Trainer is seen that says from which checkpoint, and the "
+                    "penalty has no anchors: call wpl.load(os.path.join(checkpoint, 'wpl.safetensors')) before train()"
+                )
+            logger.warning(
+                "training resumes from a checkpoint that is not known here: the penalty keeps the %d anchors it has",
+                self.wpl.n_anchors,
+            )
+            return
         path = os.path.join(checkpoint, f"{self._name}.safetensors")
         if os.path.isfile(path):
             self.wpl.load(path)
@@ -251,9 +262,9 @@ def trainer_fisher(
 
     Data are collated by the Trainer's collator, without the columns that its model does not take, in batches of its
     ``per_device_train_batch_size`` and its mixed precision; in eval mode, on the device that the model is on. Each
-    process takes its part, every sample once, and all get the same Fisher; of an FSDP2 model, its shards. Documents
-    that are packed into rows (TRL's packing, ``DataCollatorWithFlattening``) are samples of their own. The Trainer is
-    afterwards as it was.
+    process takes its part, every sample once, and all get the same Fisher, of an FSDP2 model its shards; one that fails
+    ends it on all. Documents that are packed into rows (TRL's packing, ``DataCollatorWithFlattening``) are samples of
+    their own. The Trainer is afterwards as it was.
 
     The loss of a sample is -log p of all its labels, told by the model's class: causal (shifted) and masked language
     models, encoder-decoders, classifiers of sequences, images or sounds (one label, several, or regression, by
@@ -264,7 +275,8 @@ def trainer_fisher(
     Args:
         trainer: a ``Trainer``, before or after training.
         dataset: prepared as the Trainer's own are; default: its ``train_dataset``.
-        max_samples: estimate on so many samples, of all processes together, drawn at random (of a stream: the first).
+        max_samples: estimate on so many samples, of all processes together, drawn at random (of a stream: the first);
+            the same ones on any number of processes.
         params: what to estimate for; default: all of the model's parameters that require grad, so of a PEFT model its
             adapters.
         token_reduction: ``"sum"``: -log p, which the Fisher information is defined with. ``"mean"``: what the model
@@ -279,7 +291,9 @@ def trainer_fisher(
     Raises:
         TypeError: if it is no Trainer.
         ValueError: if there is no data; if the Trainer's loss of several samples is not the mean of theirs (class
-            weights), or labels are to be drawn for a loss of its own: pass loss_fn; and what ``fisher_diagonal`` finds.
+            weights), or labels are to be drawn for a loss of its own: pass loss_fn; on all processes, if their data
+            or models differ; and what ``fisher_diagonal`` finds.
+        RankFailedError: if another process failed; with its error.
 
     Example:
         >>> from wplfast.integrations.transformers import trainer_fisher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ from ..fisher.result import Fisher
 from ..ops.layout import by_kind
 from ..params import is_sharded, names_hint, part_of, prefixes, some, suggest_prefix
 from .references import References
+
+logger = logging.getLogger(__name__)
 
 AnchorRule: TypeAlias = Literal["merge", "replace"]
 Normalization: TypeAlias = Literal["trace", "max"]
@@ -232,7 +235,19 @@ def look_up(
     free = [key for key in mapping if key not in owned]
     if not set(free).issuperset(by_name):
         raise NameMismatchError(_what_is_missing(mapping, names, keys, by_identity, free, what, prefix))
+    if isinstance(mapping, Fisher) and not (prefix or by_identity) and _knows_parameters(mapping):
+        logger.info(
+            "%s is of parameters that exist, and none of them is this penalty's: %s are matched by name, which is "
+            "right for a copy of a model, and wrong for another part of it",
+            what,
+            some(by_name),
+        )
     return taken(mapping, keys, parameters, what)
+
+
+def _knows_parameters(fisher: Fisher) -> bool:
+    """Tell whether a parameter that a Fisher was computed for still exists in this process."""
+    return any(reference() is not None for reference in fisher._parameters.values())
 
 
 def _what_is_missing(
