@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fsdp2_cases import batch, ce, data, everything, full, model, off, sharded
+from oracle import fisher_loop
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, TensorDataset
 
 import wplfast
 from wplfast import Fisher, WeightPlasticityLoss, fisher_diagonal
-from wplfast.distributed import load_penalty
+from wplfast.distributed import WholeState, load_penalty
 from wplfast.distributed.shards import like, local_part
 
 ALPHA, L2, PART = 3.0, 0.1, ["blocks.0.qkv.weight", "head.weight"]
@@ -269,6 +271,73 @@ def loaded(module: nn.Module) -> dict:
     }
 
 
+def accelerated(rank, n):
+    """A prepared model and loader, and a checkpoint of accelerate's, which pickles what rank 0 says of the penalty."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True)
+    engine = {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}  # on accelerators it chooses it itself
+    accelerator.state._shared_state.update(engine)
+    x, y = batch(5 * n - 1, 3)
+    module = model()
+    parts = (module, torch.optim.SGD(module.parameters(), lr=0.1), DataLoader(TensorDataset(x, y), batch_size=2))
+    module, optimizer, loader = accelerator.prepare(*parts)
+    fisher = fisher_diagonal(module, loader, ce)
+    found = {"kind": type(module).__name__, "F": off(fisher, fisher_loop(model(), [(x, y)], ce))}
+    wpl = penalty(module)
+    wpl.consolidate(fisher)
+    accelerator.register_for_checkpointing(WholeState(wpl), wpl)
+
+    def step():
+        optimizer.zero_grad()
+        accelerator.backward(ce(module(x), y).mean())
+        accelerator.clip_grad_norm_(module.parameters(), 1.0)
+        value = wpl.add_grad_()
+        optimizer.step()
+        return value.item()
+
+    step()
+    accelerator.state._shared_state.update(engine)
+    path = folder() / f"accelerated.{n}"
+    accelerator.save_state(path)
+    kept = {name: full(f).clone() for name, f in wpl.fisher.items()}
+    values = [step(), step()]
+    wpl.reset()
+    try:
+        accelerator.load_state(path)
+    except (ValueError, wplfast.errors.RankFailedError) as error:  # of the penalty itself, after the other
+        found["error"] = str(error)
+    found["off"] = max(off(wpl.fisher, kept), *(abs(step() - value) for value in values))
+    whole = penalty(model())
+    whole.load_state_dict(torch.load(path / "custom_checkpoint_0.pkl", weights_only=True))
+    found["whole"] = off(whole.fisher, kept)
+    dist.barrier()
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    return found
+
+
+def one_part_of_a_state_is_bad(rank, n):
+    """NaN in what lies on rank 1 alone."""
+    wpl = penalty(sharded(model()))
+    wpl.consolidate(fishers(n)[0])
+    state, expected = wpl.state_dict(), {name: full(f).clone() for name, f in wpl.fisher.items()}
+    if rank == 1:
+        state["fisher.head.weight"].to_local()[-1, -1] = float("nan")
+    try:
+        wpl.load_state_dict(state)
+    except RuntimeError as error:
+        return {"error": str(error), "off": off(wpl.fisher, expected)}
+    return {"error": ""}
+
+
 def disk_is_missing(rank, n):
     """Rank 0 cannot write: all say so."""
     try:
@@ -291,5 +360,7 @@ OTHERS = [
     while_gathered,
     one_rank_fails_to_consolidate,
     states,
+    accelerated,
+    one_part_of_a_state_is_bad,
     disk_is_missing,
 ]

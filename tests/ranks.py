@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import multiprocessing
 import os
 import sys
 import time
@@ -21,6 +22,16 @@ import torch.multiprocessing as mp
 NEEDS_GLOO = pytest.mark.skipif(
     not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo"
 )
+
+#: What takes seconds to import: once, in the process that all ranks are forked from.
+PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor.parallel",
+    "wplfast",
+]
 
 #: Seconds after which a rank that waits in vain gives up.
 TIMEOUT = 60
@@ -56,8 +67,9 @@ class _Log(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def _work(rank: int, n_ranks: int, folder: str, situations: Sequence[Situation]) -> None:
+def _work(rank: int, n_ranks: int, folder: str, situations: Sequence[Situation], environment: dict[str, str]) -> None:
     torch.set_num_threads(1)
+    os.environ |= environment  # the server's is of when it started
     logging.getLogger("wplfast").addHandler(log := _Log())
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "localhost"}
     store, timeout = Path(folder, "store").as_uri(), datetime.timedelta(seconds=TIMEOUT)
@@ -88,5 +100,7 @@ def launched(n_ranks: int, situations: Sequence[Situation], folder: Path) -> lis
             that can be imported, and what they return is pickled.
         folder: for files.
     """
-    mp.spawn(_work, (n_ranks, str(folder), situations), nprocs=n_ranks)
+    arguments = n_ranks, str(folder), situations, dict(os.environ)
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    mp.start_processes(_work, arguments, nprocs=n_ranks, start_method="forkserver")
     return [torch.load(folder / f"result.{rank}", weights_only=False) for rank in range(n_ranks)]

@@ -226,3 +226,34 @@ def test_draws_of_a_sampler_are_data(verify):
     for name, f in expected.items():
         torch.testing.assert_close(found[name], f)
         assert f.sum() > 0
+
+
+class Placed(nn.Module):
+    """Rows of a table that all samples share: the first batch runs again to learn whose gradients they hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.head = nn.Embedding(4, 3), nn.Linear(3, 5)
+
+    def forward(self, x):
+        return self.head((x + self.places(torch.arange(4))).tanh().sum(1))
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_all_targets_of_a_batch_that_runs_again(as_dict):
+    """Losses of later draws are compared with -log p in the graph of the last run, which is theirs."""
+    torch.manual_seed(0)
+    model, batches = Placed().double(), [(torch.randn(n, 4, 3).double(), torch.randint(5, (n,))) for n in (3, 2)]
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for x in torch.cat([x for x, _ in batches]).split(1):
+        logits = model(x)[0]
+        for log_p, p in zip(logits.log_softmax(0), logits.detach().softmax(0), strict=True):
+            gradients = torch.autograd.grad(-log_p, list(model.parameters()), retain_graph=True)
+            for total, gradient in zip(expected.values(), gradients, strict=True):
+                total += p * gradient.square() / 5
+    plain, loss = model.forward, ce
+    if as_dict:
+        model.forward, loss = lambda x: {"hidden": x, "logits": plain(x)}, lambda o, y: ce(o["logits"], y)
+    close(fd(model, batches, loss, fisher_type="exact"), expected)
+    drawn = fd(model, batches, loss, fisher_type="mc", mc_samples=3)
+    assert all(bool(f.isfinite().all()) for f in drawn.values())

@@ -213,6 +213,23 @@ def test_all_ranks_consolidate_or_none(two):
         assert found["off"] == 0.0
 
 
+def test_training_with_accelerate(two):
+    """The state that its checkpoint keeps is whole or refused on all ranks: that of rank 0 has rank 0's shards."""
+    for rank, found in enumerate(of_all(two, penalties.accelerated)):
+        assert found["kind"].startswith("FSDP")
+        assert max(found["F"], found["off"]) < EXACT
+        assert found["whole"] == 0.0
+        assert found["error"].startswith("loading a penalty ended: rank 1 failed" if rank == 0 else "a DTensor of")
+        assert "register wplfast.distributed.WholeState(penalty)" in found["error"]
+
+
+def test_all_ranks_load_a_state_or_none(two):
+    for rank, found in enumerate(of_all(two, penalties.one_part_of_a_state_is_bad)):
+        assert ("rank 1: " in found["error"]) == (rank == 0)
+        assert "fisher['head.weight'] must be finite and not negative" in found["error"]
+        assert found["off"] == 0.0
+
+
 def test_all_ranks_hear_of_a_file_that_cannot_be_written(two):
     first, other = of_all(two, penalties.disk_is_missing)
     assert first.startswith("FileNotFoundError")

@@ -378,3 +378,13 @@ def test_a_name_that_is_gone_is_told_of_where_parameters_are_assigned():
     holder.net["head"] = nn.Identity()
     with pytest.raises(NameMismatchError, match=r"lacks 2 of 4 names: \['net.head.weight'"):
         holder.load_state_dict(state, strict=False, assign=True)
+
+
+def test_a_penalty_inside_of_a_model_in_get_model_state_dict():
+    """It looks for an attribute of every key, and would say that a penalty has no attribute 'version'."""
+    distributed = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    model = nn.Sequential(nn.Linear(2, 1))
+    model.add_module("wpl", wplfast.WeightPlasticityLoss(dict(model.named_parameters())))
+    with pytest.raises(wplfast.errors.WplfastError, match=r"get_model_state_dict takes .* Save model.state_dict\(\)"):
+        distributed.get_model_state_dict(model)
+    assert distributed.set_model_state_dict(model, model.state_dict()).missing_keys == []

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from .replicas import local
 
 if TYPE_CHECKING:
-    from .checkpoints import load_penalty
+    from .checkpoints import WholeState, load_penalty
 
-__all__ = ["load_penalty", "local"]
+__all__ = ["WholeState", "load_penalty", "local"]
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs ``torch.distributed.checkpoint`` when it is first asked for."""
-    if name != "load_penalty":
+    if name not in ("WholeState", "load_penalty"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .checkpoints import load_penalty
+    from . import checkpoints
 
-    return load_penalty
+    return getattr(checkpoints, name)

@@ -93,7 +93,7 @@ def _check_whole_ones_stay(module: FSDPModule) -> None:
     if seen[0] != seen[1]:
         raise UnsupportedParameterError(
             f"FSDP2 of PyTorch {torch.__version__} makes other whole parameters whenever it gathers them, in which a "
-            "Fisher pass would see nothing; PyTorch 2.10 to 2.13 were tried"
+            "Fisher pass would see nothing; PyTorch 2.13 was tried"
         )
 
 

@@ -1,14 +1,16 @@
-"""Penalties in checkpoints of ``torch.distributed.checkpoint``: saved on some ranks, loaded on any others.
+"""Penalties in checkpoints: of ``torch.distributed.checkpoint``, saved on some ranks, loaded on any; of rank 0 alone.
 
-Saving needs nothing of this: a penalty's ``state_dict`` holds DTensors where its parameters are such.
+Saving with the former needs nothing of this: a penalty's ``state_dict`` holds DTensors where its parameters are such.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -56,9 +58,51 @@ def load_penalty(penalty: WeightPlasticityLoss, checkpoint: str | os.PathLike[st
         raise NameMismatchError(f"{os.fspath(checkpoint)} has no penalty under {key!r}; it has {some(sorted(entries))}")
     parameters = penalty._groups.references.by_name()
     state = {name: _blank(entry, parameters.get(name.partition(".")[2])) for name, entry in kept.items()}
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    alone = not (dist.is_available() and dist.is_initialized())
     load({key: state}, checkpoint_id=checkpoint, no_dist=alone)
     penalty.load_state_dict(state)
+
+
+class WholeState:
+    """A penalty whose ``state_dict`` is whole, for what keeps that of rank 0 alone, as ``Accelerator.save_state`` does.
+
+    A pickle of shards would hold those of rank 0, and lose all others. Every rank calls both methods. The first process
+    of each node holds all anchors for a moment, on the CPU; the others hold one tensor at a time.
+
+    Args:
+        penalty: over sharded parameters, or others.
+
+    Example:
+        >>> import torch, wplfast
+        >>> wpl = wplfast.WeightPlasticityLoss(torch.nn.Linear(2, 1))
+        >>> state = wplfast.distributed.WholeState(wpl)  # accelerator.register_for_checkpointing(state)
+        >>> state.load_state_dict(state.state_dict())
+    """
+
+    def __init__(self, penalty: WeightPlasticityLoss) -> None:
+        """See the class."""
+        self.penalty = penalty
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the penalty's state: whole on the first process of each node, empty on others if there are shards."""
+        state = self.penalty.state_dict()
+        if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+            return state
+        keeps = dist.get_node_local_rank(dist.get_rank()) == 0
+        found = {}
+        for key, tensor in state.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if keeps:
+                found[key] = whole.cpu()
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load a whole state; each rank takes its part of it.
+
+        Raises:
+            RuntimeError: on all ranks, as the penalty's ``load_state_dict`` does.
+        """
+        self.penalty.load_state_dict(state)
 
 
 def _blank(entry: TensorStorageMetadata, parameter: Tensor | None) -> Tensor:

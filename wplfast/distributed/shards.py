@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from ..ops.prepared import PreparedPenalty
 from ..penalty.autograd import EagerPenalty
 from ..penalty.param_groups import ParamGroup
 from .agreement import Agreement, Group, gathered
+
+T = TypeVar("T")
 
 #: What all ranks are doing together.
 _agreement: ContextVar[Agreement | None] = ContextVar("_agreement", default=None)
@@ -55,6 +57,8 @@ def local_part(tensor: Tensor, shard: Tensor) -> Tensor:
         tensor: of the parameter's shape: whole on every rank, or a DTensor.
         shard: the parameter; a plain one has all of it here.
     """
+    if isinstance(tensor, DTensor):
+        _check_own(tensor)
     if not isinstance(shard, DTensor):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     with torch.no_grad():
@@ -67,6 +71,23 @@ def local_part(tensor: Tensor, shard: Tensor) -> Tensor:
         size, part = shard.shape[dim], shard.to_local().shape[dim]
         first = min(size, mesh.get_local_rank(along) * -(-size // mesh.size(along)))
         return tensor.detach().narrow(dim, first, part)
+
+
+def _check_own(tensor: DTensor) -> None:
+    """Require that a DTensor holds this rank's part: what another rank pickled has that rank's.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    mesh, rank = tensor.device_mesh, dist.get_rank()
+    place, said = (mesh.mesh == rank).nonzero().flatten().tolist(), mesh.get_coordinate()
+    if place != list(said or ()):
+        raise ValueError(
+            f"a DTensor of shape {list(tensor.shape)} has the part of another rank than {rank}, which saved it: a "
+            "pickle of shards holds those of one rank alone, and the others' are lost. Save with "
+            "torch.distributed.checkpoint, with the save() of a Fisher or penalty, or, for what keeps the state of "
+            "rank 0 alone as accelerate does, register wplfast.distributed.WholeState(penalty)"
+        )
 
 
 def like(part: Tensor, shard: Tensor) -> Tensor:
@@ -85,6 +106,10 @@ def localised(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> 
         parameters: by name.
     """
     found = dict(state)
+    for tensor in found.values():
+        if isinstance(tensor, DTensor):
+            _check_own(tensor)
+    agreed(None)  # before what is redistributed, which is collective
     for name, shard in parameters.items():
         for kind in ("fisher", "theta_hat", "offset"):
             key = f"{kind}.{name}"
@@ -152,6 +177,16 @@ def together(shards: Sequence[Tensor], what: str) -> Iterator[None]:
         finally:
             _agreement.reset(token)
         agreement.exchange(None)
+
+
+def agreed(own: T) -> list[T]:
+    """Return what all ranks say, if they are doing something :func:`together`; otherwise what this one does.
+
+    Raises:
+        RankFailedError: if another rank failed in it.
+    """
+    agreement = _agreement.get()
+    return [own] if agreement is None else agreement.exchange(own)
 
 
 def group_of(tensors: Iterable[Tensor]) -> Group:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from .. import storage
-from ..errors import NameMismatchError
+from ..errors import NameMismatchError, WplfastError
 from ..ops.consolidation import Consolidation
 from .anchors import Anchors
 from .param_groups import ParamGroups
@@ -114,6 +114,19 @@ class Saved(nn.Module):
         if not (strict or found.fitting or found.errors or (found.headed and not has_anchors(own))):
             logger.warning("load_state_dict: nothing fits the penalty %r: missing %s", prefix, found.missing[:6])
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Refuse what ``torch.distributed.checkpoint.state_dict`` does, which alone asks for this.
+
+        Raises:
+            WplfastError: always.
+        """
+        raise WplfastError(
+            "get_model_state_dict takes the keys of a model's state for names of attributes, which those of a penalty "
+            "inside of the model are not. Save model.state_dict(), which has them, with dcp.save; "
+            "or keep the penalty outside of the model and save {'model': get_model_state_dict(model), 'wpl': "
+            "wpl.state_dict()}"
+        )
+
     def _state(self) -> dict[str, Tensor]:
         """Return the anchors as named tensors."""
         groups = self._groups
@@ -141,6 +154,10 @@ class Saved(nn.Module):
         """Take over anchors of what lies on this rank."""
         parameters = dict(zip(references.names, references.parts(), strict=True))
         found = faults(state, parameters, self._fisher_dtype, strict)
+        if references.is_sharded:
+            from ..distributed.shards import agreed
+
+            found.join(agreed(found))
         if found.errors or not found.headed or (strict and (found.missing or found.unexpected)):
             return found
         anchors = self._blank(references, groups.l2)

@@ -49,6 +49,19 @@ class Faults:
         """Whether the state says of which version it is, and how many anchors it holds."""
         return not {"version", "n_anchors"} & set(self.missing)
 
+    def join(self, others: Sequence[Faults]) -> None:
+        """Take over what is wrong on other ranks, so that all load, or none.
+
+        Args:
+            others: of all ranks, in their order.
+        """
+        own = set(self.errors)
+        for rank, other in enumerate(others):
+            self.errors += [f"rank {rank}: {text}" for text in other.errors if text not in own]
+            self.fitting &= other.fitting
+        self.missing = sorted({key for other in others for key in other.missing})
+        self.unexpected = sorted({key for other in others for key in other.unexpected})
+
 
 def faults(
     state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], fisher_dtype: torch.dtype | None, strict: bool
