@@ -248,6 +248,8 @@ class Run:
             self.before.restore()
             set_random_state(self.device, state)
             outputs = self._forward(batch)
+            if self.drawn is not None:
+                self.drawn.follow(outputs)
             return self.loss_fn(outputs, terms[0].targets)
 
         for index, term in enumerate(terms):

@@ -137,6 +137,11 @@ class DrawnTargets:
         self._reading, self._check = reading, self._checking(reading, outputs, targets)
         return self._again(outputs, targets, term)
 
+    def follow(self, outputs: Any) -> None:
+        """Take the outputs of a batch that was run again."""
+        if self._check is not None:
+            self._check.follow(outputs)
+
     def terms(self, outputs: Any, targets: Any) -> Iterator[Term]:
         """Yield the terms of a batch."""
         self._n_batches += 1

@@ -56,10 +56,8 @@ class LossCheck:
     ) -> None:
         """See the class."""
         self.reading, self._loss_fn, self._parameters = reading, loss_fn, parameters
-        self._outputs, self._targets, self._number = outputs, targets, number
-        found = leaves_of(outputs)
-        self._parts = [found[index] for index in reading.logits.indices]
-        self._versions = [_version(part) for part in self._parts]
+        self._targets, self._number = targets, number
+        self.follow(outputs)
         self.logits = reading.logits.get(outputs).detach()
         self._given = reading.given(self.logits, targets)
         rows = reading.row_shape(self.logits)
@@ -73,6 +71,12 @@ class LossCheck:
             self._own = reading.alignment.to_rows(self._given, rows, fill)
         # How often each row counts: as the last draw for this batch showed, or else once where its label may.
         self._weights = self._known.to(torch.float64 if self.logits.dtype == torch.float64 else torch.float32)
+
+    def follow(self, outputs: Any) -> None:
+        """Take the outputs of another forward pass on the same batch, whose graph the losses to come will have."""
+        self._outputs, found = outputs, leaves_of(outputs)
+        self._parts = [found[index] for index in self.reading.logits.indices]
+        self._versions = [_version(part) for part in self._parts]
 
     @cached_property
     def _probe(self) -> Probe:
