@@ -287,6 +287,76 @@ def test_many_tokens_and_many_classes(dtype):
             fd(model, batches, loss, fisher_type="mc", verify=False, params=[("bias", model.head.bias)])
 
 
+class Positions(nn.Module):
+    """Learned positions, which the first batch is run again for: its later terms have another graph than its first."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.norm, self.head = nn.Embedding(6, 3), nn.LayerNorm(3), nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.head((x + self.norm(self.positions(torch.arange(x.shape[1])))).tanh().mean(1))
+
+
+def test_terms_of_a_batch_that_is_run_again():
+    torch.manual_seed(0)
+    model, batches = Positions().double(), [(torch.randn(4, 6, 3).double(), torch.zeros(4, dtype=int)) for _ in "ab"]
+    want = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for x in torch.cat([x for x, _ in batches]).split(1):
+        log_p = model(x)[0].log_softmax(0)
+        for value in log_p:
+            found = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+            for total, g in zip(want.values(), found, strict=True):
+                total += value.exp().detach() * g.square() / 8
+    close(fd(model, batches, ce, fisher_type="exact"), want, 1e-9)
+    assert fd(model, batches, ce, fisher_type="mc", mc_samples=3).n_samples == 8
+    with pytest.raises(ValueError, match=NOT.format("categorical", 1)):
+        fd(model, batches, lambda o, y: ce(o.clamp(-0.1, 0.1), y), fisher_type="exact")
+
+
+SHORT = torch.tensor([[0] * 5 + [1], [2] * 6])
+
+
+@pytest.mark.parametrize("form", ["padded", "documents"])
+def test_means_over_few_tokens_that_are_certain(form):
+    """How often -log p counts cannot be told where p is 1 nearly, and is more there than in all other rows."""
+    model = nn.Linear(5, 5)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(5))
+        model.bias.zero_()
+    x, y = torch.randn(2, 6, 5), torch.zeros(2, 6, dtype=int)
+    x[0, 5] = torch.tensor([12.0, 0, 0, 0, 0])  # 1 - p = 2e-5
+    if form == "padded":
+        x, y = torch.cat([x, x.flip(1)[:1]]), torch.zeros(3, 6, dtype=int)
+        y[2, 1:] = -100
+    ids = SHORT if form == "documents" else None
+
+    def loss(o, y):
+        return ce(o, y, token_reduction="mean", sample_ids=ids)
+
+    samples = "losses" if form == "documents" else "batch"
+    for dtype in (torch.float32, torch.bfloat16):
+        model = model.to(dtype)
+        assert fd(model, [(x.to(dtype), y)] * 2, loss, fisher_type="mc", samples=samples, mc_samples=2).n_samples == 6
+
+    def pushed(o, y):  # the gradient of tokens that are certain is not small
+        return loss(o, y) + 0.1 * torch.where(o[..., 0] - o[..., 1] > 8, o[..., 1], 0).sum()
+
+    with pytest.raises(ValueError, match=r"is not -log p of targets drawn for likelihood='categorical' in batch 1"):
+        fd(model.float(), [(x, y)], pushed, fisher_type="mc", samples=samples, verify=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [5, 300, 20_000])
+def test_log_probabilities_in_half_precision(dtype, classes):
+    """Their rounding leaves sums of probabilities that are not 1."""
+    model, batches = nn.Sequential(Logits(classes), nn.LogSoftmax(-1)).to(dtype), tokens(classes, dtype=dtype)
+    nll = lambda o, y: F.nll_loss(o.transpose(1, 2), y, reduction="none").sum(1)  # noqa: E731
+    assert fd(model, batches, nll, fisher_type="mc", mc_samples=2).n_samples == 8
+    with pytest.raises(ValueError, match="is not -log p"):
+        fd(model[0], batches, nll, fisher_type="mc")
+
+
 class Own(torch.autograd.Function):
     """The cross-entropy with a backward pass of its own, which keeps the gradient from the forward pass."""
 

@@ -52,7 +52,8 @@ class RowScales(NamedTuple):
     Attributes:
         scales: how often each row's -log p is in the loss.
         errors: what rounding may make of the scales, relative to them: much where p of the label is 1 nearly.
-        excess: what else is in a row's gradient, as a multiple of what rounding may leave there.
+        excess: what else is in a row's gradient, as a multiple of what rounding may leave there; where its scale cannot
+            be told, the row's gradient as a multiple of what it may be if the scale is 1 (or the largest, if above).
         nll: -log p of each row's label.
         labels: of the rows.
         known: rows whose label may count.
@@ -77,8 +78,10 @@ class RowScales(NamedTuple):
         return self.certain & (self.scales.abs() <= NONE * largest)
 
     def are(self, expected: Tensor | float, used: Tensor) -> Tensor:
-        """Tell whether the scales of all rows in use are as expected (bool, 0-d)."""
-        return (((self.scales / expected - 1).abs() <= self.errors) | ~(used & self.certain)).all()
+        """Tell whether the scales of all rows in use are as expected, as far as they can be told (bool, 0-d)."""
+        certain = self.certain
+        fits = torch.where(certain, (self.scales / expected - 1).abs() <= self.errors, self.excess <= expected)
+        return (fits | ~used).all()
 
 
 def row_scales(
@@ -113,8 +116,9 @@ def row_scales(
     certain = known & (error < 0.2)
     level = torch.where(certain, scales, 0).abs()
     largest = torch.maximum(level.amax(), 1e-3 * rest.amax()) if bool(certain.any()) else level.new_ones(())
-    # Of rows whose scale cannot be told the gradient is zero nearly; of those without a label it must be nothing.
-    level = torch.where(certain, level.clamp_min(1e-3 * precision.tolerance * largest), largest)
+    # Of rows whose scale cannot be told the gradient is zero nearly, and the scale may exceed those that can be told:
+    # that of a sample's only token where losses are means. Of rows without a label the gradient must be nothing.
+    level = torch.where(certain, level.clamp_min(1e-3 * precision.tolerance * largest), largest.clamp_min(1))
     allowed = torch.where(known, level * floor, 1e-3 * precision.tolerance * largest)
     excess = torch.where(rest > 0, rest / allowed, 0).nan_to_num(nan=math.inf)
     return RowScales(scales, error, excess, nll, labels, known)
@@ -166,6 +170,12 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def are_normalised(rows: Tensor) -> Tensor:
+    """Tell which rows [..., C] are log-probabilities, up to the rounding of their type."""
+    rounding = torch.finfo(rows.dtype).eps * math.log(rows.shape[-1])
+    return _wide(rows).logsumexp(-1).abs() < 1e-2 + rounding
+
+
 def _categorical(
     logits: Tensor, gradient: Tensor, labels: Tensor, known: Tensor, *, precision: Precision, of_log_p: bool
 ) -> tuple[Tensor, ...]:
@@ -176,7 +186,7 @@ def _categorical(
     if of_log_p:
         nll = -_wide(logits.gather(-1, index).squeeze(-1))
         away, p = torch.ones_like(nll), None
-        normalised = _wide(logits).logsumexp(-1).abs() < 1e-2
+        normalised = are_normalised(logits)
     else:
         log_p = _wide(logits).log_softmax(-1)
         nll = -log_p.gather(-1, index).squeeze(-1)
