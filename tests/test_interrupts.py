@@ -271,6 +271,23 @@ def test_with_a_default_device():
     assert before == scene.state()
 
 
+def test_every_line_at_which_parameters_are_claimed():
+    scene, claims = Scene(), {str(FOLDER / "capture/watched.py")}
+    before = scene.state()
+
+    def enter():
+        with wplfast.FisherAccumulator(scene.model, scene.subset):
+            pass
+
+    with Injecting(-1, files=claims) as counter:
+        enter()
+    assert counter.count > 50
+    for at in range(counter.count):
+        with suppress(KeyboardInterrupt), Injecting(at, files=claims):
+            enter()
+        assert before == scene.state(), at
+
+
 def test_gradients_are_kept_no_longer_than_the_pass():
     model = mlp()
     model[0].weight.grad = torch.ones(9, 6)

@@ -8,10 +8,10 @@ directly; there the gradient arrives at the parameter's ``.grad``, which is how 
 
 from __future__ import annotations
 
-import threading
+import operator
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import repeat
+from itertools import compress, repeat
 from typing import Any, Protocol, cast
 
 import torch
@@ -35,7 +35,6 @@ class Interceptor(Protocol):
 _DERIVATIVES = frozenset({torch.autograd.grad, torch.autograd.backward})
 
 _interceptors: dict[int, Interceptor] = {}  # id(parameter) -> the pass that watches it
-_lock = threading.Lock()
 
 
 def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
@@ -171,21 +170,21 @@ def watch(parameters: dict[str, Tensor], interceptor: Interceptor, undo: Undo) -
         UnsupportedParameterError: if the class of one cannot be swapped.
     """
     check_supported(parameters)
-    with _lock:
-        for name, parameter in parameters.items():
-            if id(parameter) in _interceptors:
-                raise WplfastError(f"{name!r} is being watched by another Fisher pass; run one pass at a time")
-        tensors = list(parameters.values())
-        found = [hooks for p in tensors for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
-        awake = [hooks for hooks in found if hooks]
-        undo.by(setattr, tensors, repeat("__class__"), [type(p) for p in tensors])
-        undo.by(_interceptors.pop, [id(p) for p in tensors], repeat(None))
-        undo.by(partial.__call__, [partial(hooks.update, dict(hooks)) for hooks in awake])
-        for parameter in tensors:
-            _interceptors[id(parameter)] = interceptor
-            parameter.__class__ = _SWAPS[type(parameter)]
-        for hooks in awake:
-            hooks.clear()
+    tensors, ids = list(parameters.values()), [id(p) for p in parameters.values()]
+    # A claim is one call of C: no lock is needed between threads, which an interrupt could leave locked.
+    claimed = compress(ids, map(operator.is_, map(_interceptors.get, ids), repeat(interceptor)))
+    undo.by(_interceptors.pop, claimed, repeat(None))
+    for name, key in zip(parameters, ids, strict=True):
+        if _interceptors.setdefault(key, interceptor) is not interceptor:
+            raise WplfastError(f"{name!r} is being watched by another Fisher pass; run one pass at a time")
+    found = [hooks for p in tensors for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
+    awake = [hooks for hooks in found if hooks]
+    undo.by(setattr, tensors, repeat("__class__"), [type(p) for p in tensors])
+    undo.by(partial.__call__, [partial(hooks.update, dict(hooks)) for hooks in awake])
+    for parameter in tensors:
+        parameter.__class__ = _SWAPS[type(parameter)]
+    for hooks in awake:
+        hooks.clear()
 
 
 def tensors_in(tree: Any) -> Iterable[Tensor]:
