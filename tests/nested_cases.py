@@ -27,6 +27,23 @@ class Checkpoint(torch.autograd.Function):
         return None, *(x.grad for x in inputs)
 
 
+class KeptGraph(torch.autograd.Function):
+    """Builds a graph of its own in the forward pass, and sends gradients through it, which accumulate in parameters."""
+
+    @staticmethod
+    def forward(ctx, run, x):
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.y = run(ctx.x)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.x.grad = None
+        ctx.y.backward(gradient, retain_graph=True)
+        return None, ctx.x.grad
+
+
 class Product(torch.autograd.Function):
     """x @ w, which nothing sees from outside."""
 

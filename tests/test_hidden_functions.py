@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nested_cases import Checkpoint, accumulated, diagonal, rows
+from nested_cases import Checkpoint, KeptGraph, accumulated, diagonal, rows
 from oracle import assert_close, fisher_loop
 from torch import nn
 from zoo import D, Lambda, classify, head
 
 import wplfast
 from wplfast.errors import WplfastError
-
-
-class OwnGraph(torch.autograd.Function):
-    """Builds a graph forwards and sends gradients through it backwards, which accumulate in parameters."""
-
-    @staticmethod
-    def forward(ctx, x, run):
-        with torch.enable_grad():
-            ctx.x = x.detach().requires_grad_()
-            ctx.y = run(ctx.x)
-        return ctx.y.detach()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.x.grad = None
-        torch.autograd.backward(ctx.y, gradient, retain_graph=True)
-        return ctx.x.grad, None
 
 
 class Given(torch.autograd.Function):
@@ -47,11 +30,11 @@ class Given(torch.autograd.Function):
 
 
 FORWARDS = {
-    "own graph": lambda m, h: OwnGraph.apply(h, lambda z: torch.tanh(m.b(z))),
-    "used outside too": lambda m, h: m.b(OwnGraph.apply(h, lambda z: torch.tanh(m.b(z)))),
+    "own graph": lambda m, h: KeptGraph.apply(lambda z: torch.tanh(m.b(z)), h),
+    "used outside too": lambda m, h: m.b(KeptGraph.apply(lambda z: torch.tanh(m.b(z)), h)),
     "checkpoint, used outside too": lambda m, h: m.b(Checkpoint.apply(lambda z: torch.tanh(m.b(z)), h)),
-    "in another one": lambda m, h: OwnGraph.apply(h, lambda z: OwnGraph.apply(m.b(z), torch.tanh)),
-    "of a derived matrix": lambda m, h: OwnGraph.apply(h, lambda z: torch.tanh(z @ (2 * m.b.weight) + m.b.bias)),
+    "in another one": lambda m, h: KeptGraph.apply(lambda z: KeptGraph.apply(torch.tanh, m.b(z)), h),
+    "of a derived matrix": lambda m, h: KeptGraph.apply(lambda z: torch.tanh(z @ (2 * m.b.weight) + m.b.bias), h),
     "given": lambda m, h: Given.apply(h, lambda z: torch.tanh(m.b(z)), *m.b.parameters()),
 }
 

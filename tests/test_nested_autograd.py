@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from nested_cases import Checkpoint, accumulated, diagonal, rows
+from nested_cases import Checkpoint, KeptGraph, accumulated, diagonal, rows
 from oracle import assert_close, fisher_loop
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -57,23 +57,6 @@ class BackwardTo(WithParameters):
             y = ctx.run(x)
         torch.autograd.backward(y, gradient, inputs=[x, *ctx.parameters])
         return None, None, x.grad
-
-
-class KeptGraph(torch.autograd.Function):
-    """Builds a graph of its own in the forward pass."""
-
-    @staticmethod
-    def forward(ctx, run, x):
-        with torch.enable_grad():
-            ctx.x = x.detach().requires_grad_()
-            ctx.y = run(ctx.x)
-        return ctx.y.detach()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.x.grad = None
-        ctx.y.backward(gradient, retain_graph=True)
-        return None, ctx.x.grad
 
 
 class Reversible(torch.autograd.Function):

@@ -201,9 +201,14 @@ def collective_device(group: Group, kinds: set[str] | None = None, tensors: list
     return next((t.device for t in tensors or () if t.device.type == kind), torch.device(kind))
 
 
+def has_group() -> bool:
+    """Tell whether there is a process group, be it of one rank."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def is_distributed() -> bool:
     """Tell whether there is a process group of more than one rank."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return has_group() and dist.get_world_size() > 1
 
 
 def store_of(group: Group = None) -> Any:

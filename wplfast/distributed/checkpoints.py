@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import NameMismatchError
 from ..params import some
+from .agreement import has_group
 from .shards import like
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ def load_penalty(penalty: WeightPlasticityLoss, checkpoint: str | os.PathLike[st
         raise NameMismatchError(f"{os.fspath(checkpoint)} has no penalty under {key!r}; it has {some(sorted(entries))}")
     parameters = penalty._groups.references.by_name()
     state = {name: _blank(entry, parameters.get(name.partition(".")[2])) for name, entry in kept.items()}
-    alone = not (dist.is_available() and dist.is_initialized())
-    load({key: state}, checkpoint_id=checkpoint, no_dist=alone)
+    load({key: state}, checkpoint_id=checkpoint, no_dist=not has_group())
     penalty.load_state_dict(state)
 
 

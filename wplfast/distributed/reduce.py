@@ -21,7 +21,7 @@ from ..errors import NameMismatchError, WplfastError
 from ..fisher.faults import check_values
 from ..ops.layout import flat_dtype
 from ..params import some
-from .agreement import collective_device, gathered
+from .agreement import collective_device, gathered, has_group
 
 if TYPE_CHECKING:
     from ..fisher.result import Fisher
@@ -70,7 +70,7 @@ def merged(fisher: Fisher, group: Any) -> Merged:
         WplfastError: on all ranks, if the Fisher of one was reduced already, or one has no memory for the sums.
         NameMismatchError: on all ranks, if names differ.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_group():
         raise RuntimeError("all_reduce_ needs a process group: call torch.distributed.init_process_group first")
     if dist.get_rank(group) < 0:
         raise ValueError("all_reduce_ merges over the ranks of a group, and this rank is not in it")

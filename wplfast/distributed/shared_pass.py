@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import NameMismatchError
 from ..params import is_fully_sharded, some
-from .agreement import Agreement, Group, collective_device, is_distributed
+from .agreement import Agreement, Group, collective_device, has_group, is_distributed
 from .engines import group_of, inner_module, is_replica, replicas_in
 from .fingerprint import fingerprints
 
@@ -39,7 +39,7 @@ def open_pass(model: nn.Module, reduce: bool | None) -> OwnPass | SharedPass | S
     Raises:
         RuntimeError: if it is to be reduced, and there is no process group.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_group():
         if reduce:
             raise RuntimeError("reduce=True needs a process group: call torch.distributed.init_process_group first")
         return OwnPass()

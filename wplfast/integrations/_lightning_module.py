@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..distributed.agreement import has_group
 from ..fisher.batches import moved
 from ..params import device_of
 
@@ -85,15 +86,10 @@ def _loader(datamodule: Any) -> Any:
     """Prepare a data module that no Trainer prepared, as one does: download in one process, set up in all."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         datamodule.prepare_data()
-    if _has_group():
+    if has_group():
         dist.barrier()
     datamodule.setup("fit")
     return datamodule.train_dataloader()
-
-
-def _has_group() -> bool:
-    """Tell whether there are other ranks to talk to."""
-    return dist.is_available() and dist.is_initialized()
 
 
 class AsTrained(nn.Module):
@@ -113,7 +109,7 @@ class AsTrained(nn.Module):
         self._call, self._datamodule = call, datamodule
         self._precision = None if trainer is None else trainer.precision_plugin
         self._device = None if trainer is None else trainer.strategy.root_device
-        self.is_distributed = trainer is not None and trainer.world_size > 1 and _has_group()
+        self.is_distributed = trainer is not None and trainer.world_size > 1 and has_group()
 
     def precision(self) -> AbstractContextManager[None]:
         """Return the context of a forward pass and its loss."""
