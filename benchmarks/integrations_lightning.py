@@ -17,13 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import wplfast
 from wplfast.integrations.lightning import WPLCallback
 
+from .integrations import WARM_UP, WAYS, record_of, way_of
 from .models import Decoder
-from .timing import Budget, quartiles, ratio
+from .timing import Budget
 
-WAYS = ("without", "callback", "loop")
 VOCABULARY, LENGTH, WIDTH, BATCH = 50257, 512, 768, 2  # GPT-2-small's shapes, one layer
 QUICK = (50, 16, 8, 2)
-WARM_UP = 1  # steps of each way that are not counted
 
 
 class Language(pl.LightningModule):
@@ -58,8 +57,7 @@ class Turns(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         """Attach or detach the callback, and start."""
-        turn, place = divmod(index, len(WAYS))
-        self.way = WAYS[(place + turn) % len(WAYS)]
+        self.way = way_of(index)
         module.with_loop = self.way == "loop"
         self.callback.on_train_end(trainer, module)
         if self.way == "callback":
@@ -105,14 +103,5 @@ def lightning_step(budget: Budget) -> dict[str, Any]:
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(TensorDataset(tokens), batch_size=size))
-    times = {way: taken[WARM_UP:] for way, taken in clock.times.items()}
-    rounds = min(map(len, times.values()))
-    times = {way: taken[:rounds] for way, taken in times.items()}
-    return {
-        "case": f"Lightning, decoder of one layer, d={width}, V={vocabulary}, T={length}, N={size}",
-        "parameters": sum(p.numel() for p in module.parameters()),
-        "rounds": rounds,
-        "milliseconds": {way: quartiles(taken, 1e3) for way, taken in times.items()},
-        "callback_over_without": ratio(times["callback"], times["without"]),
-        "loop_over_callback": ratio(times["loop"], times["callback"]),
-    }
+    case = f"Lightning, decoder of one layer, d={width}, V={vocabulary}, T={length}, N={size}"
+    return record_of(case, module, clock.times)

@@ -25,13 +25,12 @@ import wplfast
 from wplfast.integrations.transformers import WPLCallback, trainer_fisher
 from wplfast.penalty.attach import attach
 
+from .integrations import WARM_UP, WAYS, record_of, way_of
 from .timing import Budget, Contender, quartiles, ratio
 from .ways import WrongResultError
 
-WAYS = ("without", "callback", "loop")
 VOCABULARY, LENGTH, WIDTH, HEADS, BATCH = 50257, 512, 768, 12, 2  # GPT-2-small's shapes, one layer
 QUICK = (50, 16, 8, 2, 2)
-WARM_UP = 1  # steps of each way that are not counted
 N_BATCHES = 4  # of an evaluation epoch
 
 
@@ -64,8 +63,7 @@ class Turns(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Attach or detach the callback, and start."""
-        turn, place = divmod(self.n_steps, len(WAYS))
-        self.way = WAYS[(place + turn) % len(WAYS)]
+        self.way = way_of(self.n_steps)
         self.trainer.with_loop = self.way == "loop"
         self.callback.on_train_end(args, state, control)
         if self.way == "callback":
@@ -117,16 +115,7 @@ def transformers_step(budget: Budget) -> dict[str, Any]:
         trainer.add_callback(callback)
         trainer.add_callback(_Deadline(budget.seconds, len(WAYS) * (WARM_UP + 3)))
         trainer.train()
-    rounds = min(map(len, turns.times.values())) - WARM_UP
-    times = {way: taken[WARM_UP : WARM_UP + rounds] for way, taken in turns.times.items()}
-    return {
-        "case": f"Trainer, {case}",
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "rounds": rounds,
-        "milliseconds": {way: quartiles(taken, 1e3) for way, taken in times.items()},
-        "callback_over_without": ratio(times["callback"], times["without"]),
-        "loop_over_callback": ratio(times["loop"], times["callback"]),
-    }
+    return record_of(f"Trainer, {case}", model, turns.times)
 
 
 class _Deadline(TrainerCallback):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 Settings = TypeVar("Settings")
+
+#: default values of an option, what converts and checks one, and what they mean
+Grid: TypeAlias = tuple[Sequence[Any], Callable[[str], Any], str]
 
 
 class OptionError(ValueError):
@@ -46,6 +49,19 @@ def add_options(parser: Any, settings: Any) -> None:
             flag = f"--{(more.pop('flag') or one.name).replace('_', '-')}"
             words = "; ".join(filter(None, (more.pop("words"), "default: %(default)s" * (default is not None))))
             parser.add_argument(flag, type=more.pop("kind"), default=default, help=words, **more)
+
+
+def add_grids(parser: argparse.ArgumentParser, grids: Mapping[str, Grid]) -> None:
+    """Add options of several values each."""
+    for name, (values, kind, words) in grids.items():
+        words = f"{words}; default: %(default)s"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", default=values, help=words)
+
+
+def sort_grids(options: argparse.Namespace, grids: Iterable[str]) -> None:
+    """Let each of these options hold its values once, in ascending order."""
+    for name in grids:
+        setattr(options, name, sorted(set(getattr(options, name))))
 
 
 def read(settings: Settings, options: argparse.Namespace, **more: Any) -> Settings:

@@ -27,7 +27,7 @@ from typing import Any
 from ..data.digits import load_split
 from ..harness.command import Experiment
 from ..harness.command import main as run_command
-from ..harness.options import add_options, make_parser, positive, read, strength
+from ..harness.options import add_grids, add_options, make_parser, positive, read, sort_grids, strength
 from ..harness.runner import Runner
 from . import report, summary, training
 from .training import ARMS, FISHERS, Setup
@@ -98,12 +98,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("permuted_pixels", __doc__, seeds=5)
     add_options(parser, Setup())
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
-    for name, (values, kind, words) in GRIDS.items():
-        words = f"{words}; default: %(default)s"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", default=values, help=words)
+    add_grids(parser, GRIDS)
     options = parser.parse_args(arguments)
-    for name in GRIDS:
-        setattr(options, name, sorted(set(getattr(options, name))))
+    sort_grids(options, GRIDS)
     options.arms = [arm for arm in ARMS if arm in options.arms]
     if len(options.grid) != len(options.l2_grid):
         parser.error(f"--grid and --l2-grid must have as many values, got {len(options.grid)}, {len(options.l2_grid)}")
