@@ -165,6 +165,18 @@ def test_diff_of_more_than_can_be_ranked(monkeypatch: Any, capsys: pytest.Captur
     assert re.search(r"body\.0 +630 +0\.\d+ +~", run(capsys, "diff", "A", "B"))
 
 
+def test_what_is_ranked_of_a_large_matrix_has_all_columns(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """F differs most between columns: every 16th entry of rows of 64 would be of four of them."""
+    monkeypatch.setattr(diff, "RANKED", 256)
+    columns = torch.rand(2, 64)
+    fishers = [(column + 0.01 * torch.rand(64, 64)).contiguous() for column in columns]
+    for path, matrix in zip("AB", fishers, strict=True):
+        Fisher({"body.weight": matrix}, 9).save(path)
+    found = json.loads(run(capsys, "diff", "A", "B", "--json"))["modules"][0]
+    assert found["sampled"]
+    assert abs(found["rank_correlation"] - spearman(*(f.flatten().double() for f in fishers))) < 0.05
+
+
 def test_diff_says_what_cannot_be_compared(capsys: pytest.CaptureFixture[str]) -> None:
     fisher().save("A")
     other = dict(fisher(1)) | {"head.weight": torch.ones(5, 30), "new.weight": torch.ones(2)}

@@ -100,6 +100,16 @@ def test_sums_are_in_float64() -> None:
     assert Fisher({"w": tensor}, 1).summary().total.mean == 1.0
 
 
+def test_a_part_of_the_entries_has_all_columns() -> None:
+    """The median of what is spread by columns: every 64th entry of rows of 64 would be one column's."""
+    matrix = torch.arange(64.0).repeat(1024, 1)
+    entries = Spread.of("weight", matrix, sampled=1024).entries
+    assert entries is not None
+    assert len(entries) <= 1024
+    assert set(entries.tolist()) == set(range(64))
+    assert abs(float(entries.median()) - 31.5) < 1
+
+
 def test_tables_fit_a_terminal_and_keep_names_in_a_pipe() -> None:
     name = "a.very.long.name.of.a.parameter.that.goes.on.and.on"
     rows = [(name, "1"), ("b", "22")]

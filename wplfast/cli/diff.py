@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..fisher.spread import module_of
+from ..fisher.spread import even_step, module_of
 from ..fisher.table import table, terminal_width
 from .fisher_file import FisherFile, fisher_file
 
-#: Most elements that are ranked at once; of more, evenly spaced ones are.
-RANKED = 1 << 24
+#: Most elements of a module that are ranked; of more, evenly spaced ones are: 0.001 of a rank correlation's deviation.
+RANKED = 1 << 20
+
+#: Elements that are multiplied at once.
+PART = 1 << 22
 
 #: Rows that are printed; JSON has all.
 MOST = 60
@@ -100,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     if len(shown) < len(rows):
         print(f"the {len(shown)} least alike by cosine of {len(rows):,} modules; --json prints all, --depth joins some")
     if any(row.sampled for row in (*shown, total)):
-        print(f"~ of evenly spaced entries, about {RANKED / 2**20:.0f} million")
+        print(f"~ of evenly spaced entries, at most {RANKED:,}")
     return 0
 
 
@@ -113,7 +116,7 @@ class _Cosine:
 
     def add(self, first: Tensor, second: Tensor) -> None:
         """Add two tensors, a part at a time."""
-        for a, b in zip(first.reshape(-1).split(RANKED), second.reshape(-1).split(RANKED), strict=True):
+        for a, b in zip(first.reshape(-1).split(PART), second.reshape(-1).split(PART), strict=True):
             a, b = a.double(), b.double()
             self.product += float(a @ b)
             self.first += float(a @ a)
@@ -136,8 +139,14 @@ class _Cosine:
 
 def _entries(file: FisherFile, names: Sequence[str]) -> Tensor:
     """Return the entries of some parameters, evenly spaced ones if they are too many."""
-    step = math.ceil(sum(math.prod(file.shape(name)) for name in names) / RANKED) or 1
-    return torch.cat([torch.zeros(0), *(file.get(name).reshape(-1)[::step].to(torch.float64) for name in names)])
+    sizes = [math.prod(file.shape(name)) for name in names]
+    least = math.ceil(sum(sizes) / RANKED) or 1
+    parts = (
+        file.get(name).reshape(-1)[:: even_step(size, least)].to(torch.float64)
+        for name, size in zip(names, sizes, strict=True)
+        if size
+    )
+    return torch.cat([torch.zeros(0), *parts])
 
 
 def _likeness(module: str, cosine: _Cosine, first: Tensor, second: Tensor) -> Likeness:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Spread:
             return Spread(name, 0, 0.0, 0.0, entries=torch.zeros(0) if sampled else None)
         entries = None
         if sampled:
-            step = math.ceil(flat.numel() / sampled)
+            step = even_step(flat.numel(), math.ceil(flat.numel() / sampled))
             entries = flat.reshape(-1)[step // 2 :: step].to("cpu", torch.float32)
         total = float(flat.sum(dtype=torch.float64 if flat.device.type != "mps" else torch.float32))
         return Spread(name, flat.numel(), total, float(flat.amax()), entries=entries)
@@ -82,6 +83,15 @@ def _evenly(parts: list[Tensor], elements: list[int]) -> Tensor:
             is_whole = wanted == len(part)
             thinned.append(part if is_whole else part[torch.linspace(0, len(part) - 1, wanted).round().long()])
     return torch.cat(thinned) if thinned else torch.zeros(0)
+
+
+def even_step(elements: int, least: int) -> int:
+    """Return the smallest step through a flat tensor, from ``least`` on, that takes all of its columns in turn.
+
+    It has no divisor in common with the number of elements. Otherwise it would come to the same few columns of a matrix
+    in every row, and F differs most between columns.
+    """
+    return next(step for step in itertools.count(least) if math.gcd(step, elements) == 1)
 
 
 def module_of(name: str, depth: int | None = None) -> str:
