@@ -19,6 +19,7 @@ from torch import Tensor
 
 import wplfast
 from wplfast import Fisher, cli
+from wplfast.cli.estimate.tasks import kind_of
 
 N = 11
 RANDOM = random.Random(0)
@@ -404,13 +405,37 @@ def test_wrong_models_and_functions_are_one_line(
     refused(arguments, message, capsys)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("ReformerModelWithLMHead", "CausalLM"),
+        ("MarianMTModel", "Seq2Seq"),
+        ("BartForConditionalGeneration", "Seq2Seq"),
+        ("BertForMaskedLM", "MaskedLM"),
+        ("BertForSequenceClassification", "SequenceClassification"),
+        ("BertForTokenClassification", "TokenClassification"),
+    ],
+)
+def test_tasks_are_told_by_the_tables_of_transformers(architecture: str, task: str) -> None:
+    assert kind_of(architecture).task == task
+
+
+def rename_architecture(folder: Path, name: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+
+
 def test_folders_that_lack_something(folders: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write("d.jsonl", {"text": TEXTS, "label": CLASSES})
     refused(["--model", saved("gpt2", here, with_tokenizer=False), "--data", data], "has no tokenizer", capsys)
     model("gpt2").transformer.save_pretrained(here / "headless")
-    refused(
-        ["--model", "headless", "--data", data], r"GPT2Model is none of the architectures whose task is known", capsys
-    )
+    for unknown in ("GPT2Model", "LlavaForConditionalGeneration", "WhisperForConditionalGeneration", "MineForCausalLM"):
+        rename_architecture(here / "headless", unknown)
+        refused(
+            ["--model", "headless", "--data", data],
+            rf"{unknown} is none of the architectures whose task is known",
+            capsys,
+        )
     module = model("classes")
     module.config.architectures = ["BertForSequenceClassification"]
     weights = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith("classifier")}

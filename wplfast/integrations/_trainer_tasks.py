@@ -9,10 +9,11 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import losses
 from ..losses.documents import numbered, sums
+from ._model_kinds import kind_of
 
 TokenReduction: TypeAlias = Literal["sum", "mean"]
 
@@ -21,23 +22,6 @@ IGNORED = -100
 
 #: The least divisor of a sample that has any label: of a regression to one number.
 _LEAST = 0.5
-
-#: Name of a task -> what the tables of transformers that list its classes are called, but for "_MAPPING_NAMES".
-_TABLES = {
-    "seq2seq": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_SPEECH_SEQ_2_SEQ"),
-    "causal": ("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_IMAGE_TEXT_TO_TEXT"),
-    "masked": ("MODEL_FOR_MASKED_LM",),
-    "tokens": ("MODEL_FOR_TOKEN_CLASSIFICATION",),
-    "spans": ("MODEL_FOR_QUESTION_ANSWERING",),
-    "samples": (
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION",
-        "MODEL_FOR_IMAGE_CLASSIFICATION",
-        "MODEL_FOR_VIDEO_CLASSIFICATION",
-        "MODEL_FOR_AUDIO_CLASSIFICATION",
-        "MODEL_FOR_MULTIPLE_CHOICE",
-        "MODEL_FOR_NEXT_SENTENCE_PREDICTION",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +56,7 @@ class Task:
 def task_of(model: Any, batch: Mapping[str, Any]) -> Task | None:
     """Return the task of a model, of which one batch shows the labels; None if it is of no known kind."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kind = _kind(type(base))
+    kind = kind_of(type(base))
     if kind is None:
         return None
     if kind == "spans":
@@ -86,11 +70,11 @@ def task_of(model: Any, batch: Mapping[str, Any]) -> Task | None:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor):
         return None
-    if kind == "samples":
+    if kind in ("texts", "samples"):
         return _of_samples(base, labels)
     if labels.is_floating_point():
         return None
-    if kind == "causal":
+    if kind in ("causal", "image_causal"):
         n_virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
         task = Task(partial(_next_token, n_virtual=n_virtual), lambda labels: _counted(labels[:, not n_virtual :]))
         return (
@@ -99,20 +83,6 @@ def task_of(model: Any, batch: Mapping[str, Any]) -> Task | None:
             else task
         )
     return Task(losses.seq2seq, _counted)
-
-
-def _kind(model_class: type[nn.Module]) -> str | None:
-    """Return the task of a class, or of the first of its bases that transformers lists."""
-    from transformers.models.auto import modeling_auto
-
-    names = {
-        name: kind
-        for kind, tables in reversed(_TABLES.items())
-        for table in tables
-        for entry in getattr(modeling_auto, f"{table}_MAPPING_NAMES", {}).values()
-        for name in ((entry,) if isinstance(entry, str) else entry)
-    }
-    return next((names[each.__name__] for each in model_class.__mro__ if each.__name__ in names), None)
 
 
 def _of_samples(model: Any, labels: Tensor) -> Task:

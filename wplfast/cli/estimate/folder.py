@@ -28,9 +28,8 @@ def load(path: str, dtype: str | None) -> tuple[Any, Any]:
         ImportError: if transformers is missing.
     """
     architecture = _architecture(path)
-    loader_name = kind_of(architecture).loader
     transformers = _transformers()
-    loader = getattr(transformers, loader_name)
+    loader = getattr(transformers, kind_of(architecture).loader)
     kind = "auto" if dtype is None else getattr(torch, dtype)
     model, told = loader.from_pretrained(path, local_files_only=True, dtype=kind, output_loading_info=True)
     missing = sorted(told["missing_keys"])
@@ -55,9 +54,8 @@ def shapes(path: str) -> dict[str, tuple[int, ...]]:
         ImportError: if transformers is missing.
     """
     architecture = _architecture(path)
-    loader_name = kind_of(architecture).loader
     transformers = _transformers()
-    loader = getattr(transformers, loader_name)
+    loader = getattr(transformers, kind_of(architecture).loader)
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     with torch.device("meta"):
         model = loader.from_config(config)

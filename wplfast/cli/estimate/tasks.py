@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ...integrations import _model_kinds
 from .records import Records
 
 #: Labels that do not count.
@@ -226,43 +227,42 @@ def _max_length(model: Any, tokenizer: Any, asked: int | None) -> int:
 
 
 class Kind(NamedTuple):
-    """A kind of architecture.
+    """A kind of model that commands know.
 
     Attributes:
-        end: how the names of its classes end.
         loader: the class of transformers that loads it.
         module: of its task here.
         task: name of that class.
     """
 
-    end: str
     loader: str
     module: str
     task: str
 
 
-_KINDS = (
-    Kind("ForCausalLM", "AutoModelForCausalLM", "language", "CausalLM"),
-    Kind("LMHeadModel", "AutoModelForCausalLM", "language", "CausalLM"),
-    Kind("ForMaskedLM", "AutoModelForMaskedLM", "language", "MaskedLM"),
-    Kind("ForConditionalGeneration", "AutoModelForSeq2SeqLM", "language", "Seq2Seq"),
-    Kind("ForSequenceClassification", "AutoModelForSequenceClassification", "classification", "SequenceClassification"),
-    Kind("ForTokenClassification", "AutoModelForTokenClassification", "classification", "TokenClassification"),
-)
+_KINDS = {
+    "causal": Kind("AutoModelForCausalLM", "language", "CausalLM"),
+    "masked": Kind("AutoModelForMaskedLM", "language", "MaskedLM"),
+    "seq2seq": Kind("AutoModelForSeq2SeqLM", "language", "Seq2Seq"),
+    "texts": Kind("AutoModelForSequenceClassification", "classification", "SequenceClassification"),
+    "tokens": Kind("AutoModelForTokenClassification", "classification", "TokenClassification"),
+}
 
 
-def kind_of(architecture: str) -> Kind:
-    """Return the kind of an architecture, by its name.
+def kind_of(architecture: str | type) -> Kind:
+    """Return the kind of an architecture, by its name or class.
 
     Raises:
         ValueError: if it has no task that is known here.
+        ImportError: if transformers is missing.
     """
-    for kind in _KINDS:
-        if architecture.endswith(kind.end):
-            return kind
-    ends = ", ".join(f"...{kind.end}" for kind in _KINDS)
+    kind = _model_kinds.kind_of(architecture)
+    if kind in _KINDS:
+        return _KINDS[kind]
+    name = architecture if isinstance(architecture, str) else architecture.__name__
+    loaders = ", ".join(kind.loader for kind in _KINDS.values())
     raise ValueError(
-        f"{architecture} is none of the architectures whose task is known ({ends}): give a function that returns "
+        f"{name} is none of the architectures whose task is known (those of {loaders}): give a function that returns "
         "(model, data, loss) instead, --model module:function"
     )
 
@@ -274,7 +274,7 @@ def task_of(model: Any, tokenizer: Any, options: Options) -> Task:
         ValueError: if it is of no kind that is known here.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kind = kind_of(type(inner).__name__)
+    kind = kind_of(type(inner))
     module = importlib.import_module(f".{kind.module}", __package__)
     task: type[Task] = getattr(module, kind.task)
     return task(model, tokenizer, options)
