@@ -1,4 +1,4 @@
-"""TRL's trainers: packed and padded fine-tuning, and preference pairs."""
+"""TRL's trainers: packed and padded fine-tuning, preference pairs, and rewards."""
 
 from __future__ import annotations
 
@@ -110,3 +110,38 @@ def test_preferences(adapters, loss_type, tmp_path):
     run.add_callback(WPLCallback(wpl))
     run.train()
     assert [entry["wpl"] > 0 for entry in run.state.log_history if "loss" in entry] == [True, True]
+
+
+def test_rewards(tmp_path):
+    """One step of GRPO with the callback is the step without it, and the penalty's."""
+
+    def stepped(alpha):
+        transformers.set_seed(0)
+        model = llama(eos_token_id=1)
+        arguments = trl.GRPOConfig(
+            str(tmp_path), **OPTIONS | {"max_steps": 1}, num_generations=2, max_completion_length=4, max_grad_norm=0.0
+        )
+        run = trl.GRPOTrainer(
+            model,
+            reward_funcs=lambda completions, **_: [float(len(set(each.split()))) for each in completions],
+            args=arguments,
+            train_dataset=datasets.Dataset.from_dict({"prompt": [text(item) for item in rows(5, 3, 7, 4)]}),
+            processing_class=tokenizer(),
+        )
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        fisher = wplfast.Fisher({name: torch.rand_like(p) for name, p in start.items()}, 4)
+        wpl = wplfast.WeightPlasticityLoss(model, alpha=alpha)
+        wpl.consolidate(fisher, theta_hat={name: p + 0.1 for name, p in start.items()})
+        run.add_callback(WPLCallback(wpl))
+        run.train()
+        return start, fisher, {name: p.detach() for name, p in model.named_parameters()}
+
+    start, fisher, without = stepped(0.0)
+    _, _, with_penalty = stepped(1.0)
+    assert any(not torch.equal(p, start[name]) for name, p in without.items())
+    assert_close(
+        {name: without[name] - p for name, p in with_penalty.items()},
+        {name: OPTIONS["learning_rate"] * f * -0.1 for name, f in fisher.items()},
+        rtol=1e-3,
+        model_rtol=1e-4,
+    )
