@@ -88,6 +88,15 @@ class Batch:
             return isinstance(self.targets, (list, tuple)) and not self.targets
         return not any(len(t) for t in (*given, *tensors_in(self.targets)) if t.dim())
 
+    @property
+    def size(self) -> int | None:
+        """The first size of every input, which is that of the batch as a rule; None if they differ or have none."""
+        given = list(self.inputs.values()) if isinstance(self.inputs, dict) else self.inputs
+        given = given if isinstance(given, (tuple, list)) else [given]
+        dense = all(isinstance(t, Tensor) and t.layout == torch.strided and not t.is_nested and t.dim() for t in given)
+        sizes = {len(t) for t in given} if dense else set()
+        return sizes.pop() if len(sizes) == 1 else None
+
     def forward(self, model: nn.Module) -> Any:
         """Call the model: a tuple is positional, a dict keywords, anything else one argument.
 
