@@ -21,8 +21,8 @@ class Model(nn.Module):
         self.tokens, self.table, self.head = nn.Embedding(V, D), nn.Embedding(4 * T, D), head()
         self.places = places
 
-    def forward(self, tokens):
-        return self.head(torch.tanh(self.tokens(tokens) + self.places(self, tokens)).sum(1))
+    def forward(self, tokens, scale=1.0):
+        return self.head(torch.tanh(scale * self.tokens(tokens) + self.places(self, tokens)).sum(1))
 
 
 def model_of(places):
@@ -84,7 +84,7 @@ def test_a_row_for_each_sample_is_no_position(name):
 
 
 @pytest.mark.parametrize(
-    "pack", [lambda x: x, lambda x: (x,), lambda x: {"tokens": x}], ids=["tensor", "tuple", "dict"]
+    "pack", [lambda x: x, lambda x: (x,), lambda x: {"tokens": x, "scale": 1.0}], ids=["tensor", "tuple", "dict"]
 )
 def test_positions_cost_no_second_run_of_the_first_batch(pack):
     model, runs = model_of(learnt), []

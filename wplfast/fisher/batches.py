@@ -90,11 +90,18 @@ class Batch:
 
     @property
     def size(self) -> int | None:
-        """The first size of every input, which is that of the batch as a rule; None if they differ or have none."""
+        """The first size of every input, as a rule that of the batch; None if they differ, or one is no dense tensor.
+
+        Options (numbers, names, None) among the inputs have none.
+        """
         given = list(self.inputs.values()) if isinstance(self.inputs, dict) else self.inputs
-        given = given if isinstance(given, (tuple, list)) else [given]
-        dense = all(isinstance(t, Tensor) and t.layout == torch.strided and not t.is_nested and t.dim() for t in given)
-        sizes = {len(t) for t in given} if dense else set()
+        given = given if type(given) in (tuple, list) else [given]
+        sizes = set()
+        for part in given:
+            if isinstance(part, Tensor) and part.layout == torch.strided and not part.is_nested and part.dim():
+                sizes.add(len(part))
+            elif not (part is None or isinstance(part, (bool, int, float, str))):
+                return None
         return sizes.pop() if len(sizes) == 1 else None
 
     def forward(self, model: nn.Module) -> Any:
