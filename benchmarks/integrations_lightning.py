@@ -5,7 +5,6 @@ One training run serves all ways: they take turns from batch to batch, so that a
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import wplfast
 from wplfast.integrations.lightning import WPLCallback
 
-from .integrations import WARM_UP, WAYS, record_of, way_of
+from .integrations import Turns, n_steps
 from .models import Decoder
 from .timing import Budget
 
@@ -49,32 +48,31 @@ class Language(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-6)
 
 
-class Turns(pl.Callback):
-    """First of all callbacks: chooses the way of a step, and starts the clock."""
+class Way(pl.Callback):
+    """First of all callbacks: makes each step go its way, and starts the clock."""
 
-    def __init__(self, callback: WPLCallback) -> None:
-        self.callback, self.started, self.way = callback, 0.0, WAYS[0]
+    def __init__(self, callback: WPLCallback, turns: Turns) -> None:
+        self._callback, self._turns = callback, turns
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         """Attach or detach the callback, and start."""
-        self.way = way_of(index)
-        module.with_loop = self.way == "loop"
-        self.callback.on_train_end(trainer, module)
-        if self.way == "callback":
-            self.callback.on_train_start(trainer, module)
-        self.started = time.perf_counter()
+        way = self._turns.next()
+        module.with_loop = way == "loop"
+        self._callback.on_train_end(trainer, module)
+        if way == "callback":
+            self._callback.on_train_start(trainer, module)
+        self._turns.start()
 
 
 class Clock(pl.Callback):
     """Last of all callbacks: stops the clock."""
 
     def __init__(self, turns: Turns) -> None:
-        self.turns = turns
-        self.times: dict[str, list[float]] = {way: [] for way in WAYS}
+        self._turns = turns
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
         """Stop."""
-        self.times[self.turns.way].append(time.perf_counter() - self.turns.started)
+        self._turns.stop()
 
 
 def lightning_step(budget: Budget) -> dict[str, Any]:
@@ -86,9 +84,8 @@ def lightning_step(budget: Budget) -> dict[str, Any]:
     module.fisher = {name: torch.rand_like(p) for name, p in module.named_parameters()}
     module.anchors = {name: p.detach().clone() for name, p in module.named_parameters()}
     wpl.consolidate(module.fisher)
-    turns = Turns(callback := WPLCallback(wpl))
-    clock = Clock(turns)
-    steps = len(WAYS) * (WARM_UP + budget.rounds)
+    turns, callback = Turns(module, wpl, budget.device), WPLCallback(wpl)
+    steps = n_steps(budget.rounds)
     tokens = torch.randint(vocabulary, (size * steps, length))
     trainer = pl.Trainer(
         accelerator="cpu" if budget.device.type == "cpu" else "gpu",
@@ -96,7 +93,7 @@ def lightning_step(budget: Budget) -> dict[str, Any]:
         max_time={"seconds": int(budget.seconds) + 1},
         max_steps=steps,
         gradient_clip_val=1.0,
-        callbacks=[turns, callback, clock],
+        callbacks=[Way(callback, turns), callback, Clock(turns)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -104,4 +101,4 @@ def lightning_step(budget: Budget) -> dict[str, Any]:
     )
     trainer.fit(module, DataLoader(TensorDataset(tokens), batch_size=size))
     case = f"Lightning, decoder of one layer, d={width}, V={vocabulary}, T={length}, N={size}"
-    return record_of(case, module, clock.times)
+    return turns.record(case)

@@ -25,7 +25,7 @@ import wplfast
 from wplfast.integrations.transformers import WPLCallback, trainer_fisher
 from wplfast.penalty.attach import attach
 
-from .integrations import WARM_UP, WAYS, record_of, way_of
+from .integrations import TURN, WARM_UP, Turns, n_steps
 from .timing import Budget, Contender, quartiles, ratio
 from .ways import WrongResultError
 
@@ -54,26 +54,24 @@ class LoopTrainer(Trainer):
         return loss
 
 
-class Turns(TrainerCallback):
-    """Chooses the way of a step, and times it."""
+class Way(TrainerCallback):
+    """Makes each step go its way, and times it."""
 
-    def __init__(self, callback: WPLCallback) -> None:
-        self.callback, self.trainer, self.started, self.n_steps = callback, None, 0.0, 0
-        self.times: dict[str, list[float]] = {way: [] for way in WAYS}
+    def __init__(self, trainer: LoopTrainer, callback: WPLCallback, turns: Turns) -> None:
+        self._trainer, self._callback, self._turns = trainer, callback, turns
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Attach or detach the callback, and start."""
-        self.way = way_of(self.n_steps)
-        self.trainer.with_loop = self.way == "loop"
-        self.callback.on_train_end(args, state, control)
-        if self.way == "callback":
-            self.callback._handle = attach(self.callback.wpl, optimizer.optimizer, self.callback._added)
-        self.started = time.perf_counter()
+        callback, way = self._callback, self._turns.next()
+        self._trainer.with_loop = way == "loop"
+        callback.on_train_end(args, state, control)
+        if way == "callback":
+            callback._handle = attach(callback.wpl, optimizer.optimizer, callback._added)
+        self._turns.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop."""
-        self.times[self.way].append(time.perf_counter() - self.started)
-        self.n_steps += 1
+        self._turns.stop()
 
 
 def _trainer(budget: Budget, folder: str, n_samples: int, callbacks: list[Any], **options: Any) -> tuple[Any, str]:
@@ -97,7 +95,7 @@ def transformers_step(budget: Budget) -> dict[str, Any]:
     Raises:
         WrongResultError: if the callback's penalty is not that of the loop.
     """
-    steps = len(WAYS) * (WARM_UP + budget.rounds)
+    steps = n_steps(budget.rounds)
     with tempfile.TemporaryDirectory() as folder:
         trainer, case = _trainer(budget, folder, min(steps, 8), [], max_steps=steps)
         model = trainer.model
@@ -109,13 +107,12 @@ def transformers_step(budget: Budget) -> dict[str, Any]:
         if abs(here - there) > 1e-4 * there:
             raise WrongResultError(f"the penalty is {here:.8g}, that of the loop {there:.8g}")
         callback = WPLCallback(wpl)
-        turns = Turns(callback)
-        turns.trainer = trainer
-        trainer.add_callback(turns)
+        turns = Turns(model, wpl, budget.device)
+        trainer.add_callback(Way(trainer, callback, turns))
         trainer.add_callback(callback)
-        trainer.add_callback(_Deadline(budget.seconds, len(WAYS) * (WARM_UP + 3)))
+        trainer.add_callback(_Deadline(budget.seconds, len(TURN) * (WARM_UP + 2)))
         trainer.train()
-    return record_of(f"Trainer, {case}", model, turns.times)
+    return turns.record(f"Trainer, {case}")
 
 
 class _Deadline(TrainerCallback):

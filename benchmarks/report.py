@@ -237,11 +237,15 @@ def integrations(runs: Runs, details: bool = False) -> Lines:
             _on(step["case"], run),
             *(time(step["milliseconds"][way]) for way in ("without", "callback", "loop")),
             *(spread(step[key]) for key in ("callback_over_without", "loop_over_callback")),
+            time(step["penalty"]["milliseconds"]),
+            f"{100 * step['penalty']['over_without']['median']:.1f} %",
+            time(step["penalty"]["roof_milliseconds"]),
         ]
         for run in runs
         for step in run["records"]["steps"]
     ]
     heads = ["training step", "without", "callback", "loop in the loss", "callback / without", "loop / callback"]
+    heads += ["the penalty's pass", "of a step", "roof: a triad of as many bytes"]
     lines = table(heads, rows)
     found = [(run, run["records"]["fisher"]) for run in runs if run["records"]["fisher"]]
     if found:

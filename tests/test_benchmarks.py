@@ -6,6 +6,8 @@ import json
 import platform
 import subprocess
 import sys
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not install
 
 from benchmarks import anchors, distributed, fisher, peer_libraries, peers, penalty, report, rule, scaling, timing, ways
 from benchmarks.__main__ import main
+from benchmarks.integrations import TURN, way_of
 from benchmarks.plumbing.markdown import aligned
 from benchmarks.timing import Budget
 from benchmarks.workloads import KNOWN, WORKLOADS
@@ -422,6 +425,16 @@ def _as_subject(case):
     return model, [batch], loss_fn
 
 
+def test_steps_with_and_without_the_callback_are_neighbours_and_follow_each_other_alike():
+    ways = [way_of(step) for step in range(20 * len(TURN) + 1)]
+    follows = Counter(pairwise(ways))
+    assert follows["without", "callback"] == follows["callback", "without"]
+    assert follows["without", "without"] == follows["callback", "callback"]
+    assert follows["loop", "without"] == follows["loop", "callback"]
+    alone = [way for way in ways if way != "loop"]
+    assert all({a, b} == {"without", "callback"} for a, b in zip(alone[::2], alone[1::2], strict=False))
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 def test_integrations_are_measured(tmp_path, capsys):
     pytest.importorskip("transformers", reason="transformers is not installed (the extra 'test')")
@@ -429,7 +442,11 @@ def test_integrations_are_measured(tmp_path, capsys):
     assert main(["integrations", "--quick", "--rounds", "3", "--json", str(path)]) == 0
     found = json.loads(path.read_text())["integrations"][0]["records"]
     step = found["steps"][0]
-    assert step["rounds"] == 3
+    assert step["rounds"] == 4, "two pairs of steps a turn"
+    penalty = step["penalty"]
+    assert penalty["bytes"] == 20 * step["parameters"]
+    assert 0 < penalty["milliseconds"]["median"] < step["milliseconds"]["callback"]["median"]
+    assert penalty["roof_milliseconds"]["median"] > 0
     assert set(step["milliseconds"]) == {"without", "callback", "loop"}
     assert step["loop_over_callback"]["median"] > 0
     assert found["fisher"]["fisher_over_evaluation"]["median"] > 1

@@ -416,3 +416,12 @@ def test_a_timeout_is_not_taken_for_a_batch_that_cannot_be_cut():
 
     with pytest.raises(TimeoutError):
         fd(Net(slow), [(X, Y)], ce)
+
+
+@pytest.mark.parametrize("n_samples", [2, 3, 5, 40])
+def test_no_part_of_a_batch_runs_twice(n_samples):
+    runs = []
+    net = Net(lambda net, x: runs.append(x) or net.linear(x))
+    fd(net, [(some(n_samples, 3), torch.zeros(n_samples, dtype=torch.int64))], ce)
+    assert len({run.numpy().tobytes() for run in runs}) == len(runs)
+    assert any(len(run) != n_samples and torch.equal(run[0], some(n_samples, 3)[-1]) for run in runs)

@@ -47,7 +47,8 @@ class CallSite:
 
     Attributes:
         name: of the function that is called here; "" for the place where a pass begins.
-        is_parameter_only: the call was measured to have no sample axis: its result counts as derived from parameters.
+        is_parameter_only: the call was measured to have no sample axis, or looks up positions: its result counts as
+            derived from parameters.
         in_backward: where calls begin that backward passes make (checkpoints), if this is a pass's last place.
     """
 

@@ -220,6 +220,13 @@ class FisherAccumulator:
         """
         self.accumulate(losses, weights, retain_graph=retain_graph)
 
+    def expect(self, n_samples: int | None) -> None:
+        """Say how many samples the batch seems to have that is run next; None if that is not known.
+
+        Results do not depend on it. It spares the first batch a second run where a model looks up its positions.
+        """
+        self._usable().interception.n_samples = n_samples
+
     def accumulate(
         self,
         losses: Tensor,

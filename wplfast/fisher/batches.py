@@ -88,6 +88,22 @@ class Batch:
             return isinstance(self.targets, (list, tuple)) and not self.targets
         return not any(len(t) for t in (*given, *tensors_in(self.targets)) if t.dim())
 
+    @property
+    def size(self) -> int | None:
+        """The first size of every input, as a rule that of the batch; None if they differ, or one is no dense tensor.
+
+        Options (numbers, names, None) among the inputs have none.
+        """
+        given = list(self.inputs.values()) if isinstance(self.inputs, dict) else self.inputs
+        given = given if type(given) in (tuple, list) else [given]
+        sizes = set()
+        for part in given:
+            if isinstance(part, Tensor) and part.layout == torch.strided and not part.is_nested and part.dim():
+                sizes.add(len(part))
+            elif not (part is None or isinstance(part, (bool, int, float, str))):
+                return None
+        return sizes.pop() if len(sizes) == 1 else None
+
     def forward(self, model: nn.Module) -> Any:
         """Call the model: a tuple is positional, a dict keywords, anything else one argument.
 

@@ -237,6 +237,7 @@ class Run:
         """Run the model on one batch and accumulate all terms of its losses."""
         state = random_state(self.device)
         self.before.take()
+        self.accumulator.expect(batch.size if self.samples == "batch" else None)
         outputs = self._forward(batch)
         terms = list(self.terms(batch, outputs))
         count, weights = 0, None

@@ -114,7 +114,8 @@ class Examination:
     def _examine(self, trial: _Trial, refusing: bool) -> Findings:
         """Run the parts, and look closer where a loss differs."""
         n_samples = len(trial.expected)
-        last, parts = _last(n_samples), self._parts(n_samples)
+        last = _last(n_samples)
+        parts = [part for part in self._parts(n_samples) if part != last]  # which would be the same run again
         differing: int | None = None  # a sample whose loss differed in the likeliest of the cuts that ran
         for cut in trial.parts.cuts():
             single = trial.run(cut, last)

@@ -238,7 +238,7 @@ class LayoutInference:
     def _structures(self, shape: torch.Size, probed: list[Projection], plain: Projection) -> list[AxisTemplate]:
         """Return the first two templates that the measurement admits, or one that leaves no room for another."""
         found: list[AxisTemplate] = []
-        dense = float((plain.rows != 0).double().mean()) > 0.5  # two templates by rows agree on few of them
+        dense = 2 * int(plain.rows.count_nonzero()) > plain.rows.numel()  # two templates by rows agree on few of them
         for template in candidates(shape, self.probe_weights.n_samples):
             layout = template.fit(shape, self.probe_weights.n_samples)
             if layout is not None and self._matches(layout, shape, probed, plain):

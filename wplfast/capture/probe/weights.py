@@ -14,8 +14,9 @@ it must stay as it is in the other one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -108,23 +109,29 @@ class Projection:
             columns = _direction(flat.shape[0], flat.dtype, flat.device) @ flat
         return Projection(rows, columns, gradient.dtype)
 
+    @cached_property
+    def largest(self) -> float:
+        """The largest size of a row's projection; NaN if one is NaN."""
+        return float(self.rows.abs().amax()) if self.rows.numel() else 0.0
+
     @property
     def is_zero(self) -> bool:
         """Tell whether the gradient was zero, or so small that weights would be lost in subnormal numbers."""
-        return bool((self.rows.abs() <= smallest(self.dtype)).all())
+        return self.largest <= smallest(self.dtype)
 
     @property
     def is_finite(self) -> bool:
         """Tell whether the gradient was free of NaN and inf."""
-        return bool(torch.isfinite(self.rows).all())
+        return math.isfinite(self.largest)
 
     def is_scaled(self, plain: Projection, factor: float) -> bool:
         """Tell whether this is another projection times a factor."""
         return bool(_agree(self.rows, plain.rows, torch.tensor(factor).to(plain.rows), plain.dtype).all())
 
 
-def candidates(shape: torch.Size, n_samples: int) -> list[AxisTemplate]:
-    """List the templates that a tensor of this shape admits, the most common ones first."""
+@lru_cache(maxsize=1024)
+def candidates(shape: torch.Size, n_samples: int) -> tuple[AxisTemplate, ...]:
+    """Return the templates that a tensor of this shape admits, the most common ones first."""
     found: list[AxisTemplate] = []
     between: list[AxisTemplate] = []
     for dim, size in enumerate(shape):
@@ -136,7 +143,7 @@ def candidates(shape: torch.Size, n_samples: int) -> list[AxisTemplate]:
         elif rest > 1:
             found += [AxisTemplate(dim, 1, rest), AxisTemplate(dim, rest, 1)]
             between += [AxisTemplate(dim, outer, rest // outer) for outer in range(2, rest) if rest % outer == 0]
-    return found + between
+    return (*found, *between)
 
 
 def smallest(dtype: torch.dtype) -> float:

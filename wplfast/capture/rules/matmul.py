@@ -74,6 +74,17 @@ class MatmulRule(OneOutputRule):
         found = call.pair
         return None if found is None or _is_left(call, found[1]) else (found[0].value.t(), None)
 
+    def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return A^T G, and for what addmm adds the sum of G over all rows, without running the call again."""
+        gradient = grads[0]
+        plain = call.has_plain_inputs and not (call.is_complex or call.in_place) and self.product(call) is not None
+        if gradient is None or not plain:
+            return super().ordinary(call, inputs, grads)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        x = inputs[0].to(gradient.dtype)
+        bias = call.operand_at(0, "input") if call.name in _SUMS else None
+        return [rows.sum(0) if operand is bias else x.reshape(-1, x.shape[-1]).t() @ rows for operand in call.operands]
+
     def _product(
         self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout
     ) -> list[GradSample] | None:

@@ -28,6 +28,8 @@ class Direction(NamedTuple):
     def of(self, gradients: Tensor) -> Tensor:
         """Project gradients [N, ...] of R * C elements each; [N, k]."""
         matrices = gradients.to(self.rows.dtype).reshape(len(gradients), len(self.rows), len(self.columns))
+        if len(matrices) == 1:  # k rows times a matrix: five times as fast as a batch of one matrix times k columns
+            return ((self.rows.t() @ matrices[0]) * self.columns.t()).sum(1).unsqueeze(0)
         return ((matrices @ self.columns) * self.rows).sum(1)
 
 

@@ -38,6 +38,7 @@ class Interception:
         reorders: a call was seen whose rows lie in an order, or number, that depends on the data.
         native_dtypes: types of half precision that functions which were seen through would have computed in.
         n_parameter_only: number of call sites that were found to have no sample axis.
+        n_samples: size of the batch that comes, where its inputs say so; None if they do not.
         branch: where calls for further losses of one forward pass begin; None before losses of it were collected.
         is_patchwork: calls of the last forward pass were made after some of its losses were collected.
         hidden: parameters that were used in the forward pass of a Function (a checkpoint) without a backward pass.
@@ -67,6 +68,7 @@ class Interception:
         self.hidden: set[int] = set()
         self.has_frozen = False
         self.n_parameter_only = 0
+        self.n_samples: int | None = None
         self.thread = threading.get_ident()
 
     def start_batch(self) -> None:
@@ -183,6 +185,9 @@ class Interception:
         if not inputs:
             return self._derive(call, inputs, args)
         site = self._site(call, inputs)
+        # Either way is exact; but it takes a pass to find out that samples share a result, and the batch runs again.
+        if self.n_samples is not None and call.looks_up_positions(self.n_samples):
+            site.is_parameter_only = True
         if site.is_parameter_only and not call.differentiable_inputs:
             self._arrive(site, call, inputs)
             return self._derive(call, inputs, args)

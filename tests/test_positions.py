@@ -1,0 +1,95 @@
+"""Positions that a model looks up: samples share them, which the first batch is to know without a second run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import assert_close, fisher_loop
+from torch import nn
+from zoo import C, D, V, classify, head
+
+import wplfast
+
+N, T = 4, 8  # N divides T: sizes alone do not tell that positions are no samples
+
+
+class Model(nn.Module):
+    """Adds what ``places(model, tokens)`` looks up to the vectors of tokens [N, T]."""
+
+    def __init__(self, places):
+        super().__init__()
+        self.tokens, self.table, self.head = nn.Embedding(V, D), nn.Embedding(4 * T, D), head()
+        self.places = places
+
+    def forward(self, tokens, scale=1.0):
+        return self.head(torch.tanh(scale * self.tokens(tokens) + self.places(self, tokens)).sum(1))
+
+
+def model_of(places):
+    torch.manual_seed(0)
+    return Model(places).double()
+
+
+def batches(*sizes):
+    return [(torch.randint(0, V, (n, t)), torch.randint(0, C, (n,))) for n, t in sizes]
+
+
+def learnt(m, x):
+    return m.table(torch.arange(x.shape[1]))
+
+
+def in_one_row(m, x):
+    return m.table(torch.arange(2, x.shape[1] + 2)[None])
+
+
+def of_each_sample(m, x):
+    return m.table(torch.arange(len(x)))[:, None]
+
+
+def two_of_each_sample(m, x):
+    return m.table(torch.arange(2 * len(x))).view(len(x), 2, D).sum(1, keepdim=True)
+
+
+def of_one_task(m, x):
+    return m.table(torch.tensor([3]))
+
+
+def doubled_in_place(m, x):
+    return m.table(torch.arange(x.shape[1])).mul_(2.0)
+
+
+PLACES = {place.__name__: place for place in (learnt, in_one_row, of_one_task, doubled_in_place)}
+#: Here a sample's place in the batch is among its data, so that none can be run alone.
+BY_SAMPLE = {place.__name__: place for place in (of_each_sample, two_of_each_sample)}
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("sizes", [[(N, T)] * 2, [(T, T), (N, T)], [(1, T), (N, T), (3, 5)], [(N, N), (N, T)]], ids=str)
+def test_positions_give_the_fisher_of_the_loop(name, sizes):
+    model, data = model_of(PLACES[name]), batches(*sizes)
+    found = wplfast.fisher_diagonal(model, data, classify)
+    assert_close(found, fisher_loop(model, data, classify), 1e-11, 1e-12)
+
+
+@pytest.mark.parametrize("name", BY_SAMPLE)
+def test_a_row_for_each_sample_is_no_position(name):
+    model, (batch,) = model_of(BY_SAMPLE[name]), batches((N, T))
+    found = wplfast.fisher_diagonal(model, [batch], classify, independent=True)
+    losses = classify(model(batch[0]), batch[1])
+    grads = [torch.autograd.grad(loss, [*model.parameters()], retain_graph=True) for loss in losses]
+    expected = {
+        parameter: sum(g[i].square() for g in grads) / N for i, (parameter, _) in enumerate(model.named_parameters())
+    }
+    assert_close(found, expected, 1e-11, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "pack", [lambda x: x, lambda x: (x,), lambda x: {"tokens": x, "scale": 1.0}], ids=["tensor", "tuple", "dict"]
+)
+def test_positions_cost_no_second_run_of_the_first_batch(pack):
+    model, runs = model_of(learnt), []
+    model.head.register_forward_hook(lambda module, args, output: runs.append(len(output)))
+    ((x, y),) = batches((N, T))
+    report = wplfast.fisher_diagonal(model, [(pack(x), y)], classify).report
+    assert report.passes_per_batch == 2, "one pass measures and verifies, another one collects"
+    assert runs.count(N) == 1, "parts of the batch run besides, and are smaller"
