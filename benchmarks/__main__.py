@@ -8,7 +8,8 @@
     python -m benchmarks fisher --peers           # and against other libraries, those of the extra [peers] too
     python -m benchmarks scaling --plot out.png   # against batch size, length, width, classes and samples
     python -m benchmarks rule linear              # one capture rule, on and off: NAME of a case, or MODULE:CASE
-    python -m benchmarks distributed              # of two ranks, against steps under DistributedDataParallel
+    python -m benchmarks distributed              # of two ranks, against steps under DDP and FSDP2, and end to end
+    python -m benchmarks distributed fsdp2        # one of these: ddp, fsdp2, end-to-end
     python -m benchmarks integrations             # a training step of each package, with the callback and without
     python -m benchmarks all --json results.json
     python -m benchmarks readme                   # the tables of README and docs, from benchmarks/results
@@ -28,7 +29,20 @@ from typing import Any
 
 import torch
 
-from . import anchors, distributed, figures, fisher, integrations, peers, penalty, readme, report, rule, scaling
+from . import (
+    anchors,
+    distributed,
+    distributed_report,
+    figures,
+    fisher,
+    integrations,
+    peers,
+    penalty,
+    readme,
+    report,
+    rule,
+    scaling,
+)
 from .plumbing import malloc
 from .plumbing.markdown import aligned
 from .plumbing.record import environment, write_bytes, write_json
@@ -45,6 +59,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 KEPT = ("sweep", "anchors")
 SECONDS = {"scaling": 3.0, "sweep": 4.0, "anchors": 10.0, "rule": rule.SECONDS}
+TABLES = {**report.TABLES, "distributed": distributed_report.distributed}
 RUNS: dict[str, Callable[[Budget, argparse.Namespace], Any]] = {
     "penalty": lambda budget, options: penalty.run(budget, options.compile),
     "sweep": lambda budget, options: penalty.sweep(budget, compiled=options.compile),
@@ -52,7 +67,7 @@ RUNS: dict[str, Callable[[Budget, argparse.Namespace], Any]] = {
     "peers": lambda budget, options: peers.run(budget, options.workloads),
     "scaling": lambda budget, options: scaling.run(budget),
     "anchors": lambda budget, options: anchors.run(budget),
-    "distributed": lambda budget, options: distributed.run(budget, options.workloads),
+    "distributed": lambda budget, options: distributed.run(budget, options.workloads, options.case),
     "rule": lambda budget, options: rule.run(options.case, budget),
     "integrations": lambda budget, options: integrations.run(budget),
 }
@@ -105,7 +120,7 @@ def _run(part: str, threads: int, options: argparse.Namespace) -> dict:
     }
     hardware = environment(options.device)["hardware"]
     print(f"\n{part}: {hardware.get('gpu') or hardware['cpu']}, torch {torch.__version__}, load {load[0]:.1f} before")
-    print(aligned(report.TABLES[part]([run], True)), flush=True)
+    print(aligned(TABLES[part]([run], True)), flush=True)
     return run
 
 
@@ -123,10 +138,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("what", choices=tuple(PARTS))
-    add("case", nargs="?", help=f"rule: MODULE:CASE, or one of {', '.join(rule.CASES)}")
+    add("case", nargs="?", help=f"rule: MODULE:CASE, or one of {', '.join(rule.CASES)}; distributed: one of its cases")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, nargs="+", metavar="N", help="one run each; default: PyTorch's")
-    add("--workloads", nargs="+", choices=list(KNOWN), help="fisher: which; default: the small ones, on a GPU all")
+    add("--workloads", nargs="+", choices=list(KNOWN), help="fisher, ddp: which; default: the small ones, on a GPU all")
     add("--batches", type=int, metavar="N", help="fisher: of a whole call")
     add("--peers", action="store_true", help="fisher, all: other libraries too, as peers does (slow)")
     add("--compile", action="store_true", help="penalty: torch.compile too (minutes)")
@@ -138,10 +153,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.workloads = options.workloads or list(KNOWN if options.device == "cuda" else WORKLOADS)
     options.rounds = options.rounds or (4 if options.quick else 40)
-    if (options.case is not None) != (options.what == "rule"):
-        parser.error("a case goes with rule, and rule needs one: MODULE:CASE, or the NAME of one")
+    if options.what == "distributed":
+        if options.case not in (None, *distributed.CASES):
+            parser.error(f"distributed: expected one of {', '.join(distributed.CASES)}, got {options.case!r}")
+    elif (options.case is not None) != (options.what == "rule"):
+        parser.error("a case goes with rule or distributed, and rule needs one: MODULE:CASE, or the NAME of one")
     try:
-        options.case = rule.find(options.case) if options.case else None
+        options.case = rule.find(options.case) if options.what == "rule" else options.case
     except ValueError as error:
         parser.error(str(error))
     if options.peers and "fisher" not in PARTS[options.what]:

@@ -1,153 +1,84 @@
-"""A Fisher pass of two ranks beside an ordinary step under DistributedDataParallel, whose gradients are averaged.
+"""Passes of two ranks beside ordinary steps of as many: ``python -m benchmarks distributed``, or one of its cases.
 
-Both ranks run on this machine, over gloo. They begin each measurement together, and what counts is the rank that ends
-last. Bytes are those that a rank hands to collectives; of a step, those of its gradients.
+ddp         # whole parameters on every rank: beside a step under DistributedDataParallel
+fsdp2       # sharded ones: time, what is sent and what is resident, beside a step of fully_shard
+end-to-end  # sharded ones: Fisher, training, checkpoint, load in one process, beside all of it in one process
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import wplfast
-from wplfast.distributed.agreement import gathered
 
-from .fisher import TOLERANCE, Subject, errors_of, steady, subject_of
-from .timing import Budget, Contender, quartiles, ratio
-from .ways import WrongResultError
+from . import distributed_fsdp2, end_to_end
+from .fisher import Subject, steady
+from .ranks import by_collective, checked, counted, on_ranks, oracle_of_all, subject_on_rank, summary_of_ranks
+from .timing import Budget, Contender
 from .workloads import KNOWN, Workload
 
-N_RANKS = 2
 N_BATCHES, N_CALLS = 8, 11  # of a whole call; whole calls
 GOAL = 1.1  # of a whole call over as many steps
 
 
-class Replica:
-    """A workload on one rank: a wrapped model that is watched, and another one that takes ordinary steps.
-
-    Args:
-        workload: with batches of each rank's own.
-        budget: where, and how large.
-    """
-
-    def __init__(self, workload: Workload, budget: Budget) -> None:
-        """Wrap both, which gives all ranks the model of rank 0."""
-        self.subject = subject_of(workload, budget.device, budget.quick, seed=dist.get_rank())
-        self.watched = DistributedDataParallel(self.subject.watched)
-        self.subject.ordinary.load_state_dict(self.subject.watched.state_dict())
-        self._expected = self.subject.oracle()
-        self._rounds = budget
-
-    def check(self) -> float:
-        """Return the error of a reduced Fisher, relative to a parameter's largest entry.
-
-        Raises:
-            WrongResultError: if it is too large.
-        """
-        parts = gathered(self._expected)
-        expected = {name: sum(part[name] for part in parts) / len(parts) for name in self._expected}
-        subject = self.subject
-        error = errors_of(wplfast.fisher_diagonal(self.watched, [subject.batch], subject.loss_fn), expected)["largest"]
-        if not error <= TOLERANCE:
-            raise WrongResultError(f"{subject.name}: relative error {error:.2g} against float64 on {N_RANKS} ranks")
-        return error
-
-    def whole(self, n: int) -> None:
-        """Run a whole call."""
-        wplfast.fisher_diagonal(self.watched, self.subject.batches[:n], self.subject.loss_fn)
-
-    def timed(self, runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
-        """Time runs in turns, all ranks the same ones: no rank may stop before the others."""
-
-        def prepare() -> None:
-            self.subject.clear()
-            dist.barrier()
-
-        budget = replace(self._rounds, rounds=rounds, seconds=float("inf"))
-        own = budget.time({name: Contender(run, prepare) for name, run in runs.items()})
-        ranks = gathered(own)
-        times = {name: [max(each) for each in zip(*(rank[name] for rank in ranks), strict=True)] for name in own}
-        return {
-            "pairs": rounds,
-            "milliseconds": {name: quartiles(taken, 1e3) for name, taken in times.items()},
-            "ratio": ratio(times["fisher"], times["unit"]),
-        }
-
-
-@contextmanager
-def counted() -> Iterator[dict[str, list[int]]]:
-    """Count the calls of collectives from Python, and the bytes of this rank's tensors in them."""
-    found: dict[str, list[int]] = {}
-    functions = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "broadcast")}
-
-    def counting(name: str) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            own = next(argument for argument in reversed(arguments) if isinstance(argument, Tensor))
-            found.setdefault(name, []).append(own.nbytes)
-            return functions[name](*arguments, **options)
-
-        return call
-
-    try:
-        for name in functions:
-            setattr(dist, name, counting(name))
-        yield found
-    finally:
-        for name, function in functions.items():
-            setattr(dist, name, function)
-
-
 def measure(workload: Workload, budget: Budget) -> dict[str, Any]:
-    """Check and time one workload on this rank and the others."""
-    replica = Replica(workload, budget)
-    subject: Subject = replica.subject
-    error = replica.check()
+    """Check and time one workload under DistributedDataParallel, on this rank and the others."""
+    subject = subject_on_rank(workload, budget)
+    watched, expected = DistributedDataParallel(subject.watched), oracle_of_all(subject)
+    error = checked(subject, wplfast.fisher_diagonal(watched, [subject.batch], subject.loss_fn), expected)
     n = min(2 if budget.quick else N_BATCHES, len(subject.batches))
+
+    def whole() -> None:
+        wplfast.fisher_diagonal(watched, subject.batches[:n], subject.loss_fn)
+
     with steady(subject) as fisher_pass:
         subject.ordinary = DistributedDataParallel(subject.ordinary)
-        found = replica.timed({"unit": subject.unit, "fisher": fisher_pass}, budget.rounds)
-    runs = {"unit": lambda: subject.units(n), "fisher": lambda: replica.whole(n)}
-    whole = replica.timed(runs, min(budget.rounds, N_CALLS))
-    with counted() as collectives:
-        replica.whole(n)
+        found = timed(subject, {"unit": subject.unit, "fisher": fisher_pass}, budget, budget.rounds)
+    calls = timed(subject, {"unit": lambda: subject.units(n), "fisher": whole}, budget, min(budget.rounds, N_CALLS))
+    with counted() as counts:
+        whole()
+    parameters = [*subject.ordinary.parameters()]
     return {
         "workload": workload.name,
         "shown": workload.shown,
         "ranks": dist.get_world_size(),
-        "parameters": sum(p.numel() for p in subject.ordinary.parameters()),
+        "parameters": sum(p.numel() for p in parameters),
         "relative_error": error,
         **found,
-        "whole": {"batches": n, "target": GOAL, **whole},
-        "collectives_of_a_call": {name: {"calls": len(b), "bytes": sum(b)} for name, b in collectives.items()},
-        "bytes_of_a_step": sum(p.numel() * p.element_size() for p in subject.ordinary.parameters()),
+        "whole": {"batches": n, "target": GOAL, **calls},
+        "collectives_of_a_call": by_collective(counts),
+        "bytes_of_a_step": sum(p.nbytes for p in parameters),
     }
 
 
-def _work(rank: int, folder: str, names: Sequence[str], budget: Budget, threads: int) -> None:
-    """Be one rank."""
-    torch.set_num_threads(threads)
-    store = Path(folder, "store").as_uri()
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=N_RANKS)
-    records = [measure(KNOWN[name], budget) for name in names]
-    if rank == 0:
-        torch.save(records, Path(folder, "records"))
-    dist.barrier()
-    dist.destroy_process_group()
+def timed(subject: Subject, runs: Mapping[str, Callable[[], object]], budget: Budget, rounds: int) -> dict[str, Any]:
+    """Time runs in turns, all ranks the same ones: no rank may stop before the others."""
+
+    def prepare() -> None:
+        subject.clear()
+        dist.barrier()
+
+    budget = replace(budget, rounds=rounds, seconds=float("inf"))
+    return summary_of_ranks(budget.time({name: Contender(run, prepare) for name, run in runs.items()}))
 
 
-def run(budget: Budget, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Measure the named workloads on ranks of their own, each with as many threads as this process has."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, (folder, names, budget, torch.get_num_threads()), nprocs=N_RANKS)
-        records: list[dict[str, Any]] = torch.load(Path(folder, "records"))
-    return records
+def ddp(budget: Budget, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Measure the named workloads on this rank and the others."""
+    return [measure(KNOWN[name], budget) for name in names]
+
+
+CASES: dict[str, Callable[[Budget, Sequence[str]], Any]] = {
+    "ddp": lambda budget, names: on_ranks(ddp, budget, names),
+    "fsdp2": lambda budget, names: distributed_fsdp2.run(budget),
+    "end-to-end": lambda budget, names: end_to_end.run(budget),
+}
+
+
+def run(budget: Budget, names: Sequence[str], case: str | None = None) -> dict[str, Any]:
+    """Measure one case, or all; ``names``: the workloads of "ddp"."""
+    return {name: measure_case(budget, names) for name, measure_case in CASES.items() if case in (None, name)}

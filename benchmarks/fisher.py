@@ -200,7 +200,11 @@ def memory(subject: Subject, fisher_pass: Callable[[], None], device: torch.devi
 def timed(subject: Subject, fisher_pass: Callable[[], object], budget: Budget, n: int = 1) -> dict[str, Any]:
     """Time a pass beside ``n`` units, interleaved, and summarise both and the ratio of the first to the second."""
     runs = {"unit": subject.unit if n == 1 else lambda: subject.units(n), "fisher": fisher_pass}
-    times = budget.time({name: Contender(run, subject.clear) for name, run in runs.items()})
+    return summary(budget.time({name: Contender(run, subject.clear) for name, run in runs.items()}))
+
+
+def summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Summarise the seconds of "unit" and "fisher" by round, and their ratios."""
     return {
         "pairs": len(times["unit"]),
         "milliseconds": {name: quartiles(taken, 1e3) for name, taken in times.items()},

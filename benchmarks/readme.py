@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import gpu_report, report
+from . import distributed_report, gpu_report, report
+from .distributed_report import CASES
 from .experiments import page
 from .plumbing.markdown import RESULTS, image, several
 
@@ -93,10 +94,26 @@ def scaling(path: Path) -> Lines:
     return [*image("scaling_cpu.png", words, path.parent), *report.scaling(record("scaling_cpu")["scaling"])]
 
 
+def of_ranks(make: Callable[[report.Runs], Lines]) -> Callable[[Path], Lines]:
+    """Return the section of a table of several processes, under the table's name."""
+
+    def section(path: Path) -> Lines:
+        if not (RESULTS / "distributed_cpu.json").exists():
+            return ["Not measured yet."]
+        found = record("distributed_cpu")
+        place = f"{found['hardware']['cpu']}, torch {found['versions']['torch']}, ranks on one machine over gloo:"
+        return [place, "", *make(found["distributed"])]
+
+    section.__name__ = make.__name__
+    return section
+
+
 #: page -> its sections, which stand between markers of their names
 PAGES: dict[str, tuple[Callable[[Path], Lines], ...]] = {
     "README.md": (tasks, beside),
     "docs/how-to/choosing-alpha.md": (strength,),
+    "docs/distributed.md": (of_ranks(distributed_report.ddp),),
+    "docs/fsdp2.md": tuple(of_ranks(make) for make in (*CASES["fsdp2"], *CASES["end-to-end"])),
     "docs/results/speed.md": (speed, gpu, peers, sweep, anchors, scaling),
 }
 

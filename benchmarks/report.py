@@ -36,7 +36,7 @@ Runs = Sequence[dict[str, Any]]
 Lines = list[str]
 
 
-def _on(what: str, run: Mapping[str, Any]) -> str:
+def on(what: str, run: Mapping[str, Any]) -> str:
     """Add a run's number of threads; a GPU's has none."""
     return f"{what}, {threads(run['threads'])}" if "threads" in run else what
 
@@ -60,7 +60,7 @@ def penalty(runs: Runs, details: bool = False) -> Lines:
             for baseline in BASELINES
             if baseline in ways
         ]
-    heads = [_on(record["case"], run) for run, record in columns]
+    heads = [on(record["case"], run) for run, record in columns]
     return table(["penalty: value and gradient", *heads], rows)
 
 
@@ -136,26 +136,9 @@ def fisher(runs: Runs, details: bool = False) -> Lines:
             cells += [f"{first['target']:.2f}", time(first["milliseconds"]["unit"]), str(first["pairs"]), held]
             cells += [errors_of(first), rules]
         rows.append([first["shown"], *cells])
-    heads = [_on(what, run) for what in ("pass", "whole call") for run in runs]
+    heads = [on(what, run) for what in ("pass", "whole call") for run in runs]
     heads += ["target", "unit", "pairs", "memory, MB: unit, pass, F", "error", "rules"] if details else []
     return table(["Fisher / ordinary forward and backward", *heads], rows)
-
-
-def distributed(runs: Runs, details: bool = False) -> Lines:
-    """Return passes and whole calls of several ranks over steps of as many: a line for each workload."""
-    rows = []
-    for records in zip(*(run["records"] for run in runs), strict=True):
-        first = records[0]
-        cells = [spread(r["ratio"]) + "\\*" * (r["pairs"] < PAIRS) for r in records]
-        cells += [spread(r["whole"]["ratio"]) for r in records]
-        if details:
-            sent = sum(each["bytes"] for each in first["collectives_of_a_call"].values())
-            cells += [time(first["milliseconds"]["unit"]), str(first["whole"]["batches"])]
-            cells += [f"{sent / 1e6:.1f}, {first['bytes_of_a_step'] / 1e6:.1f}", f"{first['relative_error']:.0e}"]
-        rows.append([f"{first['shown']}, {first['ranks']} ranks", *cells])
-    heads = [_on(what, run) for what in ("pass", "whole call") for run in runs]
-    heads += ["step", "batches of a call", "MB sent: call, step", "error"] if details else []
-    return table(["Fisher / step under DistributedDataParallel", *heads], rows)
 
 
 def peers(runs: Runs, details: bool = False) -> Lines:
@@ -171,9 +154,7 @@ def peers(runs: Runs, details: bool = False) -> Lines:
 
     names = list(runs[0]["records"][0]["contenders"])
     rows = [
-        [_on(r["shown"], run), *(shown(r["contenders"][name]) for name in names)]
-        for run in runs
-        for r in run["records"]
+        [on(r["shown"], run), *(shown(r["contenders"][name]) for name in names)] for run in runs for r in run["records"]
     ]
     return table(["", *(NAMES.get(name, name) for name in names)], rows)
 
@@ -225,7 +206,7 @@ def rule(runs: Runs, details: bool = False) -> Lines:
                 served = ", ".join(f"{p}: {' and '.join(rules) or 'none'}" for p, rules in r["rules"].items())
                 times = [time(r["milliseconds"][what]) for what in ("unit", "fisher")]
                 cells = [str(r["pairs"]), *times, f"{r['relative_error']:.1e}", memory, served]
-                rows.append([_on(state, run), spread(r["ratio"]), *cells])
+                rows.append([on(state, run), spread(r["ratio"]), *cells])
     heads = ("pass / unit", "pairs", "unit", "pass", "error", "memory over the unit's", "served")
     return table([runs[0]["records"]["case"], *heads], rows)
 
@@ -234,7 +215,7 @@ def integrations(runs: Runs, details: bool = False) -> Lines:
     """Return a line for each package's training step and number of threads, then the Fisher of a Trainer's data."""
     rows = [
         [
-            _on(step["case"], run),
+            on(step["case"], run),
             *(time(step["milliseconds"][way]) for way in ("without", "callback", "loop")),
             *(spread(step[key]) for key in ("callback_over_without", "loop_over_callback")),
             time(step["penalty"]["milliseconds"]),
@@ -251,7 +232,7 @@ def integrations(runs: Runs, details: bool = False) -> Lines:
     if found:
         rows = [
             [
-                _on(record["case"], run),
+                on(record["case"], run),
                 *(time(record["milliseconds"][way]) for way in ("fisher", "evaluation")),
                 *(spread(record[f"{key}_over_evaluation"]) for key in ("fisher", "unverified", "later_batch")),
             ]
@@ -271,5 +252,5 @@ def integrations(runs: Runs, details: bool = False) -> Lines:
 
 TABLES: dict[str, Callable[[Runs, bool], Lines]] = {
     "penalty": penalty, "sweep": sweep, "anchors": anchors, "fisher": fisher, "peers": peers, "scaling": scaling,
-    "rule": rule, "distributed": distributed, "integrations": integrations,
+    "rule": rule, "integrations": integrations,
 }  # fmt: skip

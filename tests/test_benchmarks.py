@@ -17,7 +17,22 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
-from benchmarks import anchors, distributed, fisher, peer_libraries, peers, penalty, report, rule, scaling, timing, ways
+from ranks import NEEDS_GLOO
+
+from benchmarks import (
+    anchors,
+    distributed,
+    distributed_report,
+    fisher,
+    peer_libraries,
+    peers,
+    penalty,
+    report,
+    rule,
+    scaling,
+    timing,
+    ways,
+)
 from benchmarks.__main__ import main
 from benchmarks.integrations import TURN, way_of
 from benchmarks.plumbing.markdown import aligned
@@ -297,11 +312,57 @@ def test_distributed_quick(tmp_path):
     assert record["pairs"] == record["whole"]["pairs"] == QUICK.rounds
     fisher = 4 * record["parameters"]
     assert record["bytes_of_a_step"] == fisher
-    assert record["collectives_of_a_call"]["all_reduce"] == {"calls": 1, "bytes": fisher}
-    assert record["collectives_of_a_call"]["all_gather"]["bytes"] < 10_000  # what ranks tell each other
-    shown = "\n".join(report.distributed([{"threads": 1, "records": [record]}], details=True))
+    assert record["collectives_of_a_call"]["all-reduce"] == {"calls": 1, "bytes": fisher}
+    assert record["collectives_of_a_call"]["agreement"]["bytes"] < 10_000  # what ranks tell each other
+    shown = "\n".join(distributed_report.ddp([{"threads": 1, "records": {"ddp": [record]}}], details=True))
     assert "| Fisher / step under DistributedDataParallel | pass, 1 thread | whole call, 1 thread |" in shown
     assert "784-1024-1024-10, N=256, 1 ranks" in shown
+
+
+@NEEDS_GLOO
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process loads what ranks saved
+def test_distributed_command(tmp_path, capsys):
+    """Real ranks: what they send, keep and end up with, in one record."""
+    path = tmp_path / "record.json"
+    options = ("--quick", "--rounds", "3", "--threads", "1", "--workloads", "mlp", "--json", str(path))
+    assert main(["distributed", *options]) == 0
+    (run,) = json.loads(path.read_text())["distributed"]
+    found = run["records"]
+    assert set(found) == set(distributed.CASES)
+    assert [record["pairs"] for record in (found["ddp"][0], found["fsdp2"])] == [3, 3]
+    assert found["fsdp2"]["relative_error"] < fisher.TOLERANCE
+    sent = found["fsdp2"]["collectives"]
+    a_pass, agreement = dict(sent["batch of a pass"]), {"calls": 3, "bytes": 3 * 512}
+    assert a_pass.pop("agreement") == agreement
+    assert a_pass == sent["step"]
+    assert sent["step"]["reduce-scatter"]["bytes"] >= found["fsdp2"]["bytes_of_parameters"]
+    assert sent["consolidate"].keys() == {"agreement"}
+    assert sent["wpl()"] == sent["add_grad_()"] == {"all-reduce": {"calls": 1, "bytes": 4}}
+    if sys.platform == "linux":
+        assert found["fsdp2"]["memory"]["bytes"]["pass"] > 0
+    off = found["end-to-end"]["one_process"]
+    assert max(off[name] for name in ("fisher_off", "loaded_off", "own_off")) < 1e-5
+    assert off["penalty"] == pytest.approx(found["end-to-end"]["ranks"]["penalty"], rel=1e-4)
+    shown = capsys.readouterr().out
+    for words in (
+        "Fisher / step under DistributedDataParallel",
+        "Fisher / step under FSDP2",
+        "batch of a pass",
+        "F of a",
+    ):
+        assert words in shown
+    with pytest.raises(SystemExit):
+        main(["distributed", "zero"])
+    assert "expected one of ddp, fsdp2, end-to-end" in capsys.readouterr().err
+
+
+def test_memory_beside_the_contract_is_rendered():
+    sizes = {"step": 120 << 20, "pass": 178 << 20, "shards of F": 58 << 20}
+    record = {"shown": "decoder", "ranks": 2, "memory": {"shown": "wide", "ranks": 2, "bytes": sizes}}
+    lines = distributed_report.resident([{"threads": 1, "records": {"fsdp2": record}}])
+    assert lines[-2:] == ["| pass - step | 58.0 |", "| pass - step, over shards of F | 1.00 |"]
+    record["memory"] = None
+    assert "Linux" in distributed_report.resident([{"threads": 1, "records": {"fsdp2": record}}])[0]
 
 
 def test_peers_and_scaling_quick(tmp_path, capfd):

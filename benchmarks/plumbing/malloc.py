@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 
 
 def keep() -> bool:
@@ -20,6 +20,12 @@ def keep() -> bool:
     """
     library = _glibc()
     return library is not None and library.mallopt(_MMAP_MAX, 0) == library.mallopt(_TRIM_THRESHOLD, -1) == 1
+
+
+def map_large() -> None:
+    """Map each block of 64 KB and more by itself from now on: memory leaves this process as soon as it is freed."""
+    if (library := _glibc()) is not None:
+        library.mallopt(_MMAP_THRESHOLD, 1 << 16)
 
 
 def give_back() -> None:

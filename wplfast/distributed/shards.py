@@ -90,6 +90,14 @@ def _check_own(tensor: DTensor) -> None:
         )
 
 
+def holds_constant(shard: Tensor) -> bool:
+    """Tell whether this rank holds a parameter's constant: of shards the first one's does, as ranks are summed."""
+    if not isinstance(shard, DTensor):
+        return True
+    mesh, along, _ = placed(shard)
+    return mesh.get_local_rank(along) == 0
+
+
 def like(part: Tensor, shard: Tensor) -> Tensor:
     """Return a local part as what the parameter is: a DTensor of its mesh and placements, or a plain tensor."""
     if not isinstance(shard, DTensor):
@@ -118,10 +126,8 @@ def localised(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> 
             elif key in found and isinstance(shard, DTensor):
                 del found[key]  # a grown parameter's rows lie on other ranks now
         key = f"constant.{name}"
-        if key in found and isinstance(shard, DTensor):
-            mesh, along, _ = placed(shard)
-            if mesh.get_local_rank(along):  # the sum over ranks counts
-                found[key] = torch.zeros_like(found[key])
+        if key in found and not holds_constant(shard):
+            found[key] = torch.zeros_like(found[key])
     return found
 
 

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..fisher.diagonal import LossFn
 from ..fisher.result import Fisher
-from ..params import Params, device_of, some
+from ..params import Params, device_of, is_fully_sharded, some
 from ..penalty.attach import Attachment, attach
 from ..penalty.loss import WeightPlasticityLoss
 from . import _trainer_fisher
@@ -36,8 +36,9 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
     gradient's norm that the Trainer logs are those of the task alone. Do not add ``wpl()`` to the loss as well.
 
     Every checkpoint folder gets the anchors (``wpl.safetensors``), and ``train(resume_from_checkpoint=...)`` restores
-    them. The penalty may be made before the Trainer moves or wraps the model, but after PEFT has adapted it. Several
-    penalties, each with its own callback, may act at once; files and logs of the second one are called ``wpl_1``.
+    them. The penalty may be made before the Trainer moves, wraps or (FSDP2) shards the model, but after PEFT has
+    adapted it. Several penalties, each with its own callback, may act at once; files and logs of the second one are
+    called ``wpl_1``.
 
     Args:
         wpl: the penalty over parameters of the Trainer's model.
@@ -86,6 +87,8 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
                     "DeepSpeed keeps gradients where no parameter's .grad is: train with FSDP2 (TrainingArguments("
                     "fsdp=..., fsdp_config={'fsdp_version': 2})) or DDP"
                 )
+            if is_fully_sharded(kwargs["model"]):
+                self.wpl._follow()  # FSDP2 puts shards in the place of the parameters as training starts
             if state.global_step:
                 self._restore(checkpoint)
             self._check_model(kwargs["model"])
@@ -171,13 +174,16 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the anchors into the checkpoint's folder."""
-        if args.should_save:
+        """Write the anchors into the checkpoint's folder; of shards all ranks do, as these are gathered."""
+        if args.should_save or self.wpl._groups.references.is_sharded:
             self.wpl.save(os.path.join(_folder(args, state), f"{self._name}.safetensors"))
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the anchors before a checkpoint's folder is uploaded, which is before ``on_save``."""
-        if os.path.isdir(_folder(args, state)):
+        """Write the anchors before a checkpoint's folder is uploaded, which is before ``on_save``.
+
+        Shards wait for ``on_save``: one rank alone cannot gather them.
+        """
+        if os.path.isdir(_folder(args, state)) and not self.wpl._groups.references.is_sharded:
             self.on_save(args, state, control)
 
     def _restore(self, checkpoint: Any) -> None:

@@ -8,7 +8,7 @@ offset from there: theta_bar alone would lose what theta - theta_bar is made of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import NamedTuple
@@ -100,6 +100,25 @@ class Anchors:
             column[list(taken)] = old[list(taken.values())]
         new.n_anchors = self.n_anchors
         return new
+
+    def cut(self, shards: Mapping[int, Tensor]) -> Anchors:
+        """Return views of the parts that lie on this rank now that parameters are shards, to be moved from.
+
+        Args:
+            shards: parameters by position. Anchors of other shapes than theirs stay whole.
+        """
+        from ..distributed.shards import holds_constant, local_part  # not with the package
+
+        found = copy(self)
+        found.theta_hat, found.fisher, found.constant = [*self.theta_hat], [*self.fisher], self.constant.clone()
+        found.offset = None if self.offset is None else [*self.offset]
+        for i, shard in shards.items():
+            if shard.shape == self.fisher[i].shape:
+                for tensors in filter(None, (found.theta_hat, found.fisher, found.offset)):
+                    tensors[i] = local_part(tensors[i], shard)
+                if not holds_constant(shard):
+                    found.constant[i] = 0
+        return found
 
     def columns(self, indices: Sequence[int]) -> Columns:
         """Return what the penalty reads of some parameters' anchors."""

@@ -169,6 +169,9 @@ class ParamGroups:
         theta, anchors, alpha = references.parts(), self.anchors, self.alpha
         with torch.inference_mode(False), torch.no_grad():
             if anchors is not None:
+                if references.is_sharded and not self.references.is_sharded:
+                    pairs = zip(sources, references.tensors(), strict=True)
+                    anchors = anchors.cut({source: shard for source, shard in pairs if source is not None})
                 for name, parameter, source in zip(references.names, theta, sources, strict=True):
                     if source is None:
                         continue
