@@ -36,7 +36,6 @@ ABOUT_THE_CPU = {
     "test_triton_versions.py": "a pretended device",
     "test_docs.py": "examples as they stand",
     "test_two_models.py": "the demo takes its device as an argument",
-    "test_distributed.py": "gloo between processes",
     "test_examples.py": "scripts as they stand",
     "test_integration_lightning.py": "a CPU's Trainer",
     "test_integration_transformers.py": "a Trainer with use_cpu",
