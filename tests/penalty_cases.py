@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -99,11 +95,6 @@ def same_state(first, second) -> bool:
     """Tell whether two penalties, or a penalty and a copied state, are equal to the bit."""
     a, b = (each.state_dict() if isinstance(each, nn.Module) else each for each in (first, second))
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(__file__).resolve().parent.parent)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
 
 
 def in_a_flat_buffer(module):

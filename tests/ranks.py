@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import multiprocessing
 import os
 import sys
 import time
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,16 +22,6 @@ import torch.multiprocessing as mp
 NEEDS_GLOO = pytest.mark.skipif(
     not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo"
 )
-
-#: What takes seconds to import: once, in the process that all ranks are forked from.
-PRELOADED = [
-    "torch._dynamo",
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.distributed.optim",
-    "torch.distributed.tensor.parallel",
-    "wplfast",
-]
 
 #: Seconds after which a rank that waits in vain gives up.
 TIMEOUT = 60
@@ -91,6 +81,16 @@ def _work(rank: int, n_ranks: int, folder: str, situations: Sequence[Situation],
     dist.destroy_process_group()
 
 
+def start(function: Callable[..., None], arguments: tuple[Any, ...], n_ranks: int) -> None:
+    """Let processes call a function of their rank and these arguments, and wait until they end.
+
+    Raises:
+        torch.multiprocessing.ProcessException: if one of them fails.
+    """
+    processes.serve()
+    mp.start_processes(function, arguments, nprocs=n_ranks, start_method="forkserver")
+
+
 def launched(n_ranks: int, situations: Sequence[Situation], folder: Path) -> list[dict[str, Outcome]]:
     """Return every rank's outcomes, by the situations' names.
 
@@ -101,6 +101,5 @@ def launched(n_ranks: int, situations: Sequence[Situation], folder: Path) -> lis
         folder: for files.
     """
     arguments = n_ranks, str(folder), situations, dict(os.environ)
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    mp.start_processes(_work, arguments, nprocs=n_ranks, start_method="forkserver")
+    start(_work, arguments, n_ranks)
     return [torch.load(folder / f"result.{rank}", weights_only=False) for rank in range(n_ranks)]

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import os
 import pickle
-import sys
 import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fisher_cases import ce, mlp
 from oracle import fisher_loop
+from ranks import NEEDS_GLOO, launched
 
 import wplfast
 from wplfast import Fisher
 from wplfast.errors import NameMismatchError, WplfastError
 
-pytestmark = [
-    pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo"),
-]
+pytestmark = NEEDS_GLOO
 
 RANKS = 3
 
@@ -181,11 +177,8 @@ def copies(fisher: Fisher) -> dict[str, Fisher]:
     }
 
 
-def _work(rank: int, store: str, results: str) -> None:
-    """Run all situations in one process of each rank."""
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timeout)
+def all_situations(rank: int, n_ranks: int) -> dict[str, object]:
+    """Run all of them on each rank; return what came of them, by name."""
     found: dict[str, object] = {}
     for situation in RIGHT:
         fisher = situation(rank)
@@ -224,17 +217,14 @@ def _work(rank: int, store: str, results: str) -> None:
 
     reduce.BUCKET = 8  # every tensor travels alone
     found["small buckets"] = own(rank, with_grad=True).all_reduce_()
-    dist.barrier()
-    torch.save(found, f"{results}.{rank}")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """What every rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_work, (str(folder / "store"), str(folder / "result")), nprocs=RANKS)
-    return [torch.load(folder / f"result.{rank}", weights_only=False) for rank in range(RANKS)]
+    ranks = launched(RANKS, [all_situations], tmp_path_factory.mktemp("ranks"))
+    return [found["all_situations"].get() for found in ranks]
 
 
 def expected(ranks) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from wplfast import cli
 
 ROOT = Path(__file__).parent.parent
 MODULES = ["fisher.accumulator", "fisher.diagonal", "fisher.result", "functional", "losses", "penalty.loss"]
@@ -65,32 +68,71 @@ def test_links_lead_to_files_and_headings(path):
             assert anchor in slugs, f"{path}: {target}"
 
 
-def test_command_line_info():
-    done = subprocess.run([sys.executable, "-m", "wplfast", "info"], capture_output=True, text=True, check=True)
-    for label in ("wplfast", "torch", "cpu served by", "cuda served by", "cpp instruction set", "threads"):
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a new interpreter, which imports wplfast under these environment variables."""
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+INFO = """
+import runpy, sys
+sys.argv = ["wplfast", "info"]
+try:
+    runpy.run_module("wplfast", run_name="__main__")
+finally:
+    print("compiler imported:", "torch._dynamo" in sys.modules)
+"""
+
+
+def test_command_line_info_of_a_chosen_backend():
+    """With a backend of one's choice, and without the seconds that importing PyTorch's compiler takes."""
+    done = run(INFO, WPLFAST_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+    for label in ("wplfast", "torch", "cuda served by", "cpp instruction set", "threads"):
         assert re.search(rf"^{label} +\S", done.stdout, re.MULTILINE)
-    usage = subprocess.run([sys.executable, "-m", "wplfast"], capture_output=True, text=True)
-    assert usage.returncode == 2
+    assert re.search(r"^cpu served by +reference$", done.stdout, re.MULTILINE)
+    assert "compiler imported: False" in done.stdout
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_backend_can_be_chosen(backend):
-    code = "import wplfast; print(wplfast.backends.serving('cpu'))"
-    env = {"WPLFAST_BACKEND": backend}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
-    assert done.stdout.strip() == backend
+def test_a_command_is_asked_for(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    assert stop.value.code == 2
+    assert "usage: wplfast" in capsys.readouterr().err
 
 
-def test_unknown_or_missing_backends_are_errors():
-    for env, message in (
-        ({"WPLFAST_BACKEND": "cuda"}, "must be 'auto' or one of"),
-        ({"WPLFAST_REQUIRE": "cudnn"}, "required backends are missing"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", "import wplfast"], capture_output=True, text=True, env={**os.environ, **env}
-        )
-        assert done.returncode != 0
-        assert message in done.stderr
+#: One interpreter, which imports PyTorch once and forks for each import of wplfast.
+FORKS = """
+import json, os, sys, torch
+for environment in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    if os.fork():
+        os.wait()
+    else:
+        os.environ |= environment
+        try:
+            import wplfast
+            print("served by", wplfast.backends.serving("cpu"))
+        except ImportError as error:
+            print("ImportError:", error)
+        sys.exit()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_backends_are_chosen_or_required():
+    """Nothing else serves the CPU then; one that is unknown or missing is an error of the import."""
+    said = {
+        ("WPLFAST_BACKEND", "cpp"): "served by cpp",
+        ("WPLFAST_BACKEND", "cuda"): "ImportError: WPLFAST_BACKEND must be 'auto' or one of",
+        ("WPLFAST_REQUIRE", "cudnn"): "ImportError: required backends are missing",
+    }
+    environments = json.dumps([{name: value} for name, value in said])
+    done = subprocess.run([sys.executable, "-c", FORKS, environments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(said)
+    assert all(line.startswith(text) for line, text in zip(lines, said.values(), strict=True)), lines
 
 
 def test_pages_say_what_the_records_say():

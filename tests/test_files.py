@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import pathlib
 import resource
 import signal
 import socket
 import stat
-import subprocess
-import sys
 import threading
 import tracemalloc
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 import pytest
 import torch
 from fisher_cases import batches, ce, mlp
+from processes import run_python, started
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -288,10 +290,11 @@ def test_what_cannot_be_made(options, error):
 def test_new_files_have_the_mode_of_new_files(tmp_path):
     masks = (0o022, 0o077, 0o027, 0o000)
     code = (
-        f"import os, sys; sys.path[:0] = {sys.path!r}; import torch, wplfast; "
+        "import os, torch, wplfast; "
         f"[(os.umask(m), wplfast.Fisher({{'w': torch.ones(2)}}, 1).save(f'{tmp_path}/{{m}}')) for m in {masks}]"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_python(code)
+    assert done.returncode == 0, done.output
     for mask in masks:
         assert stat.S_IMODE((tmp_path / f"{mask}").stat().st_mode) == 0o666 & ~mask
 
@@ -427,32 +430,34 @@ def test_what_files_do_not_hold(tmp_path):
     assert names_in(tmp_path) == []
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = {path!r}
-import torch, wplfast
-fsync = os.fsync
-def stop(descriptor):
-    print("here", flush=True)
-    {how}
-os.fsync = stop
-wplfast.Fisher({{"w": torch.ones(200_000)}}, 1).save({target!r})
-"""
+def _stop_in_a_save(target: pathlib.Path, pipe: Connection) -> None:
+    """Save a Fisher, but stop in the middle until something comes through the pipe."""
+    fsync = os.fsync
+
+    def stop(descriptor: int) -> None:
+        pipe.send("here")
+        pipe.recv()
+        os.fsync = fsync
+
+    os.fsync = stop
+    Fisher({"w": torch.ones(200_000)}, 1).save(target)
 
 
-def writer(target, how: str) -> subprocess.Popen:
-    """Start a process that stops in the middle of a save; return it once it did."""
-    code = KILLED.format(path=sys.path, target=str(target), how=how)
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "here\n"
-    return process
+def writer(target: pathlib.Path) -> tuple[BaseProcess, Connection]:
+    """Start a process that stops in the middle of a save; return it once it did, and what lets it go on."""
+    ours, its = multiprocessing.Pipe()
+    process = started(_stop_in_a_save, target, its)
+    assert ours.poll(60), "the process does not save"
+    assert ours.recv() == "here"
+    return process, ours
 
 
 def test_killed_writers_are_tidied_up_after(tmp_path):
     for name in ("f", "g"):
-        process = writer(tmp_path / name, "os.kill(os.getpid(), signal.SIGKILL)")
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        process, _ = writer(tmp_path / name)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     assert len(names_in(tmp_path)) == 2
     fisher().save(tmp_path / "f")
     assert len(names_in(tmp_path)) == 2  # that of the other path is its own next writer's
@@ -461,12 +466,13 @@ def test_killed_writers_are_tidied_up_after(tmp_path):
 
 
 def test_writers_that_live_are_left_alone(tmp_path):
-    process = writer(tmp_path / "f", "sys.stdin.readline(); os.fsync = fsync")
+    process, pipe = writer(tmp_path / "f")
     fisher().save(tmp_path / "f")
     assert len(names_in(tmp_path)) == 2
     assert same(Fisher.load(tmp_path / "f"), fisher())
-    process.communicate("go on\n")
-    assert process.returncode == 0
+    pipe.send("go on")
+    process.join()
+    assert process.exitcode == 0
     assert names_in(tmp_path) == ["f"]
     assert torch.equal(Fisher.load(tmp_path / "f")["w"], torch.ones(200_000))  # who ends last remains
 

@@ -10,8 +10,7 @@ import fsdp2_penalties as penalties
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
-from ranks import NEEDS_GLOO, launched
+from ranks import NEEDS_GLOO, launched, start
 
 pytestmark = NEEDS_GLOO
 
@@ -152,7 +151,7 @@ def test_a_rank_that_fails_ends_all(two, situation, text):
 
 def test_a_rank_that_fails_inside_of_the_model(tmp_path):
     """It cannot meet the others, which wait for what FSDP2 gathers: they learn of it when its process ends."""
-    mp.spawn(options.fails_inside, (str(tmp_path),), nprocs=2)
+    start(options.fails_inside, (str(tmp_path),), 2)
     seconds, text = (tmp_path / "told.0").read_text().split(" ", 1)
     assert text.startswith("RankFailedError: fisher_diagonal ended: rank 1 failed inside of the model with BrokenError")
     assert float(seconds) < 30

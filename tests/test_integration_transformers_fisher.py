@@ -10,7 +10,6 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 pytest.importorskip("transformers", reason="transformers is not installed (the extra 'test')")
 pytest.importorskip("accelerate", reason="accelerate is not installed (the extra 'test')")
@@ -19,6 +18,7 @@ pytest.importorskip("peft", reason="peft is not installed (the extra 'test')")
 import peft
 import torch.nn.functional as F
 from oracle import assert_close
+from ranks import NEEDS_GLOO, start
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import IterableDataset
 from trainer_cases import bert, descend, llama, own_loss_loop, padded, rows, t5, trainer
@@ -363,9 +363,9 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed with gloo")
+@NEEDS_GLOO
 def test_two_ranks_are_one(tmp_path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    start(_rank, (str(tmp_path),), 2)
     model, data = llama(), rows(*LENGTHS[:4])
     theta_hat = {n: p.detach() + 0.1 for n, p in model.named_parameters()}
     (fishers, counts, states, failed), (others, _, others_states, others_failed) = (

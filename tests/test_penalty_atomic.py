@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,35 @@ import wplfast
 FOLDER = str(Path(wplfast.__file__).parent / "penalty")
 ACTIVE = ["0.weight", "2.bias"]
 
+#: At how many moments that are spread over an action it is stopped, besides its last ones.
+SPREAD = int(os.environ.get("WPLFAST_TEST_MOMENTS", "6"))
+
 # ---- what a penalty is, and what may happen to it ----------------------------------------------------------
+
+
+@dataclass
+class Larger:
+    """A penalty with three anchors, as a file and as a state."""
+
+    file: Path
+    state: dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def larger(tmp_path: Path) -> Larger:
+    """What the actions load."""
+    module = trunk()
+    wpl = wplfast.WeightPlasticityLoss(module)
+    for _ in range(3):
+        wpl.consolidate(random_fisher(module))
+    wpl.save(tmp_path / "larger")
+    return Larger(tmp_path / "larger", wpl.state_dict())
 
 
 class Scene:
     """A penalty with two anchors (or as many as are wanted), its module, and all that the actions need."""
 
-    def __init__(self, folder: Path, anchors: int = 2, l2: float = 0.0) -> None:
+    def __init__(self, larger: Larger, anchors: int = 2, l2: float = 0.0) -> None:
         torch.manual_seed(anchors)
         self.module = trunk()
         self.wpl = wplfast.WeightPlasticityLoss(self.module, alpha=2.0, l2=l2)
@@ -35,12 +59,7 @@ class Scene:
             move(self.module)
         self.fisher = random_fisher(self.module)
         self.other = trunk()
-        larger = wplfast.WeightPlasticityLoss(self.module)
-        for _ in range(3):
-            larger.consolidate(random_fisher(self.module))
-        self.file = folder / "larger"
-        larger.save(self.file)
-        self.state = larger.state_dict()
+        self.larger = larger
         self.evaluate()  # so that there are groups
 
     def evaluate(self) -> list[torch.Tensor]:
@@ -78,8 +97,8 @@ ACTIONS: dict[str, Callable[[Scene], object]] = {
     "replace some": lambda s: s.wpl.consolidate(s.fisher, anchor="replace", active=ACTIVE, theta_hat=s.wpl.theta_hat),
     "update": lambda s: s.wpl.update(s.fisher, 0.25),
     "update some": lambda s: s.wpl.update(s.fisher, 0.25, active=ACTIVE),
-    "load": lambda s: s.wpl.load(s.file),
-    "load_state_dict": lambda s: s.wpl.load_state_dict(s.state),
+    "load": lambda s: s.wpl.load(s.larger.file),
+    "load_state_dict": lambda s: s.wpl.load_state_dict(s.larger.state),
     "rebind": lambda s: s.wpl.rebind(s.other),
     "reset": lambda s: s.wpl.reset(),
     "alpha": set_alpha,
@@ -151,16 +170,16 @@ class Interrupts:
         return self._line
 
 
-def points(count: int, last: int = 40) -> list[int]:
+def points(count: int, last: int = 15) -> list[int]:
     """Return moments all over, and all of the last ones, where the change is made."""
-    return sorted({*range(0, count, max(1, count // 20)), *range(max(0, count - last), count)})
+    return sorted({*range(0, count, max(1, count // SPREAD)), *range(max(0, count - last), count)})
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "and again"])
 @scenes
-def test_interrupted_at_any_line(tmp_path, action, anchors, l2, lasting):
+def test_interrupted_at_any_line(larger, action, anchors, l2, lasting):
     counter = Interrupts()
-    undisturbed = Undisturbed(partial(Scene, tmp_path, anchors, l2), action, counter)
+    undisturbed = Undisturbed(partial(Scene, larger, anchors, l2), action, counter)
     undone = [undisturbed.check(Interrupts(at, lasting), KeyboardInterrupt) for at in points(counter.count)]
     assert undone[0] or same(undisturbed.before, undisturbed.after)
     assert undone == sorted(undone, reverse=True)  # from the moment of the change on it is made
@@ -222,11 +241,11 @@ class Failing(TorchDispatchMode):
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
 @scenes
-def test_an_allocation_that_fails(tmp_path, action, anchors, l2, lasting):
+def test_an_allocation_that_fails(larger, action, anchors, l2, lasting):
     if action == "follow":
         pytest.skip("the module's own conversion would fail")
     counter = Failing()
-    undisturbed = Undisturbed(partial(Scene, tmp_path, anchors, l2), action, counter)
+    undisturbed = Undisturbed(partial(Scene, larger, anchors, l2), action, counter)
     for at in points(counter.count, last=6):
         error = (MemoryError, torch.OutOfMemoryError)[at % 2]
         undisturbed.check(Failing(at, error, lasting), (error, ValueError))  # safetensors has words of its own
@@ -266,9 +285,9 @@ def test_a_part_is_consolidated_without_a_copy_of_the_rest(how):
 
 
 @pytest.mark.parametrize("change", ["merge some", "update some", "alpha"])
-def test_what_changes_before_the_anchors_followed_their_parameters(tmp_path, change):
+def test_what_changes_before_the_anchors_followed_their_parameters(larger, change):
     """Parameters that an action does not name are of another type by then, and nobody evaluated in between."""
-    at_once, later = Scene(tmp_path), Scene(tmp_path)
+    at_once, later = Scene(larger), Scene(larger)
     for scene in (at_once, later):
         scene.module[0].bias.data = scene.module[0].bias.data.double()
     later.evaluate()
@@ -277,8 +296,8 @@ def test_what_changes_before_the_anchors_followed_their_parameters(tmp_path, cha
     assert same(at_once.snapshot(), later.snapshot())
 
 
-def test_files_that_no_penalty_can_have_written_change_nothing(tmp_path):
-    scene = Scene(tmp_path)
+def test_files_that_no_penalty_can_have_written_change_nothing(larger):
+    scene = Scene(larger)
     before = scene.snapshot()
     for key, value in (
         ("n_anchors", torch.tensor(-3)),
@@ -286,5 +305,5 @@ def test_files_that_no_penalty_can_have_written_change_nothing(tmp_path):
         ("theta_hat.0.bias", torch.full((7,), -1e300, dtype=torch.float64)),
     ):
         with pytest.raises(RuntimeError, match=r"must not be negative, got -3|must be finite.* in torch.float32"):
-            scene.wpl.load_state_dict({**scene.state, key: value})
+            scene.wpl.load_state_dict({**larger.state, key: value})
         assert same(scene.snapshot(), before)

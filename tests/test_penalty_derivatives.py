@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from pairwise import pairwise
 from penalty_cases import STALE, anchored, expected, grads_of, move, needs_cpp, plain, random_fisher, trunk
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -229,19 +230,26 @@ def test_a_compiled_step_of_changed_parameters_is_never_wrong():
             assert value.item() == pytest.approx(wpl().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fisher_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype, fisher_dtype):
+@pytest.mark.parametrize(
+    ("dtype", "fisher_dtype", "one_alpha", "offsets"),
+    pairwise([torch.float32, torch.bfloat16], [torch.float32, torch.bfloat16], [True, False], [True, False]),
+    ids=str,
+)
+def test_opcheck(dtype, fisher_dtype, one_alpha, offsets):
     shapes = [(5, 3), (), (0,), (17,)]
     theta, hat = ([torch.randn(s).to(dtype) for s in shapes] for _ in range(2))
     fisher, offset = [torch.rand(s).to(fisher_dtype) for s in shapes], [torch.randn(s) for s in shapes]
     ops = torch.ops.wplfast
-    for alpha in (torch.tensor(2.0).double(), torch.rand(4).double()):
-        for offsets in ([], offset):
-            columns = (theta, hat, offsets, fisher, alpha, torch.tensor(0.1).double())
-            torch.library.opcheck(ops.penalty.default, columns)
-            torch.library.opcheck(ops.penalty_with_grad.default, columns)
-            grads = [torch.randn(s).to(dtype) for s in shapes]
-            torch.library.opcheck(ops.penalty_add_grad_.default, (grads, *columns, torch.tensor(0.5).double()))
+    alpha = torch.tensor(2.0).double() if one_alpha else torch.rand(4).double()
+    columns = (theta, hat, offset if offsets else [], fisher, alpha, torch.tensor(0.1).double())
+    torch.library.opcheck(ops.penalty.default, columns)
+    torch.library.opcheck(ops.penalty_with_grad.default, columns)
+    grads = [torch.randn(s).to(dtype) for s in shapes]
+    torch.library.opcheck(ops.penalty_add_grad_.default, (grads, *columns, torch.tensor(0.5).double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_of_scaling(dtype):
+    ops = torch.ops.wplfast
     for factor in (1.0, 3.0):
         torch.library.opcheck(ops.scale_unless_one_.default, (torch.randn(33).to(dtype), torch.tensor(factor)))

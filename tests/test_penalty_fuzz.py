@@ -35,8 +35,8 @@ PROFILE = {
     "suppress_health_check": list(HealthCheck),
 }
 
-#: Elsewhere a step waits for the device many times.
-ON_THE_CPU = os.environ.get("WPLFAST_TEST_DEVICE", "cpu") == "cpu"
+#: How many sequences; after a change of the penalty, or of what it computes with, more are worth their minutes.
+EXAMPLES = int(os.environ.get("WPLFAST_TEST_EXAMPLES", "60"))
 
 
 class Machine(RuleBasedStateMachine):
@@ -418,7 +418,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestSequences = Machine.TestCase
-TestSequences.settings = settings(max_examples=120 if ON_THE_CPU else 40, stateful_step_count=25, **PROFILE)
+TestSequences.settings = settings(max_examples=EXAMPLES, stateful_step_count=25, **PROFILE)
 
 
 @settings(max_examples=60, **PROFILE)

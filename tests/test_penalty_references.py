@@ -6,7 +6,8 @@ import gc
 
 import pytest
 import torch
-from penalty_cases import STALE, anchored, enter, expected, move, needs_cpp, plain, run_python, set_to, trunk
+from penalty_cases import STALE, anchored, enter, expected, move, needs_cpp, plain, set_to, trunk
+from processes import run_python
 from torch import Tensor, nn
 
 import wplfast
@@ -100,7 +101,7 @@ except Exception as error:
     print(type(error).__name__, error)
 """
     result = run_python(code)
-    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.returncode == 0, result.output[-2000:]
 
 
 def test_parameters_on_meta():

@@ -45,7 +45,10 @@ class Said:
             logger.warning(message)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _log(message: str) -> None:
     """Log a warning while tracing goes on, and leave nothing in the graph."""
     logger.warning(message)
+
+
+# All that torch.compiler.assume_constant_result does, but that it imports the compiler, which takes seconds.
+_log._dynamo_marked_constant = True  # type: ignore[attr-defined]
