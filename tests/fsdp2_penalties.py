@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,7 @@ def moved(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
+@functools.cache
 def fishers(n: int) -> list[Fisher]:
     """Two Fishers of one process, of anything."""
     whole = model()
