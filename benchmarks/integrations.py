@@ -27,6 +27,7 @@ PACKAGES = ("transformers", "lightning")
 WAYS = ("without", "callback", "loop")
 TURN = ("without", "callback", "callback", "without", "loop")  # in every other turn the first two ways are exchanged
 WARM_UP = 1  # turns that are not counted
+FEWEST = 2  # turns that are counted, however long they take
 PENALTY_BYTES = 20  # of a float32 parameter: theta, theta_hat, F and .grad are read, .grad is written
 
 
@@ -48,16 +49,17 @@ class Turns:
     Args:
         model: that is trained.
         wpl: its penalty, whose ``add_grad_`` is timed from now on.
-        device: of the model.
+        budget: the device of the model, and the seconds after which no further step is to begin, but for the fewest.
     """
 
-    def __init__(self, model: nn.Module, wpl: wplfast.WeightPlasticityLoss, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, wpl: wplfast.WeightPlasticityLoss, budget: Budget) -> None:
         self.times: dict[str, list[float]] = {way: [] for way in WAYS}
         self.way, self.n_steps = WAYS[0], 0
         self._n_parameters = sum(p.numel() for p in model.parameters())
         self._bytes = PENALTY_BYTES * self._n_parameters
-        self._device, self._started = device, 0.0
-        self._roof = triad_in_place(self._bytes, device)
+        self._device, self._started = budget.device, 0.0
+        self._end = time.perf_counter() + budget.seconds
+        self._roof = triad_in_place(self._bytes, budget.device)
         self._roof_times: list[float] = []
         self._penalty: list[float] = []
         wpl.add_grad_ = self._timed(wpl.add_grad_)  # type: ignore[method-assign]
@@ -76,6 +78,11 @@ class Turns:
         """Stop the clock."""
         self.times[self.way].append(self._now() - self._started)
         self.n_steps += 1
+
+    @property
+    def are_over(self) -> bool:
+        """Whether the time is up, and enough was measured."""
+        return self.n_steps >= len(TURN) * (WARM_UP + FEWEST) and time.perf_counter() > self._end
 
     def record(self, case: str) -> dict[str, Any]:
         """Return what is recorded of a package's training step.

@@ -73,6 +73,7 @@ class Clock(pl.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
         """Stop."""
         self._turns.stop()
+        trainer.should_stop |= self._turns.are_over
 
 
 def lightning_step(budget: Budget) -> dict[str, Any]:
@@ -84,13 +85,12 @@ def lightning_step(budget: Budget) -> dict[str, Any]:
     module.fisher = {name: torch.rand_like(p) for name, p in module.named_parameters()}
     module.anchors = {name: p.detach().clone() for name, p in module.named_parameters()}
     wpl.consolidate(module.fisher)
-    turns, callback = Turns(module, wpl, budget.device), WPLCallback(wpl)
+    turns, callback = Turns(module, wpl, budget), WPLCallback(wpl)
     steps = n_steps(budget.rounds)
     tokens = torch.randint(vocabulary, (size * steps, length))
     trainer = pl.Trainer(
         accelerator="cpu" if budget.device.type == "cpu" else "gpu",
         devices=1,
-        max_time={"seconds": int(budget.seconds) + 1},
         max_steps=steps,
         gradient_clip_val=1.0,
         callbacks=[Way(callback, turns), callback, Clock(turns)],

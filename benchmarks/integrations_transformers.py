@@ -25,7 +25,7 @@ import wplfast
 from wplfast.integrations.transformers import WPLCallback, trainer_fisher
 from wplfast.penalty.attach import attach
 
-from .integrations import TURN, WARM_UP, Turns, n_steps
+from .integrations import Turns, n_steps
 from .timing import Budget, Contender, quartiles, ratio
 from .ways import WrongResultError
 
@@ -69,9 +69,11 @@ class Way(TrainerCallback):
             callback._handle = attach(callback.wpl, optimizer.optimizer, callback._added)
         self._turns.start()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Stop."""
         self._turns.stop()
+        control.should_training_stop |= self._turns.are_over
+        return control
 
 
 def _trainer(budget: Budget, folder: str, n_samples: int, callbacks: list[Any], **options: Any) -> tuple[Any, str]:
@@ -107,25 +109,11 @@ def transformers_step(budget: Budget) -> dict[str, Any]:
         if abs(here - there) > 1e-4 * there:
             raise WrongResultError(f"the penalty is {here:.8g}, that of the loop {there:.8g}")
         callback = WPLCallback(wpl)
-        turns = Turns(model, wpl, budget.device)
+        turns = Turns(model, wpl, budget)
         trainer.add_callback(Way(trainer, callback, turns))
         trainer.add_callback(callback)
-        trainer.add_callback(_Deadline(budget.seconds, len(TURN) * (WARM_UP + 2)))
         trainer.train()
     return turns.record(f"Trainer, {case}")
-
-
-class _Deadline(TrainerCallback):
-    """Ends training after so many seconds and steps."""
-
-    def __init__(self, seconds: float, n_steps: int) -> None:
-        self._end, self._n_steps = time.perf_counter() + seconds, n_steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Look at the clock."""
-        if state.global_step >= self._n_steps and time.perf_counter() > self._end:
-            control.should_training_stop = True
-        return control
 
 
 class Clock:
