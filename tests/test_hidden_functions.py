@@ -29,12 +29,41 @@ class Given(torch.autograd.Function):
         return x, None, *others
 
 
+class SetUp(torch.autograd.Function):
+    """Keeps its graph with the function that it runs. Its forward pass has no context, and rebinds its argument."""
+
+    @staticmethod
+    def forward(run, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            run.graph = x, run(x)
+        return run.graph[1].detach()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.x, ctx.y = inputs[0].graph
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.x.grad = None
+        ctx.y.backward(gradient, retain_graph=True)
+        return None, ctx.x.grad
+
+
+class Decorated(KeptGraph):
+    """Another function stands before its forward pass."""
+
+    forward = torch.amp.custom_fwd(KeptGraph.forward, device_type="cpu")
+
+
 FORWARDS = {
     "own graph": lambda m, h: KeptGraph.apply(lambda z: torch.tanh(m.b(z)), h),
     "used outside too": lambda m, h: m.b(KeptGraph.apply(lambda z: torch.tanh(m.b(z)), h)),
     "checkpoint, used outside too": lambda m, h: m.b(Checkpoint.apply(lambda z: torch.tanh(m.b(z)), h)),
     "in another one": lambda m, h: KeptGraph.apply(lambda z: KeptGraph.apply(torch.tanh, m.b(z)), h),
     "of a derived matrix": lambda m, h: KeptGraph.apply(lambda z: torch.tanh(z @ (2 * m.b.weight) + m.b.bias), h),
+    "context set up later": lambda m, h: SetUp.apply(lambda z: torch.tanh(m.b(z)), h),
+    "decorated": lambda m, h: Decorated.apply(lambda z: torch.tanh(m.b(z)), h),
     "given": lambda m, h: Given.apply(h, lambda z: torch.tanh(m.b(z)), *m.b.parameters()),
 }
 

@@ -8,13 +8,15 @@ of the task: gradients accumulate (``backward``), are asked for (``grad`` with r
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ...errors import WplfastError
@@ -33,19 +35,42 @@ SECOND_DERIVATIVE = (
 )
 
 
-def is_hidden(apply_code: Any = torch.autograd.Function.apply.__code__) -> bool:
+def is_hidden() -> bool:
     """Tell whether this runs in the forward pass of a Function no argument of which requires grad: it has no backward.
 
     What it computes of parameters inside, to send gradients there itself, gets none then.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is apply_code and not any(
-            isinstance(value, torch.Tensor) and value.requires_grad for value in frame.f_locals["args"]
-        ):
+        if _is_forward(frame.f_code) and not _needs_grad(frame):
             return True
         frame = frame.f_back
     return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_forward(code: CodeType) -> bool:
+    """Tell whether this is the code of a Function's ``forward``. From torch 2.14 on, nothing of Python calls that."""
+    classes: list[type[torch.autograd.Function]] = [torch.autograd.Function]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    return any(getattr(cls.forward, "__code__", None) is code for cls in classes)
+
+
+def _needs_grad(frame: FrameType) -> bool:
+    """Tell whether an argument that a Function's ``forward`` was called with requires grad."""
+    names, rest, _, values = inspect.getargvalues(frame)
+    arguments = [values[name] for name in names if name in values]
+    if rest is not None:
+        arguments += values[rest]
+    if arguments and isinstance(arguments[0], torch._C._FunctionBase):
+        return any(arguments[0].needs_input_grad)
+    # A Function with ``setup_context`` is not given its context here, and a name may stand for a leaf by now that it
+    # made of its argument, for a graph of its own.
+    return any(
+        isinstance(value, Tensor) and value.requires_grad and (not value.is_leaf or isinstance(value, nn.Parameter))
+        for value in arguments
+    )
 
 
 class _Asked:
