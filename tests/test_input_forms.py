@@ -266,7 +266,7 @@ def check(seed: int) -> str:
 
 
 @pytest.mark.cpu_only("draws in float64")
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", [*range(80), 41247])  # 41247: losses that hardly depend on a table of N rows
 def test_against_the_loop(seed):
     check(seed)
 

@@ -117,20 +117,25 @@ class Examination:
         last = _last(n_samples)
         parts = [part for part in self._parts(n_samples) if part != last]  # which would be the same run again
         differing: int | None = None  # a sample whose loss differed in the likeliest of the cuts that ran
+        unsure: Cut | None = None  # the likeliest cut whose losses are the same as far as it ran
         for cut in trial.parts.cuts():
             single = trial.run(cut, last)
             if single is None:
                 continue
-            sample = trial.differing(single, last)
-            if sample is None:
-                for part in parts:
-                    others = trial.run(cut, part)
-                    sample = None if others is None else trial.differing(others, part)
-                    if sample is not None:
-                        break
+            sample, ran = trial.differing(single, last), True
+            for part in parts:
                 if sample is None:
-                    return Findings(True, self._gradients(trial, single))
-            differing = sample if differing is None else differing
+                    others = trial.run(cut, part)
+                    ran = ran and others is not None
+                    sample = None if others is None else trial.differing(others, part)
+            if sample is None and ran:
+                return Findings(True, self._gradients(trial, single))
+            if sample is None:  # a table that all samples share may have been cut: another cut may do for all parts
+                unsure = unsure or cut
+            else:
+                differing = sample if differing is None else differing
+        if unsure is not None and (single := trial.run(unsure, last)) is not None:
+            return Findings(True, self._gradients(trial, single))
         if not refusing:
             return Findings(True)
         return self._diagnose(trial, differing)
