@@ -94,6 +94,11 @@ def scaling(path: Path) -> Lines:
     return [*image("scaling_cpu.png", words, path.parent), *report.scaling(record("scaling_cpu")["scaling"])]
 
 
+def integrations(path: Path) -> Lines:
+    """Return what a training step of other packages costs with the callback, and the Fisher of a Trainer's data."""
+    return report.integrations(record("integrations_cpu")["integrations"])
+
+
 def of_ranks(make: Callable[[report.Runs], Lines]) -> Callable[[Path], Lines]:
     """Return the section of a table of several processes, under the table's name."""
 
@@ -114,7 +119,7 @@ PAGES: dict[str, tuple[Callable[[Path], Lines], ...]] = {
     "docs/how-to/choosing-alpha.md": (strength,),
     "docs/distributed.md": (of_ranks(distributed_report.ddp),),
     "docs/fsdp2.md": tuple(of_ranks(make) for make in (*CASES["fsdp2"], *CASES["end-to-end"])),
-    "docs/results/speed.md": (speed, gpu, peers, sweep, anchors, scaling),
+    "docs/results/speed.md": (speed, gpu, peers, sweep, anchors, scaling, integrations),
 }
 
 

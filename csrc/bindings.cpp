@@ -18,6 +18,7 @@
 #include "prepared_penalty.h"
 #include "scale_grads.h"
 #include "squares.h"
+#include "turn.h"
 
 namespace py = pybind11;
 
@@ -176,13 +177,14 @@ void read_spatial(const py::tuple& geometry, int which, int64_t absent, int64_t 
 }
 
 void fisher_conv_binding(int dtype, uintptr_t fisher, uintptr_t gradient, uintptr_t inputs, uintptr_t grad_outputs,
-                         uintptr_t weights, int64_t n_samples, int64_t n_images, int64_t c_in, int64_t c_out,
-                         int64_t groups, const py::tuple& geometry, int threads) {
+                         bool channels_first, uintptr_t weights, int64_t n_samples, int64_t n_images, int64_t c_in,
+                         int64_t c_out, int64_t groups, const py::tuple& geometry, int threads) {
   FisherConvCall call{};
   call.fisher = pointer(fisher);
   call.gradient = pointer(gradient);
   call.inputs = pointer(inputs);
   call.grad_outputs = pointer(grad_outputs);
+  call.channels_first = channels_first;
   call.weights = static_cast<const double*>(pointer(weights));
   call.n_samples = n_samples;
   call.n_images = n_images;
@@ -233,6 +235,13 @@ void scale_grads_binding(int dtype, uintptr_t grads, const py::tuple& activation
   scale_grads(call);
 }
 
+void turn_binding(uintptr_t from, uintptr_t to, int64_t n_matrices, int64_t n_rows, int64_t n_columns,
+                  int64_t element_bytes, int threads) {
+  const TurnCall call{pointer(from), pointer(to), n_matrices, n_rows, n_columns, element_bytes, threads};
+  py::gil_scoped_release release;
+  turn(call);
+}
+
 void accumulate_squares_binding(int dtype, uintptr_t fisher, uintptr_t grads, uintptr_t weights, int64_t n_samples,
                                 int64_t numel, int threads) {
   const SquaresCall call{pointer(fisher), pointer(grads), static_cast<const double*>(pointer(weights)),
@@ -267,6 +276,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("fisher_conv", &fisher_conv_binding, "Fisher diagonal of a convolution's weight.");
   m.def("fisher_embedding", &fisher_embedding_binding, "Fisher diagonal of a table that rows are taken from.");
   m.def("scale_grads", &scale_grads_binding, "Per-sample gradients of an elementwise scale.");
+  m.def("turn", &turn_binding, "Transpose matrices in memory.");
   m.def("accumulate_squares", &accumulate_squares_binding, "Weighted sum of squared per-sample gradients.");
   py::class_<TensorReader>(m, "TensorReader", py::module_local(), "Reads tensors' addresses and types.")
       .def(py::init<const py::type&, const py::dict&, const py::object&>());

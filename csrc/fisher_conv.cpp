@@ -1,9 +1,11 @@
 #include "fisher_conv.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "fisher_groups.h"
 #include "fisher_product.h"
+#include "turn.h"
 
 namespace wplfast {
 namespace {
@@ -39,18 +41,29 @@ void fisher_conv(const FisherConvCall& call) {
   if (call.n_samples == 0 || patches.rows() == 0 || patches.columns() == 0 || call.c_out == 0) return;
   const int64_t rows = patches.rows(), group_out = call.c_out / call.groups;
   if (fisher_groups_cost(call) < call.groups * padded_area(group_out, patches.columns(), call.dtype)) {
+    if (call.channels_first) {  // which these kernels do not read
+      const int64_t bytes = size_of(call.dtype);
+      std::vector<char> last(call.n_samples * rows * call.c_out * bytes);
+      turn({call.grad_outputs, last.data(), call.n_samples, call.c_out, rows, bytes, call.threads});
+      FisherConvCall turned = call;
+      turned.grad_outputs = last.data();
+      turned.channels_first = false;
+      fisher_groups(turned, patches);
+      return;
+    }
     fisher_groups(call, patches);
     return;
   }
+  const int64_t stride_t = call.channels_first ? 1 : call.c_out, stride_d = call.channels_first ? rows : 1;
   Product product{};
-  product.rows = {false, {call.grad_outputs, group_out, rows * call.c_out, call.c_out}, {}, patches.columns()};
+  product.rows = {false, {call.grad_outputs, group_out, rows * call.c_out, stride_t, stride_d}, {}, patches.columns()};
   if (is_linear(patches)) {
     product.columns = {false, {call.inputs, patches.channels, rows * call.c_in, call.c_in}, {}, 1};
   } else {
     product.columns = {true, {}, patches, 1};
   }
   product.n_groups = call.groups;
-  product.rows_step = group_out;
+  product.rows_step = group_out * stride_d;
   product.columns_step = patches.channels;
   product.output_step = group_out * patches.columns();
   product.fisher = call.fisher;

@@ -1,4 +1,4 @@
-// Fisher diagonal of a convolution's weight without unfolding its input; both are channels last:
+// Fisher diagonal of a convolution's weight without unfolding its input, which is channels last:
 //   fisher[o, c, k] += sum_n w_n (sum_{m, l} G[n, m, l, o] X[n, m, l * stride - padding + k * dilation, c])^2
 #pragma once
 
@@ -12,7 +12,8 @@ struct FisherConvCall {
   void* fisher;              // [C_out, C_in / groups, *K], compute type, contiguous
   void* gradient;            // the same, or null
   const void* inputs;        // X [N, M, *S, C_in], contiguous
-  const void* grad_outputs;  // G [N, M, *L, C_out], contiguous
+  const void* grad_outputs;  // G [N, M, *L, C_out], contiguous; or [N, C_out, *L]
+  bool channels_first;       // the latter, with M = 1
   const double* weights;     // [N], or null
   int64_t n_samples, n_images;
   int64_t c_in, c_out, groups;

@@ -23,11 +23,44 @@ WPLFAST_INLINE void convert_panel_row(const T* from, int64_t readable, bool squa
   }
 }
 
+// Packs columns as pack_matrix does, of a matrix whose steps are contiguous: a cache line holds one column of many
+// rows.
+template <class T, class C, int WIDTH>
+void pack_turned(const SampleMatrix& matrix, const Chunk& chunk, int64_t first, int64_t n_panels, bool squared,
+                 const C* weights, C* packed) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  const int64_t rows = chunk.n_samples * chunk.n_steps;
+  for (int64_t panel = 0; panel < n_panels; ++panel) {
+    const int64_t column = first + panel * WIDTH, left = matrix.size - column;
+    const int64_t width = left < WIDTH ? left : WIDTH;
+    C* to = packed + panel * rows * WIDTH;
+    for (int64_t n = chunk.first_sample; n < chunk.first_sample + chunk.n_samples; ++n) {
+      const C weight = weights == nullptr ? C{1} : weights[n];
+      const T* from =
+          static_cast<const T*>(matrix.data) + n * matrix.stride_n + chunk.first_step + column * matrix.stride_d;
+      for (int64_t t = 0; t < chunk.n_steps; t += LINE, to += LINE * WIDTH) {
+        const int64_t count = chunk.n_steps - t < LINE ? chunk.n_steps - t : LINE;
+        C line[LINE];
+        for (int64_t d = 0; d < WIDTH; ++d) {
+          if (d < width) {
+            copy_row(from + d * matrix.stride_d + t, count, line);
+          } else {
+            std::memset(line, 0, sizeof(line));
+          }
+          for (int64_t i = 0; i < count; ++i) to[i * WIDTH + d] = (squared ? line[i] * line[i] : line[i]) * weight;
+        }
+        if (count < LINE) to -= (LINE - count) * WIDTH;
+      }
+    }
+  }
+}
+
 // Packs columns [first, first + n_panels * WIDTH) of a chunk's rows into panels [rows][WIDTH], zero beyond the matrix.
 // Weights, if given, multiply each sample's rows.
 template <class T, class C, int WIDTH>
 void pack_matrix(const SampleMatrix& matrix, const Chunk& chunk, int64_t first, int64_t n_panels, bool squared,
                  const C* weights, C* packed) {
+  if (matrix.stride_d != 1) return pack_turned<T, C, WIDTH>(matrix, chunk, first, n_panels, squared, weights, packed);
   const int64_t rows = chunk.n_samples * chunk.n_steps, left = matrix.size - first;
   const int64_t full = left / WIDTH < n_panels ? left / WIDTH : n_panels;
   const int64_t rest = full < n_panels ? left - full * WIDTH : 0;
@@ -74,7 +107,12 @@ void prefetch_part(const Side& side, int64_t n_steps, const Chunk& chunk, int64_
   for (int64_t row = begin; row < end; ++row) {
     const T* from = static_cast<const T*>(side.matrix.data) + n * side.matrix.stride_n +
                     (chunk.first_step + t) * side.matrix.stride_t + first;
-    for (int64_t i = 0; i < length; i += LINE) __builtin_prefetch(from + i, 0, 2);
+    if (side.matrix.stride_d == 1) {
+      for (int64_t i = 0; i < length; i += LINE) __builtin_prefetch(from + i, 0, 2);
+    } else if (row == begin || t % LINE == 0) {
+      const T* turned = from + first * (side.matrix.stride_d - 1);
+      for (int64_t i = 0; i < length; ++i) __builtin_prefetch(turned + i * side.matrix.stride_d, 0, 2);
+    }
     if (++t == chunk.n_steps) {
       t = 0;
       ++n;

@@ -29,11 +29,14 @@ constexpr int64_t CHUNK_ROWS = 256;
 inline int64_t samples_per_chunk(int64_t n_steps) { return n_steps >= CHUNK_ROWS ? 1 : CHUNK_ROWS / n_steps; }
 
 // The most rows and columns of a block: one buffer of sums takes at most 192 KiB in fp32. Patches are rows that are not
-// kept packed, which leaves room for more of them.
+// kept packed, which leaves room for more of them. A product that is one chunk keeps no sums, and what is packed takes
+// a larger part of its time: its blocks are larger.
 constexpr int64_t BLOCK_ROWS = 192;
 constexpr int64_t BLOCK_PATCH_ROWS = 576;
 constexpr int64_t BLOCK_COLUMNS = 256;
 constexpr int64_t BLOCK_PATCH_COLUMNS = 128;
+constexpr int64_t BLOCK_CHUNK_ROWS = 384;
+constexpr int64_t BLOCK_CHUNK_COLUMNS = 512;
 
 // One side of the product. Element i of a matrix's row belongs to the output's row or column at i * output_stride;
 // column (k, c) of patches belongs to the one at c * taps + k, where PyTorch's layout has it.
@@ -59,6 +62,7 @@ struct ProductPlan {
 
   int64_t n_blocks() const { return row_blocks * column_blocks; }
   int64_t n_units() const { return (n_samples + unit_samples - 1) / unit_samples; }
+  bool is_one_chunk() const { return n_samples * n_steps <= CHUNK_ROWS; }
 };
 
 // A contiguous range of panels.
@@ -76,9 +80,11 @@ struct ProductKernel {
   int64_t tile_rows, tile_columns;
   int64_t (*block_elements)(const ProductPlan& plan);
   int64_t (*workspace_bytes)(const ProductPlan& plan);  // of one thread
-  // Stores the sums of one unit of samples.
-  void (*multiply)(const ProductPlan& plan, int64_t block, int64_t unit, void* workspace, void* sums, void* gradient);
-  // Adds such sums to the output, and to plan.gradient.
+  // Stores the sums of one unit of samples, or adds them to the output right away if the product is one chunk: each
+  // tile is complete then. columns_are_packed: the workspace was last used for a block of the same columns of it.
+  void (*multiply)(const ProductPlan& plan, int64_t block, int64_t unit, bool columns_are_packed, void* workspace,
+                   void* sums, void* gradient);
+  // Adds stored sums to the output, and to plan.gradient.
   void (*flush)(const ProductPlan& plan, int64_t block, const void* sums, const void* gradient);
 };
 

@@ -88,28 +88,31 @@ inline void output_offsets(const Side& side, int64_t first, int64_t count, int64
   }
 }
 
-// Adds a block's sums, stored tile by tile, to the output.
+// Adds a block's sums, stored tile by tile, to the output. Where the output's columns lie apart (it is transposed), all
+// of a column is added before the next one: lines a power of two apart would push each other out of the L1 cache.
 template <class C>
 void add_sums(const ProductPlan& plan, PanelRange rows, PanelRange columns, const C* sums, C* output) {
-  constexpr int64_t WIDTH = TILE_COLUMNS<C>;
+  constexpr int64_t WIDTH = TILE_COLUMNS<C>, TILE = TILE_ROWS * WIDTH;
   const bool contiguous = !plan.column_side.is_patches && plan.column_side.output_stride == 1;
   const int64_t all_rows = plan.row_side.size(), all_columns = plan.column_side.size();
-  int64_t row_offsets[TILE_ROWS], column_offsets[WIDTH];
-  for (int64_t c = columns.begin; c < columns.end; ++c) {
+  const int64_t first_row = rows.begin * TILE_ROWS, last_row = rows.end * TILE_ROWS;
+  const int64_t n_rows = (all_rows < last_row ? all_rows : last_row) - first_row;
+  int64_t row_offsets[BLOCK_PATCH_ROWS + TILE_ROWS], column_offsets[WIDTH];
+  output_offsets(plan.row_side, first_row, n_rows, row_offsets);
+  for (int64_t c = columns.begin; c < columns.end; ++c, sums += (rows.end - rows.begin) * TILE) {
     const int64_t n_columns = all_columns - c * WIDTH < WIDTH ? all_columns - c * WIDTH : WIDTH;
     output_offsets(plan.column_side, c * WIDTH, n_columns, column_offsets);
-    for (int64_t r = rows.begin; r < rows.end; ++r, sums += TILE_ROWS * WIDTH) {
-      const int64_t n_rows = all_rows - r * TILE_ROWS < TILE_ROWS ? all_rows - r * TILE_ROWS : TILE_ROWS;
-      output_offsets(plan.row_side, r * TILE_ROWS, n_rows, row_offsets);
+    if (contiguous) {
       for (int64_t i = 0; i < n_rows; ++i) {
         const C* from = sums + i * WIDTH;
-        C* to = output + row_offsets[i];
-        if (contiguous) {
-          to += column_offsets[0];
-          for (int64_t j = 0; j < n_columns; ++j) to[j] += from[j];
-        } else {
-          for (int64_t j = 0; j < n_columns; ++j) to[column_offsets[j]] += from[j];
-        }
+        C* to = output + row_offsets[i] + column_offsets[0];
+        for (int64_t j = 0; j < n_columns; ++j) to[j] += from[j];
+      }
+    } else {
+      for (int64_t j = 0; j < n_columns; ++j) {
+        const C* from = sums + j;
+        C* to = output + column_offsets[j];
+        for (int64_t i = 0; i < n_rows; ++i) to[row_offsets[i]] += from[i * WIDTH];
       }
     }
   }
@@ -169,8 +172,8 @@ inline Chunk chunk_at(const ProductPlan& plan, int64_t n, int64_t end, int64_t p
 }
 
 template <class T, class C>
-void multiply(const ProductPlan& plan, int64_t block, int64_t unit, void* workspace, void* sums_out,
-              void* gradient_out) {
+void multiply(const ProductPlan& plan, int64_t block, int64_t unit, bool columns_are_packed, void* workspace,
+              void* sums_out, void* gradient_out) {
   constexpr int64_t WIDTH = TILE_COLUMNS<C>, TILE = TILE_ROWS * WIDTH;
   const PanelRange rows = rows_of_block(plan, block), columns = columns_of_block(plan, block);
   const int64_t n_rows = rows.end - rows.begin, n_columns = columns.end - columns.begin;
@@ -184,8 +187,12 @@ void multiply(const ProductPlan& plan, int64_t block, int64_t unit, void* worksp
   const C* weights = static_cast<const C*>(plan.weights);
   const bool weighs_rows = plan.epilogue != Epilogue::square;
   const bool squared = plan.epilogue == Epilogue::square_packed;
-  std::memset(sums, 0, n_rows * n_columns * TILE * sizeof(C));
-  if (gradient != nullptr) std::memset(gradient, 0, n_rows * n_columns * TILE * sizeof(C));
+  const bool direct = plan.is_one_chunk();
+  alignas(64) C tile_sums[TILE], tile_gradient[TILE];
+  if (!direct) {
+    std::memset(sums, 0, n_rows * n_columns * TILE * sizeof(C));
+    if (gradient != nullptr) std::memset(gradient, 0, n_rows * n_columns * TILE * sizeof(C));
+  }
 
   const int64_t pieces = (plan.n_steps + CHUNK_ROWS - 1) / CHUNK_ROWS, step = samples_per_chunk(plan.n_steps);
   const int64_t begin = unit * plan.unit_samples;
@@ -199,7 +206,9 @@ void multiply(const ProductPlan& plan, int64_t block, int64_t unit, void* worksp
       const C* row_weights = weighs_rows ? weights : nullptr;
       PatchRow patch_row[CHUNK_ROWS];
       int64_t n_patch_rows = 0;
-      if (plan.column_side.is_patches) {
+      if (columns_are_packed) {
+        // by the block before this one
+      } else if (plan.column_side.is_patches) {
         n_patch_rows = patch_rows(plan.column_side.patches, chunk, patch_row);
         for (int64_t c = 0; c < n_columns; ++c) {
           C* panel = packed_columns + c * chunk_rows * WIDTH;
@@ -231,6 +240,16 @@ void multiply(const ProductPlan& plan, int64_t block, int64_t unit, void* worksp
                            n_rows * n_columns);
         }
         ++done;
+        if (direct) {
+          const PanelRange row{rows.begin + r, rows.begin + r + 1}, column{columns.begin + c, columns.begin + c + 1};
+          std::memset(tile_sums, 0, sizeof(tile_sums));
+          if (plan.gradient != nullptr) std::memset(tile_gradient, 0, sizeof(tile_gradient));
+          multiply_tile(row_panel, packed_columns + c * chunk_rows * WIDTH, whole, plan.epilogue, weights, tile_sums,
+                        plan.gradient == nullptr ? nullptr : tile_gradient, static_cast<C*>(nullptr));
+          add_sums(plan, row, column, tile_sums, static_cast<C*>(plan.output));
+          if (plan.gradient != nullptr) add_sums(plan, row, column, tile_gradient, static_cast<C*>(plan.gradient));
+          return;
+        }
         const int64_t tile = (c * n_rows + r) * TILE;
         multiply_tile(row_panel, packed_columns + c * chunk_rows * WIDTH, whole, plan.epilogue, weights, sums + tile,
                       gradient == nullptr ? nullptr : gradient + tile, pieces == 1 ? nullptr : carry + tile);

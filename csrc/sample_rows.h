@@ -5,11 +5,13 @@
 
 namespace wplfast {
 
-// A tensor [N, T, size] whose last dimension is contiguous; strides count elements.
+// A tensor [N, T, size] whose last dimension is contiguous, or else the one before it, as in images that lie channels
+// first; strides count elements.
 struct SampleMatrix {
   const void* data;
   int64_t size;
   int64_t stride_n, stride_t;
+  int64_t stride_d = 1;
 };
 
 // The patches of images [N, M, *S, pixel_stride] that a convolution multiplies by its weight: row (m, l) of a sample

@@ -290,6 +290,24 @@ def test_fisher_conv_against_float64(backend, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, (1, 1)), (3, 2, (5, 7)), (20, 33, (6, 18)), (64, 16, (16, 16))], ids=str)
+def test_fisher_conv_takes_images_of_any_strides(backend, dtype, sizes):
+    c_in, c_out, spatial = sizes
+    torch.manual_seed(0)
+    x, g = torch.randn(2, 2, *spatial, c_in).to(dtype), torch.randn(2, 2, *spatial, c_out).to(dtype)
+    options = (None, None, (1, 1), (0, 0), (1, 1), 1)
+    expected, strided = (torch.zeros(c_out, c_in, 1, 1, dtype=layout.flat_dtype(dtype)) for _ in range(2))
+    backend.fisher_conv_(expected, x, g, *options)
+    channels_first = (t.movedim(-1, 2).contiguous().movedim(2, -1) for t in (x, g))
+    sliced = (torch.cat([t, t], -1)[..., : t.shape[-1]] for t in (x, g))
+    for a, b in (channels_first, sliced):
+        assert (a.numel() == 4 or not a.is_contiguous()) and a.shape == x.shape
+        strided.zero_()
+        backend.fisher_conv_(strided, a, b, *options)
+        torch.testing.assert_close(strided, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fisher_conv_serves_transposed_convolutions(backend, dtype):
     x, weight = torch.randn(3, 6, 5, 4), torch.randn(6, 2, 3, 3, dtype=torch.float64)  # [C_in, C_out / groups, *K]
     g = torch.randn(3, 4, 10, 7)

@@ -73,9 +73,13 @@ def _cpu_name() -> str:
     """Return the CPU's name as the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
+        found: dict[str, str] = {}
         for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+        if "model name" in found:  # which a virtual machine may shorten to that of all generations
+            numbers = [f"{name} {found[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in found]
+            return found["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
     if platform.system() == "Darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     return platform.processor() or platform.machine()

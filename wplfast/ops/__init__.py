@@ -86,8 +86,8 @@ def fisher_conv_(
 
     Args:
         fisher: contiguous accumulator [C_out, C_in / groups, *K], float32 (float64 for float64 inputs).
-        inputs: X [N, M, *S, C_in], contiguous; a sample may own M images.
-        grad_outputs: gradients of the per-sample losses with respect to the outputs, G [N, M, *L, C_out], contiguous.
+        inputs: X [N, M, *S, C_in], fastest where contiguous; a sample may own M images.
+        grad_outputs: gradients of the per-sample losses with respect to the outputs, G [N, M, *L, C_out], likewise.
             L may be smaller than what the inputs allow.
         weights: optional float32 or float64 weights [N]; they stay outside the square.
         gradient: optional accumulator like fisher for the plain gradient.

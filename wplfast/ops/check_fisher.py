@@ -75,15 +75,15 @@ def check_fisher_conv(
 ) -> None:
     """Check the arguments of ``fisher_conv_``: inputs [N, M, *S, C_in], grad_outputs [N, M, *L, C_out], channels last.
 
-    fisher is [C_out, C_in / groups, *K] with 1 to 3 spatial dimensions.
+    Both may have any strides. fisher is [C_out, C_in / groups, *K] with 1 to 3 spatial dimensions.
     """
-    ok = inputs.dim() in (4, 5, 6) and inputs.dtype in FLOATING and inputs.is_contiguous()
-    expect(ok, "inputs", "contiguous floating [N, M, *S, C_in] with 1 to 3 spatial dimensions", inputs)
+    ok = inputs.dim() in (4, 5, 6) and inputs.dtype in FLOATING
+    expect(ok, "inputs", "floating [N, M, *S, C_in] with 1 to 3 spatial dimensions", inputs)
     n_spatial = inputs.dim() - 3
     ok = grad_outputs.dim() == inputs.dim() and grad_outputs.shape[:2] == inputs.shape[:2]
     ok = ok and grad_outputs.dtype == inputs.dtype and grad_outputs.device == inputs.device
-    expected = f"contiguous [{inputs.shape[0]}, {inputs.shape[1]}, *L, C_out] with the dtype and device of inputs"
-    expect(ok and grad_outputs.is_contiguous(), "grad_outputs", f"{expected} ({describe(inputs)})", grad_outputs)
+    expected = f"[{inputs.shape[0]}, {inputs.shape[1]}, *L, C_out] with the dtype and device of inputs"
+    expect(ok, "grad_outputs", f"{expected} ({describe(inputs)})", grad_outputs)
     for what, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if len(values) != n_spatial or min(values) < least:
             raise ValueError(f"{what} must be {n_spatial} integers of at least {least}, got {list(values)}")

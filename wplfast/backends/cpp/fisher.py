@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -60,6 +61,20 @@ def fisher_linear_(
         increment_version(gradient)
 
 
+def _channels_last(images: Tensor) -> Tensor:
+    """Return images [N, M, *S, C] that lie channels last in memory; from channels first in one pass over them."""
+    if images.is_contiguous():
+        return images
+    first = images.movedim(-1, 2)
+    if not first.is_contiguous():
+        return images.contiguous()
+    turned = torch.empty(images.shape, dtype=images.dtype, device=images.device)
+    n, m, channels = first.shape[:3]
+    sizes = n * m, channels, math.prod(first.shape[3:])
+    _C.turn(first.data_ptr(), turned.data_ptr(), *sizes, images.element_size(), torch.get_num_threads())
+    return turned
+
+
 def fisher_conv_(
     fisher: Tensor,
     inputs: Tensor,
@@ -72,7 +87,10 @@ def fisher_conv_(
     groups: int,
 ) -> None:
     """Fisher += sum_n w_n (G_n^T patches of X_n)^2; the patches exist a few rows at a time, in the caches."""
-    weights = _wide_weights(weights)
+    weights, inputs = _wide_weights(weights), _channels_last(inputs)
+    channels_first = not grad_outputs.is_contiguous() and grad_outputs.movedim(-1, 1).is_contiguous()
+    if not channels_first:
+        grad_outputs = _channels_last(grad_outputs)
     spatial = (inputs.shape[2:-1], grad_outputs.shape[2:-1], fisher.shape[2:], stride, padding, dilation)
     _C.fisher_conv(
         DTYPES[inputs.dtype],
@@ -80,6 +98,7 @@ def fisher_conv_(
         0 if gradient is None else gradient.data_ptr(),
         inputs.data_ptr(),
         grad_outputs.data_ptr(),
+        channels_first,
         0 if weights is None else weights.data_ptr(),
         inputs.shape[0],
         inputs.shape[1],

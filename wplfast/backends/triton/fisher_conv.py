@@ -57,6 +57,7 @@ def fisher_conv_(
     """Fisher += sum_n w_n (sum_l G[n, l] X[n, l s - p + k d])^2, and the plain gradient beside it where wanted."""
     if fisher.numel() == 0 or inputs.numel() == 0 or grad_outputs.numel() == 0:
         return
+    inputs, grad_outputs = inputs.contiguous(), grad_outputs.contiguous()
     n, c_in, c_out = len(inputs), inputs.shape[-1], grad_outputs.shape[-1]
     shape = geometry(inputs, grad_outputs, fisher.shape[2:], stride, padding, dilation)
     served = inputs.dtype != torch.float64 and capability(fisher.device) >= 80

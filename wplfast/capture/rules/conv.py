@@ -98,8 +98,8 @@ class ConvUse(GradSample):
         return True
 
     def _images(self, tensor: Tensor) -> Tensor:
-        """Arrange [B, C, *S] as [N, M, *S, C], channels last."""
-        return self.layout.split(tensor.movedim(1, -1)).flatten(1, 2).contiguous()
+        """View [B, C, *S] as [N, M, *S, C]; a copy where a sample's images lie apart."""
+        return self.layout.split(tensor.movedim(1, -1)).flatten(1, 2)
 
 
 class ConvRule(OneOutputRule):

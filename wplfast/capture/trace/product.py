@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...backends.processor import onednn_from
 from ..call import Call
 from ..call_site import TappedCall
 from ..rules import Rule
@@ -16,20 +17,15 @@ from .nested import current_task, listener_of
 
 _OP = "mkldnn::_linear_pointwise"
 
-#: Below so many elements of the matrix, calling oneDNN takes longer than what it saves.
-_WORTH_IT = 1 << 14
 
-
-def is_faster(weight: Tensor) -> bool:
-    """Tell whether oneDNN is likely to multiply with a matrix faster than PyTorch does.
-
-    PyTorch's float32 products on CPUs go to MKL, which on some processors (AMD's) uses narrower vectors and takes twice
-    the time of oneDNN. PyTorch's fused LSTM and its compiler call oneDNN in the same way as this file.
-    """
+def is_faster(weight: Tensor, rows: int) -> bool:
+    """Tell whether oneDNN is likely to multiply that many rows with a matrix faster than PyTorch does."""
+    least = onednn_from()
     return (
-        weight.device.type == "cpu"
+        least is not None
+        and rows * weight.numel() >= least
+        and weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and weight.numel() >= _WORTH_IT
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and torch._C._dispatch_has_kernel_for_dispatch_key(_OP, "CPU")
@@ -57,26 +53,33 @@ class Product:
 
     def __init__(self, weight: Tensor) -> None:
         """Take the matrix."""
-        self._fast = is_faster(weight)
         self._weight = weight
+        self._fast: dict[int, bool] = {}  # by number of rows
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return ``x W^T`` for x [n, D_in]."""
-        return multiply(x, self._weight) if self._fast else x @ self._weight.t()
+        return multiply(x, self._weight) if self._is_fast(x) else x @ self._weight.t()
 
     def into(self, out: Tensor, x: Tensor) -> None:
         """Set ``out = x W^T``."""
-        if self._fast:
+        if self._is_fast(x):
             out.copy_(multiply(x, self._weight))
         else:
             torch.mm(x, self._weight.t(), out=out)
 
     def onto(self, total: Tensor, x: Tensor) -> None:
         """Add: ``total += x W^T``."""
-        if self._fast:
+        if self._is_fast(x):
             total.add_(multiply(x, self._weight))
         else:
             total.addmm_(x, self._weight.t())
+
+    def _is_fast(self, x: Tensor) -> bool:
+        """Tell whether oneDNN is to multiply so many rows."""
+        found = self._fast.get(len(x))
+        if found is None:
+            found = self._fast[len(x)] = is_faster(self._weight, len(x))
+        return found
 
 
 class AffineMap(NamedTuple):
@@ -94,7 +97,8 @@ def product_of(call: Call, rule: Rule, inputs: list[Tensor]) -> AffineMap | None
     product = rule.product(call) if inputs[0].layout == torch.strided else None
     if product is None or inputs[0].dtype != product[0].dtype or not product[0].numel():
         return None
-    return AffineMap(*product, by_onednn=is_faster(product[0]))
+    rows = inputs[0].numel() // inputs[0].shape[-1] if inputs[0].shape[-1] else 0
+    return AffineMap(*product, by_onednn=is_faster(product[0], rows))
 
 
 def multiply_and_tap(tapped: TappedCall, x: Tensor, product: AffineMap) -> Tensor:
