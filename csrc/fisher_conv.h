@@ -12,8 +12,8 @@ struct FisherConvCall {
   void* fisher;              // [C_out, C_in / groups, *K], compute type, contiguous
   void* gradient;            // the same, or null
   const void* inputs;        // X [N, M, *S, C_in], contiguous
-  const void* grad_outputs;  // G [N, M, *L, C_out], contiguous; or [N, C_out, *L]
-  bool channels_first;       // the latter, with M = 1
+  const void* grad_outputs;  // G [N, M, *L, C_out], contiguous; or [N, C_out, M, *L]
+  bool channels_first;       // the latter
   const double* weights;     // [N], or null
   int64_t n_samples, n_images;
   int64_t c_in, c_out, groups;

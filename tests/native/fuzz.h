@@ -100,5 +100,6 @@ inline double storage_epsilon(Dtype dtype) {
 void fuzz_conv();
 void fuzz_embedding();
 void fuzz_scale_grads();
+void fuzz_turn();
 
 }  // namespace fuzz

@@ -254,6 +254,7 @@ int main(int argc, char** argv) {
     fuzz_conv();
     fuzz_embedding();
     fuzz_scale_grads();
+    fuzz_turn();
   }
   fuzz_streaming_penalty<float>(Dtype::f32);
   fuzz_streaming_penalty<double>(Dtype::f64);

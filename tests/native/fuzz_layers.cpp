@@ -8,6 +8,7 @@
 #include "fisher_embedding.h"
 #include "fuzz.h"
 #include "scale_grads.h"
+#include "turn.h"
 
 namespace fuzz {
 namespace {
@@ -25,6 +26,7 @@ FisherConvCall random_convolution() {
   call.n_samples = integer(0, 5);
   call.n_images = integer(1, 2);
   call.groups = coin() ? 1 : integer(1, 40);
+  call.channels_first = coin();
   const int64_t most = call.groups == 1 ? 40 : call.groups > 4 ? 3 : 12;
   call.c_in = call.groups * integer(coin() ? 1 : 0, coin() ? most : 1);
   call.c_out = call.groups * integer(1, coin() ? most : 2);
@@ -50,7 +52,8 @@ std::pair<double, double> weight_gradient(const FisherConvCall& call, const Arra
   double sum = 0, absolute = 0;
   for (int64_t m = n * call.n_images; m < (n + 1) * call.n_images; ++m) {
     const int64_t* count = call.positions;
-    for (int64_t l = 0; l < count[0] * count[1] * count[2]; ++l) {
+    const int64_t length = count[0] * count[1] * count[2];
+    for (int64_t l = 0; l < length; ++l) {
       const int64_t at[3] = {l / count[2] / count[1], l / count[2] % count[1], l % count[2]};
       int64_t pixel = m;
       bool inside = true;
@@ -61,7 +64,9 @@ std::pair<double, double> weight_gradient(const FisherConvCall& call, const Arra
       }
       if (!inside) continue;
       const double term =
-          g.get((m * count[0] * count[1] * count[2] + l) * call.c_out + o) * x.get(pixel * call.c_in + channel);
+          g.get(call.channels_first ? (n * call.c_out + o) * call.n_images * length + m % call.n_images * length + l
+                                    : (m * length + l) * call.c_out + o) *
+          x.get(pixel * call.c_in + channel);
       sum += term;
       absolute += std::abs(term);
     }
@@ -105,6 +110,17 @@ void fuzz_conv() {
     if (with_gradient) {
       expect_close("gradient of conv", gradient.get(i), want_gradient, gradient_magnitude, tolerance);
     }
+  }
+}
+
+void fuzz_turn() {
+  const int64_t n = integer(0, 4), rows = integer(0, 70), columns = integer(0, coin() ? 40 : 700);
+  const Dtype dtype = static_cast<Dtype>(integer(0, 3));
+  Array from(dtype, n * rows * columns, normal), to(dtype, n * rows * columns, zero);
+  turn({from.data(), to.data(), n, rows, columns, size_of(dtype), static_cast<int>(integer(1, 4))});
+  for (int64_t i = 0; i < to.size(); ++i) {
+    const int64_t matrix = i / (rows * columns), column = i / rows % columns, row = i % rows;
+    expect_close("turn", to.get(i), from.get((matrix * rows + row) * columns + column), 0.0, 0.0);
   }
 }
 

@@ -71,11 +71,17 @@ class Call:
     random_state: Tensor | None  # of the device's generator before the call, if the call drew from it
     autocast: tuple[str, torch.dtype] | None
     is_complex: bool = False  # some tensor is
+    is_stackable: bool | None = None  # steps of a loop that make it are one call on all of them; None: not asked yet
 
     @cached_property
     def leaves(self) -> list[Tensor]:
         """The operands' leaves."""
         return [operand.leaf for operand in self.operands]
+
+    @cached_property
+    def step_key(self) -> tuple[Any, ...]:
+        """What the steps of one loop have in common: the function and the operands."""
+        return (self.func, *map(id, self.leaves))
 
     @cached_property
     def no_gradients(self) -> tuple[None, ...]:

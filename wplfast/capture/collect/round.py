@@ -48,15 +48,17 @@ class OutputGrads:
     @property
     def is_step(self) -> bool:
         """Whether this may be a step of a recurrent cell: a row a sample, of a call that treats rows alike."""
-        layout, gradient = self.layouts[0], self.grads[0]
+        call, layout, gradient = self.tapped.call, self.layouts[0], self.grads[0]
+        if call.is_stackable is None:
+            call.is_stackable = self.tapped.rule.stackable(call)
         return (
-            len(self.grads) == 1
+            call.is_stackable
+            and len(self.grads) == 1
             and gradient is not None
             and gradient.dim() == 2
             and isinstance(layout, AxisLayout)
             and layout.dim == 0
             and layout.outer == layout.inner == 1
-            and self.tapped.rule.stackable(self.tapped.call)
         )
 
     def stacks_with(self, other: OutputGrads) -> bool:
@@ -120,9 +122,11 @@ class Round:
         taps = list(taps)
         for tapped in taps:
             self._join(tapped)
+        found = {parameters: self._groups_of(parameters) for parameters in {tapped.parameters for tapped in taps}}
         for tapped in taps:
-            for group in self._groups_of(tapped):
+            for group in found[tapped.parameters]:
                 self._waiting[group] += 1
+        self._found = found
 
     def _join(self, tapped: TappedCall) -> None:
         """Put the parameters below one derived operand into one group."""
@@ -134,24 +138,23 @@ class Round:
                 if self._groups.get(operand.parameters[0]) != group:
                     self._groups |= dict.fromkeys(group, group)
 
-    def _groups_of(self, tapped: TappedCall) -> set[frozenset[int]]:
+    def _groups_of(self, parameters: frozenset[int]) -> set[frozenset[int]]:
         """Return the groups of a call's parameters."""
-        return {self._groups.get(index) or frozenset((index,)) for index in tapped.parameters}
+        return {self._groups.get(index) or frozenset((index,)) for index in parameters}
 
     def take(self, found: OutputGrads) -> None:
         """Take the gradients of a call."""
         if not found.is_step:
             self._sample(found)
             return
-        call = found.tapped.call
-        key = (call.func, *map(id, call.leaves))
+        key = found.tapped.call.step_key
         self._steps.setdefault(key, []).append(found)
         for index in found.tapped.parameters:
             self._steps_of[index].add(key)
 
     def reported(self, tapped: TappedCall) -> None:
         """Note that a call has reported; square the parameters whose last call it was."""
-        for group in self._groups_of(tapped):
+        for group in self._found.get(tapped.parameters) or self._groups_of(tapped.parameters):
             self._waiting[group] -= 1
             if not self._waiting[group] and not group & self.last:
                 self._square(group)

@@ -86,6 +86,7 @@ class AffineMap(NamedTuple):
     """``x -> x W^T + b``, and whether oneDNN is to compute it."""
 
     weight: Tensor
+    transposed: Tensor  # W^T, a view that is made once
     bias: Tensor | None
     by_onednn: bool
 
@@ -98,7 +99,8 @@ def product_of(call: Call, rule: Rule, inputs: list[Tensor]) -> AffineMap | None
     if product is None or inputs[0].dtype != product[0].dtype or not product[0].numel():
         return None
     rows = inputs[0].numel() // inputs[0].shape[-1] if inputs[0].shape[-1] else 0
-    return AffineMap(*product, by_onednn=is_faster(product[0], rows))
+    weight, bias = product
+    return AffineMap(weight, weight.t(), bias, is_faster(weight, rows))
 
 
 def multiply_and_tap(tapped: TappedCall, x: Tensor, product: AffineMap) -> Tensor:
@@ -114,14 +116,16 @@ class _TappedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tapped: TappedCall, x: Tensor, product: AffineMap, *leaves: Tensor) -> Tensor:
         """Multiply."""
-        weight, bias, ctx.by_onednn = product
+        weight, transposed, bias, ctx.by_onednn = product
         ctx.tapped = tapped
         ctx.set_materialize_grads(False)
         if tapped.rule.needs_inputs(tapped.call):
             ctx.save_for_backward(weight, x)
         else:
             ctx.save_for_backward(weight)
-        return _multiply(x, weight, bias, ctx.by_onednn)
+        if ctx.by_onednn or x.dim() != 2:
+            return _multiply(x, weight, bias, ctx.by_onednn)
+        return torch.mm(x, transposed) if bias is None else torch.addmm(bias, x, transposed)  # what F.linear comes to
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -133,7 +137,10 @@ class _TappedProduct(torch.autograd.Function):
         of_operands = listener.receive(tapped, inputs, (gradient,))
         of_input = None
         if gradient is not None and ctx.needs_input_grad[1]:
-            of_input = _multiply(gradient, weight.t(), None, ctx.by_onednn)
+            if ctx.by_onednn or gradient.dim() != 2:
+                of_input = _multiply(gradient, weight.t(), None, ctx.by_onednn)
+            else:
+                of_input = torch.mm(gradient, weight)
         return (None, of_input, None, *of_operands)
 
 
