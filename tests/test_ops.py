@@ -301,7 +301,8 @@ def test_fisher_conv_takes_images_of_any_strides(backend, dtype, sizes):
     channels_first = (t.movedim(-1, 2).contiguous().movedim(2, -1) for t in (x, g))
     sliced = (torch.cat([t, t], -1)[..., : t.shape[-1]] for t in (x, g))
     for a, b in (channels_first, sliced):
-        assert (a.numel() == 4 or not a.is_contiguous()) and a.shape == x.shape
+        assert a.numel() == 4 or not a.is_contiguous()
+        assert a.shape == x.shape
         strided.zero_()
         backend.fisher_conv_(strided, a, b, *options)
         torch.testing.assert_close(strided, expected, rtol=0, atol=0)

@@ -78,7 +78,8 @@ def _cpu_name() -> str:
             name, _, value = line.partition(":")
             found.setdefault(name.strip(), value.strip())
         if "model name" in found:  # which a virtual machine may shorten to that of all generations
-            numbers = [f"{name} {found[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in found]
+            keys = (("family", "cpu family"), ("model", "model"))
+            numbers = [f"{name} {found[key]}" for name, key in keys if key in found]
             return found["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
     if platform.system() == "Darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
