@@ -68,6 +68,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
         rehearsal.start()
     os.environ["WPLFAST_TEST_DEVICE"] = name  # for the processes that tests start
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter
+
+        interpreter.quicken()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
