@@ -23,7 +23,7 @@ from triton_cases import (  # noqa: E402
 
 from wplfast.backends import reference  # noqa: E402
 from wplfast.backends import triton as backend  # noqa: E402
-from wplfast.backends.triton import conv_taps  # noqa: E402
+from wplfast.backends.triton import conv_taps, squares  # noqa: E402
 from wplfast.backends.triton import fisher_embedding as embedding_module  # noqa: E402
 from wplfast.backends.triton import fisher_linear as fisher_module  # noqa: E402
 from wplfast.ops.layout import flat_dtype  # noqa: E402
@@ -125,6 +125,16 @@ def test_fisher_linear_strides(dtype: torch.dtype, t: int) -> None:
     one_step = layer(n, 1, d_in, 1, dtype)[0].expand(n, t, d_in)
     for activations, grad_outputs in (time_first, columns, (one_sample, g), (one_step, g), (a[::2], g[1::2])):
         check_fisher(activations, grad_outputs, None, True, bound=1e-6)
+
+
+@on_device
+@pytest.mark.parametrize("t", [1, 33])
+def test_fisher_linear_gives_the_same_bits_again(t: int) -> None:
+    (a, g), weights, results = layer(3, t, 70, 45), torch.rand(3).to(DEVICE), []
+    for _ in range(2):
+        results.append([torch.zeros(45, 70, device=DEVICE) for _ in range(2)])
+        backend.fisher_linear_(results[-1][0], a, g, weights, results[-1][1])
+    assert same_bits(*results)
 
 
 @on_device
@@ -328,6 +338,17 @@ def test_accumulate_squares(dtype: torch.dtype, shape: tuple[int, ...], weighted
 def test_accumulate_squares_of_many_samples() -> None:
     n_samples = 100_000 if DEVICE == "cuda" else 20_000
     grads = torch.rand(n_samples, 3).to(DEVICE) + 0.5
+    fisher = torch.zeros(3, device=DEVICE)
+    backend.accumulate_squares_(fisher, grads, None)
+    assert error(fisher, exact(grads).square().sum(0)) < 2e-7
+
+
+@on_device
+def test_accumulate_squares_loses_nothing_beside_a_large_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Squares of about 1 after one of 2^24, to which float32 adds nothing below 1, in every row of a block."""
+    monkeypatch.setattr(squares, "MIN_SAMPLES", 1 << 20)  # one program sums all
+    grads = torch.rand(400, 3).to(DEVICE) + 0.5
+    grads[: squares.ROWS] = 4096
     fisher = torch.zeros(3, device=DEVICE)
     backend.accumulate_squares_(fisher, grads, None)
     assert error(fisher, exact(grads).square().sum(0)) < 2e-7

@@ -397,9 +397,7 @@ def test_prepared_penalty_in_a_cuda_graph() -> None:
 @on_device
 @pytest.mark.parametrize(
     ("dtype", "factor_dtype", "factor"),
-    combined(
-        DTYPES, [torch.float32, torch.float64], [1.0, 0.37, -3e3, 0.0, float("nan"), float("inf"), 1 + 1e-9]
-    ),
+    combined(DTYPES, [torch.float32, torch.float64], [1.0, 0.37, -3e3, 0.0, float("nan"), float("inf"), 1 + 1e-9]),
 )
 def test_scale_unless_one(dtype: torch.dtype, factor_dtype: torch.dtype, factor: float) -> None:
     times = torch.tensor(factor, dtype=factor_dtype).to(DEVICE)
