@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment of its own, $(VENV), which the first target that needs it makes.
 #
 #   make demo    a row of tasks, and two models that share weights: forgetting and its cure (a minute or two on 2 cores)
-#   make test    all tests but those that need heavy packages
+#   make test    all tests but those that need heavy packages; files that take long are begun first (tests/conftest.py)
 #   make test-integrations    those: TRL, Avalanche, the interface of the reference repository
 #   make docs    the documentation site, into $(OUT)/site
 #   make rehearse    tests on a pretended device, which find most of what would fail on a GPU alone; under a minute
@@ -37,7 +37,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.experiments.demo --out $(OUT)
 
 test: $(VENV)/.installed $(TRITONS:%=$(VENV)/triton-%/.installed)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-integrations: $(VENV)/.integrations
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/integrations

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,11 @@ ABOUT_THE_CPU = {
 #: Files whose tests choose their device themselves.
 OWN_DEVICE = {"test_triton_penalty.py", "test_triton_fisher.py"}
 
+#: Files of few tests that take long, the longest first: begun last, one would leave all processes but its own idle.
+LONG = ["test_triton_fisher.py", "test_cpp.py", "test_wheel.py", "test_fsdp2.py", "test_triton_penalty.py",
+        "test_tiles.py", "test_examples.py", "test_triton_versions.py", "test_pack.py", "test_gpu_bench.py",
+        "test_selftest.py", "test_triton_aot.py"]  # fmt: skip
+
 RECORD = os.environ.get("WPLFAST_TEST_RECORD")  # a file that every test's start and outcome is appended to
 LISTING = os.environ.get("WPLFAST_TEST_LISTING")  # a file for the names of all tests, and when each is run
 CHOSEN = os.environ.get("WPLFAST_TEST_CHOSEN")  # a file with the tests to run
@@ -68,6 +74,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
         rehearsal.start()
     os.environ["WPLFAST_TEST_DEVICE"] = name  # for the processes that tests start
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter
+
+        interpreter.quicken()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -81,6 +91,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = set(Path(CHOSEN).read_text().splitlines())
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
         items[:] = [item for item in items if item.nodeid in chosen]
+    if hasattr(config, "workerinput"):  # one of several processes, to which files are dealt out in this order
+        sizes = Counter(item.path.name for item in items)
+        places = {name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: (places.get(item.path.name, len(LONG)), -sizes[item.path.name]))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -30,8 +30,13 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, env=settings)
 
 
-def test_every_operator_in_every_dtype_agrees_on_this_machine() -> None:
-    done = run("selftest", "--device", "cpu", "--json")
+def test_every_operator_in_every_dtype_agrees_on_this_machine_and_needs_neither_pytest_nor_the_tests(
+    tmp_path: Path,
+) -> None:
+    code = "import sys; from wplfast import cli; code = cli.main(['selftest', '--device', 'cpu', '--json'])\n"
+    code += "assert not {'pytest', '_pytest', 'hypothesis', 'tests'} & set(sys.modules); sys.exit(code)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["verdict"] == "ok"
@@ -102,9 +107,13 @@ def test_a_wrong_operator_is_found(
     operator: str, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ops, operator, wrong(operator, kind))
+    # All of its own cases; of the others', which the next test runs all beside a wrong one, one each.
+    others = {case.operator: case for case in CASES if case.operator != operator}
+    monkeypatch.setattr(selftest, "CASES", [*(c for c in CASES if c.operator == operator), *others.values()])
     assert cli.main(["selftest", "--device", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
     verdicts = {line.split()[0]: line.split()[-1] for line in lines if line.split()[0] in SCHEMAS}
+    assert set(verdicts) == set(SCHEMAS)
     assert verdicts.pop(operator) == "MISMATCH"
     assert set(verdicts.values()) == {"ok"}
     assert lines[-1].startswith("MISMATCH: ")
@@ -144,30 +153,36 @@ def test_float64_is_held_to_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {c.dtype for c in selftest.compare_all(torch.device("cpu")) if c.problem} == {torch.float64}
 
 
-def test_it_needs_neither_pytest_nor_the_tests(tmp_path: Path) -> None:
-    code = "import sys; from wplfast import cli; code = cli.main(['selftest', '--device', 'cpu'])\n"
-    code += "assert not {'pytest', '_pytest', 'hypothesis', 'tests'} & set(sys.modules); sys.exit(code)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def test_version_and_help() -> None:
+def ended(*arguments: str) -> object:
+    """Return the code with which the command line ends this process, as it does after what it only says."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(arguments))
+    return caught.value.code
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version").stdout == f"wplfast {wplfast.__version__}\n"
-    told = run("--help").stdout
+    assert ended("--help") == 0
+    told = capsys.readouterr().out
     for command in cli.COMMANDS:
         assert f"wplfast {command.__name__.rpartition('.')[2]}" in told, "each has an example"
-    assert "--device" in run("selftest", "--help").stdout
+    assert ended("selftest", "--help") == 0
+    assert "--device" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["fishr"], ["selftest", "--devise", "cpu"]])
-def test_a_wrong_command_line_is_a_usage_error(arguments: list[str]) -> None:
-    done = run(*arguments)
+def test_a_process_ends_with_the_code_of_its_command_line() -> None:
+    done = run("fishr")
     assert done.returncode == 2
     assert "usage: wplfast" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["selftest", "--devise", "cpu"]])
+def test_a_wrong_command_line_is_a_usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(*arguments) == 2
+    assert "usage: wplfast" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["no-such-device", "cuda:63", "xpu"])

@@ -23,7 +23,7 @@ from triton_cases import (  # noqa: E402
 
 from wplfast.backends import reference  # noqa: E402
 from wplfast.backends import triton as backend  # noqa: E402
-from wplfast.backends.triton import conv_taps  # noqa: E402
+from wplfast.backends.triton import conv_taps, squares  # noqa: E402
 from wplfast.backends.triton import fisher_embedding as embedding_module  # noqa: E402
 from wplfast.backends.triton import fisher_linear as fisher_module  # noqa: E402
 from wplfast.ops.layout import flat_dtype  # noqa: E402
@@ -54,7 +54,7 @@ def check(
     """Compare one call of an operator with the float64 oracle, and a second call with the first."""
     start = torch.rand(2, *shape, dtype=flat_dtype(inputs[1].dtype), device=DEVICE)
     results = []
-    for _ in range(2 if operator == "fisher_linear_" else REPEATS):
+    for _ in range(REPEATS):
         fisher, mean = start.clone()
         versions = fisher._version, mean._version
         getattr(backend, operator)(fisher, *inputs, weights, mean if gradient else None, *settings)
@@ -78,6 +78,8 @@ SHAPES = [
     (3, 5, 7, 9), (5, 33, 70, 45), (7, 1, 17, 130), (33, 2, 65, 24), (2, 70, 72, 136), (1, 1, 1, 1), (70, 1, 16, 24),
     (1, 100, 1, 66),
 ]  # fmt: skip
+if DEVICE == "cpu":  # a program prepares a row of a sample, and the interpreter takes milliseconds for each
+    SHAPES[1], SHAPES[3], SHAPES[4], SHAPES[7] = (3, 33, 70, 45), (9, 2, 65, 24), (2, 66, 72, 136), (1, 70, 1, 66)
 
 
 PLAIN, WEIGHTED = (False, None), (True, torch.float64)
@@ -103,17 +105,18 @@ def test_fisher_linear(dtype: torch.dtype, shape: tuple[int, ...], variant: tupl
 def test_fisher_linear_float32_modes(mode: str, t: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WPLFAST_TRITON_FP32", mode)
     bound = {"bf16x6": 1e-6, "bf16x3": 2e-4 if TRUNCATES else 2e-5, "tf32": 3e-3, "ieee": 1e-6}[mode]
-    check_fisher(*layer(5, t, 72, 40), None, True, bound)
+    check_fisher(*layer(5 if DEVICE == "cuda" else 3, t, 72, 40), None, True, bound)
     monkeypatch.setenv("WPLFAST_TRITON_FP32", "fp8")
     with pytest.raises(ValueError, match="WPLFAST_TRITON_FP32 must be one of"):
         check_fisher(*layer(1, 2, 3, 4), None, False, bound)
 
 
 @on_device
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("t", [1, 35])
+@pytest.mark.parametrize(("dtype", "t"), [(torch.float32, 1), (torch.float32, 6), (torch.bfloat16, 1),
+                                          (torch.bfloat16, 35), (torch.bfloat16, 66)])  # fmt: skip
 def test_fisher_linear_strides(dtype: torch.dtype, t: int) -> None:
-    n, d_in, d_out = 6, 24, 40
+    """Operands of float32 are brought into one order before; others are read in place, at 66 steps in two chunks."""
+    n, d_in, d_out = 4, 24, 40
     a, g = layer(n, t, d_in, d_out, dtype)
     time_first = a.transpose(0, 1).contiguous().transpose(0, 1), g.transpose(0, 1).contiguous().transpose(0, 1)
     wider = layer(n, t, d_in + 9, d_out + 8, dtype)
@@ -122,6 +125,16 @@ def test_fisher_linear_strides(dtype: torch.dtype, t: int) -> None:
     one_step = layer(n, 1, d_in, 1, dtype)[0].expand(n, t, d_in)
     for activations, grad_outputs in (time_first, columns, (one_sample, g), (one_step, g), (a[::2], g[1::2])):
         check_fisher(activations, grad_outputs, None, True, bound=1e-6)
+
+
+@on_device
+@pytest.mark.parametrize("t", [1, 33])
+def test_fisher_linear_gives_the_same_bits_again(t: int) -> None:
+    (a, g), weights, results = layer(3, t, 70, 45), torch.rand(3).to(DEVICE), []
+    for _ in range(2):
+        results.append([torch.zeros(45, 70, device=DEVICE) for _ in range(2)])
+        backend.fisher_linear_(results[-1][0], a, g, weights, results[-1][1])
+    assert same_bits(*results)
 
 
 @on_device
@@ -298,9 +311,13 @@ def test_scale_grads(dtype: torch.dtype, layouts: tuple[str, str]) -> None:
         assert same_bits(results[:1], results[-1:])
 
 
+#: Several splits of the samples, whose ends fill no block of rows, and two blocks of columns.
+LONG = (700, 300) if DEVICE == "cuda" else (201, 300)
+
+
 @on_device
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("shape", [(5, 7), (1, 1), (0, 4), (4, 0), (700, 300), (1000, 3), (3, 2, 5)])
+@pytest.mark.parametrize("shape", [(5, 7), (1, 1), (0, 4), (4, 0), LONG, (LONG[0] + 50, 3), (3, 2, 5)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accumulate_squares(dtype: torch.dtype, shape: tuple[int, ...], weighted: bool) -> None:
     grads = torch.randn(shape).to(DEVICE, dtype)
@@ -321,6 +338,17 @@ def test_accumulate_squares(dtype: torch.dtype, shape: tuple[int, ...], weighted
 def test_accumulate_squares_of_many_samples() -> None:
     n_samples = 100_000 if DEVICE == "cuda" else 20_000
     grads = torch.rand(n_samples, 3).to(DEVICE) + 0.5
+    fisher = torch.zeros(3, device=DEVICE)
+    backend.accumulate_squares_(fisher, grads, None)
+    assert error(fisher, exact(grads).square().sum(0)) < 2e-7
+
+
+@on_device
+def test_accumulate_squares_loses_nothing_beside_a_large_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Squares of about 1 after one of 2^24, to which float32 adds nothing below 1, in every row of a block."""
+    monkeypatch.setattr(squares, "MIN_SAMPLES", 1 << 20)  # one program sums all
+    grads = torch.rand(400, 3).to(DEVICE) + 0.5
+    grads[: squares.ROWS] = 4096
     fisher = torch.zeros(3, device=DEVICE)
     backend.accumulate_squares_(fisher, grads, None)
     assert error(fisher, exact(grads).square().sum(0)) < 2e-7

@@ -16,6 +16,7 @@ from triton_cases import (  # noqa: E402
     DTYPES,
     GRADIENT,
     RUNS_HERE,
+    combined,
     error,
     exact,
     guarded,
@@ -93,11 +94,11 @@ def close(result: Tensor, expected: Tensor, size: Tensor) -> bool:
 
 
 @on_device
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("per_tensor", [False, True])
-@pytest.mark.parametrize("offset", [False, True])
-@pytest.mark.parametrize(("dtype", "fisher"), KINDS)
-def test_penalty(dtype: torch.dtype, fisher: torch.dtype, offset: bool, per_tensor: bool, shift: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "offset", "per_tensor", "shift"), combined(KINDS, [False, True], [False, True], [0, 1])
+)
+def test_penalty(kind: tuple[torch.dtype, torch.dtype], offset: bool, per_tensor: bool, shift: int) -> None:
+    dtype, fisher = kind
     tensors = anchors(dtype, shift, offset, fisher=fisher)
     alpha, l2, scale = scalars(per_tensor, len(SIZES))
     call = (*tensors.values(), alpha, l2)
@@ -235,12 +236,11 @@ def check_added(penalty: prepared_module.TritonPenalty, tensors: dict, coefficie
 
 
 @on_device
-@pytest.mark.parametrize("frozen", [(), FROZEN])
-@pytest.mark.parametrize("extension", [False, True])
-@pytest.mark.parametrize(("dtype", "fisher"), KINDS)
+@pytest.mark.parametrize(("kind", "extension", "frozen"), combined(KINDS, [False, True], [(), FROZEN]))
 def test_prepared_penalty(
-    dtype: torch.dtype, fisher: torch.dtype, extension: bool, frozen: tuple, monkeypatch: pytest.MonkeyPatch
+    kind: tuple[torch.dtype, torch.dtype], extension: bool, frozen: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    dtype, fisher = kind
     if not extension:
         monkeypatch.setattr(prepared_module, "parameter_table", lambda parameters: None)
     elif prepared_module.parameter_table([]) is None:
@@ -395,9 +395,10 @@ def test_prepared_penalty_in_a_cuda_graph() -> None:
 
 
 @on_device
-@pytest.mark.parametrize("factor", [1.0, 0.37, -3e3, 0.0, float("nan"), float("inf"), 1 + 1e-9])
-@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "factor_dtype", "factor"),
+    combined(DTYPES, [torch.float32, torch.float64], [1.0, 0.37, -3e3, 0.0, float("nan"), float("inf"), 1 + 1e-9]),
+)
 def test_scale_unless_one(dtype: torch.dtype, factor_dtype: torch.dtype, factor: float) -> None:
     times = torch.tensor(factor, dtype=factor_dtype).to(DEVICE)
     for numel, shift in [(1, 0), (4096, 0), (17 * 4096 + 21, 1), (8192, 3), (16 * 4096 * 2, 0)][

@@ -7,8 +7,13 @@ import of Triton: ``TRITON_INTERPRET=1 pytest tests/test_triton_penalty.py``, or
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor
 
 from wplfast.backends.triton import launch
@@ -29,6 +34,11 @@ GRADIENT = {
 }
 #: A GPU runs programs in another order every time; the interpreter, which takes seconds, does not.
 REPEATS = 2 if DEVICE == "cuda" else 1
+
+
+def combined(*choices: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Return all combinations of parameters on a GPU; in the interpreter rows in which any two values of two meet."""
+    return list(itertools.product(*choices)) if DEVICE == "cuda" else pairwise(*choices)
 
 
 def guarded(size: tuple[int, ...], dtype: torch.dtype, shift: int = 0) -> Tensor:
