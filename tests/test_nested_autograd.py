@@ -143,11 +143,6 @@ def older_backward(monkeypatch):
     monkeypatch.setattr(torch.autograd, "backward", watched.seen(older))
 
 
-@pytest.mark.parametrize("verify", [True, False])
-def test_inputs_of_an_older_backward_are_seen(verify, older_backward):
-    test_derivatives_inside_of_the_model("backward to inputs", [3, 3, 2], verify)
-
-
 @pytest.mark.parametrize("form", [iter, list, lambda parameters: next(iter(parameters))], ids=["iter", "list", "one"])
 def test_inputs_of_an_older_backward_come_in_any_form(form, older_backward):
     def forward(m, x):
