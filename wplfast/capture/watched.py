@@ -8,6 +8,7 @@ directly; there the gradient arrives at the parameter's ``.grad``, which is how 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -16,6 +17,8 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.overrides import has_torch_function
 
 from ..errors import UnsupportedParameterError, WplfastError
 from .undo import Undo
@@ -31,8 +34,11 @@ class Interceptor(Protocol):
         """Hear of a torch function that runs without grad mode."""
 
 
+#: ``torch.autograd.backward`` of PyTorch itself.
+BACKWARD: Callable[..., Any] = torch.autograd.backward
+
 #: Functions that matter without grad mode too.
-_DERIVATIVES = frozenset({torch.autograd.grad, torch.autograd.backward})
+_DERIVATIVES = frozenset({torch.autograd.grad, BACKWARD})
 
 _interceptors: dict[int, Interceptor] = {}  # id(parameter) -> the pass that watches it
 
@@ -126,6 +132,39 @@ class Derived(Tensor):
         derived._graph, derived._parameters, derived._pass = graph, parameters, interceptor
         return derived
 
+
+def seen(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Let passes see ``backward(inputs=...)`` of a PyTorch that asks no class of these inputs, as 2.10 does not.
+
+    Their gradients would be missing from a Fisher, without a word.
+
+    Args:
+        run: that PyTorch's ``torch.autograd.backward``; it runs where no input is watched.
+    """
+
+    @functools.wraps(run)
+    def backward(
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        grad_variables: Any = None,
+        inputs: Any = None,
+    ) -> Any:
+        if inputs is not None:
+            inputs = (inputs,) if isinstance(inputs, (Tensor, GradientEdge)) else tuple(inputs)
+            ours = (WatchedParameter, WatchedTensor, Derived)
+            if has_torch_function(inputs) and any(isinstance(tensor, ours) for tensor in inputs):
+                given = grad_tensors if grad_variables is None else grad_variables
+                options = {"grad_tensors": given, "retain_graph": retain_graph, "create_graph": create_graph}
+                return _dispatch(BACKWARD, (tensors,), {**options, "inputs": inputs})
+        return run(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
+
+    return backward
+
+
+if "handle_torch_function" not in BACKWARD.__code__.co_names:
+    torch.autograd.backward = seen(BACKWARD)
 
 _SWAPS: dict[type, type] = {nn.Parameter: WatchedParameter, Tensor: WatchedTensor}
 

@@ -21,7 +21,7 @@ from torch.autograd.graph import Node
 
 from ...errors import WplfastError
 from ..call_site import Listener, TappedCall
-from ..watched import Derived
+from ..watched import BACKWARD, Derived
 
 if TYPE_CHECKING:
     from .intercept import Interception
@@ -181,7 +181,7 @@ def backward(
     """
     operands = [] if inputs is None else [interception.operand(tensor) for tensor in inputs]
     if inputs is None or not any(operands):
-        torch.autograd.backward(tensors, inputs=inputs, **options)
+        BACKWARD(tensors, inputs=inputs, **options)
         return
     relay = interception.relay
     if relay.listener is relay.idle:
@@ -192,11 +192,11 @@ def backward(
     targets = [tensor if o is None else o.leaf for tensor, o in zip(inputs, operands, strict=True)]
     asked = {index for operand in operands if operand is not None for index in operand.parameters}
     targets += [tensor for tensor in interception.derived if asked & set(tensor._parameters)]
-    torch.autograd.backward(tensors, inputs=targets, **options)
+    BACKWARD(tensors, inputs=targets, **options)
 
 
 #: Functions that take derivatives, as they are run where watched parameters are among their arguments.
 DERIVATIVES: Mapping[Callable[..., Any], Callable[..., Any]] = {
     torch.autograd.grad: grad,
-    torch.autograd.backward: backward,
+    BACKWARD: backward,
 }
