@@ -163,7 +163,8 @@ def seen(run: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
-if "handle_torch_function" not in BACKWARD.__code__.co_names:
+_code = getattr(BACKWARD, "__code__", None)  # of another package's wrapper there may be none
+if _code is not None and "handle_torch_function" not in _code.co_names:
     torch.autograd.backward = seen(BACKWARD)
 
 _SWAPS: dict[type, type] = {nn.Parameter: WatchedParameter, Tensor: WatchedTensor}
