@@ -352,7 +352,7 @@ def test_choice_is_on_validation_and_jobs_run_once():
 
 def test_methods_that_are_not_asked_for_do_not_run(record):
     runner, studies = Fake(), plan.studies("new", 30, 10.0)
-    part, runs = plan.run(SETUP, studies, 3, 2, runner, ["none"])
+    part, _ = plan.run(SETUP, studies, 3, 2, runner, ["none"])
     assert {job[2].method for job in runner.jobs} == {"none", UNCHANGED}
     whole = record["scenarios"]["new"]
     for title, row in part["results"].items():
@@ -462,8 +462,11 @@ def test_smoke_run_with_other_classes(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [["--seeds", "0"], ["--others", "1"], ["--others", "7"], ["--methods", "ewc"], ["--updates", "11"], ["--epochs", "-1"], ["--sizes", "1", "2"], ["--scenarios", "other"]],
-)
+    [
+        ["--seeds", "0"], ["--updates", "11"], ["--epochs", "-1"], ["--sizes", "1", "2"], ["--scenarios", "other"],
+        ["--others", "1"], ["--others", "7"], ["--methods", "ewc"],
+    ],
+)  # fmt: skip
 def test_bad_option_exits_with_2(options, capsys):
     with pytest.raises(SystemExit) as caught:
         fine_tuning.main(options)

@@ -199,7 +199,7 @@ def test_what_is_given_goes_before_the_papers_sizes():
 
 def test_default_run_has_seeds_enough_for_its_rule():
     options = command.parse(text_search.SPACE, "", [])
-    assert (options.seeds, options.tuning_seeds, options.choice) == (8, 5, "one-se")
+    assert (options.seeds, options.tuning_seeds, options.choice) == (8, 4, "one-se")
     assert command.parse(text_search.SPACE, "", ["--choice", "best"]).choice == "best"
 
 

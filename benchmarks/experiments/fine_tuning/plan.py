@@ -66,8 +66,8 @@ def run(
 ) -> tuple[dict[str, Any], int]:
     """Tune every condition with every method on the validation data of some seeds, then run what was chosen on all.
 
-    WPL is compared with the L2 anchor, if both are among the methods, where it may replace old data. With wrong labels a method keeps what was chosen
-    without: the validation data of a user would have them too.
+    The L2 anchor, if it is among the methods, runs where WPL may replace old data. With wrong labels a method keeps
+    what was chosen without: the validation data of a user would have them too.
 
     The choice is made on the first ``n_tuning`` of all ``n_seeds`` seeds.
 
