@@ -95,6 +95,20 @@ def test_stream_brings_each_sample_once_and_one_class_at_a_time(digits, scenario
     assert sorted(brought) == (list(range(10)) if scenario == "known" else sorted([*range(5, 10)] * 2))
 
 
+@pytest.mark.parametrize(("scenario", "start", "counts"), [("known", 5, [2] * 5), ("new", 2, [0, 0, 3, 3, 3])])
+def test_others_never_arrive_and_the_rest_bring_as_many_update_sets_as_each_other(digits, scenario, start, counts):
+    stream = make_stream(digits, scenario, SETUP.sizes, 0.0, 10, 0, n_others=5)
+    whole = make_stream(digits, scenario, SETUP.sizes, 0.0, 10, 0)
+    assert torch.equal(stream.rank, whole.rank)  # the same classes have the same numbers
+    assert stream.start_classes == start
+    per_class = {"known": 20, "new": 60}[scenario]
+    assert stream.labels[stream.start].bincount().tolist() == [per_class] * start
+    brought = torch.cat([stream.labels[update.index] for update in stream.updates])
+    assert brought.bincount(minlength=10).tolist() == [30 * count for count in counts] + [0] * 5
+    arrived = torch.cat([stream.start, *(update.index for update in stream.updates)])
+    assert len(arrived.unique()) == len(arrived)
+
+
 @pytest.mark.parametrize("scenario", ["known", "new"])
 @pytest.mark.parametrize("noise", [0.1, 0.4])
 def test_noise_replaces_a_fixed_share_by_other_known_classes(digits, scenario, noise):
@@ -181,6 +195,38 @@ def test_without_updates_only_old_classes_are_right():
     assert run.test[0] > run.test[1] == run.test[2] > run.test[3]
     known = training.train((SETUP, NEW._replace(scenario="known"), Arm(UNCHANGED, 0.0), 0))
     assert len(set(known.test)) == 1
+
+
+@pytest.mark.parametrize("pretraining", [150, 0])
+def test_start_begins_with_what_all_samples_of_the_others_taught(digits, monkeypatch, pretraining):
+    taught, teach = [], training._teach
+
+    def spy(setup, model, stream, iterations, seed):
+        before = model.features[0].weight.detach().clone()
+        teach(setup, model, stream, iterations, seed)
+        taught.append((before, model.features[0].weight.detach().clone(), stream, iterations))
+
+    setup = replace(SETUP, n_others=5, pretraining=pretraining)
+    monkeypatch.setattr(training, "_teach", spy)
+    model = training._start(setup, "new", 0)
+    assert model.head.out_features == 2
+    begun, _, own, iterations = taught.pop()
+    assert iterations == 60
+    if not pretraining:
+        assert not taught
+        assert torch.equal(begun, GrowingNet("mlp", 64, 5, 64, 0).features[0].weight)
+        return
+    ((first, learnt, others, iterations),) = taught
+    assert iterations == 150
+    assert not torch.equal(first, learnt)
+    assert torch.equal(begun, learnt)
+    learnt_digits = digits.train[1][others.start].unique()
+    assert len(learnt_digits) == 5
+    assert torch.equal(others.start, torch.isin(digits.train[1], learnt_digits).nonzero().flatten())
+    assert set(others.labels[others.start].tolist()) == set(range(5))
+    arriving = digits.train[1][torch.cat([own.start, *(update.index for update in own.updates)])]
+    assert not torch.isin(arriving, learnt_digits).any()
+    assert training.pretrained_accuracy((setup, "new", 0)) > 0.9
 
 
 def test_new_data_wait_where_lambda_is_one():
@@ -304,6 +350,21 @@ def test_choice_is_on_validation_and_jobs_run_once():
     assert anchored == {condition.title for condition in studies["memory"]}
 
 
+def test_methods_that_are_not_asked_for_do_not_run(record):
+    runner, studies = Fake(), plan.studies("new", 30, 10.0)
+    part, _ = plan.run(SETUP, studies, 3, 2, runner, ["none"])
+    assert {job[2].method for job in runner.jobs} == {"none", UNCHANGED}
+    whole = record["scenarios"]["new"]
+    for title, row in part["results"].items():
+        assert row["methods"].keys() == {"none"}
+        assert row["methods"]["none"]["mean"] == whole["results"][title]["methods"]["none"]["mean"]
+    alone = {**record, "scenarios": {"new": json.loads(json.dumps(part))}}
+    alone["settings"] = {**record["settings"], "methods": ["none"]}
+    assert all(row[3:5] == ["", ""] for row in report.tables(alone)["new"].rows if len(row) > 1)
+    assert report.tables(alone)["findings"] == report.tables(record)["findings"]
+    assert report.figures(alone)[""].startswith(b"\x89PNG")
+
+
 def test_difference_by_hand():
     mean, half = difference(spread([3.0, 5.0, 4.0]), spread([1.0, 2.0, 3.0]))  # 2, 3, 1: mean 2, std 1
     assert mean == pytest.approx(2)
@@ -323,7 +384,7 @@ def test_tables_follow_the_figures(record):
     shift(record, usual.format(0.75, "all old data"), "none", 2)
     shift(record, usual.format(0.5, "10 old samples of a class"), "none", 5)
     shift(record, usual.format(0, "all old data"), "wpl", -12)
-    (table,) = report.tables(record).values()
+    table = report.tables(record)["new"]
     assert all(len(row) in (1, len(table.columns)) for row in table.rows)
     assert table.rows[0] == ["update sets of new classes; never updated: 51.0 ± 1.0 %"]
     rows = {row[0]: row for row in table.rows if len(row) > 1}
@@ -339,6 +400,29 @@ def test_tables_follow_the_figures(record):
         "", f"+5.0{even}", f"-5.0{even}", f"-3.0{even}",
     ]  # fmt: skip
     assert report.figures(record)[""].startswith(b"\x89PNG")
+
+
+def test_findings_by_hand(record):
+    usual, longest = "30 iterations, lambda {}, noise 0, all old data", "{} epochs, lambda 0.5, noise {}, all old data"
+    as_it_is = ["no (+0.0 ± 0.0)", "no (0)", "no (+0.0 ± 0.0)", "yes (+0.0 ± 0.0)", "yes (-1.0 ± 0.0)"]
+    (row,) = report.tables(record)["findings"].rows
+    assert row == ["MNIST, new classes", "yes (+0.0 ± 0.0)", *as_it_is]
+    shift(record, usual.format(0.5), "none", -1.5)
+    shift(record, longest.format(0.1, 0), "none", -1.5)
+    shift(record, usual.format(0.75), "none", 2.5)
+    shift(record, longest.format(10, 0.1), "none", -2.5)
+    record["settings"] |= {"n_others": 5, "pretraining": 7, "model": "cnn"}
+    (row,) = report.tables(record)["findings"].rows
+    assert row == [
+        "MNIST, new classes, convolutions, 5 others learnt before", "no (-1.5 ± 0.0)", "yes (-1.5 ± 0.0)", "yes (0.75)",
+        "yes (-2.5 ± 0.0)", "no (-2.5 ± 0.0)", "no (-3.5 ± 0.0)",
+    ]  # fmt: skip
+    found = record["scenarios"]["new"]["results"][longest.format(0.1, 0)]["methods"]["none"]
+    found["mean"] = spread([value + more for value, more in zip(found["mean"]["seeds"], (-9, 0, 9), strict=True)])
+    record["settings"]["pretraining"] = 0
+    (row,) = report.tables(record)["findings"].rows
+    assert row[0] == "MNIST, new classes, convolutions, 5 others left out"
+    assert row[2].startswith("no (-1.5 ± 22.4")  # 9 * 4.3 / sqrt(3): not clearly less
 
 
 # ---- command ---------------------------------------------------------------------------------------------------------
@@ -361,10 +445,28 @@ def test_smoke_run_writes_everything(tmp_path, capsys, monkeypatch):
     assert all(table.text() in printed for table in report.tables(record).values())
 
 
+def test_smoke_run_with_other_classes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "LEARNING_RATES", (0.01,))
+    options = ["--others", "5", "--pretraining", "100", "--methods", "--out", str(tmp_path)]
+    assert fine_tuning.main([*TINY, *options]) == 0
+    record = json.loads((tmp_path / "fine_tuning.json").read_text())
+    assert record["settings"]["methods"] == ["none"]
+    assert (record["settings"]["n_others"], record["settings"]["pretraining"]) == (5, 100)
+    accuracies = [part["pretrained"]["seeds"] for part in record["scenarios"].values()]
+    assert accuracies[0] == accuracies[1]  # the same network
+    assert min(accuracies[0]) > 20  # of five classes, by two units a layer
+    printed = capsys.readouterr().out
+    assert "% of the other classes" in printed
+    assert "5 others learnt before" in printed
+
+
 @pytest.mark.parametrize(
     "options",
-    [["--seeds", "0"], ["--updates", "11"], ["--epochs", "-1"], ["--sizes", "1", "2"], ["--scenarios", "other"]],
-)
+    [
+        ["--seeds", "0"], ["--updates", "11"], ["--epochs", "-1"], ["--sizes", "1", "2"], ["--scenarios", "other"],
+        ["--others", "1"], ["--others", "7"], ["--methods", "ewc"],
+    ],
+)  # fmt: skip
 def test_bad_option_exits_with_2(options, capsys):
     with pytest.raises(SystemExit) as caught:
         fine_tuning.main(options)

@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are not installed
 
 import wplfast
+from benchmarks.experiments.harness.statistics import within_noise
 from benchmarks.experiments.search import report
 from benchmarks.experiments.search.controller import Controller, Policy, Reinforce
 from benchmarks.experiments.search.loop import Run, forgetting, search
@@ -245,10 +246,10 @@ def test_tables_by_hand():
     record = record_of(ce, wpl)
     tables = report.tables(record)
     results = {row[0]: row[1:] for row in tables["results"].rows}
-    assert results["mean difference, epoch 2"] == ["4.00 ± 0.00", "1.00 ± 0.00"]
-    assert results["best-5 mean difference, epochs 2 on"] == ["6.00 ± 0.00", "2.00 ± 0.00"]
-    assert results["mean reward, last epochs"] == ["1.00 ± 0.00", "0.50 ± 0.00"]
-    assert results["test perplexity, chosen at the end"] == ["6.00 ± 0.00", "6.00 ± 0.00"]
+    assert results["mean difference, epoch 2"] == ["4.00 ± 0.00", "1.00 ± 0.00", ""]  # this epoch was picked
+    assert results["best-5 mean difference, epochs 2 on"] == ["6.00 ± 0.00", "2.00 ± 0.00", "-4.00"]
+    assert results["mean reward, last epochs"] == ["1.00 ± 0.00", "0.50 ± 0.00", "-0.50"]
+    assert results["test perplexity, chosen at the end"] == ["6.00 ± 0.00", "6.00 ± 0.00", "+0.00"]
     goals = ["4 to 1 (75 % less) *", "8 to 2 (75 % less) *", "12 to 3 (75 % less) *", "1 to 0.5"]
     assert tables["goals"].rows == [["recurrent cells, NAME", "cells, alpha 1", *goals]]
     tried = ["1 (edge)", "1 (1, 5)", "1 (edge)", "1 (0.5, 3.67)"]
@@ -257,18 +258,50 @@ def test_tables_by_hand():
     assert report.figures(record)[""].startswith(b"\x89PNG")
 
 
+def test_change_is_paired_by_seed():
+    ce = [curves(seed, None, [9, 10 + 20 * seed], 1.0) for seed in range(3)]
+    wpl = [curves(seed, 1.0, [9, 10 + 19 * seed], 1.0) for seed in range(3)]
+    results = {row[0]: row[1:] for row in report.tables(record_of(ce, wpl))["results"].rows}
+    # 0, -1, -2: mean -1, standard deviation 1, 4.303 / sqrt(3) = 2.484
+    assert results["mean difference, epochs 2 on"] == ["30.0 ± 20.0", "29.0 ± 19.0", "-1.00 ± 2.48"]
+
+
+def test_settings_within_noise_by_hand():
+    # means 2, 1.9, 1.6, 2; the first one's standard error is 0.5 / sqrt(4) = 0.25 (deviations +-0.433, n - 1 = 3)
+    scores = {"a": [1.567, 2.433, 1.567, 2.433], "b": [1.9] * 4, "c": [1.6] * 4, "d": [1.9, 2.1, 1.9, 2.0]}
+    assert within_noise(scores) == ["a", "b", "d"]
+    assert within_noise({"a": [1.0], "b": [0.999], "c": [1.0]}) == ["a", "c"]
+
+
+@pytest.mark.parametrize(("setting", "calmest"), [("lr", 0.5), ("alpha", 2.0)])
+def test_choice_within_noise_is_the_one_that_moves_least(setting, calmest):
+    rewards = {0.1: (0.1, 0.3), 0.5: (1.0, 1.4), 1.0: (1.1, 1.7), 2.0: (1.2, 1.2), 9.0: (0.5, 0.5)}
+    runs = [
+        curves(seed, **{"alpha": None, setting: value}, means=[1, 1], reward=rewards[value][seed])
+        for value in rewards
+        for seed in range(2)
+    ]
+    assert report.grid(runs, setting)["chosen"] == 1.0
+    grid = report.grid(runs, setting, choice="one-se")  # 1.4 - 0.3: 0.5, 1.0 and 2.0 remain
+    assert (grid["chosen"], grid["at_edge"]) == (calmest, False)
+    assert grid["values"] == report.grid(runs, setting)["values"]
+
+
 def test_tables_name_what_differs_and_what_got_worse():
     ce = [curves(seed, None, [9, 4 + seed, 2], 1.0 + seed) for seed in range(2)]
     bad = [curves(seed, 1.0, [9, 9, 4], 1.5 + seed) for seed in range(2)]
     (row,) = report.tables(record_of(ce, bad, "used", True))["goals"].rows
     assert row[:3] == ["recurrent cells, NAME, outputs normalised", "all in use, alpha 1", "4.5 to 9 (100 % more)"]
     assert row[-1] == "1.5 to 2 *"
+    record = record_of(ce, bad)
+    record["settings"]["choice"] = "one-se"
+    assert report.tables(record)["goals"].rows[0][0] == "recurrent cells, NAME, one-standard-error rule"
 
 
 def test_tables_of_runs_that_diverged():
     ce, lost = [curves(0, None, [9, 4, 2], 1.0)], [curves(0, 1.0, [9, 1, 1], 0.5, diverged=True)]
     record = record_of(ce, lost)
     tables = report.tables(record)
-    assert tables["results"].rows == [["runs that diverged, left out in both arms", "0", "1"]]
+    assert tables["results"].rows == [["runs that diverged, left out in both arms", "0", "1", ""]]
     assert tables.keys() == {"results", "tuning"}
     assert report.figures(record)[""].startswith(b"\x89PNG")

@@ -151,6 +151,7 @@ def test_smoke_run_writes_everything(tmp_path, capsys):
     assert {run["lr"] for arm in record["runs"].values() for run in arm} == {record["tuning"]["lr"]["chosen"]}
     assert [run["alpha"] for run in record["runs"]["wpl"]] == [record["tuning"]["alpha"]["chosen"]]
     assert record["settings"]["tuning_seeds"] == [1000]
+    assert record["settings"]["choice"] == "one-se"
     assert {run["seed"] for arm in record["runs"].values() for run in arm} == {0}
     printed = capsys.readouterr().out
     assert "cross-entropy alone" in printed
@@ -196,10 +197,17 @@ def test_what_is_given_goes_before_the_papers_sizes():
     assert command.parse(text_search.SPACE, "", []).blocks == 4
 
 
+def test_default_run_has_seeds_enough_for_its_rule():
+    options = command.parse(text_search.SPACE, "", [])
+    assert (options.seeds, options.tuning_seeds, options.choice) == (8, 4, "one-se")
+    assert command.parse(text_search.SPACE, "", ["--choice", "best"]).choice == "best"
+
+
 @pytest.mark.parametrize(
     "options",
     [
         ["--seeds", "0"], ["--lr", "-1"], ["--alpha", "x"], ["--blocks", "1"], ["--normalize", "sum"],
+        ["--choice", "worst"],
         ["--dropout", "0.1"], ["--rate", "1.5"], ["--start", "-1"],
     ],
 )  # fmt: skip

@@ -7,10 +7,13 @@ of steps, lambda, wrong labels, and how far WPL (anchored after every update, wi
     python -m benchmarks.experiments.fine_tuning                       # the digits that scikit-learn ships
     python -m benchmarks.experiments.fine_tuning --data DIR            # MNIST's IDX files
     python -m benchmarks.experiments.fine_tuning --data DIR --model cnn --width 32 --seeds 9 --device cuda
+    python -m benchmarks.experiments.fine_tuning --others 5            # begin with what five other classes taught
+    python -m benchmarks.experiments.fine_tuning --others 5 --pretraining 0   # the same five classes, from scratch
 
 Writes fine_tuning.json and fine_tuning.png; prints tables. Setting: after Kaeding, Rodner, Freytag and
 Denzler, "Fine-tuning deep neural networks in continuous learning scenarios", ACCV workshops 2016,
-doi 10.1007/978-3-319-54526-4_43, on digits instead of photographs and without a pre-trained network.
+doi 10.1007/978-3-319-54526-4_43, on digits instead of photographs; its network was trained on ImageNet before, ours
+only on other digits, and on request.
 """
 
 from __future__ import annotations
@@ -26,13 +29,15 @@ from ..harness.command import Experiment
 from ..harness.command import main as run_command
 from ..harness.options import add_options, make_parser, positive, read, strength
 from ..harness.runner import Runner
+from ..harness.statistics import spread
 from . import plan, report
 from .model import WIDTHS
-from .settings import Setup
-from .stream import SCENARIOS, Sizes, make_stream
+from .settings import METHODS, Setup
+from .stream import N_CLASSES, N_UPDATES, SCENARIOS, Sizes, make_stream
+from .training import pretrained_accuracy
 
 MNIST = Sizes(update=100, start_known=50, start_new=150)
-MOST = Setup().n_updates
+FEWEST = 4  # classes that arrive, so that a model can start with two and learn two
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +58,7 @@ def prepare(options: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
     for seed in range(options.seeds):
         split = load_split(setup.data, seed)
         for scenario in options.scenarios:
-            make_stream(split, scenario, setup.sizes, 0.0, setup.n_updates, seed)
+            make_stream(split, scenario, setup.sizes, 0.0, setup.n_updates, seed, setup.n_others)
     return setup, {"name": split.name, **split.sizes}
 
 
@@ -63,11 +68,15 @@ def run(setup: Setup, options: argparse.Namespace, runner: Runner) -> dict[str, 
     parts, runs = {}, 0
     for scenario in options.scenarios:
         studies = plan.studies(scenario, options.iterations, options.epochs)
-        parts[scenario], done = plan.run(setup, studies, options.seeds, tuning, runner)
+        parts[scenario], done = plan.run(setup, studies, options.seeds, tuning, runner, options.methods)
         runs += done
+        if setup.n_others and setup.pretraining:
+            jobs = [(setup, scenario, seed) for seed in range(options.seeds)]
+            found = runner.map("other classes", pretrained_accuracy, jobs)
+            parts[scenario]["pretrained"] = spread([100 * accuracy for accuracy in found])
     grids = {"learning_rates": plan.LEARNING_RATES, "penalty_rates": plan.PENALTY_RATES, "pulls": plan.PULLS}
     settings = {**asdict(setup), "data": load_split(setup.data, 0).name, "seeds": options.seeds, "tuning_seeds": tuning}
-    settings |= {"iterations": options.iterations, "epochs": options.epochs, **grids}
+    settings |= {"iterations": options.iterations, "epochs": options.epochs, "methods": options.methods, **grids}
     return {"settings": settings, "runs": runs, "scenarios": parts}
 
 
@@ -86,9 +95,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--sizes", type=positive, nargs=3, metavar=names, help=words)
     add("--tuning-seeds", type=positive, default=2, metavar="N", help="seeds to choose on; default: %(default)s")
+    words = "what is compared with no penalty; default: both"
+    add("--methods", nargs="*", choices=[name for name in METHODS if name != "none"], default=list(METHODS), help=words)
     options = parser.parse_args(arguments)
-    if options.updates > MOST:
-        parser.error(f"argument --updates: expected at most {MOST}, got {options.updates}")
+    options.methods = [method for method in METHODS if method in ("none", *options.methods)]
+    if options.updates > N_UPDATES:
+        parser.error(f"argument --updates: expected at most {N_UPDATES}, got {options.updates}")
+    if options.others == 1 or options.others > N_CLASSES - FEWEST:
+        parser.error(f"argument --others: expected 0, or from 2 to {N_CLASSES - FEWEST}, got {options.others}")
     return options
 
 

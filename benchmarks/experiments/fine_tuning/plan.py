@@ -9,7 +9,7 @@ import numpy as np
 
 from ..harness.runner import Runner
 from ..harness.statistics import at_edge, best, spread
-from .settings import UNCHANGED, Arm, Condition, Run, Setup
+from .settings import METHODS, UNCHANGED, Arm, Condition, Run, Setup
 from .stream import SCENARIOS
 from .training import train
 
@@ -57,12 +57,17 @@ def grid(method: str) -> list[Arm]:
 
 
 def run(
-    setup: Setup, plan: dict[str, list[Condition]], n_seeds: int, n_tuning: int, runner: Runner
+    setup: Setup,
+    plan: dict[str, list[Condition]],
+    n_seeds: int,
+    n_tuning: int,
+    runner: Runner,
+    methods: Sequence[str] = tuple(METHODS),
 ) -> tuple[dict[str, Any], int]:
     """Tune every condition with every method on the validation data of some seeds, then run what was chosen on all.
 
-    WPL is compared with the L2 anchor where it may replace old data. With wrong labels a method keeps what was chosen
-    without: the validation data of a user would have them too.
+    The L2 anchor, if it is among the methods, runs where WPL may replace old data. With wrong labels a method keeps
+    what was chosen without: the validation data of a user would have them too.
 
     The choice is made on the first ``n_tuning`` of all ``n_seeds`` seeds.
 
@@ -71,7 +76,7 @@ def run(
         and every outcome, accuracies in %, "mean" over updates first; and the number of runs.
     """
     conditions = dict.fromkeys(condition for study in plan.values() for condition in study)
-    pairs = [(c, method) for c in conditions for method in ("none", "wpl", "l2")[: 3 if c in plan["memory"] else 2]]
+    pairs = [(c, method) for c in conditions for method in methods if method != "l2" or c in plan["memory"]]
     words = SCENARIOS[pairs[0][0].scenario]
     tuned = [pair for pair in pairs if pair[0].noise == 0]
     jobs = [(c, arm, seed) for seed in range(n_tuning) for c, method in tuned for arm in grid(method)]

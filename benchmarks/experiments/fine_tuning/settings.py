@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..data.digits import DIGITS
-from ..harness.options import option, positive
+from ..harness.options import count, option, positive
 from .model import WIDTHS
 from .stream import Sizes
 
@@ -29,6 +29,8 @@ class Setup:
     lr_start: float = 0.02
     start_iterations: int = option(300, positive, "SGD steps before the first update", flag="start")
     n_updates: int = option(10, positive, "update sets: one of each class, or two of each new one", flag="updates")
+    n_others: int = option(0, count, "classes that never arrive, but are learnt before", flag="others")
+    pretraining: int = option(2000, count, "SGD steps on all samples of the others; 0: none, to compare with")
 
 
 class Condition(NamedTuple):

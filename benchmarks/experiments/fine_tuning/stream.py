@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -13,12 +14,12 @@ from ..data.digits import DataError, Part, Split
 #: what an update set brings
 SCENARIOS = {"known": "known classes", "new": "new classes"}
 N_CLASSES = 10
-START_CLASSES = 5  # that the model knows when new ones are to come; with known classes it starts with all
+N_UPDATES = 10  # about so many: each class that brings update sets brings as many as the others
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of samples."""
+    """Numbers of samples. They are of classes that arrive: of others, which may be learnt before, all are."""
 
     update: int = 30  # of an update set
     start_known: int = 20  # of each class at the start, where all are known
@@ -36,7 +37,7 @@ class Stream(NamedTuple):
     """All that arrives. Classes are numbered in the order of their arrival, so that a grown head keeps its rows."""
 
     split: Split  # digits
-    rank: Tensor  # [10] the number of each digit
+    rank: Tensor  # [10] the number of each digit; those that never arrive have the last ones
     labels: Tensor  # [N] of the training part, so numbered, some of the update sets' wrong
     start: Tensor  # [S] indices of the start's samples
     start_classes: int
@@ -49,12 +50,15 @@ class Stream(NamedTuple):
         return images[index.to(images.device)], self.labels[index].to(images.device)
 
 
-def make_stream(split: Split, scenario: str, sizes: Sizes, noise: float, n_updates: int, seed: int) -> Stream:
+def make_stream(
+    split: Split, scenario: str, sizes: Sizes, noise: float, n_updates: int, seed: int, n_others: int = 0
+) -> Stream:
     """Divide the training part into a start and update sets.
 
-    With known classes, the model starts with all ten, and each brings one update set, in random order. With new ones,
-    it starts with five random classes, and each of the others brings two update sets, one after the other. Noise moves
-    no other draw: the same samples arrive in the same order whatever its level.
+    With known classes, the model starts with all that arrive, and each brings one update set (two of five classes), in
+    random order. With new ones, it starts with half of them, random ones, and each of the rest brings two update sets
+    (three where five classes arrive), one after the other. Noise moves no other draw: the same samples arrive in the
+    same order whatever its level.
 
     Args:
         split: the digits.
@@ -63,6 +67,7 @@ def make_stream(split: Split, scenario: str, sizes: Sizes, noise: float, n_updat
         noise: share of each update set's labels that is replaced by another of the classes known then.
         n_updates: how many update sets at most.
         seed: decides all that is random.
+        n_others: number of classes that never arrive, the last ones.
 
     Raises:
         DataError: if a class has too few samples.
@@ -76,12 +81,15 @@ def make_stream(split: Split, scenario: str, sizes: Sizes, noise: float, n_updat
         index = (numbered == number).nonzero().flatten()
         of_class.append(index[torch.randperm(len(index), generator=generator)])
     key = torch.rand(len(numbered), generator=generator)
+    n_arriving = N_CLASSES - n_others
     if scenario == "known":
-        start_classes, per_class = N_CLASSES, sizes.start_known
-        arriving = torch.randperm(N_CLASSES, generator=generator).tolist()
+        start_classes, per_class = n_arriving, sizes.start_known
+        rounds = range(N_UPDATES // n_arriving)
+        arriving = list(chain.from_iterable(torch.randperm(n_arriving, generator=generator).tolist() for _ in rounds))
     else:
-        start_classes, per_class = START_CLASSES, sizes.start_new
-        arriving = [number for number in range(START_CLASSES, N_CLASSES) for _ in range(2)]
+        start_classes, per_class = n_arriving // 2, sizes.start_new
+        new = range(start_classes, n_arriving)
+        arriving = [number for number in new for _ in range(N_UPDATES // len(new))]
     used = [per_class if number < start_classes else 0 for number in range(N_CLASSES)]
     needed = [used[number] + sizes.update * arriving.count(number) for number in range(N_CLASSES)]
     for digit, number in enumerate(rank.tolist()):

@@ -17,7 +17,7 @@ from ..data.digits import Split, load_split
 from ..harness.training import accuracy, step
 from .model import GrowingNet
 from .settings import UNCHANGED, Arm, Condition, Run, Setup
-from .stream import Stream, draw, make_stream, remembered
+from .stream import N_CLASSES, Stream, draw, make_stream, remembered
 
 Penalty: TypeAlias = wplfast.WeightPlasticityLoss
 _FISHER_BATCH = 512  # F does not depend on it; small update sets are one batch
@@ -79,7 +79,7 @@ def _split(setup: Setup, seed: int) -> Split:
 
 def _stream(setup: Setup, scenario: str, noise: float, seed: int) -> Stream:
     """Return what arrives."""
-    return make_stream(_split(setup, seed), scenario, setup.sizes, noise, setup.n_updates, seed)
+    return make_stream(_split(setup, seed), scenario, setup.sizes, noise, setup.n_updates, seed, setup.n_others)
 
 
 def _started(setup: Setup, scenario: str, arm: Arm, seed: int) -> tuple[GrowingNet, Penalty | None]:
@@ -95,12 +95,52 @@ def _started(setup: Setup, scenario: str, arm: Arm, seed: int) -> tuple[GrowingN
 
 @lru_cache(maxsize=64)
 def _start(setup: Setup, scenario: str, seed: int) -> GrowingNet:
-    """Return the model that was trained on the start: copy it before you change it."""
+    """Return the model that was trained on the start: copy it before you change it.
+
+    It begins with the features of other classes, if there are any to learn before; its head is new.
+    """
     stream = _stream(setup, scenario, 0.0, seed)
-    model = GrowingNet(setup.model, *stream.split.shape, stream.start_classes, setup.width, seed).to(setup.device)
-    n, generator = setup.start_iterations * setup.batch_size, torch.Generator().manual_seed(seed)
-    _learn(setup, model, stream, draw(stream.start, stream.start[:0], 1.0, n, generator), setup.lr_start, None)
+    model = _new(setup, stream, seed)
+    if setup.n_others and setup.pretraining:
+        model.features = _pretrained(setup, scenario, seed)[0].features
+    _teach(setup, model, stream, setup.start_iterations, seed)
     return model
+
+
+def pretrained_accuracy(job: tuple[Setup, str, int]) -> float:
+    """Return the test accuracy, on the classes that never arrive, of the model whose features the start begins with.
+
+    Args:
+        job: settings, scenario, seed.
+    """
+    setup, scenario, seed = job
+    accuracies = _accuracies(*_pretrained(setup, scenario, seed), setup.n_others)
+    return 0.0 if accuracies is None else accuracies[0]
+
+
+def _pretrained(setup: Setup, scenario: str, seed: int) -> tuple[GrowingNet, Stream]:
+    """Return a model that was trained on all samples of the classes that never arrive, and the stream for it.
+
+    In that stream these classes have the first numbers, and all their samples are the start.
+    """
+    stream = _stream(setup, scenario, 0.0, seed)
+    rank, labels = ((numbers + setup.n_others) % N_CLASSES for numbers in (stream.rank, stream.labels))
+    start = (labels < setup.n_others).nonzero().flatten()
+    stream = stream._replace(rank=rank, labels=labels, start=start, start_classes=setup.n_others)
+    model = _new(setup, stream, seed)
+    _teach(setup, model, stream, setup.pretraining, seed)
+    return model, stream
+
+
+def _new(setup: Setup, stream: Stream, seed: int) -> GrowingNet:
+    """Return an untrained model of the classes of a stream's start."""
+    return GrowingNet(setup.model, *stream.split.shape, stream.start_classes, setup.width, seed).to(setup.device)
+
+
+def _teach(setup: Setup, model: GrowingNet, stream: Stream, iterations: int, seed: int) -> None:
+    """Train a model on a stream's start."""
+    n, generator = iterations * setup.batch_size, torch.Generator().manual_seed(seed)
+    _learn(setup, model, stream, draw(stream.start, stream.start[:0], 1.0, n, generator), setup.lr_start, None)
 
 
 @lru_cache(maxsize=64)

@@ -25,6 +25,18 @@ def best(scores: Mapping[Value, float]) -> Value:
     return max(scores, key=scores.__getitem__)
 
 
+def within_noise(scores: Mapping[Value, Sequence[float]]) -> list[Value]:
+    """Return the settings whose mean score is at most one standard error of the best one's mean below it.
+
+    Args:
+        scores: of each setting, one for each seed; a single one has no error, so that the best and its equals remain.
+    """
+    means = {value: float(np.mean(found)) for value, found in scores.items()}
+    top = best(means)
+    error = float(deviation(np.asarray(scores[top], float))) / math.sqrt(len(scores[top]))
+    return [value for value, mean in means.items() if mean >= means[top] - error]
+
+
 def at_edge(chosen: float | None, values: Sequence[float]) -> bool:
     """Tell whether a setting is the smallest or largest one that was tried, so that a better one may lie beyond."""
     return bool(values) and chosen in (min(values), max(values))

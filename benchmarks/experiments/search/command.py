@@ -34,6 +34,9 @@ class Space:
     task: Any  # defaults of what problems are made from: a dataclass with ``device``, ``cover``, ``problem(seed)``
     extend: Callable[[Any], None]  # adds options that are no fields of the task or its parts
     prepare: Callable[[Any, argparse.Namespace], tuple[Any, dict[str, Any]]]  # completes the task; describes the data
+    seeds: int = 5  # that are compared by default
+    tuning_seeds: int = 2  # for each setting by default
+    choice: str = "best"  # of report.CHOICES, by default
 
 
 def main(space: Space, words: str, arguments: Sequence[str] | None) -> int:
@@ -45,12 +48,16 @@ def main(space: Space, words: str, arguments: Sequence[str] | None) -> int:
 
 def parse(space: Space, words: str, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; what is given there goes before ``--paper``."""
-    parser = make_parser(space.name, words, seeds=5)
+    parser = make_parser(space.name, words, seeds=space.seeds)
     add, shown = parser.add_argument, "default: %(default)s"
     add("--paper", action="store_true", help="the paper's sizes, for what is not given otherwise")
     add("--lr", type=strength, nargs="+", default=space.rates, help=f"learning rates to choose from; {shown}")
     add("--alpha", type=strength, nargs="+", default=space.alphas, help=f"strengths to choose from; {shown}")
-    add("--tuning-seeds", type=positive, default=2, metavar="N", help=f"for each setting; {shown}")
+    what = f"for each setting; {shown}"
+    add("--tuning-seeds", type=positive, default=space.tuning_seeds, metavar="N", help=what)
+    what = "what decides about both: the best mean reward; or, among settings at most one standard error of the best"
+    what += f" one's mean below it, the smallest learning rate and the largest alpha; {shown}"
+    add("--choice", choices=report.CHOICES, default=space.choice, help=what)
     what = f"all weights that an architecture uses, or its cell's alone, as published; {shown}"
     add("--cover", choices=COVERS, default=space.task.cover, help=what)
     add("--baseline", choices=("python",), help="also time a loop over parameters and squares of a batch's gradient")
@@ -87,7 +94,7 @@ def _run(space: Space, prepared: tuple[Any, Setup], options: argparse.Namespace,
     """Tune, run both arms, and return the record's part.
 
     The learning rate is chosen for cross-entropy alone; the penalty takes it over, and gets a grid of its own for
-    alpha. Both choices are by the mean validation reward in the end, on seeds that are not reported.
+    alpha. Both choices are by the same rule, from the validation reward in the end, on seeds that are not reported.
     """
     task, setup = prepared
     seeds = [TUNING_SEED + i for i in range(options.tuning_seeds)]
@@ -99,7 +106,8 @@ def _run(space: Space, prepared: tuple[Any, Setup], options: argparse.Namespace,
     def choose(setting: str, settings: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
         if len(settings) == 1:
             return {"values": [], "chosen": settings[0][setting == "alpha"], "at_edge": False}
-        return report.grid(searches(f"tuning {setting}", settings, seeds), setting, setup.schedule.start)
+        runs = searches(f"tuning {setting}", settings, seeds)
+        return report.grid(runs, setting, setup.schedule.start, options.choice)
 
     lr = choose("lr", [(value, None) for value in rates])
     alpha = choose("alpha", [(lr["chosen"], value) for value in alphas])
@@ -111,7 +119,8 @@ def _run(space: Space, prepared: tuple[Any, Setup], options: argparse.Namespace,
     arms = {"ce": runs[: options.seeds], "wpl": runs[options.seeds :]}
     return {
         "words": space.words,
-        "settings": {"task": portable(asdict(task)), **asdict(setup), "seeds": options.seeds, "tuning_seeds": seeds},
+        "settings": {"task": portable(asdict(task)), **asdict(setup), "seeds": options.seeds, "tuning_seeds": seeds}
+        | {"choice": options.choice},
         "tuning": {"lr": lr, "alpha": alpha},
         "summary": report.summarise(arms, setup.schedule.start),
         "runs": {arm: [asdict(run) for run in of] for arm, of in arms.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,20 +10,37 @@ import numpy as np
 
 from ...plumbing import plots
 from ..harness import drawing
-from ..harness.statistics import at_edge, best, deviation, five_digits, grouped, points, seeds_of, spread
+from ..harness.statistics import (
+    at_edge,
+    best,
+    deviation,
+    difference,
+    five_digits,
+    grouped,
+    points,
+    seeds_of,
+    signed,
+    spread,
+    within_noise,
+)
 from ..harness.tables import Table
 from .loop import MEASURES, Run
 
 #: the paper's curves fall by this much in percent, or more, where cross-entropy alone forgets most
 GOALS = {"mean": 60.0, "best5": 40.0, "max": 40.0}
 ARMS = {"ce": "cross-entropy alone", "wpl": "with WPL"}
+#: how a setting is chosen: by the best mean validation reward, or, among those within one standard error of it, the one
+#: that lets the weights move least
+CHOICES = {"best": "best reward", "one-se": "one-standard-error rule"}
 NOTES = """Differences: the validation error at the end of an epoch minus right after an architecture's own training;
-mean ± standard deviation over seeds. Goals (60, 40, 40 % less, a reward that is not lower; *: reached) are somewhat
-below the paper's reductions, and about the epoch in which cross-entropy alone forgets most; since that epoch is picked
-by what one arm did, chance favours the other one in it, and not in the rows over all epochs. Times: milliseconds of
-one; there is one Fisher for each architecture, the rest for each of its minibatches."""
+mean ± standard deviation over seeds; change: WPL minus cross-entropy alone, paired by seed, with its 95 % interval.
+Goals (60, 40, 40 % less, a reward that is not lower; *: reached) are somewhat below the paper's reductions, and about
+the epoch in which cross-entropy alone forgets most; since that epoch is picked by what one arm did, chance favours the
+other one in it, and not in the rows over all epochs. Times: milliseconds of one; there is one Fisher for each
+architecture, the rest for each of its minibatches."""
 
 _END = 3  # epochs that "in the end" means
+_CALMEST = {"lr": min, "alpha": max}  # of settings that are as good
 _PARTS = ("cross-entropy", "clipping and step", "penalty", "Fisher", "anchor")
 _PARTS += ("penalty, as published", "Fisher, as published")
 _LOOKS = {"ce": {"color": plots.VERMILLION, "linestyle": (0, (4, 1.6))}, "wpl": {"color": plots.BLUE, "linestyle": "-"}}
@@ -33,14 +51,24 @@ def score(run: Run) -> float:
     return 0.0 if run.diverged else float(np.mean([epoch["reward"] for epoch in run.epochs[-_END:]]))
 
 
-def grid(runs: Sequence[Run], setting: str, start: int = 0) -> dict[str, Any]:
-    """Return the scores of a grid, the best of its values (the smaller of equals), and whether it lies at the edge.
+def grid(runs: Sequence[Run], setting: str, start: int = 0, choice: str = "best") -> dict[str, Any]:
+    """Return the scores of a grid, the value that is chosen, and whether it lies at the edge.
 
     What was forgotten on the mean, from epoch ``start`` on, stands beside each score; it has no say in the choice.
+
+    Args:
+        runs: of all values, with the same seeds each.
+        setting: "lr" or "alpha".
+        start: epoch from which on forgetting counts.
+        choice: "best": the value with the best mean score, the smaller of equals; "one-se": of those at most one
+            standard error of the best one's mean below it, the smallest learning rate, or the largest alpha.
     """
     groups = dict(sorted(grouped(runs, lambda run: getattr(run, setting)).items()))
     scores = {value: [score(run) for run in same] for value, same in groups.items()}
-    chosen = best({value: np.mean(found) for value, found in scores.items()})
+    if choice == "one-se":
+        chosen = _CALMEST[setting](within_noise(scores))
+    else:
+        chosen = best({value: float(np.mean(found)) for value, found in scores.items()})
     rows = []
     for value, same in groups.items():
         lost = [epoch["mean"] for run in same if not run.diverged for epoch in run.epochs[start:]]
@@ -91,12 +119,14 @@ def tables(record: dict[str, Any]) -> dict[str, Table]:
     summary, tuning = record["summary"], record["tuning"]
     name = record["words"]["title"].removeprefix("Search for ") + f", {record['data']['name']}"
     name += ", outputs normalised" * _normalised(record)
+    choice = record["settings"].get("choice", "best")
+    name += f", {CHOICES[choice]}" * (choice != "best")
     covered = "all in use" if record["settings"]["task"]["cover"] == "used" else "cells"
     row, columns = [name, f"{covered}, alpha {tuning['alpha']['chosen']:g}"], ["", "penalty on"]
     tried = [cell for setting in ("lr", "alpha") for cell in _tried(tuning[setting], setting)]
     heads = ("learning rate", "tried (reward, difference)", "alpha", "tried (reward, difference)")
     found = {
-        "results": Table(("", *ARMS.values()), _results(record)),
+        "results": Table(("", *ARMS.values(), "change"), _results(record)),
         "tuning": Table([*columns, *heads], [[*row, *tried]]),
     }
     if "worst_epoch" in summary:
@@ -108,7 +138,7 @@ def tables(record: dict[str, Any]) -> dict[str, Table]:
 
 
 def _results(record: dict[str, Any]) -> list[list[str]]:
-    """Return the rows of what was measured in each arm."""
+    """Return the rows of what was measured in each arm, and the change of what no arm's figures picked."""
     summary, error = record["summary"], record["words"]["error"]
     arms = [summary["arms"][arm] for arm in ARMS]
     rows = []
@@ -117,16 +147,24 @@ def _results(record: dict[str, Any]) -> list[list[str]]:
         for measure, name in MEASURES.items():
             curves = [arm["curves"][measure] for arm in arms]
             cells = [_points({key: curve[key][worst] for key in ("mean", "std")}) for curve in curves]
-            rows.append([f"{name}, epoch {worst + 1}", *cells])
+            rows.append([f"{name}, epoch {worst + 1}", *cells, ""])
         for measure, name in MEASURES.items():
-            cells = [_points(arm["after_start"][measure]) for arm in arms]
-            rows.append([f"{name}, epochs {summary['start'] + 1} on", *cells])
-        rows.append(["mean reward, last epochs", *(_points(arm["end"]["reward"]) for arm in arms)])
-        rows.append([f"{error} when trained, last epochs", *(_points(arm["end"]["error_before"]) for arm in arms)])
-        rows.append([f"test {error}, chosen at the end", *(_points(arm["final"]["test"]) for arm in arms)])
+            words = f"{name}, epochs {summary['start'] + 1} on"
+            rows.append([words, *_compared([arm["after_start"][measure] for arm in arms])])
+        ends = [arm["end"] for arm in arms]
+        rows.append(["mean reward, last epochs", *_compared([end["reward"] for end in ends])])
+        rows.append([f"{error} when trained, last epochs", *_compared([end["error_before"] for end in ends])])
+        rows.append([f"test {error}, chosen at the end", *_compared([arm["final"]["test"] for arm in arms])])
     if any(arm["diverged"] for arm in arms):
-        rows.append(["runs that diverged, left out in both arms", *(str(arm["diverged"]) for arm in arms)])
+        rows.append(["runs that diverged, left out in both arms", *(str(arm["diverged"]) for arm in arms), ""])
     return rows
+
+
+def _compared(spreads: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Render both arms' spreads over the same seeds, and the change from the first to the second."""
+    mean, half = difference(spreads[1], spreads[0])
+    size = max(abs(mean), half if math.isfinite(half) else 0.0)
+    return [*map(_points, spreads), signed(mean, half, _digits(size))]
 
 
 def _goals(summary: Mapping[str, Any]) -> list[str]:
@@ -186,5 +224,9 @@ def _normalised(record: dict[str, Any]) -> bool:
 
 def _points(values: Mapping[str, Any]) -> str:
     """Render mean and deviation with three digits or so."""
-    size = max(abs(values["mean"]), values["std"])
-    return points(values, 0 if size >= 100 else 1 if size >= 10 else 2)
+    return points(values, _digits(max(abs(values["mean"]), values["std"])))
+
+
+def _digits(size: float) -> int:
+    """Return the number of digits behind the point that numbers of a size are shown with."""
+    return 0 if size >= 100 else 1 if size >= 10 else 2
