@@ -100,10 +100,10 @@ def test_what_cannot_run_is_one_line(options, said, tmp_path, capsys):
 
 
 def test_texts_on_this_machine():
-    first, *row = load_domains(None, 64_000)
+    first, *row = load_domains(None, 300_000, 64_000)
     assert [domain.name for domain in row] == ["Python sources", "tables of numbers", "C++ headers"]
     assert all(len(domain.text) == 64_000 for domain in row)
-    assert len(first.text) > 300_000
+    assert len(first.text) == 300_000
     assert b"#include" in row[2].text
     assert sum(byte in b"0123456789.,\r\n" for byte in row[1].text) > 0.95 * 64_000
 
@@ -132,7 +132,7 @@ def test_folders_without_enough_texts(names, said, tmp_path):
     for name in names:
         (tmp_path / f"{name}.txt").write_bytes(b"text")
     with pytest.raises(DataError, match=said):
-        load_domains(str(tmp_path), 100)
+        load_domains(str(tmp_path), 100, 100)
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------

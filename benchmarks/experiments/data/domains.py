@@ -34,13 +34,14 @@ class Domain:
 
 
 @lru_cache(maxsize=2)
-def load_domains(folder: str | None, size: int) -> tuple[Domain, ...]:
-    """Load a text to begin with, whole, and after it the row of domains, of so many bytes each; a process does so once.
+def load_domains(folder: str | None, first_size: int, size: int) -> tuple[Domain, ...]:
+    """Load a text to begin with, and after it the row of domains; a process does so once.
 
     Args:
         folder: holds text files, of which the first by name is what to begin with; None for Python's help texts, and
             after them Python's sources, scikit-learn's tables of numbers and PyTorch's C++ headers.
-        size: bytes of each domain that are used, from its start.
+        first_size: bytes of the first text that are used, from its start.
+        size: bytes of each domain, likewise.
 
     Raises:
         DataError: if a text is missing or too short.
@@ -48,7 +49,7 @@ def load_domains(folder: str | None, size: int) -> tuple[Domain, ...]:
     first, *rest = _builtin() if folder is None else _read(Path(folder))
     if len(rest) < 2:
         raise DataError(f"{folder}: expected a text to begin with and at least two domains, got {1 + len(rest)} files")
-    return first, *(Domain(one.name, one.text[:size]) for one in rest)
+    return Domain(first.name, first.text[:first_size]), *(Domain(one.name, one.text[:size]) for one in rest)
 
 
 def windows(domain: Domain, length: int) -> Part:

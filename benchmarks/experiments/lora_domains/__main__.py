@@ -35,10 +35,22 @@ from . import report, training
 from .training import Setup
 
 #: what is tried by default: grids lie where each F's best alpha is in between
-GRIDS = command.grids(7, first=1, l2_first=-4, batch_sizes=(32,))
+GRIDS = command.grids(7, first=-1.5, l2_first=-2, batch_sizes=(32,))
 QUICK = {
-    **{"size": 6_000, "width": 16, "depth": 2, "heads": 2, "rank": 2, "base_epochs": 1, "epochs": 1, "length": 32},
-    **{"fisher_windows": 32, "seeds": 2, "grid": (10.0, 1000.0), "l2_grid": (0.001, 0.1), "workers": 0},
+    "base_size": 20_000,
+    "size": 6_000,
+    "length": 32,
+    "width": 16,
+    "depth": 2,
+    "heads": 2,
+    "rank": 2,
+    "base_epochs": 1,
+    "epochs": 1,
+    "fisher_windows": 32,
+    "seeds": 2,
+    "grid": (1.0, 100.0),
+    "l2_grid": (0.1, 10.0),
+    "workers": 0,
 }
 
 
@@ -53,7 +65,7 @@ def prepare(options: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
     setup = read(Setup(device=options.device), options)
     if setup.width % setup.heads:
         raise OptionError(f"--heads must divide --width, got {setup.heads} and {setup.width}")
-    first, *row = load_domains(setup.data, setup.size)
+    first, *row = load_domains(setup.data, setup.base_size, setup.size)
     sizes = [split_windows(domain, setup.length, 0).sizes for domain in (first, *row)]  # DataError: one is too short
     name = "texts of Python, scikit-learn and PyTorch" if setup.data is None else "texts of a folder"
     described = [{**one.describe(), "windows": windows} for one, windows in zip((first, *row), sizes, strict=True)]

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,16 +36,18 @@ class Setup:
         metavar="DIR",
     )
     device: str = "cpu"
-    size: int = option(64_000, positive, "bytes of each domain")
+    base_size: int = option(400_000, positive, "bytes of the text that the model is trained on first")
+    size: int = option(32_000, positive, "bytes of each domain")
     length: int = option(64, positive, "bytes of a window, which is a sample")
-    width: int = option(96, positive, "of the model")
+    width: int = option(64, positive, "of the model")
     depth: int = option(3, positive, "blocks of the model")
     heads: int = option(4, positive, "of attention; they divide the width")
     rank: int = option(4, positive, "of the adapters of all linear layers in the blocks")
-    base_epochs: int = option(2, positive, "of the text that the model is trained on first, with all parameters")
+    base_epochs: int = option(2, positive, "of that text, in which all but the adapters learn")
+    base_batch_size: int = option(16, positive, "windows at once, likewise")
     base_lr: float = option(0.003, strength, "Adam's rate for it")
-    epochs: int = option(3, positive, "of each domain")
-    batch_size: int = option(16, positive, "of training, in windows")
+    epochs: int = option(2, positive, "of each domain")
+    batch_size: int = option(8, positive, "of the domains' training, in windows")
     lr: float = option(0.005, strength, "Adam's rate for the adapters")
     fisher_windows: int = option(256, positive, "of the domain's training part that F is estimated on")
 
@@ -98,9 +99,7 @@ class Course:
         few = part[0][: self.setup.fisher_windows], part[1][: self.setup.fisher_windows]
         return importance(arm, model, few, self.seed, wplfast.losses.cross_entropy, self.setup.batch_size)
 
-    def learn(
-        self, model: nn.Module, part: Part, seed: int, wpl: wplfast.WeightPlasticityLoss | None = None
-    ) -> Curve:
+    def learn(self, model: nn.Module, part: Part, seed: int, wpl: wplfast.WeightPlasticityLoss | None = None) -> Curve:
         """Learn some text; return the bits per byte of every domain's test part after each epoch."""
         setup = self.setup
         sizes = (setup.epochs, setup.batch_size, setup.lr)
@@ -118,9 +117,10 @@ def start(job: tuple[Setup, int, tuple[str, ...]]) -> Start:
         job: the settings, the seed, and the arms whose mean F is told.
     """
     setup, seed, arms = job
-    text = split_windows(load_domains(setup.data, setup.size)[0], setup.length, seed).to(setup.device)
+    text = split_windows(load_domains(setup.data, setup.base_size, setup.size)[0], setup.length, seed).to(setup.device)
     model = model_of(setup, seed).train_adapters(False)
-    for _ in epochs(model, text.train, (setup.base_epochs, setup.batch_size, setup.base_lr), seed, per_byte):
+    sizes = (setup.base_epochs, setup.base_batch_size, setup.base_lr)
+    for _ in epochs(model, text.train, sizes, seed, per_byte):
         pass
     model.train_adapters(True)
     course = Course(setup, seed)
@@ -145,7 +145,7 @@ def run(job: tuple[Setup, Start, str, Setting]) -> Run:
 
 def domains(setup: Setup, seed: int) -> list[Split]:
     """Return the domains' windows, dealt out by the seed."""
-    row = load_domains(setup.data, setup.size)[1:]
+    row = load_domains(setup.data, setup.base_size, setup.size)[1:]
     return [split_windows(domain, setup.length, seed).to(setup.device) for domain in row]
 
 
@@ -158,7 +158,7 @@ def model_of(setup: Setup, seed: int) -> Model:
 
 def state_of(model: nn.Module) -> State:
     """Return a copy of all parameters."""
-    return {name: np.array(p.detach().cpu()) for name, p in model.named_parameters()}
+    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
 
 
 def loaded(model: Model, state: State) -> Model:

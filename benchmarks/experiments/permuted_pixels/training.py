@@ -58,9 +58,7 @@ class Course:
         """Return an arm's F of a task's training data."""
         return importance(arm, model, part, self.seed, wplfast.losses.cross_entropy, batch_size=64)
 
-    def learn(
-        self, model: nn.Module, part: Part, seed: int, wpl: wplfast.WeightPlasticityLoss | None = None
-    ) -> Curve:
+    def learn(self, model: nn.Module, part: Part, seed: int, wpl: wplfast.WeightPlasticityLoss | None = None) -> Curve:
         """Learn some data; return the test accuracy of every task after each epoch."""
         setup = self.setup
         sizes = (setup.epochs, setup.batch_size, setup.lr)

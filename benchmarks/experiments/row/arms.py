@@ -64,8 +64,8 @@ class Row:
         return f"{self.arms[kind]} {size}" if size else self.arms[kind]
 
 
-def half_decades(first: int, count: int) -> tuple[float, ...]:
-    """Return as many values, half a decade apart, from a power of ten on."""
+def half_decades(first: float, count: int) -> tuple[float, ...]:
+    """Return as many values, half a decade apart, from 10 to the power of ``first`` on."""
     return tuple(float(f"{10 ** (first + half / 2):.3g}") for half in range(count))
 
 

@@ -14,7 +14,7 @@ from .arms import Row, Setting, half_decades, settings_of
 from .training import Run
 
 
-def grids(count: int, first: int, l2_first: int, batch_sizes: Sequence[int]) -> dict[str, Grid]:
+def grids(count: int, first: float, l2_first: float, batch_sizes: Sequence[int]) -> dict[str, Grid]:
     """Return the options of what is tried: as many alphas of each penalty, half a decade apart.
 
     Args:

@@ -56,9 +56,7 @@ class Course(Protocol):
     def importance(self, arm: str, model: nn.Module, part: Part) -> Mapping[str, Tensor]:
         """Return an arm's F of a task's training data."""
 
-    def learn(
-        self, model: nn.Module, part: Part, seed: int, wpl: wplfast.WeightPlasticityLoss | None = None
-    ) -> Curve:
+    def learn(self, model: nn.Module, part: Part, seed: int, wpl: wplfast.WeightPlasticityLoss | None = None) -> Curve:
         """Learn some data; return the test score of every task after each epoch."""
 
     def scores(self, model: nn.Module, part: str) -> list[float]:
