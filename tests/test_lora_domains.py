@@ -197,9 +197,9 @@ def test_a_huge_alpha_and_frozen_blocks_keep_the_first_domain_as_it_was(begun):
     setup, start = begun
     frozen = training.run((setup, start, "frozen", "1+2"))
     assert frozen.curve[-1] == pytest.approx(frozen.curve[0], rel=1e-6)
-    held = training.run((setup, start, "l2", 1e9))
-    assert held.curve[-1] == pytest.approx(frozen.curve[-1], abs=0.01)
-    assert abs(training.run((setup, start, "none", None)).curve[-1][1] - frozen.curve[-1][1]) > 0.05
+    free, held = (training.run((setup, start, *arm)).curve[-1] for arm in (("none", None), ("l2", 1e9)))
+    moved = np.abs(np.subtract([free, held], frozen.curve[-1])).max(1)
+    assert moved[1] < moved[0] / 5  # Adam's first step, which knows of no penalty yet, is as long as any
 
 
 @pytest.mark.parametrize("arm", ["empirical", "squared 4"])

@@ -1,4 +1,4 @@
-"""Texts of several kinds as bytes, for language models: what ships with Python, PyTorch and scikit-learn, or a folder."""
+"""Texts of several kinds as bytes, for language models: what ships with Python, scikit-learn and PyTorch, or files."""
 
 from __future__ import annotations
 
