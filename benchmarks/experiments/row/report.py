@@ -121,7 +121,11 @@ def _draw_tasks(row: Row, axis: Any, found: Mapping[str, Any], record: Mapping[s
             middle = ((task + 0.5) * epochs, 0.015)
             look = {"ha": "center", "fontsize": 7.5, "color": plots.GREY}
             axis.annotate(f"learns {task + 1}", middle, xycoords=axis.get_xaxis_transform(), **look)
-    axis.set(xlim=(0, n * epochs), ylim=row.limits, xticks=[task * epochs for task in range(n + 1)])
+    axis.set(xlim=(0, n * epochs), xticks=[task * epochs for task in range(n + 1)])
+    if row.limits is None:
+        axis.margins(y=0.12)  # so that no curve runs through the words at the bottom
+    else:
+        axis.set_ylim(row.limits)
     axis.grid(axis="x", visible=False)
 
 
