@@ -19,8 +19,12 @@ import wplfast
 from benchmarks.experiments import demo
 from benchmarks.experiments.harness.statistics import half_width
 from benchmarks.experiments.permuted_pixels import __main__ as permuted_pixels
-from benchmarks.experiments.permuted_pixels import report, summary, training
-from benchmarks.experiments.permuted_pixels.training import Run, Setup
+from benchmarks.experiments.permuted_pixels import report, training
+from benchmarks.experiments.permuted_pixels.report import ROW
+from benchmarks.experiments.permuted_pixels.training import Course, Setup
+from benchmarks.experiments.row import report as row_report
+from benchmarks.experiments.row import summary
+from benchmarks.experiments.row.training import Run
 
 TINY = ("--tasks", "3", "--epochs", "1", "--hidden", "8", "--batch-size", "256", "--workers", "0")
 GRIDS = ("--grid", "10", "1000", "--l2-grid", "0.1", "10", "--batch-sizes", "64")
@@ -46,7 +50,7 @@ def test_smoke_run_writes_everything(tmp_path, capsys):
             assert found["curve"][-1] == pytest.approx([task["mean"] for task in found["tasks"]], abs=0.01)
     out = capsys.readouterr().out
     assert report.tables(record)["arms"].text() in out
-    assert [row[0] for row in report.tables(record)["arms"].rows] == [report.title(arm) for arm in kinds]
+    assert [row[0] for row in report.tables(record)["arms"].rows] == [ROW.title_of(arm) for arm in kinds]
 
 
 @pytest.mark.parametrize(("arm", "setting"), [("mc", 100.0), ("frozen", "2+3")])
@@ -83,7 +87,7 @@ def test_every_task_adds_an_anchor(monkeypatch):
 def test_importance_is_what_it_is_called(arm):
     model, _ = training.first_task(SMALL, 0)
     images, labels = (part[:16] for part in training.tasks(SMALL, 0)[0].train)
-    found = training.importance(arm, model, (images, labels), 0)
+    found = Course(SMALL, 0).importance(arm, model, (images, labels))
     p = model(images).softmax(1)
     expected = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
     parts = torch.arange(16).split(8 if arm == "squared 8" else 1)
@@ -101,10 +105,14 @@ def test_importance_is_what_it_is_called(arm):
 def test_drawn_labels_are_those_of_the_seed():
     model, _ = training.first_task(SMALL, 0)
     part = training.tasks(SMALL, 0)[0].train
-    found, again, other = (training.importance("mc", model, part, seed)["0.weight"] for seed in (0, 0, 1))
+
+    def drawn(seed):
+        return Course(SMALL, seed).importance("mc", model, part)
+
+    found, again, other = (drawn(seed)["0.weight"] for seed in (0, 0, 1))
     assert torch.equal(found, again)
     assert not torch.equal(found, other)
-    exact = training.importance("exact", model, part, 0)["0.weight"]
+    exact = Course(SMALL, 0).importance("exact", model, part)["0.weight"]
     assert found.sum().item() == pytest.approx(exact.sum().item(), rel=0.1)
 
 
@@ -116,15 +124,13 @@ def test_tasks_are_the_same_digits_in_other_orders():
 
 
 def test_summary_by_hand():
-    setup = Setup(tasks=2, epochs=2)
-
     def runs(alpha, ends, validation):  # both tasks after each of four epochs
         curves = [[[0.1, 0.1], [0.9, 0.1], [0.7, 0.5], end] for end in ends]
         return [Run(seed, "mc", alpha, curve, validation) for seed, curve in enumerate(curves)]
 
     everything = runs(1.0, ([0.1, 0.9], [0.2, 0.9]), 0.5) + runs(10.0, ([0.6, 0.9], [0.8, 0.7]), 0.7)
     everything += runs(100.0, ([0.9, 0.2], [0.9, 0.4]), 0.6)
-    found = summary.summarise(everything, setup)["mc"]
+    found = summary.summarise(everything, ROW, epochs=2)["mc"]
     assert found["setting"] == 10
     assert not found["at_edge_of_grid"]
     assert found["accuracy"]["seeds"] == pytest.approx([75, 75])
@@ -134,10 +140,10 @@ def test_summary_by_hand():
     assert found["forgetting"]["half_width"] == pytest.approx(12.706 * 10, rel=1e-3)  # t of one degree of freedom
     assert found["new_tasks"]["mean"] == pytest.approx(80)
     assert found["grid"][0] == {"setting": 1.0, "validation": 50.0, "test": 52.5}
-    alone = summary.summarise(runs(1.0, ([0.1, 0.9],), 0.5), setup)["mc"]
+    alone = summary.summarise(runs(1.0, ([0.1, 0.9],), 0.5), ROW, epochs=2)["mc"]
     assert (alone["accuracy"]["half_width"], alone["curve_half_width"]) == (None, None)
     assert not alone["at_edge_of_grid"]
-    assert report.with_interval(alone["accuracy"]) == "50.0"
+    assert row_report.with_interval(ROW, alone["accuracy"]) == "50.0"
 
 
 def test_half_width_by_hand():

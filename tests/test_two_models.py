@@ -281,13 +281,21 @@ def test_the_tables_on_the_page_are_those_of_the_records():
     marked = page.MARKED.findall(text)
     assert text.count("<!-- table") == text.count("<!-- end -->") == len(marked)
     shown = {record for _, _, records, _ in marked for record in records.split()}
-    experiments = ("two_models", "permuted_pixels", "ewc", "text_search", "image_search", "fine_tuning")
+    experiments = ("two_models", "permuted_pixels", "lora_domains", "ewc", "text_search", "image_search", "fine_tuning")
     assert shown == {path.stem for path in page.RESULTS.glob("*.json") if path.stem.startswith(experiments)}
     assert all(f"results/{name}.png" in text for name in shown)
 
 
 @pytest.mark.parametrize(
-    "name", ["two_models_digits", "permuted_pixels_digits", "ewc_digits", "text_search_help_norm", "fine_tuning_mnist"]
+    "name",
+    [
+        "two_models_digits",
+        "permuted_pixels_digits",
+        "lora_domains",
+        "ewc_digits",
+        "text_search_help_norm",
+        "fine_tuning_mnist",
+    ],
 )
 def test_figures_are_made_from_records(name):
     record = json.loads((page.RESULTS / f"{name}.json").read_text())

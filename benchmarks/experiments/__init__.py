@@ -3,6 +3,7 @@
 ====================  =================================================================================
 ``two_models``        two models that share layers, trained one after the other
 ``permuted_pixels``   one network on a row of tasks: what the Fisher's weights buy
+``lora_domains``      a language model's adapters on a row of domains, likewise
 ``ewc``               one model on new data beside a new model on the same; which Fisher, and how strong
 ``text_search``       architecture search over recurrent cells with shared weights, on text
 ``image_search``      architecture search over convolution cells with shared weights, on images
@@ -12,5 +13,6 @@
 ====================  =================================================================================
 
 Each runs with ``python -m benchmarks.experiments.NAME``, prints tables, and writes a record (JSON) and figures.
-``harness`` is what all of them share, ``data`` what they learn from, ``search`` what both searches share.
+``harness`` is what all of them share, ``data`` what they learn from, ``search`` what both searches share, ``row`` what
+both rows of tasks share.
 """

@@ -1,8 +1,8 @@
-"""What the experiments on images share of their training: minibatches, a step, layers, the batch-squared Fisher."""
+"""What the experiments share of their training: minibatches, a step, layers, the batch-squared Fisher."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,11 @@ def step(
     images: Tensor,
     labels: Tensor,
     wpl: wplfast.WeightPlasticityLoss | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> None:
     """Take one step; the penalty adds its gradient without a graph, the cheapest way."""
     optimizer.zero_grad()
-    F.cross_entropy(model(images), labels).backward()
+    loss(model(images), labels).backward()
     if wpl is not None:
         wpl.add_grad_()
     optimizer.step()
@@ -51,7 +52,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def batch_squared(
-    model: nn.Module, params: Mapping[str, nn.Parameter], loader: Iterable[tuple[Tensor, Tensor]], n: int
+    model: nn.Module,
+    params: Mapping[str, nn.Parameter],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    n: int,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> dict[str, Tensor]:
     """Return the common mistake in place of F, squares of batches' mean gradients, as a sum of 1/n of each.
 
@@ -59,7 +64,7 @@ def batch_squared(
     """
     total = {name: torch.zeros_like(p) for name, p in params.items()}
     for images, labels in loader:
-        gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), list(params.values()))
+        gradients = torch.autograd.grad(loss(model(images), labels), list(params.values()))
         for name, gradient in zip(params, gradients, strict=True):
             total[name] += gradient.square() / n
     return total

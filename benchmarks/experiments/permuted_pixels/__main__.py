@@ -20,30 +20,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from itertools import combinations
 from typing import Any
 
 from ..data.digits import load_split
 from ..harness.command import Experiment
 from ..harness.command import main as run_command
-from ..harness.options import add_grids, add_options, make_parser, positive, read, sort_grids, strength
+from ..harness.options import make_parser, read
 from ..harness.runner import Runner
-from . import report, summary, training
-from .training import ARMS, FISHERS, Setup
-
-
-def half_decades(first: int, count: int) -> tuple[float, ...]:
-    """Return as many values, half a decade apart, from a power of ten on."""
-    return tuple(float(f"{10 ** (first + half / 2):.3g}") for half in range(count))
-
+from ..row import command
+from . import report, training
+from .training import Setup
 
 #: what is tried by default: grids lie where each F's best alpha is in between
-GRIDS = {
-    "grid": (half_decades(1, 9), strength, "alphas of the Fishers; times the batch size for the batch-squared F"),
-    "l2_grid": (half_decades(-5, 9), strength, "alphas of the L2 anchor, whose F is 1"),
-    "batch_sizes": ((8, 64, 512), positive, "of the batch-squared F"),
-}
+GRIDS = command.grids(9, first=1, l2_first=-5, batch_sizes=(8, 64, 512))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,54 +48,19 @@ def prepare(options: argparse.Namespace) -> tuple[Setup, dict[str, Any]]:
     return setup, {"name": split.name, **split.sizes}
 
 
-def settings_of(arm: str, options: argparse.Namespace, layers: int) -> list[float | str | None]:
-    """List what is tried of an arm."""
-    if arm == "l2":
-        return list(options.l2_grid)
-    if arm in FISHERS:
-        return list(options.grid)
-    if arm.startswith("squared"):
-        return [float(f"{alpha * int(arm.split()[1]):.6g}") for alpha in options.grid]
-    if arm == "frozen":
-        choices = [chosen for n in range(1, layers + 1) for chosen in combinations(range(1, layers + 1), n)]
-        return ["+".join(map(str, chosen)) for chosen in choices]
-    return [None]
-
-
 def run(setup: Setup, options: argparse.Namespace, runner: Runner) -> dict[str, Any]:
     """Learn all sequences and return their summary."""
-    arms = [a for a in options.arms if a != "squared"]
-    if "squared" in options.arms:
-        arms += [f"squared {size}" for size in options.batch_sizes]
-    jobs = [
-        (setup, seed, arm, setting)
-        for seed in range(options.seeds)
-        for arm in arms
-        for setting in settings_of(arm, options, setup.layers + 1)
-    ]
-    runs = runner.map("sequences", training.run, jobs)
-    grids = {name: getattr(options, name) for name in GRIDS}
-    data = load_split(setup.data, 0).name
-    return {
-        "settings": {**asdict(setup), "data": data, "seeds": options.seeds, **grids},
-        "arms": summary.summarise(runs, setup),
-    }
+    seeds, layers = range(options.seeds), setup.layers + 1
+    found = command.run_all(report.ROW, setup, options, runner, training.run, seeds, layers)
+    found["settings"]["data"] = load_split(setup.data, 0).name
+    return found
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; argparse exits with 2 and one line on bad options."""
+    """Read the command line."""
     parser = make_parser("permuted_pixels", __doc__, seeds=5)
-    add_options(parser, Setup())
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
-    add_grids(parser, GRIDS)
-    options = parser.parse_args(arguments)
-    sort_grids(options, GRIDS)
-    options.arms = [arm for arm in ARMS if arm in options.arms]
-    if len(options.grid) != len(options.l2_grid):
-        parser.error(f"--grid and --l2-grid must have as many values, got {len(options.grid)}, {len(options.l2_grid)}")
-    if "none" not in options.arms:
-        parser.error("--arms must hold none, which the others are compared with")
-    return options
+    command.add_row(parser, Setup(), report.ROW, GRIDS)
+    return command.parse(parser, arguments, report.ROW, GRIDS)
 
 
 if __name__ == "__main__":

@@ -1,183 +1,42 @@
-"""What the record says in a table and in two figures."""
+"""What tasks and scores are called in the table and the figures of :mod:`..row.report`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
-import numpy as np
-
-from ...plumbing import plots
-from ..harness import drawing
-from ..harness.statistics import difference, seeds_of, signed
-from ..harness.tables import Table
-from .training import ARMS
+from ..row import report
+from ..row.arms import Row
 
 NOTES = """Test accuracies in % at the end; ±: half the 95 % interval of the mean over 4 seeds or more, of differences
 paired by seed. Forgetting: a task's best accuracy so far minus that at the end, without the last task. New tasks: the
 accuracy of tasks but the first right after they were learnt. Good: the alphas whose validation accuracy is within 2
 points of the best; < or >: to the grid's end."""
 
-_COLUMNS = (
-    "",
-    "all tasks",
-    "first task",
-    "last task",
-    "forgetting",
-    "new tasks",
-    "above L2",
-    "alpha, layers",
-    "good",
+ROW = Row(
+    arms={
+        "none": "no penalty",
+        "frozen": "layers frozen after the first task",
+        "l2": "L2 anchor (F = 1)",
+        "mc": "Fisher, labels drawn from the model",
+        "exact": "Fisher, exact over classes",
+        "empirical": "Fisher, empirical",
+        "squared": "batch-squared F, batches of",
+        "joint": "all tasks at once",
+    },
+    name="Permuted pixels",
+    title="One network learns {n} tasks in a row: permuted pixels",
+    key="accuracy",
+    words="test accuracy (%)",
+    task="task",
+    parts="layers",
+    versus="above L2",
+    unit=" %",
+    scale=100.0,
+    better=1,
+    digits=1,
+    within=2.0,
+    limits=(0, 101),
 )
-_CURVES = {"none": "no penalty", "l2": "L2 anchor (F = 1)", "mc": "Fisher"}  # the panels of the first figure
-_ENOUGH = 4  # seeds for an interval that says something
-_FEW = (plots.BLUE, plots.VERMILLION, plots.GREEN, plots.ORANGE, plots.PURPLE)  # colours of a few tasks
-_LOOKS = {
-    "l2": (plots.ORANGE, "^", "-"),
-    "mc": (plots.BLUE, "o", "-"),
-    "exact": (plots.BLACK, "s", "--"),
-    "empirical": (plots.SKY, "D", "-"),
-    "none": (plots.VERMILLION, "v", ":"),
-    "frozen": (plots.GREY, "P", "-."),
-    "joint": (plots.BLACK, "", (0, (1, 2))),
-}
-_SQUARED = (plots.GREEN, plots.PURPLE, "#8A6D00")  # by rank of the batch size
 
-
-def title(arm: str) -> str:
-    """Name an arm."""
-    kind, _, size = arm.partition(" ")
-    return f"{ARMS[kind]} {size}" if size else ARMS[kind]
-
-
-def tables(record: dict[str, Any]) -> dict[str, Table]:
-    """Return the table of arms."""
-    arms = _ordered(record)
-    return {"arms": Table(_COLUMNS, [[title(arm), *_cells(found, arms.get("l2"))] for arm, found in arms.items()])}
-
-
-def _ordered(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arms in the order in which they are listed."""
-    return dict(sorted(record["arms"].items(), key=lambda item: list(ARMS).index(item[0].split()[0])))
-
-
-def _cells(found: Mapping[str, Any], l2: Mapping[str, Any] | None) -> list[str]:
-    """Return an arm's row."""
-    setting = found["setting"]
-    shown = "" if setting is None else f"{setting:g}" if isinstance(setting, float) else f"layers {setting}"
-    return [
-        *(with_interval(values) for values in (found["accuracy"], found["tasks"][0], found["tasks"][-1])),
-        *(with_interval(found[key]) if key in found else "" for key in ("forgetting", "new_tasks")),
-        "" if l2 is None or l2 is found else _above(found, l2),
-        shown + " (edge)" * found["at_edge_of_grid"],
-        _range(found["good"]) if "good" in found else "",
-    ]
-
-
-def _range(good: Mapping[str, Any]) -> str:
-    """Format a range of alphas."""
-    return f"{'< ' * good['open_low']}{good['low']:.1e} to {'> ' * good['open_high']}{good['high']:.1e}"
-
-
-def with_interval(values: Mapping[str, Any]) -> str:
-    """Format a mean with its 95 % interval, where there is one."""
-    half = values["half_width"] if len(values["seeds"]) >= _ENOUGH else None
-    return f"{round(values['mean'], 1) + 0.0:.1f}" + ("" if half is None else f" ± {half:.1f}")
-
-
-def _above(found: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Format how far an arm is above another one."""
-    mean, half = difference(found["accuracy"], other["accuracy"])
-    return signed(mean, half if len(found["accuracy"]["seeds"]) >= _ENOUGH else math.inf)
-
-
-def figures(record: dict[str, Any]) -> dict[str, bytes]:
-    """Return both figures; the second one only where alphas were tried."""
-    drawn = {"": _sequence(record)}
-    if any("good" in found for found in record["arms"].values()):
-        drawn["_alphas"] = _alphas(record)
-    return drawn
-
-
-def _sequence(record: dict[str, Any]) -> bytes:
-    """Draw every task's accuracy while the next ones are learnt: a panel for each arm, a colour for each task."""
-    arms = [arm for arm in _CURVES if arm in record["arms"]]
-    settings = record["settings"]
-    n, epochs, enough = settings["tasks"], settings["epochs"], settings["seeds"] >= _ENOUGH
-    figure, axes = drawing.panels(1, len(arms), (3.6 * len(arms) + 0.3, 3.7), sharey=True)
-    for axis, arm in zip(axes[0], arms, strict=True):
-        _draw_tasks(axis, record["arms"][arm], n, epochs, enough)
-        found = record["arms"][arm]
-        alpha = "" if found["setting"] is None else f", alpha = {found['setting']:,g}"
-        axis.set_title(f"{_CURVES[arm]}{alpha}", loc="left", pad=17, fontweight="bold")
-        said = f"mean of all {n} tasks in the end: {with_interval(found['accuracy'])} %"
-        axis.annotate(said, (0, 1.02), xycoords="axes fraction", fontsize=8.5, va="bottom")
-        axis.set_xlabel("epochs")
-    axes[0, 0].set_ylabel("test accuracy (%)")
-    drawing.legend(figure, axes[0, :1], min(n, 10))
-    where = f"{record['data']['name']}, {seeds_of(settings['seeds'])}{'; bands: 95 % intervals' * enough}"
-    return drawing.png(figure, f"One network learns {n} tasks in a row: permuted pixels  ({where})", 128)
-
-
-def _draw_tasks(axis: Any, found: Mapping[str, Any], n: int, epochs: int, bands: bool) -> None:
-    """Draw one arm's tasks from the epoch on in which each is first learnt, and where one ends and the next begins."""
-    x = np.arange(1, n * epochs + 1)
-    mean = np.array(found["curve"])
-    half = np.array(found["curve_half_width"]) if bands else None
-    for task in range(n):
-        since = slice(task * epochs, None)
-        look = {"color": _colour(task, n), "label": f"task {task + 1}", "linewidth": 1.9}
-        if half is None:
-            axis.plot(x[since], mean[since, task], **look)
-        else:
-            drawing.band(axis, x[since], mean[since, task], half[since, task], opacity=0.16, **look)
-        axis.axvspan(task * epochs, (task + 1) * epochs, color=plots.BLACK, alpha=0.045 * (task % 2), linewidth=0)
-        if n <= 6:
-            middle = ((task + 0.5) * epochs, 1.5)
-            axis.annotate(f"learns {task + 1}", middle, ha="center", fontsize=7.5, color=plots.GREY)
-    axis.set(xlim=(0, n * epochs), ylim=(0, 101), xticks=[task * epochs for task in range(n + 1)])
-    axis.grid(axis="x", visible=False)
-
-
-def _colour(task: int, n: int) -> Any:
-    """Return a task's colour: one of a few that differ, or one of a scale from dark to bright."""
-    return _FEW[task] if n <= len(_FEW) else plots.pyplot().get_cmap("viridis")(0.93 * task / (n - 1))
-
-
-def _alphas(record: dict[str, Any]) -> bytes:
-    """Draw the accuracy over all tasks against alpha, and that over the tasks learnt so far after each."""
-    figure, axes = drawing.panels(1, 2, (11.5, 4.6), width_ratios=(1.75, 1), sharey=True)
-    sweep, stages = axes[0]
-    n = record["settings"]["tasks"]
-    arms = _ordered(record)
-    for rank, (arm, found) in enumerate(arms.items()):
-        colour, marker, line = look(arm, record["settings"]["batch_sizes"])
-        style = {"color": colour, "marker": marker, "markersize": 4.5, "linestyle": line, "label": title(arm)}
-        mean, half = found["accuracy"]["mean"], found["accuracy"]["half_width"] or 0
-        if isinstance(found["setting"], float):
-            sweep.plot([row["setting"] for row in found["grid"]], [row["test"] for row in found["grid"]], **style)
-            sweep.errorbar(found["setting"], mean, yerr=half, color=colour, capsize=3, linewidth=1.3, marker="")
-        else:
-            sweep.axhline(mean, color=colour, linestyle=line, linewidth=1.2)
-        if "stages" in found:
-            means, halves = ([stage[key] or 0 for stage in found["stages"]] for key in ("mean", "half_width"))
-            beside = 0.035 * (rank - len(arms) / 2)  # so that intervals do not cover each other
-            stages.errorbar(np.arange(1, n + 1) + beside, means, yerr=halves, capsize=2, **style | {"linewidth": 1.1})
-        else:
-            stages.axhline(mean, **style | {"linewidth": 1.2})
-    sweep.set(xscale="log", xlabel="alpha, as the user sets it", ylabel="test accuracy (%)", ylim=(None, 101))
-    stages.set(xlabel="tasks learnt", xticks=range(1, n + 1))
-    drawing.letter(sweep, 0, f"mean over all {n} tasks in the end")
-    drawing.letter(stages, 1, "mean over the tasks learnt so far")
-    drawing.legend(figure, [stages], 4)
-    where = f"{record['data']['name']}, {seeds_of(record['settings']['seeds'])}; bars: 95 % intervals"
-    return drawing.png(figure, f"Permuted pixels: how strong, and which F  ({where})", 128)
-
-
-def look(arm: str, batch_sizes: list[int]) -> tuple[Any, ...]:
-    """Return an arm's colour, marker and line."""
-    kind, _, size = arm.partition(" ")
-    if kind != "squared":
-        return _LOOKS[kind]
-    return _SQUARED[batch_sizes.index(int(size)) % len(_SQUARED)], "x", "-"
+tables = partial(report.tables, ROW)
+figures = partial(report.figures, ROW)
