@@ -23,6 +23,26 @@ WPLFAST_INLINE void convert_panel_row(const T* from, int64_t readable, bool squa
   }
 }
 
+#if defined(WPLFAST_AVX512)
+// Transposes a tile in registers: four perfect shuffles of its rows, each of which moves one bit of an element's row
+// to its column and one of its column to its row.
+WPLFAST_INLINE void transpose(F32 (&rows)[16]) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  WPLFAST_UNROLL
+  for (int stage = 0; stage < 4; ++stage) {
+    F32 next[16];
+    WPLFAST_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      next[2 * i] = (F32)_mm512_permutex2var_ps((__m512)rows[i], low, (__m512)rows[i + 8]);
+      next[2 * i + 1] = (F32)_mm512_permutex2var_ps((__m512)rows[i], high, (__m512)rows[i + 8]);
+    }
+    WPLFAST_UNROLL
+    for (int i = 0; i < 16; ++i) rows[i] = next[i];
+  }
+}
+#endif
+
 // Packs columns as pack_matrix does, of a matrix whose steps are contiguous: a cache line holds one column of many
 // rows.
 template <class T, class C, int WIDTH>
@@ -40,6 +60,25 @@ void pack_turned(const SampleMatrix& matrix, const Chunk& chunk, int64_t first, 
           static_cast<const T*>(matrix.data) + n * matrix.stride_n + chunk.first_step + column * matrix.stride_d;
       for (int64_t t = 0; t < chunk.n_steps; t += LINE, to += LINE * WIDTH) {
         const int64_t count = chunk.n_steps - t < LINE ? chunk.n_steps - t : LINE;
+#if defined(WPLFAST_AVX512)
+        if constexpr (sizeof(C) == 4 && WIDTH % 16 == 0) {
+          if (count == LINE && width == WIDTH) {
+            for (int64_t i = 0; i < LINE; i += 16) {
+              for (int64_t d = 0; d < WIDTH; d += 16) {
+                F32 tile[16];
+                WPLFAST_UNROLL
+                for (int64_t j = 0; j < 16; ++j) tile[j] = load(from + (d + j) * matrix.stride_d + t + i);
+                transpose(tile);
+                WPLFAST_UNROLL
+                for (int64_t j = 0; j < 16; ++j) {
+                  store(to + (i + j) * WIDTH + d, (squared ? tile[j] * tile[j] : tile[j]) * weight);
+                }
+              }
+            }
+            continue;
+          }
+        }
+#endif
         C line[LINE];
         for (int64_t d = 0; d < WIDTH; ++d) {
           if (d < width) {
