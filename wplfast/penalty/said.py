@@ -9,8 +9,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 UNANCHORED = (
-    "the penalty is evaluated before any consolidate: it has no anchors, and is its l2 term alone. Call "
-    "consolidate(fisher), or load its state"
+    "the penalty is evaluated before any consolidate: it has no anchors and protects nothing (what it adds is its l2 "
+    "term, if there is one). That is as it should be during a first task; otherwise call consolidate(fisher), or load "
+    "its state"
 )
 FROZEN = (
     "none of the penalty's parameters requires grad: it has a value, but no gradient. If they are not meant to be "
