@@ -86,7 +86,8 @@ def sweep(path: Path) -> Lines:
 
 def anchors(path: Path) -> Lines:
     """Return the tables of several anchors."""
-    return report.anchors(record("anchors_cpu")["anchors"])
+    found = record("anchors_cpu")
+    return [f"{_place(found)}.", "", *report.anchors(found["anchors"])]
 
 
 def peers(path: Path) -> Lines:
