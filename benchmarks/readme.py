@@ -38,9 +38,7 @@ def tasks(path: Path) -> Lines:
 def beside(path: Path) -> Lines:
     """Return the short table of speed on one processor, the penalty there, and the passes on the others."""
     found, penalty = record("peers_cpu"), record("penalty_cpu")
-    place, of_penalty = found["hardware"]["cpu"], penalty["hardware"]["cpu"]
-    where = "" if of_penalty == place else f" (another {of_penalty})"
-    lines: Lines = [*report.beside(place, found["peers"], penalty["penalty"], where), ""]
+    lines: Lines = [*report.beside(found["hardware"]["cpu"], found["peers"], penalty["penalty"]), ""]
     for other in sorted(RESULTS.glob("peers_*.json")):
         if other.stem != "peers_cpu":
             measured = record(other.stem)

@@ -159,15 +159,8 @@ def peers(runs: Runs, details: bool = False) -> Lines:
     return table(["", *(NAMES.get(name, name) for name in names)], rows)
 
 
-def beside(place: str, runs: Runs, penalties: Runs, where: str = "") -> Lines:
-    """Return one processor's short table: times over the unit's of every library, and the penalty in one line.
-
-    Args:
-        place: the processor.
-        runs: of the peers.
-        penalties: of the penalty.
-        where: these were measured, if not there.
-    """
+def beside(place: str, runs: Runs, penalties: Runs) -> Lines:
+    """Return one processor's short table: times over the unit's of every library, and the penalty in one line."""
     run = runs[-1]
     names = list(run["records"][0]["contenders"])
 
@@ -182,7 +175,7 @@ def beside(place: str, runs: Runs, penalties: Runs, where: str = "") -> Lines:
         large = penalties[0]["records"][0]
         ways = (way for way in ("add_grad_", "compile", "foreach, value", "eager") if way in large["results"])
         times = (f"{NAMES[way]} {time(large['results'][way]['milliseconds'], quartiles=False)}" for way in ways)
-        words = f"The penalty's value and gradient, {large['case']}, {threads(penalties[0]['threads'])}{where}"
+        words = f"The penalty's value and gradient, {large['case']}, {threads(penalties[0]['threads'])}"
         lines += ["", f"{words}: {', '.join(times)}."]
     return lines
 

@@ -71,12 +71,11 @@ def version(package: str) -> str | None:
 
 def _cpu_name() -> str:
     """Return the CPU's name as the system tells it."""
+    from wplfast.backends.processor import first_of  # here, as above
+
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        found: dict[str, str] = {}
-        for line in cpuinfo.read_text().splitlines():
-            name, _, value = line.partition(":")
-            found.setdefault(name.strip(), value.strip())
+        found = first_of(cpuinfo.read_text())
         if "model name" in found:  # which a virtual machine may shorten to that of all generations
             keys = (("family", "cpu family"), ("model", "model"))
             numbers = [f"{name} {found[key]}" for name, key in keys if key in found]

@@ -44,9 +44,15 @@ def _processor() -> tuple[str, int]:
 
 def processor_of(cpuinfo: str) -> tuple[str, int]:
     """Return the vendor and the family that Linux tells of its first processor."""
+    fields = first_of(cpuinfo)
+    family = fields.get("cpu family", "")
+    return fields.get("vendor_id", ""), int(family) if family.isdecimal() else 0
+
+
+def first_of(cpuinfo: str) -> dict[str, str]:
+    """Return all that Linux tells of its first processor, by name."""
     fields: dict[str, str] = {}
     for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
-    family = fields.get("cpu family", "")
-    return fields.get("vendor_id", ""), int(family) if family.isdecimal() else 0
+    return fields

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...backends.processor import onednn_from
@@ -38,13 +37,16 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return product
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, by_onednn: bool) -> Tensor:
-    """Return ``x W^T + b`` for x [*, D_in]; not a view, so that it may be changed in place."""
-    rows = x if x.dim() == 2 else x.reshape(-1, weight.shape[1])
-    product = multiply(rows, weight, bias) if by_onednn else F.linear(rows, weight, bias)
+def _multiply(x: Tensor, right: Tensor, bias: Tensor | None, by_onednn: bool) -> Tensor:
+    """Return ``x R + b`` for x [*, n] and R [n, m]; not a view, so that it may be changed in place."""
+    rows = x if x.dim() == 2 else x.reshape(-1, right.shape[0])
+    if by_onednn:
+        product = multiply(rows, right.t(), bias)
+    else:  # what F.linear comes to
+        product = torch.mm(rows, right) if bias is None else torch.addmm(bias, rows, right)
     if x.dim() == 2:
         return product
-    found: Tensor = torch.ops.aten._unsafe_view(product, (*x.shape[:-1], weight.shape[0]))
+    found: Tensor = torch.ops.aten._unsafe_view(product, (*x.shape[:-1], right.shape[1]))
     return found
 
 
@@ -123,9 +125,7 @@ class _TappedProduct(torch.autograd.Function):
             ctx.save_for_backward(weight, x)
         else:
             ctx.save_for_backward(weight)
-        if ctx.by_onednn or x.dim() != 2:
-            return _multiply(x, weight, bias, ctx.by_onednn)
-        return torch.mm(x, transposed) if bias is None else torch.addmm(bias, x, transposed)  # what F.linear comes to
+        return _multiply(x, transposed, bias, ctx.by_onednn)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -137,10 +137,7 @@ class _TappedProduct(torch.autograd.Function):
         of_operands = listener.receive(tapped, inputs, (gradient,))
         of_input = None
         if gradient is not None and ctx.needs_input_grad[1]:
-            if ctx.by_onednn or gradient.dim() != 2:
-                of_input = _multiply(gradient, weight.t(), None, ctx.by_onednn)
-            else:
-                of_input = torch.mm(gradient, weight)
+            of_input = _multiply(gradient, weight, None, ctx.by_onednn)
         return (None, of_input, None, *of_operands)
 
 
