@@ -173,13 +173,18 @@ class OneSample:
 SampleLayout: TypeAlias = AxisLayout | SegmentIds | OneSample
 
 
-def is_summable(layout: SampleLayout, gradient: Tensor, shape: torch.Size) -> bool:
-    """Tell whether :func:`sum_to` serves these: the sample axis is among what broadcasting spread."""
+def is_row_a_sample(layout: SampleLayout | None) -> bool:
+    """Tell whether row n along dimension 0 is that of sample n."""
+    return isinstance(layout, AxisLayout) and layout.dim == 0 and layout.outer == layout.inner == 1
+
+
+def is_summable(layout: SampleLayout, ndim: int, shape: torch.Size) -> bool:
+    """Tell whether :func:`sum_to` serves gradients of so many dimensions: broadcasting spread the sample axis."""
     if isinstance(layout, OneSample):
         return True
     if isinstance(layout, SegmentIds):
-        return shape.numel() == 1 if gradient.dim() == 1 else shape.numel() == shape[-1:].numel()
-    before = gradient.dim() - len(shape)
+        return shape.numel() == 1 if ndim == 1 else shape.numel() == shape[-1:].numel()
+    before = ndim - len(shape)
     return layout.dim < before or shape[layout.dim - before] == 1
 
 
@@ -204,5 +209,8 @@ def sum_to(layout: SampleLayout, gradient: Tensor, shape: torch.Size) -> Tensor:
         return gradient.to(wide)
     padded = (1,) * (gradient.dim() - len(shape)) + tuple(shape)
     parts = layout.split(gradient)  # [N, ..., outer, inner, ...]
-    parts = parts.sum((layout.dim + 1, layout.dim + 2), dtype=wide).unsqueeze(layout.dim + 1)
-    return parts.sum_to_size((layout.n_samples, *padded)).reshape(-1, *shape)
+    spread = [
+        dim + (1 if dim < layout.dim else 2) for dim, size in enumerate(padded) if size == 1 and dim != layout.dim
+    ]
+    sums = parts.sum((layout.dim + 1, layout.dim + 2, *spread), dtype=wide)  # at once: several sums take several times
+    return sums.reshape(-1, *shape)

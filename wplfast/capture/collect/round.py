@@ -22,7 +22,7 @@ from ..call_site import TappedCall
 from ..probe.infer import at_least_1d
 from ..rules import GENERIC
 from ..rules.grad_sample import GradSample
-from ..sample_layout import AxisLayout, SampleLayout
+from ..sample_layout import SampleLayout, is_row_a_sample
 from .squares import Uses, accumulate, apart
 
 
@@ -56,9 +56,7 @@ class OutputGrads:
             and len(self.grads) == 1
             and gradient is not None
             and gradient.dim() == 2
-            and isinstance(layout, AxisLayout)
-            and layout.dim == 0
-            and layout.outer == layout.inner == 1
+            and is_row_a_sample(layout)
         )
 
     def stacks_with(self, other: OutputGrads) -> bool:

@@ -2,13 +2,14 @@
 
 Once a batch was collected, another one that made the same calls on tensors of the same sizes need not ask who owns
 what, which rule serves a call or how many uses a parameter has. A call all of whose parameters are used by it alone has
-a *recipe* (:meth:`Rule.recipe`); the others go the common way (:class:`.round.Round`), with layouts that are known.
+a *recipe* (:meth:`Rule.recipe`), and so have the steps of a loop that alone use theirs (:class:`Steps`), as one call on
+all of them; the others go the common way (:class:`.round.Round`), with layouts that are known.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,10 +20,79 @@ from ..accumulators import Accumulators
 from ..call_site import TappedCall
 from ..probe.weights import negligible
 from ..rules.recipe import Recipe
-from ..sample_layout import AxisLayout, OneSample, SampleLayout
+from ..sample_layout import AxisLayout, OneSample, SampleLayout, is_row_a_sample
 from .round import OutputGrads, Round
 
 Layouts = Sequence[SampleLayout | None]
+
+
+class Steps:
+    """The steps of one loop on the same parameters: their gradients wait for one another.
+
+    Args:
+        first: one of the calls, which stands for all.
+        n_steps: how many there are.
+        recipe: what squares the gradients of that call on [N, T, D], steps along T.
+        seconds: name of a rule -> wall time that it took.
+    """
+
+    def __init__(self, first: TappedCall, n_steps: int, recipe: Recipe, seconds: dict[str, float]) -> None:
+        self._call, self._name, self._recipe, self._seconds = first.call, first.rule.name, recipe, seconds
+        self._n_steps = self._left = n_steps
+        self._inputs: list[Sequence[Tensor]] = []
+        self._grads: list[Tensor] = []
+
+    @staticmethod
+    def of(taps: Sequence[TappedCall], layouts: Sequence[Layouts], accumulators: Accumulators) -> Steps | None:
+        """Return the steps that some calls are; None if they are no steps, or have no recipe.
+
+        Args:
+            taps: all the calls that use some parameters.
+            layouts: of each one's outputs.
+            accumulators: what to add to.
+        """
+        first = taps[0]
+        call, layout = first.call, layouts[0][0]
+        if len(first.shapes) != 1 or len(first.shapes[0]) != 2 or not is_row_a_sample(layout):
+            return None
+        alike = (
+            first.rule is other.rule
+            and first.shapes == other.shapes
+            and call.step_key == other.call.step_key
+            and call.input_shapes == other.call.input_shapes
+            and (call.args, call.kwargs) == (other.call.args, other.call.kwargs)
+            for other in taps
+        )
+        if any(found != layouts[0] for found in layouts) or not all(alike) or not first.rule.stackable(call):
+            return None
+        n, width = first.shapes[0]
+        recipe = first.rule.recipe(call, layouts[0], [torch.Size((n, len(taps), width))], accumulators)
+        return None if recipe is None else Steps(first, len(taps), recipe, accumulators.seconds)
+
+    def start(self) -> None:
+        """Begin a pass."""
+        self._left = self._n_steps
+        self._inputs.clear()
+        self._grads.clear()
+
+    def take(self, inputs: Sequence[Tensor], gradient: Tensor | None) -> None:
+        """Take the gradient of one step; square all with that of the last."""
+        if gradient is not None:
+            self._inputs.append(inputs)
+            self._grads.append(gradient)
+        self._left -= 1
+        if not self._left:
+            self.finish()
+
+    def finish(self) -> None:
+        """Square what waits: steps that no gradient reached did not report."""
+        if not self._grads:
+            return
+        started = time.perf_counter()
+        inputs = [torch.stack(tensors, 1) for tensors in zip(*self._inputs, strict=True)]
+        self._recipe(self._call, inputs, [torch.stack(self._grads, 1)])
+        self.start()
+        self._seconds[self._name] += time.perf_counter() - started
 
 
 class SteadyBatch:
@@ -52,14 +122,32 @@ class SteadyBatch:
         self._asleep = {index: taps[index].parameters for index in asleep}
         self._sizes: list[tuple[int, Tensor, float]] = []  # of their gradients, and up to which these are negligible
         self._layouts = [layouts[tapped.index] for tapped in taps]
-        uses = Counter(index for tapped in taps for index in tapped.parameters)
-        self._recipes: list[Recipe | None] = [
-            tapped.rule.recipe(tapped.call, found, tapped.shapes, accumulators)
-            if tapped.index not in asleep and all(uses[index] == 1 for index in tapped.parameters)
-            else None
-            for tapped, found in zip(taps, self._layouts, strict=True)
+        self._recipes: list[Recipe | None] = [None] * len(taps)
+        self._steps: list[Steps | None] = [None] * len(taps)
+        uses: dict[int, list[int]] = defaultdict(list)
+        for index, tapped in enumerate(taps):
+            for parameter in tapped.parameters:
+                uses[parameter].append(index)
+        for index, tapped in enumerate(taps):
+            same = uses[min(tapped.parameters)]
+            # Who else uses one of its parameters uses all of them, and no others.
+            if index != same[0] or any(uses[parameter] != same for i in same for parameter in taps[i].parameters):
+                continue
+            found = self._layouts[index]
+            if not asleep.isdisjoint(same):
+                continue
+            if len(same) == 1:
+                self._recipes[index] = tapped.rule.recipe(tapped.call, found, tapped.shapes, accumulators)
+            else:
+                steps = Steps.of([taps[i] for i in same], [self._layouts[i] for i in same], accumulators)
+                for i in same:
+                    self._steps[i] = steps
+        self._loops = list({id(steps): steps for steps in self._steps if steps is not None}.values())
+        self._others = [
+            index
+            for index in range(len(taps))
+            if index not in asleep and self._recipes[index] is None and self._steps[index] is None
         ]
-        self._is_direct = len(asleep) == sum(recipe is None for recipe in self._recipes)
         self._round: Round | None = None
 
     @staticmethod
@@ -93,10 +181,10 @@ class SteadyBatch:
 
     def start(self, taps: Sequence[TappedCall]) -> SteadyBatch:
         """Begin a pass over the calls of a batch; return what listens to it."""
-        if not self._is_direct:
-            pairs = zip(taps, self._recipes, strict=True)
-            left = [tapped for tapped, recipe in pairs if recipe is None and tapped.index not in self._asleep]
-            self._round = Round(left, self._accumulators, self._names)
+        for steps in self._loops:
+            steps.start()
+        if self._others:
+            self._round = Round([taps[index] for index in self._others], self._accumulators, self._names)
         return self
 
     def receive(
@@ -110,6 +198,10 @@ class SteadyBatch:
                 "checkpoint of one's own, though not in earlier batches of the same calls and the same graph; use "
                 "torch.utils.checkpoint, or make the uses in there the same ones in every batch"
             )
+        steps = self._steps[index]
+        if steps is not None:
+            steps.take(inputs, grads[0])
+            return tapped.nothing
         recipe = self._recipes[index]
         if recipe is not None:
             started = time.perf_counter()
@@ -127,6 +219,8 @@ class SteadyBatch:
 
     def finish(self, parameters: Sequence[Tensor], derived: Sequence[Tensor]) -> bool:
         """Square what is left; tell whether no gradient arrived at a parameter or derived tensor past the taps."""
+        for steps in self._loops:
+            steps.finish()
         if self._round is not None:
             self._round.finish()
             self._round = None

@@ -69,6 +69,10 @@ class Rule(ABC):
         """Return W [D_out, D_in] and b [D_out] where the call is ``x W^T + b`` of its only data; None otherwise."""
         return None
 
+    def term(self, call: Call) -> Tensor | None:
+        """Return p where the call is ``x + p`` of its only data, whose gradient is the output's; None otherwise."""
+        return None
+
     def recipe(
         self,
         call: Call,
@@ -128,10 +132,10 @@ def summed(operand: Operand, rule: str, layout: SampleLayout, gradient: Tensor) 
     """Return the use of an operand that was broadcast to the shape of ``gradient``: the sum over what was broadcast."""
     if gradient.is_complex():
         operand, layout, gradient = real_gradient(operand, layout, gradient)
-    if operand.base is not None and is_summable(layout, gradient, operand.base.value.shape):
+    if operand.base is not None and is_summable(layout, gradient.dim(), operand.base.value.shape):
         operand = operand.base
     shape = operand.value.shape
-    if is_summable(layout, gradient, shape):
+    if is_summable(layout, gradient.dim(), shape):
         return SummedGradSample(operand, rule, sum_to(layout, gradient, shape))
     return MaskedGradSample(operand, rule, layout, gradient)
 

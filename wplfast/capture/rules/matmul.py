@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from ..accumulators import Accumulators
 from ..call import Call
 from ..sample_layout import AxisLayout, OneSample, SampleLayout
 from .base import OneOutputRule, dense, summed
 from .grad_sample import FactoredGradSample, GradSample
+from .recipe import ProductRecipe, Recipe
 
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "mm", "spmm", "_sparse_mm"})
 _SUMS = frozenset({"addmm", "_sparse_addmm"})  # with a product
@@ -73,6 +76,27 @@ class MatmulRule(OneOutputRule):
             return matrix.t(), bias
         found = call.pair
         return None if found is None or _is_left(call, found[1]) else (found[0].value.t(), None)
+
+    def recipe(
+        self,
+        call: Call,
+        layouts: Sequence[SampleLayout | None],
+        shapes: Sequence[torch.Size],
+        accumulators: Accumulators,
+    ) -> Recipe | None:
+        """Bind the fused kernel for a matrix on the right, and the squares of sums for what addmm adds."""
+        layout, plain = layouts[0], call.has_plain_inputs and not call.is_complex and self.product(call) is not None
+        if layout is None or not plain or not layout.has_rows(len(shapes[0])):
+            return None
+        if not all(operand.is_parameter for operand in call.operands):
+            return None
+        bias = call.operand_at(0, "input") if call.name in _SUMS else None
+        matrix = next((operand for operand in call.operands if operand is not bias), None)
+        if matrix is None:
+            return None
+        of_bias = None if bias is None else bias.parameters[0]
+        index = matrix.parameters[0]
+        return ProductRecipe(self.name, accumulators, layout, shapes[0], index, of_bias, transposed=True)
 
     def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return A^T G, and for what addmm adds the sum of G over all rows, without running the call again."""

@@ -13,8 +13,8 @@ from ...ops.expect import FLOATING
 from ...ops.layout import flat_dtype
 from ..accumulators import Accumulators
 from ..call import Call
-from ..sample_layout import SampleLayout
-from .grad_sample import add_weighted
+from ..sample_layout import AxisLayout, OneSample, SampleLayout, sum_to
+from .grad_sample import add_squares, add_weighted
 
 #: Called with a call, its inputs and its outputs' gradients; adds squares to the accumulators it was bound to.
 Recipe: TypeAlias = Callable[[Call, Sequence[Tensor], Sequence[Tensor | None]], None]
@@ -81,3 +81,39 @@ class ProductRecipe:
             self._accumulate_squares_(into[self._bias], sums, weights)
             if plain is not None:
                 add_weighted(sums, plain[self._bias], weights)
+
+
+class SumRecipe:
+    """The recipe of ``y = x + f p`` where p is a whole parameter: the squares of sums over what p was broadcast along.
+
+    Args:
+        name: of the rule.
+        accumulators: what squares are added to.
+        layout: of the output, which :func:`.sample_layout.sum_to` serves.
+        shape: of p.
+        index: of p.
+        factor: f.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        accumulators: Accumulators,
+        layout: AxisLayout | OneSample,
+        shape: torch.Size,
+        index: int,
+        factor: float,
+    ) -> None:
+        self._accumulators, self._layout, self._shape = accumulators, layout, shape
+        self._index, self._factor = index, factor
+        accumulators.rules[index].add(name)
+
+    def __call__(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Square one batch's gradients."""
+        gradient = grads[0]
+        if gradient is None:
+            return
+        sums = sum_to(self._layout, gradient, self._shape)
+        sums = sums if self._factor == 1 else sums * self._factor
+        into = self._accumulators
+        add_squares(sums, into.fisher[self._index], into.gradient_of(self._index), into.weights)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from ..accumulators import Accumulators
 from ..call import Call
-from ..sample_layout import SampleLayout
+from ..sample_layout import SampleLayout, SegmentIds, is_summable
 from .base import OneOutputRule, summed
 from .grad_sample import GradSample
+from .recipe import Recipe, SumRecipe
 
 #: function name -> signs of its first and second operand
 _SIGNS = {
@@ -17,6 +20,9 @@ _SIGNS = {
     **dict.fromkeys(("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"), (1.0, -1.0)),
     **dict.fromkeys(("rsub", "__rsub__"), (-1.0, 1.0)),
 }
+
+
+_PLAIN = frozenset({"add", "__add__", "__radd__"})
 
 
 class ShiftRule(OneOutputRule):
@@ -40,6 +46,26 @@ class ShiftRule(OneOutputRule):
         """Return the summed gradients."""
         factor = self._factor(call)
         return [summed(call.operands[0], self.name, layout, gradient if factor == 1 else gradient * factor)]
+
+    def term(self, call: Call) -> Tensor | None:
+        """Return the operand where it is added as it is."""
+        return call.operands[0].value if call.name in _PLAIN and not call.kwargs else None
+
+    def recipe(
+        self,
+        call: Call,
+        layouts: Sequence[SampleLayout | None],
+        shapes: Sequence[torch.Size],
+        accumulators: Accumulators,
+    ) -> Recipe | None:
+        """Bind the squares of sums."""
+        operand, layout, ndim = call.operands[0], layouts[0], len(shapes[0])
+        if layout is None or not operand.is_parameter or call.is_complex or isinstance(layout, SegmentIds):
+            return None
+        if not is_summable(layout, ndim, operand.value.shape):
+            return None
+        (index,) = operand.parameters
+        return SumRecipe(self.name, accumulators, layout, operand.value.shape, index, self._factor(call))
 
     def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Sum over what was broadcast."""

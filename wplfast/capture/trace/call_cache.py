@@ -8,17 +8,16 @@ before it; models whose calls vary from batch to batch have several ways through
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..call import Call, Slot, autocast_state
+from ..call import Call, Slot, is_differentiable, kind_of
 from ..call_site import CallSite
 from ..probe.graph import Fingerprint
 from ..rules import Rule
-from .operands import Operands
-from .product import AffineMap
+from .affine import AffineMap
 
 #: Graphs behind the same calls whose steady batches are kept.
 MAX_STEADY = 16
@@ -30,69 +29,37 @@ MAX_SITES = 1 << 16
 MAX_ENTRIES = 1 << 20
 
 
-class _OperandForm:
+class _OperandForm(NamedTuple):
     """A watched parameter whose memory is that of its value, wherever it is by now."""
 
-    __slots__ = ("stride", "tensor", "value")
-
-    def __init__(self, tensor: Tensor, value: Tensor) -> None:
-        self.tensor, self.value, self.stride = tensor, value, tensor.stride()
-
-    def fits(self, value: Any, operands: Operands) -> bool:
-        return (
-            value is self.tensor
-            and self.tensor.data_ptr() == self.value.data_ptr()
-            and self.tensor.stride() == self.stride
-        )
+    position: int  # among the values of the arguments, those with names last
+    tensor: Tensor
+    value: Tensor
+    stride: tuple[int, ...]
 
 
-class _InputForm:
+class _InputForm(NamedTuple):
     """A plain tensor that carries samples: all about it but its values and address."""
 
-    __slots__ = ("dtype", "node", "requires_grad", "shape", "stride")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
-        self.requires_grad, self.node = tensor.requires_grad, type(tensor.grad_fn)
-
-    def fits(self, value: Any, operands: Operands) -> bool:
-        return (
-            type(value) is Tensor
-            and value.layout == torch.strided  # others have no strides, and
-            and not value.is_nested  # some no shape
-            and value.shape == self.shape
-            and value.stride() == self.stride
-            and value.dtype is self.dtype
-            and value.requires_grad is self.requires_grad
-            and type(value.grad_fn) is self.node
-            and (self.requires_grad or not operands.is_constant(value))
-        )
-
-
-class _PlainForm:
-    """Anything that is no tensor."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def fits(self, value: Any, operands: Operands) -> bool:
-        return value is self.value or (type(value) is type(self.value) and value == self.value)
-
-
-_Form = _OperandForm | _InputForm | _PlainForm
+    position: int
+    requires_grad: bool
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    node: type
+    may_count: bool  # it may be a range of integers
 
 
 class CachedCall:
     """A call at its site, as it was; see :meth:`fits` for when it can be repeated.
 
     Attributes:
-        call: the call; None for the start of a pass, and where it is to be taken apart each time.
+        func: what is called; None for the start of a pass, and where it is to be taken apart each time.
+        call: the call; None there too.
         site: where it stands.
         rule: what serves it.
-        product: the matrix and bias that its input is multiplied with, where that is all it does.
-        inputs: positions of its inputs among the arguments.
+        affine: the matrix and the vector that its input is multiplied with and added to, where that is all it does.
+        inputs: positions of its inputs among the values of its arguments, those with names last.
         steady: for the last call of a pass: number of samples and fingerprint of the losses' graph -> what such a batch
             does backwards, once that is known.
     """
@@ -100,12 +67,17 @@ class CachedCall:
     __slots__ = (
         "_after",
         "_autocast",
-        "_forms",
-        "_values",
+        "_device_type",
+        "_n_args",
+        "_names",
+        "_of_inputs",
+        "_of_operands",
+        "_plain",
+        "affine",
         "call",
         "following",
+        "func",
         "inputs",
-        "product",
         "rule",
         "site",
         "steady",
@@ -114,67 +86,112 @@ class CachedCall:
     def __init__(self, site: CallSite) -> None:
         """Know a place alone."""
         self.site = site
+        self.func: Callable[..., Any] | None = None
         self.call: Call | None = None
         self.rule: Rule | None = None
-        self.product: AffineMap | None = None
+        self.affine: AffineMap | None = None
         self.inputs: list[int] = []
         self.following: CachedCall | None = None  # the call that came next the last time
         self.steady: dict[Any, Any] = {}
         self._after: dict[Any, CachedCall] = {}
-        self._forms: list[_Form] = []
-        self._values: list[tuple[int, Tensor]] = []
+        self._n_args = 0
+        self._names: tuple[str, ...] = ()
+        self._of_operands: list[_OperandForm] = []
+        self._of_inputs: list[_InputForm] = []
+        self._plain: list[tuple[int, Any]] = []  # positions of what is no tensor
         self._autocast: tuple[str, torch.dtype] | None = None
+        self._device_type = ""
 
-    def keep(self, call: Call, rule: Rule, args: tuple[Any, ...], product: AffineMap | None) -> None:
-        """Keep a call, to repeat it, if all about it can be compared: its tensors are its plain arguments."""
-        self.call = None
-        simple = rule.fast and call.has_plain_inputs and not call.in_place and not call.kwargs and not call.constants
+    def keep(
+        self, call: Call, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], affine: AffineMap | None
+    ) -> None:
+        """Keep a call, to repeat it, if all about it can be compared: its tensors are plain arguments."""
+        self.call = self.func = None
+        simple = rule.fast and call.has_plain_inputs and not call.in_place and not call.constants
         if not simple or any(operand.graph is not None or operand.copy is not None for operand in call.operands):
             return
-        forms: list[_Form] = []
+        of_operands: list[_OperandForm] = []
+        of_inputs: list[_InputForm] = []
+        plain: list[tuple[int, Any]] = []
         inputs: dict[int, int] = {}
-        values: list[tuple[int, Tensor]] = []
-        for position, (slot, value) in enumerate(zip(call.args, args, strict=True)):
-            if isinstance(value, Tensor):
-                if slot.kind == "operand":
-                    own = call.operands[slot.index].value
-                    forms.append(_OperandForm(value, own))
-                    values.append((position, own))
-                    continue
-                # Integers are looked at each time (do they count up?), leaves may be another model's parameters.
-                if (
-                    type(value) is not Tensor
-                    or not value.is_floating_point()
-                    or (value.requires_grad and value.is_leaf)
-                ):
+        slots = (*call.args, *call.kwargs.values())
+        for position, (slot, value) in enumerate(zip(slots, (*args, *kwargs.values()), strict=True)):
+            if not isinstance(value, Tensor):
+                if not _is_plain(value):
                     return
-                if inputs.setdefault(slot.index, position) != position:
-                    return
-                forms.append(_InputForm(value))
-            elif value is None or type(value) in (bool, int, float, str):
-                forms.append(_PlainForm(value))
-            else:
+                plain.append((position, value))
+            elif slot.kind == "operand":
+                of_operands.append(_OperandForm(position, value, call.operands[slot.index].value, value.stride()))
+            elif type(value) is not Tensor or (value.requires_grad and value.is_leaf):
+                return  # leaves may be another model's parameters
+            elif kind_of(value)[2] or inputs.setdefault(slot.index, position) != position:
                 return
-        self.call, self.rule, self.product, self._forms, self._values = call, rule, product, forms, values
+            else:
+                of_inputs.append(_form_of(position, value))
+        self.func, self.call, self.rule, self.affine = call.func, call, rule, affine
+        self._n_args, self._names = len(args), tuple(kwargs)
+        self._of_operands, self._of_inputs, self._plain = of_operands, of_inputs, plain
         self.inputs, self._autocast = [inputs[i] for i in range(len(inputs))], call.autocast
+        self._device_type = call.operands[0].value.device.type
 
-    def fits(self, func: Callable[..., Any], args: tuple[Any, ...], operands: Operands) -> bool:
-        """Tell whether a call is this one again."""
-        call = self.call
-        if call is None or func is not call.func or len(args) != len(self._forms) or self.site.is_parameter_only:
+    def values_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Return the values of arguments, those with names last; none if there are others than before."""
+        if not kwargs and not self._names:
+            return args if len(args) == self._n_args else ()
+        return (*args, *kwargs.values()) if len(args) == self._n_args and tuple(kwargs) == self._names else ()
+
+    def fits(self, values: tuple[Any, ...], is_constant: Callable[[Tensor], bool]) -> bool:
+        """Tell whether a call of the same function on these values is this one again."""
+        if not values or self.site.is_parameter_only:
             return False
-        for value, form in zip(args, self._forms, strict=True):
-            if not form.fits(value, operands):
+        for position, tensor, value, stride in self._of_operands:
+            if values[position] is not tensor or tensor.data_ptr() != value.data_ptr() or tensor.stride() != stride:
                 return False
-        return autocast_state(call.operands[0].value.device.type) == self._autocast
+        for position, requires_grad, shape, stride, dtype, node, may_count in self._of_inputs:
+            x = values[position]
+            if (
+                type(x) is not Tensor
+                or x.requires_grad is not requires_grad
+                or x.dtype is not dtype
+                or x.layout is not torch.strided  # others have no strides, and
+                or x.is_nested  # some no shape
+                or x.shape != shape
+                or x.stride() != stride
+                or type(x.grad_fn) is not node
+                or not (requires_grad or not is_constant(x))
+                or (may_count and kind_of(x)[2])
+            ):
+                return False
+        for position, value in self._plain:
+            found = values[position]
+            if found is not value and (type(found) is not type(value) or found != value):
+                return False
+        device_type = self._device_type
+        now = (device_type, torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else None
+        return now == self._autocast
 
-    def run(self, args: tuple[Any, ...]) -> Any:
+    def run(self, values: tuple[Any, ...]) -> Any:
         """Run the call with its parameters as constants."""
-        assert self.call is not None
-        filled = list(args)
-        for position, value in self._values:
+        assert self.func is not None
+        filled = list(values)
+        for position, _, value, _ in self._of_operands:
             filled[position] = value
-        return self.call.func(*filled)
+        n = self._n_args
+        return self.func(*filled[:n], **dict(zip(self._names, filled[n:], strict=True)))
+
+
+def _form_of(position: int, tensor: Tensor) -> _InputForm:
+    """Describe an input."""
+    may_count = not is_differentiable(tensor) and 0 < tensor.numel() == tensor.shape[-1]
+    about = tensor.requires_grad, tensor.shape, tensor.stride(), tensor.dtype, type(tensor.grad_fn)
+    return _InputForm(position, *about, may_count)
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether an argument is no tensor and is told apart by its type and value."""
+    if type(value) in (tuple, torch.Size):
+        return all(type(item) is int for item in value)
+    return value is None or type(value) in (bool, int, float, str)
 
 
 class CallCache:
@@ -211,11 +228,6 @@ class CallCache:
     def forget(self) -> None:
         """Forget all calls and sites when the next pass begins."""
         self._is_stale = True
-
-    def find(self, func: Callable[..., Any], args: tuple[Any, ...], operands: Operands) -> CachedCall | None:
-        """Return the call that came next before, if it comes again."""
-        expected = self.here.following
-        return expected if expected is not None and expected.fits(func, args, operands) else None
 
     def site(self, call: Call, inputs: list[Tensor], place: CallSite, behind: tuple[Any, ...] = ()) -> CallSite:
         """Return the site of a call that comes after a place, with a graph behind its inputs."""

@@ -14,10 +14,11 @@ from .attention import scaled_dot_product_attention
 ABOUT_ITSELF = frozenset(
     """
     __delete__ __dir__ __format__ __hash__ __len__ __reduce_ex__ __repr__ __set__ __str__ _is_view apply_ backward
-    data_ptr detach detach_ dim element_size get_device is_complex is_conj is_contiguous is_floating_point
-    is_inference is_neg is_pinned is_same_size is_set_to is_shared is_signed item ndimension nelement numel numpy
-    ones_like register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad share_memory_ size storage
-    storage_offset stride tolist untyped_storage
+    data_ptr detach detach_ dim element_size empty_like full_like get_device is_complex is_conj is_contiguous
+    is_floating_point is_inference is_neg is_pinned is_same_size is_set_to is_shared is_signed item ndimension nelement
+    new_empty new_full new_ones new_tensor new_zeros numel numpy ones_like rand_like randn_like register_hook
+    register_post_accumulate_grad_hook requires_grad_ retain_grad share_memory_ size storage storage_offset stride
+    tolist untyped_storage zeros_like
     """.split()  # noqa: SIM905
 )
 #: Functions on parameters alone whose result has the parameter's gradient, summed over what was expanded.

@@ -18,11 +18,11 @@ from ..probe.graph import may_reorder, structure_behind
 from ..rules import GENERIC, rule_for
 from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
+from .affine import NODES, affine_map_of, folded, map_and_tap
 from .call_cache import CachedCall, CallCache
 from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
 from .nested import DERIVATIVES, is_hidden, is_recomputing
 from .operands import Operands, Sorter
-from .product import PRODUCT_NODE, folded, multiply_and_tap, product_of
 from .tap import TAP_NODE, tap
 
 
@@ -132,13 +132,31 @@ class Interception:
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function some of whose arguments are watched or derived."""
+        relay = self.relay
         if threading.get_ident() != self.thread and not _is_of_autograd():
             if not is_about_itself(func, getattr(func, "__name__", str(func)), len(args) + len(kwargs)):
                 self.check_thread()
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if self.relay.is_over:
+        if relay.is_over:
             self.start_batch()
+        expected = self.cache.here.following
+        if (
+            expected is not None
+            and expected.func is func
+            and relay.listener is relay.idle
+            and not torch._C._are_functorch_transforms_active()
+        ):
+            with torch._C.DisableTorchFunctionSubclass():
+                if func is F.linear:
+                    args = folded(args, self._operands.is_constant)
+                values = expected.values_of(args, kwargs)
+                if expected.fits(values, self._operands.is_constant):
+                    return self._tap_again(expected, values)
+        return self._call_anew(func, args, kwargs)
+
+    def _call_anew(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function that is not the call which came next the last time."""
         if func in SEEN_THROUGH:
             return SEEN_THROUGH[func](*args, **kwargs)
         if torch._C._are_functorch_transforms_active():
@@ -151,10 +169,6 @@ class Interception:
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.linear:
                 args = folded(args, self._operands.is_constant)
-            if not kwargs and not self._is_backward:
-                cached = self.cache.find(func, args, self._operands)
-                if cached is not None:
-                    return self._tap_again(cached, args)
             if func in DERIVATIVES:
                 return DERIVATIVES[func](self, *args, **kwargs)
             name = getattr(func, "__name__", str(func))
@@ -239,7 +253,7 @@ class Interception:
         if not self._is_backward:
             return self.cache.site(call, inputs, here)
         # The graph behind the losses tells nothing of what a backward pass computes, unless it only computes it again.
-        behind = () if is_recomputing() else structure_behind(inputs, (TAP_NODE, PRODUCT_NODE))
+        behind = () if is_recomputing() else structure_behind(inputs, (TAP_NODE, *NODES))
         self.reorders = self.reorders or any(isinstance(kind, type) and may_reorder(kind) for kind in behind)
         return self.cache.site(call, inputs, self.relay.site or here.in_backward, behind)
 
@@ -321,7 +335,7 @@ class Interception:
         values = [operand.value for operand in call.operands]
         tapped, device = self._new(call, site), values[0].device
         before = None if tapped.rule.fast else random_state(device)
-        product = product_of(call, tapped.rule, inputs)
+        affine = affine_map_of(call, tapped.rule, inputs)
         given, repeatable = inputs, not call.in_place
         if call.in_place:  # out of place, tapped, and written back
             target = args[0]
@@ -329,8 +343,8 @@ class Interception:
             (output,) = tap(tapped, call.run(values, inputs), inputs)
             target.copy_(output)
             result = None if call.name == "__setitem__" else target
-        elif product is not None:
-            result = multiply_and_tap(tapped, inputs[0], product)
+        elif affine is not None:
+            result = map_and_tap(tapped, inputs[0], affine)
         else:
             result = call.result(values, inputs)
             outputs = floating(result)
@@ -345,21 +359,22 @@ class Interception:
             call.random_state = before  # dropout inside an RNN kernel, say: running it again must draw the same
         cached = self._arrive(site, call, given)
         if cached is not None and repeatable:
-            cached.keep(call, tapped.rule, args, product)
+            cached.keep(call, tapped.rule, args, kwargs, affine)
         self._add(tapped)
         return result
 
-    def _tap_again(self, cached: CachedCall, args: tuple[Any, ...]) -> Any:
+    def _tap_again(self, cached: CachedCall, values: tuple[Any, ...]) -> Any:
         """Tap a call that came here in an earlier forward pass."""
         assert cached.call is not None
         assert cached.rule is not None
-        tapped = TappedCall(cached.call, cached.site, cached.rule, self.relay, len(self.taps))
-        if cached.product is not None:
-            result = multiply_and_tap(tapped, args[cached.inputs[0]], cached.product)
+        taps = self.taps
+        tapped = TappedCall(cached.call, cached.site, cached.rule, self.relay, len(taps))
+        if cached.affine is not None:
+            result = map_and_tap(tapped, values[cached.inputs[0]], cached.affine)
         else:
-            (result,) = tap(tapped, [cached.run(args)], [args[position] for position in cached.inputs])
-        self.taps.append(tapped)
-        self.cache.advance(cached)
+            (result,) = tap(tapped, [cached.run(values)], [values[position] for position in cached.inputs])
+        taps.append(tapped)
+        self.cache.here = cached
         return result
 
     def tap_result(self, func: Callable[..., Any], args: tuple[Any, ...], like: Tensor, moves: bool) -> Tensor | None:

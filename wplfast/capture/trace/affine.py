@@ -1,0 +1,135 @@
+"""Products with a matrix of parameters, sums with a vector of them: one node of the graph each, tap and all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+from ..call_site import TappedCall
+from ..rules import Rule
+from .nested import current_task, listener_of
+from .product import is_faster, multiply
+
+
+class AffineMap(NamedTuple):
+    """``x -> x W^T + b``, and whether oneDNN is to compute it; ``x -> x + b`` where there is no W."""
+
+    weight: Tensor | None
+    transposed: Tensor | None  # W^T, a view that is made once
+    bias: Tensor | None
+    by_onednn: bool = False
+    keeps_input: bool = False  # the rule needs it
+
+
+def affine_map_of(call: Call, rule: Rule, inputs: list[Tensor]) -> AffineMap | None:
+    """Return the matrix W and the vector b where a call is ``x W^T + b`` of its only input; None otherwise."""
+    if call.in_place or call.autocast is not None or len(inputs) != 1:
+        return None
+    x = inputs[0]
+    if x.layout != torch.strided or x.dim() < 2 or not x.numel():
+        return None
+    term = rule.term(call)
+    if term is not None:
+        alike = term.dtype == x.dtype and term.dim() < 2 and term.numel() in (1, x.shape[-1])
+        return AffineMap(None, None, term) if alike else None
+    product = rule.product(call)
+    if product is None or x.dtype != product[0].dtype or not product[0].numel():
+        return None
+    weight, bias = product
+    by_onednn = is_faster(weight, x.numel() // x.shape[-1])
+    return AffineMap(weight, weight.t(), bias, by_onednn, rule.needs_inputs(call))
+
+
+def map_and_tap(tapped: TappedCall, x: Tensor, affine: AffineMap) -> Tensor:
+    """Run a call, which is ``x W^T + b``, and tap it: one node of the graph instead of two."""
+    run = _add if affine.transposed is None else _multiply_and_add
+    result = run(tapped, x, affine, *tapped.call.leaves)
+    tapped.shapes = (result.shape,)
+    return result
+
+
+def _multiply_rows(x: Tensor, right: Tensor, bias: Tensor | None, by_onednn: bool) -> Tensor:
+    """Return ``x R + b`` for x [*, n] and R [n, m]; not a view, so that it may be changed in place."""
+    rows = x if x.dim() == 2 else x.reshape(-1, right.shape[0])
+    if by_onednn:
+        product = multiply(rows, right.t(), bias)
+    else:  # what F.linear comes to
+        product = torch.mm(rows, right) if bias is None else torch.addmm(bias, rows, right)
+    if x.dim() == 2:
+        return product
+    found: Tensor = torch.ops.aten._unsafe_view(product, (*x.shape[:-1], right.shape[1]))
+    return found
+
+
+class _TappedProduct(torch.autograd.Function):
+    """A product with a matrix of parameters, and the tap behind it."""
+
+    @staticmethod
+    def forward(ctx: Any, tapped: TappedCall, x: Tensor, affine: AffineMap, *leaves: Tensor) -> Tensor:
+        """Multiply."""
+        weight, transposed, bias, by_onednn, keeps_input = affine
+        assert transposed is not None
+        ctx.known = tapped, by_onednn
+        ctx.set_materialize_grads(False)
+        if keeps_input:
+            ctx.save_for_backward(weight, x)
+        else:
+            ctx.save_for_backward(weight)
+        return _multiply_rows(x, transposed, bias, by_onednn)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Report the gradient, and send it through the matrix."""
+        weight, *inputs = ctx.saved_tensors
+        tapped, by_onednn = ctx.known
+        relay = tapped.relay
+        listener = relay.listener if current_task() == relay.task else listener_of(ctx, tapped)
+        of_operands = listener.receive(tapped, inputs, (gradient,))
+        of_input = None
+        if gradient is not None and ctx.needs_input_grad[1]:
+            of_input = _multiply_rows(gradient, weight, None, by_onednn)
+        return (None, of_input, None, *of_operands)
+
+
+class _TappedSum(torch.autograd.Function):
+    """A sum with a vector of parameters, and the tap behind it."""
+
+    @staticmethod
+    def forward(ctx: Any, tapped: TappedCall, x: Tensor, affine: AffineMap, *leaves: Tensor) -> Tensor:
+        """Add."""
+        ctx.tapped = tapped
+        ctx.set_materialize_grads(False)
+        assert affine.bias is not None
+        return x + affine.bias
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Report the gradient, and pass it on."""
+        tapped = ctx.tapped
+        relay = tapped.relay
+        listener = relay.listener if current_task() == relay.task else listener_of(ctx, tapped)
+        return (None, gradient, None, *listener.receive(tapped, (), (gradient,)))
+
+
+#: ``Function.apply`` without its check for functorch transforms, under which nothing is tapped anyway.
+_multiply_and_add: Callable[..., Tensor] = super(torch.autograd.Function, _TappedProduct).apply
+_add: Callable[..., Tensor] = super(torch.autograd.Function, _TappedSum).apply
+
+#: The types of their nodes in a graph.
+NODES: tuple[type, ...] = (_TappedProduct._backward_cls, _TappedSum._backward_cls)
+
+
+def folded(args: tuple[Any, ...], is_constant: Callable[[Tensor], bool]) -> tuple[Any, ...]:
+    """Copy the input of ``F.linear`` where PyTorch does so for a weight that requires grad.
+
+    For one that does not, as ours when the call runs, it would keep the strides and run a slower batched product. A
+    constant is left alone: it is known by its memory.
+    """
+    x = args[0] if args else None
+    if type(x) is Tensor and x.dim() > 2 and x.layout == torch.strided and not x.is_contiguous() and not is_constant(x):
+        return (x.contiguous(), *args[1:])
+    return args
