@@ -37,16 +37,24 @@ class Interceptor(Protocol):
 #: ``torch.autograd.backward`` of PyTorch itself.
 BACKWARD: Callable[..., Any] = torch.autograd.backward
 
+is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
+
 #: Functions that matter without grad mode too.
 _DERIVATIVES = frozenset({torch.autograd.grad, BACKWARD})
 
 _interceptors: dict[int, Interceptor] = {}  # id(parameter) -> the pass that watches it
 
 
-def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+def _dispatch(
+    cls: type,
+    func: Callable[..., Any],
+    types: Any,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> Any:
     """Hand a call to the pass that watches one of its arguments."""
     kwargs = kwargs or {}
-    if torch.is_grad_enabled() or func in _DERIVATIVES:
+    if is_grad_enabled() or func in _DERIVATIVES:
         for argument in args:  # most calls have their tensors right here
             interceptor = _interceptors.get(id(argument))
             if interceptor is not None:
@@ -67,10 +75,7 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 class WatchedParameter(nn.Parameter):
     """An ``nn.Parameter`` during a pass."""
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Intercept a torch function."""
-        return _dispatch(func, args, kwargs)
+    __torch_function__: Any = classmethod(_dispatch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """Copy as what the parameter is outside of the pass."""
@@ -84,10 +89,7 @@ class WatchedParameter(nn.Parameter):
 class WatchedTensor(Tensor):
     """A leaf tensor that is no ``nn.Parameter`` during a pass."""
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Intercept a torch function."""
-        return _dispatch(func, args, kwargs)
+    __torch_function__: Any = classmethod(_dispatch)
 
 
 class Derived(Tensor):
@@ -102,10 +104,7 @@ class Derived(Tensor):
     _origin: Any = None  # the source that it is a copy or an expansion of
     _made_by: Any = None  # the call that it is the only result of
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Intercept a torch function."""
-        return _dispatch(func, args, kwargs)
+    __torch_function__: Any = classmethod(_dispatch)
 
     @staticmethod
     def wrap(graph: Tensor, parameters: tuple[int, ...], interceptor: Interceptor, origin: Any = None) -> Derived:
@@ -157,7 +156,7 @@ def seen(run: Callable[..., Any]) -> Callable[..., Any]:
             if has_torch_function(inputs) and any(isinstance(tensor, ours) for tensor in inputs):
                 given = grad_tensors if grad_variables is None else grad_variables
                 options = {"grad_tensors": given, "retain_graph": retain_graph, "create_graph": create_graph}
-                return _dispatch(BACKWARD, (tensors,), {**options, "inputs": inputs})
+                return _dispatch(Tensor, BACKWARD, (), (tensors,), {**options, "inputs": inputs})
         return run(tensors, grad_tensors, retain_graph, create_graph, grad_variables, inputs)
 
     return backward

@@ -8,6 +8,7 @@ all of them; the others go the common way (:class:`.round.Round`), with layouts 
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,42 @@ from .round import OutputGrads, Round
 Layouts = Sequence[SampleLayout | None]
 
 
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors along dimension 1; a view where they lie one after the other in one tensor, as slices of it do."""
+    first, second = tensors[0], tensors[min(1, len(tensors) - 1)]
+    start, step = first.storage_offset(), second.storage_offset() - first.storage_offset()
+    if step > 0 and all(
+        tensor.storage_offset() == start + index * step
+        and tensor.shape == first.shape
+        and tensor.stride() == first.stride()
+        and tensor.dtype == first.dtype
+        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for index, tensor in enumerate(tensors)
+    ):
+        (n, *rest), (row, *strides) = first.shape, first.stride()
+        return first.as_strided((n, len(tensors), *rest), (row, step, *strides), start)
+    return torch.stack(list(tensors), 1)
+
+
+class _Stack:
+    """The last stack of gradients: what is added up (``x W + h U + b``) has one gradient for all its terms."""
+
+    def __init__(self) -> None:
+        self._of: Sequence[Tensor] = ()
+        self._stacked: Tensor | None = None
+
+    def of(self, grads: Sequence[Tensor]) -> Tensor:
+        """Return these gradients stacked along dimension 1."""
+        alike = len(grads) == len(self._of) and all(map(operator.is_, grads, self._of))
+        if self._stacked is None or not alike:
+            self._of, self._stacked = grads, torch.stack(list(grads), 1)
+        return self._stacked
+
+    def clear(self) -> None:
+        """Forget it."""
+        self._of, self._stacked = (), None
+
+
 class Steps:
     """The steps of one loop on the same parameters: their gradients wait for one another.
 
@@ -34,22 +71,29 @@ class Steps:
         n_steps: how many there are.
         recipe: what squares the gradients of that call on [N, T, D], steps along T.
         seconds: name of a rule -> wall time that it took.
+        stack: of gradients, which several parameters may have in common.
     """
 
-    def __init__(self, first: TappedCall, n_steps: int, recipe: Recipe, seconds: dict[str, float]) -> None:
+    def __init__(
+        self, first: TappedCall, n_steps: int, recipe: Recipe, seconds: dict[str, float], stack: _Stack
+    ) -> None:
         self._call, self._name, self._recipe, self._seconds = first.call, first.rule.name, recipe, seconds
         self._n_steps = self._left = n_steps
         self._inputs: list[Sequence[Tensor]] = []
         self._grads: list[Tensor] = []
+        self._stack = stack
 
     @staticmethod
-    def of(taps: Sequence[TappedCall], layouts: Sequence[Layouts], accumulators: Accumulators) -> Steps | None:
+    def of(
+        taps: Sequence[TappedCall], layouts: Sequence[Layouts], accumulators: Accumulators, stack: _Stack
+    ) -> Steps | None:
         """Return the steps that some calls are; None if they are no steps, or have no recipe.
 
         Args:
             taps: all the calls that use some parameters.
             layouts: of each one's outputs.
             accumulators: what to add to.
+            stack: of gradients.
         """
         first = taps[0]
         call, layout = first.call, layouts[0][0]
@@ -67,7 +111,7 @@ class Steps:
             return None
         n, width = first.shapes[0]
         recipe = first.rule.recipe(call, layouts[0], [torch.Size((n, len(taps), width))], accumulators)
-        return None if recipe is None else Steps(first, len(taps), recipe, accumulators.seconds)
+        return None if recipe is None else Steps(first, len(taps), recipe, accumulators.seconds, stack)
 
     def start(self) -> None:
         """Begin a pass."""
@@ -89,8 +133,8 @@ class Steps:
         if not self._grads:
             return
         started = time.perf_counter()
-        inputs = [torch.stack(tensors, 1) for tensors in zip(*self._inputs, strict=True)]
-        self._recipe(self._call, inputs, [torch.stack(self._grads, 1)])
+        inputs = [stacked(tensors[::-1]) for tensors in zip(*self._inputs, strict=True)]
+        self._recipe(self._call, inputs, [self._stack.of(self._grads[::-1])])
         self.start()
         self._seconds[self._name] += time.perf_counter() - started
 
@@ -123,6 +167,7 @@ class SteadyBatch:
         self._sizes: list[tuple[int, Tensor, float]] = []  # of their gradients, and up to which these are negligible
         self._layouts = [layouts[tapped.index] for tapped in taps]
         self._recipes: list[Recipe | None] = [None] * len(taps)
+        self._stack = _Stack()
         self._steps: list[Steps | None] = [None] * len(taps)
         uses: dict[int, list[int]] = defaultdict(list)
         for index, tapped in enumerate(taps):
@@ -139,7 +184,7 @@ class SteadyBatch:
             if len(same) == 1:
                 self._recipes[index] = tapped.rule.recipe(tapped.call, found, tapped.shapes, accumulators)
             else:
-                steps = Steps.of([taps[i] for i in same], [self._layouts[i] for i in same], accumulators)
+                steps = Steps.of([taps[i] for i in same], [self._layouts[i] for i in same], accumulators, self._stack)
                 for i in same:
                     self._steps[i] = steps
         self._loops = list({id(steps): steps for steps in self._steps if steps is not None}.values())
@@ -183,6 +228,7 @@ class SteadyBatch:
         """Begin a pass over the calls of a batch; return what listens to it."""
         for steps in self._loops:
             steps.start()
+        self._stack.clear()
         if self._others:
             self._round = Round([taps[index] for index in self._others], self._accumulators, self._names)
         return self
@@ -221,6 +267,7 @@ class SteadyBatch:
         """Square what is left; tell whether no gradient arrived at a parameter or derived tensor past the taps."""
         for steps in self._loops:
             steps.finish()
+        self._stack.clear()
         if self._round is not None:
             self._round.finish()
             self._round = None

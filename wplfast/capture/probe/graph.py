@@ -40,6 +40,11 @@ _SIZES = frozenset(
     """.split()  # noqa: SIM905
 )
 
+#: Backward nodes of functions of one tensor, whose results have its shape.
+_ELEMENTWISE = frozenset({"GeluBackward0", "ReluBackward0", "SigmoidBackward0", "SiluBackward0", "TanhBackward0"})
+#: Those of our products and sums, whose results have as many dimensions as their data (the first that follows).
+_ELEMENTWISE |= {"_TappedProductBackward", "_TappedSumBackward"}
+
 _LEAF = type(torch.zeros((), device="cpu", requires_grad=True).expand(1).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 
@@ -55,6 +60,7 @@ def fingerprint(losses: Tensor) -> Fingerprint:
     structure: list[Any] = []
     sizes: list[Any] = []
     numbers: dict[Node, int] = {}
+    attributes: dict[type, tuple[tuple[str, ...], tuple[str, ...], bool]] = {}
     stack = [] if losses.grad_fn is None else [losses.grad_fn]
     while stack:
         node = stack.pop()
@@ -63,9 +69,12 @@ def fingerprint(losses: Tensor) -> Fingerprint:
             structure.append(number)
             continue
         numbers[node] = len(numbers)
-        kind = type(node)
+        kind, following_nodes = type(node), node.next_functions
         structure.append(kind)
-        along, of_sizes = _attributes_of(kind)
+        known = attributes.get(kind)
+        if known is None:
+            known = attributes[kind] = _attributes_of(kind)
+        along, of_sizes, is_elementwise = known
         for name in along:
             structure.append(getattr(node, name))
         for name in of_sizes:
@@ -73,11 +82,13 @@ def fingerprint(losses: Tensor) -> Fingerprint:
             sizes.append(value)
             if name == "_saved_stride":  # only of as_strided, which exchanges dimensions by them
                 structure.append(tuple(sorted(range(len(value)), key=value.__getitem__)))
-        try:
-            structure.append(len(node._input_metadata[0].shape))  # broadcasting leaves no node
-        except RuntimeError:  # of a nested tensor, which has none
-            structure.append("nested")
-        for following, output in node.next_functions:
+        first = following_nodes[0][0] if is_elementwise else None  # whose result has as many dimensions
+        if first is None or type(first) is _LEAF:
+            try:
+                structure.append(len(node._input_metadata[0].shape))  # broadcasting leaves no node
+            except RuntimeError:  # of a nested tensor, which has none
+                structure.append("nested")
+        for following, output in following_nodes:
             if following is None or type(following) is _LEAF:
                 structure.append(None)  # tells which factor of a product is data
             else:
@@ -87,14 +98,15 @@ def fingerprint(losses: Tensor) -> Fingerprint:
 
 
 @lru_cache(maxsize=1024)
-def _attributes_of(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the attributes of a kind of node that are about dimensions, and those about sizes.
+def _attributes_of(kind: type) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Return the attributes of a kind of node that are about dimensions, those about sizes, and if it is elementwise.
 
     Tensors are left alone: to look at one that a checkpoint holds back would run the checkpoint's forward pass again.
     """
     names = set(dir(kind))
     plain = sorted(n for n in names if f"_raw{n}" not in names)
-    return tuple(n for n in plain if n in _DIMENSIONS), tuple(n for n in plain if n in _SIZES)
+    about = tuple(n for n in plain if n in _DIMENSIONS), tuple(n for n in plain if n in _SIZES)
+    return *about, kind.__name__ in _ELEMENTWISE
 
 
 def structure_behind(tensors: Sequence[Tensor], ends: Container[type]) -> tuple[Any, ...]:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.layout import flat_dtype
+from ..accumulators import Accumulators
 from ..call import Call, Operand, Slot
 from ..sample_layout import AxisLayout, OneSample, SampleLayout, SegmentIds
 from .base import OneOutputRule
 from .grad_sample import GradSample, widened
 from .projection import Direction
+from .recipe import Recipe
 
 
 class LookupGradSample(GradSample):
@@ -105,6 +107,55 @@ class EmbeddingRule(OneOutputRule):
         return [
             LookupGradSample(operand, self.name, by_index.rows(indices.unsqueeze(-1)).squeeze(-1), by_index.rows(g))
         ]
+
+    def recipe(
+        self,
+        call: Call,
+        layouts: Sequence[SampleLayout | None],
+        shapes: Sequence[torch.Size],
+        accumulators: Accumulators,
+    ) -> Recipe | None:
+        """Bind the fused kernel for a table that ``F.embedding`` looks up in."""
+        operand, layout = call.operands[0], layouts[0]
+        if call.func is not F.embedding or not operand.is_parameter or call.is_complex or layout is None:
+            return None
+        by_index = _of_indices(layout, shapes[0], len(call.input_shapes[0]))
+        if not isinstance(by_index, (AxisLayout, OneSample)):
+            return None
+        padding = call.argument(2, "padding_idx")
+        padding = None if padding is None else padding % len(operand.value)
+        return LookupRecipe(self.name, accumulators, by_index, operand.parameters[0], padding)
+
+
+class LookupRecipe:
+    """The recipe of ``y = table[indices]`` where the table is a whole parameter.
+
+    Args:
+        name: of the rule.
+        accumulators: what squares are added to.
+        layout: who owns the indices.
+        index: of the table.
+        padding: the row that takes no gradient; None if all do.
+    """
+
+    def __init__(
+        self, name: str, accumulators: Accumulators, layout: AxisLayout | OneSample, index: int, padding: int | None
+    ) -> None:
+        self._accumulators, self._layout, self._index, self._padding = accumulators, layout, index, padding
+        accumulators.rules[index].add(name)
+
+    def __call__(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Square one batch's gradients."""
+        indices, gradient = inputs[0].long(), grads[0]
+        if gradient is None:
+            return
+        if self._padding is not None:
+            indices = indices.masked_fill(indices == self._padding, -1)
+        into = self._accumulators
+        fisher, plain = into.fisher[self._index], into.gradient_of(self._index)
+        rows = self._layout.rows(indices.unsqueeze(-1)).squeeze(-1).contiguous()
+        g = widened(self._layout.rows(gradient), fisher).contiguous()
+        ops.fisher_embedding_(fisher, rows, g, into.weights, plain)
 
 
 def _of_indices(layout: SampleLayout, shape: torch.Size, n_dims: int) -> SampleLayout | None:

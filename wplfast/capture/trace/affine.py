@@ -14,10 +14,16 @@ from ..rules import Rule
 from .nested import current_task, listener_of
 from .product import is_faster, multiply
 
+mm, addmm = torch.mm, torch.addmm  # looked up once
+
 
 class AffineMap(NamedTuple):
-    """``x -> x W^T + b``, and whether oneDNN is to compute it; ``x -> x + b`` where there is no W."""
+    """``x -> x W^T + b``, and whether oneDNN is to compute it; ``x -> x + b`` where there is no W.
 
+    ``apply(tapped, x, affine_map, *leaves)`` computes and taps it, as one node of the graph instead of two.
+    """
+
+    apply: Callable[..., Tensor]
     weight: Tensor | None
     transposed: Tensor | None  # W^T, a view that is made once
     bias: Tensor | None
@@ -35,21 +41,13 @@ def affine_map_of(call: Call, rule: Rule, inputs: list[Tensor]) -> AffineMap | N
     term = rule.term(call)
     if term is not None:
         alike = term.dtype == x.dtype and term.dim() < 2 and term.numel() in (1, x.shape[-1])
-        return AffineMap(None, None, term) if alike else None
+        return AffineMap(_add, None, None, term) if alike else None
     product = rule.product(call)
     if product is None or x.dtype != product[0].dtype or not product[0].numel():
         return None
     weight, bias = product
     by_onednn = is_faster(weight, x.numel() // x.shape[-1])
-    return AffineMap(weight, weight.t(), bias, by_onednn, rule.needs_inputs(call))
-
-
-def map_and_tap(tapped: TappedCall, x: Tensor, affine: AffineMap) -> Tensor:
-    """Run a call, which is ``x W^T + b``, and tap it: one node of the graph instead of two."""
-    run = _add if affine.transposed is None else _multiply_and_add
-    result = run(tapped, x, affine, *tapped.call.leaves)
-    tapped.shapes = (result.shape,)
-    return result
+    return AffineMap(_multiply, weight, weight.t(), bias, by_onednn, rule.needs_inputs(call))
 
 
 def _multiply_rows(x: Tensor, right: Tensor, bias: Tensor | None, by_onednn: bool) -> Tensor:
@@ -71,7 +69,7 @@ class _TappedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tapped: TappedCall, x: Tensor, affine: AffineMap, *leaves: Tensor) -> Tensor:
         """Multiply."""
-        weight, transposed, bias, by_onednn, keeps_input = affine
+        _, weight, transposed, bias, by_onednn, keeps_input = affine
         assert transposed is not None
         ctx.known = tapped, by_onednn
         ctx.set_materialize_grads(False)
@@ -79,7 +77,9 @@ class _TappedProduct(torch.autograd.Function):
             ctx.save_for_backward(weight, x)
         else:
             ctx.save_for_backward(weight)
-        return _multiply_rows(x, transposed, bias, by_onednn)
+        if by_onednn or x.dim() != 2:
+            return _multiply_rows(x, transposed, bias, by_onednn)
+        return mm(x, transposed) if bias is None else addmm(bias, x, transposed)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -91,7 +91,8 @@ class _TappedProduct(torch.autograd.Function):
         of_operands = listener.receive(tapped, inputs, (gradient,))
         of_input = None
         if gradient is not None and ctx.needs_input_grad[1]:
-            of_input = _multiply_rows(gradient, weight, None, by_onednn)
+            plain = gradient.dim() == 2 and not by_onednn
+            of_input = mm(gradient, weight) if plain else _multiply_rows(gradient, weight, None, by_onednn)
         return (None, of_input, None, *of_operands)
 
 
@@ -116,7 +117,7 @@ class _TappedSum(torch.autograd.Function):
 
 
 #: ``Function.apply`` without its check for functorch transforms, under which nothing is tapped anyway.
-_multiply_and_add: Callable[..., Tensor] = super(torch.autograd.Function, _TappedProduct).apply
+_multiply: Callable[..., Tensor] = super(torch.autograd.Function, _TappedProduct).apply
 _add: Callable[..., Tensor] = super(torch.autograd.Function, _TappedSum).apply
 
 #: The types of their nodes in a graph.

@@ -7,17 +7,19 @@ before it; models whose calls vary from batch to batch have several ways through
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..call import Call, Slot, is_differentiable, kind_of
-from ..call_site import CallSite
+from ..call_site import CallSite, Relay, TappedCall
 from ..probe.graph import Fingerprint
-from ..rules import Rule
 from .affine import AffineMap
+from .tap import tap
+
+STRIDED, is_autocast_enabled = torch.strided, torch.is_autocast_enabled  # looked up once, not for every call
 
 #: Graphs behind the same calls whose steady batches are kept.
 MAX_STEADY = 16
@@ -50,99 +52,70 @@ class _InputForm(NamedTuple):
     may_count: bool  # it may be a range of integers
 
 
-class CachedCall:
-    """A call at its site, as it was; see :meth:`fits` for when it can be repeated.
+class _PlainForm(NamedTuple):
+    """What is no tensor."""
+
+    position: int
+    kind: type
+    value: Any
+
+
+class KeptCall:
+    """A call as it was, with all that tells whether another one is like it; steps of a loop that are alike share one.
 
     Attributes:
-        func: what is called; None for the start of a pass, and where it is to be taken apart each time.
-        call: the call; None there too.
-        site: where it stands.
-        rule: what serves it.
-        affine: the matrix and the vector that its input is multiplied with and added to, where that is all it does.
-        inputs: positions of its inputs among the values of its arguments, those with names last.
-        steady: for the last call of a pass: number of samples and fingerprint of the losses' graph -> what such a batch
-            does backwards, once that is known.
+        func: what is called.
+        names: of its arguments that were given with one.
     """
 
     __slots__ = (
-        "_after",
+        "_affine",
         "_autocast",
+        "_call",
         "_device_type",
+        "_inputs",
         "_n_args",
-        "_names",
+        "_n_values",
         "_of_inputs",
         "_of_operands",
         "_plain",
-        "affine",
-        "call",
-        "following",
+        "_rule",
+        "_shapes",
         "func",
-        "inputs",
-        "rule",
-        "site",
-        "steady",
+        "names",
     )
 
-    def __init__(self, site: CallSite) -> None:
-        """Know a place alone."""
-        self.site = site
-        self.func: Callable[..., Any] | None = None
-        self.call: Call | None = None
-        self.rule: Rule | None = None
-        self.affine: AffineMap | None = None
-        self.inputs: list[int] = []
-        self.following: CachedCall | None = None  # the call that came next the last time
-        self.steady: dict[Any, Any] = {}
-        self._after: dict[Any, CachedCall] = {}
-        self._n_args = 0
-        self._names: tuple[str, ...] = ()
-        self._of_operands: list[_OperandForm] = []
-        self._of_inputs: list[_InputForm] = []
-        self._plain: list[tuple[int, Any]] = []  # positions of what is no tensor
-        self._autocast: tuple[str, torch.dtype] | None = None
-        self._device_type = ""
-
-    def keep(
-        self, call: Call, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], affine: AffineMap | None
+    def __init__(
+        self,
+        tapped: TappedCall,
+        names: tuple[str, ...],
+        forms: tuple[tuple[_OperandForm, ...], tuple[_InputForm, ...], tuple[_PlainForm, ...]],
+        inputs: Sequence[int],
+        affine: AffineMap | None,
     ) -> None:
-        """Keep a call, to repeat it, if all about it can be compared: its tensors are plain arguments."""
-        self.call = self.func = None
-        simple = rule.fast and call.has_plain_inputs and not call.in_place and not call.constants
-        if not simple or any(operand.graph is not None or operand.copy is not None for operand in call.operands):
-            return
-        of_operands: list[_OperandForm] = []
-        of_inputs: list[_InputForm] = []
-        plain: list[tuple[int, Any]] = []
-        inputs: dict[int, int] = {}
-        slots = (*call.args, *call.kwargs.values())
-        for position, (slot, value) in enumerate(zip(slots, (*args, *kwargs.values()), strict=True)):
-            if not isinstance(value, Tensor):
-                if not _is_plain(value):
-                    return
-                plain.append((position, value))
-            elif slot.kind == "operand":
-                of_operands.append(_OperandForm(position, value, call.operands[slot.index].value, value.stride()))
-            elif type(value) is not Tensor or (value.requires_grad and value.is_leaf):
-                return  # leaves may be another model's parameters
-            elif kind_of(value)[2] or inputs.setdefault(slot.index, position) != position:
-                return
-            else:
-                of_inputs.append(_form_of(position, value))
-        self.func, self.call, self.rule, self.affine = call.func, call, rule, affine
-        self._n_args, self._names = len(args), tuple(kwargs)
-        self._of_operands, self._of_inputs, self._plain = of_operands, of_inputs, plain
-        self.inputs, self._autocast = [inputs[i] for i in range(len(inputs))], call.autocast
-        self._device_type = call.operands[0].value.device.type
+        """Keep a call that was tapped.
+
+        Args:
+            tapped: it.
+            names: of its arguments that were given with one.
+            forms: of its arguments.
+            inputs: positions of its inputs among the values of its arguments, in their order.
+            affine: the matrix and the vector that its input is multiplied with and added to, if that is all it does.
+        """
+        call = tapped.call
+        self.func, self.names = call.func, names
+        self._call, self._rule, self._shapes, self._affine = call, tapped.rule, tapped.shapes, affine
+        self._n_args, self._n_values, self._inputs = len(call.args), len(call.args) + len(names), inputs
+        self._of_operands, self._of_inputs, self._plain = forms
+        self._autocast, self._device_type = call.autocast, call.operands[0].value.device.type
 
     def values_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Return the values of arguments, those with names last; none if there are others than before."""
-        if not kwargs and not self._names:
-            return args if len(args) == self._n_args else ()
-        return (*args, *kwargs.values()) if len(args) == self._n_args and tuple(kwargs) == self._names else ()
+        return (*args, *kwargs.values()) if len(args) == self._n_args and tuple(kwargs) == self.names else ()
 
     def fits(self, values: tuple[Any, ...], is_constant: Callable[[Tensor], bool]) -> bool:
         """Tell whether a call of the same function on these values is this one again."""
-        if not values or self.site.is_parameter_only:
+        if len(values) != self._n_values:
             return False
         for position, tensor, value, stride in self._of_operands:
             if values[position] is not tensor or tensor.data_ptr() != value.data_ptr() or tensor.stride() != stride:
@@ -153,7 +126,7 @@ class CachedCall:
                 type(x) is not Tensor
                 or x.requires_grad is not requires_grad
                 or x.dtype is not dtype
-                or x.layout is not torch.strided  # others have no strides, and
+                or x.layout is not STRIDED  # others have no strides, and
                 or x.is_nested  # some no shape
                 or x.shape != shape
                 or x.stride() != stride
@@ -162,22 +135,50 @@ class CachedCall:
                 or (may_count and kind_of(x)[2])
             ):
                 return False
-        for position, value in self._plain:
+        for position, kind, value in self._plain:
             found = values[position]
-            if found is not value and (type(found) is not type(value) or found != value):
+            if found is not value and (type(found) is not kind or found != value):
                 return False
         device_type = self._device_type
-        now = (device_type, torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else None
+        now = (device_type, torch.get_autocast_dtype(device_type)) if is_autocast_enabled(device_type) else None
         return now == self._autocast
 
-    def run(self, values: tuple[Any, ...]) -> Any:
-        """Run the call with its parameters as constants."""
-        assert self.func is not None
+    def run(self, site: CallSite, relay: Relay, index: int, values: tuple[Any, ...]) -> tuple[TappedCall, Any]:
+        """Run the call with its parameters as constants, and tap it; return the tapped call and the result."""
+        call, affine = self._call, self._affine
+        tapped = TappedCall(call, site, self._rule, relay, index)
+        if affine is not None:
+            tapped.shapes = self._shapes
+            return tapped, affine.apply(tapped, values[self._inputs[0]], affine, *call.leaves)
         filled = list(values)
         for position, _, value, _ in self._of_operands:
             filled[position] = value
         n = self._n_args
-        return self.func(*filled[:n], **dict(zip(self._names, filled[n:], strict=True)))
+        result = self.func(*filled[:n], **dict(zip(self.names, filled[n:], strict=True)))
+        return tapped, tap(tapped, [result], [values[position] for position in self._inputs])[0]
+
+
+class CachedCall:
+    """A place among the calls of forward passes.
+
+    Attributes:
+        site: where it stands.
+        kept: the call as it was; None for the start of a pass, and where it is to be taken apart each time.
+        following: the call that came next the last time.
+        steady: for the last call of a pass: number of samples and fingerprint of the losses' graph -> what such a batch
+            does backwards, once that is known.
+        after: the calls that were seen to come next.
+    """
+
+    __slots__ = ("after", "following", "kept", "site", "steady")
+
+    def __init__(self, site: CallSite) -> None:
+        """Know a place alone."""
+        self.site = site
+        self.kept: KeptCall | None = None
+        self.following: CachedCall | None = None
+        self.steady: dict[Any, Any] = {}
+        self.after: dict[Any, CachedCall] = {}
 
 
 def _form_of(position: int, tensor: Tensor) -> _InputForm:
@@ -203,6 +204,50 @@ class CallCache:
         self._n_entries = self._most_entries = 0
         self._is_stale = False
         self._start = self.here = CachedCall(CallSite())
+        self._kept: dict[Any, KeptCall] = {}
+
+    def keep(
+        self,
+        place: CachedCall,
+        tapped: TappedCall,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        affine: AffineMap | None,
+    ) -> None:
+        """Keep a call, to repeat it, if all about it can be compared: its tensors are plain arguments."""
+        call, rule = tapped.call, tapped.rule
+        place.kept = None
+        simple = rule.fast and call.has_plain_inputs and not call.in_place and not call.constants
+        if not simple or any(operand.graph is not None or operand.copy is not None for operand in call.operands):
+            return
+        of_operands: list[_OperandForm] = []
+        of_inputs: list[_InputForm] = []
+        plain: list[_PlainForm] = []
+        inputs: dict[int, int] = {}
+        slots = (*call.args, *call.kwargs.values())
+        for position, (slot, value) in enumerate(zip(slots, (*args, *kwargs.values()), strict=True)):
+            if not isinstance(value, Tensor):
+                if not _is_plain(value):
+                    return
+                plain.append(_PlainForm(position, type(value), value))
+            elif slot.kind == "operand":
+                of_operands.append(_OperandForm(position, value, call.operands[slot.index].value, value.stride()))
+            elif type(value) is not Tensor or (value.requires_grad and value.is_leaf):
+                return  # leaves may be another model's parameters
+            elif kind_of(value)[2] or inputs.setdefault(slot.index, position) != position:
+                return
+            else:
+                of_inputs.append(_form_of(position, value))
+        names, forms = tuple(kwargs), (tuple(of_operands), tuple(of_inputs), tuple(plain))
+        operands = tuple((position, id(tensor), id(value), stride) for position, tensor, value, stride in of_operands)
+        key = (call.func, tuple(slots), names, operands, *forms[1:], call.autocast)
+        place.kept = self._kept.get(key)
+        if place.kept is None:
+            if len(self._kept) > max(MAX_CALLS, 8 * self._longest):
+                self._kept.clear()
+            place.kept = self._kept[key] = KeptCall(
+                tapped, names, forms, [*map(inputs.__getitem__, range(len(inputs)))], affine
+            )
 
     def restart(self, length: int) -> None:
         """Go back to where a forward pass begins, after one of so many calls."""
@@ -239,9 +284,9 @@ class CallCache:
         """Go on to a site, with a call of these sizes."""
         sizes = (site, *((t.shape, t.stride()) if t.layout == torch.strided else t.shape for t in inputs))
         key = (*sizes, *(operand.value.shape for operand in call.operands))
-        found = self.here._after.get(key)
+        found = self.here.after.get(key)
         if found is None:
-            found = self.here._after[key] = CachedCall(site)
+            found = self.here.after[key] = CachedCall(site)
             self._n_calls += 1
         self.advance(found)
         return found

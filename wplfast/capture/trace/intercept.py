@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from threading import get_ident
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import CoupledSamplesError, WplfastError
@@ -18,12 +19,17 @@ from ..probe.graph import may_reorder, structure_behind
 from ..rules import GENERIC, rule_for
 from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
-from .affine import NODES, affine_map_of, folded, map_and_tap
+from .affine import NODES, affine_map_of, folded
 from .call_cache import CachedCall, CallCache
 from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
 from .nested import DERIVATIVES, is_hidden, is_recomputing
 from .operands import Operands, Sorter
 from .tap import TAP_NODE, tap
+
+# Looked up once: what follows runs for every call of every forward pass.
+LINEAR: Callable[..., Any] = torch.nn.functional.linear
+NATIVELY: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
+is_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 class Interception:
@@ -69,7 +75,7 @@ class Interception:
         self.has_frozen = False
         self.n_parameter_only = 0
         self.n_samples: int | None = None
-        self.thread = threading.get_ident()
+        self.thread = get_ident()
 
     def start_batch(self) -> None:
         """Forget the calls of the last forward pass."""
@@ -113,7 +119,7 @@ class Interception:
         if (
             self.has_frozen
             and not is_about_itself(func, getattr(func, "__name__", ""), len(args))
-            and threading.get_ident() == self.thread
+            and get_ident() == self.thread
             and is_hidden()
         ):
             self.hidden |= {index for a in args for index in self._operands.index_of(a)}
@@ -132,42 +138,47 @@ class Interception:
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function some of whose arguments are watched or derived."""
-        relay = self.relay
-        if threading.get_ident() != self.thread and not _is_of_autograd():
+        if get_ident() != self.thread and not _is_of_autograd():
             if not is_about_itself(func, getattr(func, "__name__", str(func)), len(args) + len(kwargs)):
                 self.check_thread()
-            with torch._C.DisableTorchFunctionSubclass():
+            with NATIVELY():
                 return func(*args, **kwargs)
+        relay = self.relay
         if relay.is_over:
             self.start_batch()
         expected = self.cache.here.following
         if (
             expected is not None
-            and expected.func is func
+            and (kept := expected.kept) is not None
+            and kept.func is func
             and relay.listener is relay.idle
-            and not torch._C._are_functorch_transforms_active()
+            and not expected.site.is_parameter_only
+            and not is_functorch_active()
         ):
-            with torch._C.DisableTorchFunctionSubclass():
-                if func is F.linear:
+            with NATIVELY():
+                if func is LINEAR:
                     args = folded(args, self._operands.is_constant)
-                values = expected.values_of(args, kwargs)
-                if expected.fits(values, self._operands.is_constant):
-                    return self._tap_again(expected, values)
+                values = kept.values_of(args, kwargs) if kwargs or kept.names else args
+                if kept.fits(values, self._operands.is_constant):
+                    tapped, result = kept.run(expected.site, relay, len(self.taps), values)
+                    self.taps.append(tapped)
+                    self.cache.here = expected
+                    return result
         return self._call_anew(func, args, kwargs)
 
     def _call_anew(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a function that is not the call which came next the last time."""
         if func in SEEN_THROUGH:
             return SEEN_THROUGH[func](*args, **kwargs)
-        if torch._C._are_functorch_transforms_active():
-            with torch._C.DisableTorchFunctionSubclass():
+        if is_functorch_active():
+            with NATIVELY():
                 return func(*args, **kwargs)  # a transform inside the model: the gradient arrives at the parameter
         if func in recurrent.SEEN:
             result = recurrent.run_as_linear_calls(self, func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is F.linear:
+        with NATIVELY():
+            if func is LINEAR:
                 args = folded(args, self._operands.is_constant)
             if func in DERIVATIVES:
                 return DERIVATIVES[func](self, *args, **kwargs)
@@ -238,7 +249,7 @@ class Interception:
         Raises:
             WplfastError: if this is not the thread that opened the pass.
         """
-        if threading.get_ident() != self.thread:
+        if get_ident() != self.thread:
             raise WplfastError(
                 "another thread uses parameters that a Fisher pass watches: it would get no gradients, and the pass "
                 "its calls; let it wait for the pass, give it a copy of the model, or run the model there under "
@@ -344,7 +355,8 @@ class Interception:
             target.copy_(output)
             result = None if call.name == "__setitem__" else target
         elif affine is not None:
-            result = map_and_tap(tapped, inputs[0], affine)
+            result = affine.apply(tapped, inputs[0], affine, *call.leaves)
+            tapped.shapes = (result.shape,)
         else:
             result = call.result(values, inputs)
             outputs = floating(result)
@@ -359,22 +371,8 @@ class Interception:
             call.random_state = before  # dropout inside an RNN kernel, say: running it again must draw the same
         cached = self._arrive(site, call, given)
         if cached is not None and repeatable:
-            cached.keep(call, tapped.rule, args, kwargs, affine)
+            self.cache.keep(cached, tapped, args, kwargs, affine)
         self._add(tapped)
-        return result
-
-    def _tap_again(self, cached: CachedCall, values: tuple[Any, ...]) -> Any:
-        """Tap a call that came here in an earlier forward pass."""
-        assert cached.call is not None
-        assert cached.rule is not None
-        taps = self.taps
-        tapped = TappedCall(cached.call, cached.site, cached.rule, self.relay, len(taps))
-        if cached.affine is not None:
-            result = map_and_tap(tapped, values[cached.inputs[0]], cached.affine)
-        else:
-            (result,) = tap(tapped, [cached.run(values)], [values[position] for position in cached.inputs])
-        taps.append(tapped)
-        self.cache.here = cached
         return result
 
     def tap_result(self, func: Callable[..., Any], args: tuple[Any, ...], like: Tensor, moves: bool) -> Tensor | None:
@@ -390,7 +388,7 @@ class Interception:
             An alias of ``like`` that stands for the result in the graph: what gradient arrives at it is taken to be
             that of the call's result. None if the call was measured to have no sample axis.
         """
-        with torch._C.DisableTorchFunctionSubclass():
+        with NATIVELY():
             call, inputs = self._take_apart(func, func.__name__, args, {})
             if not call.operands:
                 return like
@@ -411,5 +409,5 @@ def _is_of_autograd() -> bool:
     """Tell whether this is a thread in which autograd runs backward passes on a device: they may recompute calls."""
     if torch._C._current_graph_task_id() == -1:
         return False
-    known = threading._active.get(threading.get_ident())  # type: ignore[attr-defined]
+    known = threading._active.get(get_ident())  # type: ignore[attr-defined]
     return known is None or isinstance(known, threading._DummyThread)
