@@ -46,18 +46,17 @@ class OutputGrads:
         return GENERIC.grad_samples(call, self.inputs, grads, self.layouts) if found is None else found
 
     @property
-    def is_step(self) -> bool:
-        """Whether this may be a step of a recurrent cell: a row a sample, of a call that treats rows alike."""
-        call, layout, gradient = self.tapped.call, self.layouts[0], self.grads[0]
+    def is_row_of_a_loop(self) -> bool:
+        """Whether this is a call on [N, D] that treats rows alike: a step of a recurrent cell, say."""
+        call, gradient = self.tapped.call, self.grads[0]
         if call.is_stackable is None:
             call.is_stackable = self.tapped.rule.stackable(call)
-        return (
-            call.is_stackable
-            and len(self.grads) == 1
-            and gradient is not None
-            and gradient.dim() == 2
-            and is_row_a_sample(layout)
-        )
+        return call.is_stackable and len(self.grads) == 1 and gradient is not None and gradient.dim() == 2
+
+    @property
+    def is_step(self) -> bool:
+        """Whether this may be a step of a recurrent cell: a row a sample, of a call that treats rows alike."""
+        return self.is_row_of_a_loop and is_row_a_sample(self.layouts[0])
 
     def stacks_with(self, other: OutputGrads) -> bool:
         """Tell whether two steps are of one call on [N, T, D]."""

@@ -344,8 +344,10 @@ class Session:
             if kept is None or index in kept:
                 self.directions.add(batch.ordinary, index, gradient)
 
-        listener = ProbePass(self._inference, self._in_backward, keep if verifies else None)
+        taps = self.interception.taps
+        listener = ProbePass(taps, self._inference, self._in_backward, keep if verifies else None)
         self.run(batch.losses, weights, listener, keep=True)
+        listener.finish()
         if verifies:
             for index, gradient in enumerate(self.leaf_grads.take()):
                 if gradient is not None:

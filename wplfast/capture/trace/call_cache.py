@@ -7,7 +7,7 @@ before it; models whose calls vary from batch to batch have several ways through
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +66,8 @@ class KeptCall:
     Attributes:
         func: what is called.
         names: of its arguments that were given with one.
+        signature: what its site is known by, after the place before it.
+        sizes: what its place is known by, at that site.
     """
 
     __slots__ = (
@@ -82,7 +84,10 @@ class KeptCall:
         "_rule",
         "_shapes",
         "func",
+        "name",
         "names",
+        "signature",
+        "sizes",
     )
 
     def __init__(
@@ -90,6 +95,7 @@ class KeptCall:
         tapped: TappedCall,
         names: tuple[str, ...],
         forms: tuple[tuple[_OperandForm, ...], tuple[_InputForm, ...], tuple[_PlainForm, ...]],
+        given: Sequence[Tensor],
         inputs: Sequence[int],
         affine: AffineMap | None,
     ) -> None:
@@ -99,11 +105,13 @@ class KeptCall:
             tapped: it.
             names: of its arguments that were given with one.
             forms: of its arguments.
-            inputs: positions of its inputs among the values of its arguments, in their order.
+            given: its inputs.
+            inputs: their positions among the values of its arguments.
             affine: the matrix and the vector that its input is multiplied with and added to, if that is all it does.
         """
         call = tapped.call
-        self.func, self.names = call.func, names
+        self.func, self.name, self.names = call.func, call.name, names
+        self.signature, self.sizes = _signature(call, given), _sizes(call, given)
         self._call, self._rule, self._shapes, self._affine = call, tapped.rule, tapped.shapes, affine
         self._n_args, self._n_values, self._inputs = len(call.args), len(call.args) + len(names), inputs
         self._of_operands, self._of_inputs, self._plain = forms
@@ -205,6 +213,7 @@ class CallCache:
         self._is_stale = False
         self._start = self.here = CachedCall(CallSite())
         self._kept: dict[Any, KeptCall] = {}
+        self._latest: dict[tuple[Callable[..., Any], int], KeptCall] = {}
 
     def keep(
         self,
@@ -240,14 +249,35 @@ class CallCache:
                 of_inputs.append(_form_of(position, value))
         names, forms = tuple(kwargs), (tuple(of_operands), tuple(of_inputs), tuple(plain))
         operands = tuple((position, id(tensor), id(value), stride) for position, tensor, value, stride in of_operands)
-        key = (call.func, tuple(slots), names, operands, *forms[1:], call.autocast)
-        place.kept = self._kept.get(key)
-        if place.kept is None:
+        key = (call.func, slots, names, operands, *forms[1:], call.autocast)
+        kept = self._kept.get(key)
+        if kept is None:
             if len(self._kept) > max(MAX_CALLS, 8 * self._longest):
                 self._kept.clear()
-            place.kept = self._kept[key] = KeptCall(
-                tapped, names, forms, [*map(inputs.__getitem__, range(len(inputs)))], affine
-            )
+                self._latest.clear()
+            in_order = [inputs[index] for index in range(len(inputs))]
+            values = (*args, *kwargs.values())
+            given = [values[position] for position in in_order]
+            kept = self._kept[key] = KeptCall(tapped, names, forms, given, in_order, affine)
+        place.kept = self._latest[call.func, id(of_operands[0].tensor)] = kept
+
+    def latest(self, func: Callable[..., Any], values: Iterable[Any]) -> KeptCall | None:
+        """Return the last call that was kept of a function and a parameter among its arguments, wherever it stood."""
+        for value in values:
+            found = self._latest.get((func, id(value)))
+            if found is not None:
+                return found
+        return None
+
+    def go_on_with(self, kept: KeptCall) -> CachedCall | None:
+        """Go on to a call like one that was kept, at another place; None if its result counts as parameters' alone."""
+        site, is_new = self.here.site.after(kept.signature, kept.name)
+        self._n_sites += is_new
+        if site.is_parameter_only:
+            return None
+        place = self._advance((site, *kept.sizes))
+        place.kept = kept
+        return place
 
     def restart(self, length: int) -> None:
         """Go back to where a forward pass begins, after one of so many calls."""
@@ -282,22 +312,26 @@ class CallCache:
 
     def go_to(self, site: CallSite, call: Call, inputs: list[Tensor]) -> CachedCall:
         """Go on to a site, with a call of these sizes."""
-        sizes = (site, *((t.shape, t.stride()) if t.layout == torch.strided else t.shape for t in inputs))
-        key = (*sizes, *(operand.value.shape for operand in call.operands))
-        found = self.here.after.get(key)
+        return self._advance((site, *_sizes(call, inputs)))
+
+    def _advance(self, key: tuple[Any, ...]) -> CachedCall:
+        """Go on to the place that is known by a site and sizes, after the one that was reached."""
+        here = self.here
+        found = here.after.get(key)
         if found is None:
-            found = self.here.after[key] = CachedCall(site)
+            found = here.after[key] = CachedCall(key[0])
             self._n_calls += 1
-        self.advance(found)
+        here.following = self.here = found
         return found
 
-    def advance(self, call: CachedCall) -> None:
-        """Go on to a call."""
-        self.here.following = call
-        self.here = call
+
+def _sizes(call: Call, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Describe the sizes of a call's tensors."""
+    of_inputs = ((t.shape, t.stride()) if t.layout == torch.strided else t.shape for t in inputs)
+    return (*of_inputs, *(operand.value.shape for operand in call.operands))
 
 
-def _signature(call: Call, inputs: list[Tensor]) -> tuple[Any, ...]:
+def _signature(call: Call, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
     """Describe a call, up to the sizes of its inputs."""
     return (
         call.func,

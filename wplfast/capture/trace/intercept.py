@@ -180,6 +180,10 @@ class Interception:
         with NATIVELY():
             if func is LINEAR:
                 args = folded(args, self._operands.is_constant)
+            if not (self._is_backward or self.has_frozen):
+                again = self._tap_alike(func, args, kwargs)
+                if again is not None:
+                    return again
             if func in DERIVATIVES:
                 return DERIVATIVES[func](self, *args, **kwargs)
             name = getattr(func, "__name__", str(func))
@@ -193,6 +197,21 @@ class Interception:
                     f"{name} with scale_grad_by_freq=True divides gradients by counts over the batch"
                 )
             return self._call(func, name, args, kwargs)
+
+    def _tap_alike(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run and tap a call that is like one at another place, as steps of a loop are; None if there is none."""
+        kept = self.cache.latest(func, (*args, *kwargs.values()))
+        if kept is None:
+            return None
+        values = kept.values_of(args, kwargs)
+        if not kept.fits(values, self._operands.is_constant):
+            return None
+        place = self.cache.go_on_with(kept)
+        if place is None:
+            return None
+        tapped, result = kept.run(place.site, self.relay, len(self.taps), values)
+        self.taps.append(tapped)
+        return result
 
     def _call(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sort the tensors of a call, then derive or tap."""
