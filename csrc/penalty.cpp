@@ -55,6 +55,16 @@ struct Schedule {
   }
 };
 
+// Asks for the first bytes of a parameter's arrays while the end of the one before it is worked on.
+void prefetch_head(const Anchor& anchor) {
+  const void* const arrays[] = {anchor.theta, anchor.theta_hat, anchor.offset, anchor.fisher, anchor.grad};
+  for (const void* array : arrays) {
+    for (int at = 0; at < 1024 && array != nullptr; at += 64) {
+      __builtin_prefetch(static_cast<const char*>(array) + at, 0, 2);
+    }
+  }
+}
+
 void zero_padding(const Anchor& anchor, Dtype dtype, int64_t padding) {
   const int64_t end = (anchor.numel + padding - 1) / padding * padding;
   char* grad = static_cast<char*>(anchor.grad);
@@ -90,6 +100,7 @@ double penalty(const PenaltyCall& call) {
     schedule.visit_range(total * thread / threads, total * (thread + 1) / threads, [&](int64_t p, int64_t b) {
       const Anchor& anchor = call.anchors[p];
       const int64_t count = std::min(BLOCK, anchor.numel - b * BLOCK);
+      if ((b + 1) * BLOCK >= anchor.numel && p + 1 < call.n_anchors) prefetch_head(call.anchors[p + 1]);
       const PenaltyBlockFunction evaluate = anchor.grad == nullptr ? value_block : block;
       partial[schedule.blocks[p] + b] = evaluate(anchor, b * BLOCK, count, call.l2, call.scale);
     });

@@ -3,6 +3,19 @@
 // Two vectors per step keep enough loads in flight; more would spill on AVX2 with an offset and l2.
 constexpr int UNROLL = 2;
 
+// Memory is asked for this far ahead, array by array. The processor's own prefetching begins anew at every page, of which
+// four arrays cross many: without this, they are read at 0.7 to 0.8 of the rate of two (EPYC, family 25), with less or
+// more at once and nearer or farther ahead at 0.8 to 0.9 of what this gives.
+constexpr int64_t AHEAD_BYTES = 1024;
+constexpr int64_t AHEAD_ELEMENTS = 64;
+
+// Asks for as many elements of an array, for the second level of the cache.
+template <class E>
+WPLFAST_INLINE void prefetch(const E* from) {
+  const char* const ahead = reinterpret_cast<const char*>(from) + AHEAD_BYTES;
+  for (size_t at = 0; at < AHEAD_ELEMENTS * sizeof(E); at += 64) __builtin_prefetch(ahead + at, 0, 2);
+}
+
 template <class T, class F, class C, PenaltyMode MODE, bool OFFSET, bool L2, bool STREAMING>
 struct PenaltyBlock {
   using V = Vector<C>;
@@ -38,12 +51,20 @@ struct PenaltyBlock {
 
     V fisher_sum[UNROLL] = {}, square_sum[UNROLL] = {};
     int64_t i = 0;
-    for (; i + UNROLL * LANES <= count; i += UNROLL * LANES) {
-      WPLFAST_UNROLL
-      for (int u = 0; u < UNROLL; ++u) {
-        const int64_t at = i + u * LANES;
-        step(theta + at, theta_hat + at, OFFSET ? offset + at : nullptr, fisher + at, grad ? grad + at : nullptr, alpha,
-             l2, scale, fisher_sum[u], square_sum[u]);
+    const int64_t whole = count - count % (UNROLL * LANES);
+    while (i < whole) {
+      prefetch(theta + i);
+      prefetch(theta_hat + i);
+      if constexpr (OFFSET) prefetch(offset + i);
+      prefetch(fisher + i);
+      if constexpr (MODE == PenaltyMode::add) prefetch(grad + i);
+      for (const int64_t end = std::min(i + AHEAD_ELEMENTS, whole); i < end; i += UNROLL * LANES) {
+        WPLFAST_UNROLL
+        for (int u = 0; u < UNROLL; ++u) {
+          const int64_t at = i + u * LANES;
+          step(theta + at, theta_hat + at, OFFSET ? offset + at : nullptr, fisher + at, grad ? grad + at : nullptr,
+               alpha, l2, scale, fisher_sum[u], square_sum[u]);
+        }
       }
     }
     for (; i + LANES <= count; i += LANES) {
