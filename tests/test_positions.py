@@ -71,16 +71,20 @@ def test_positions_give_the_fisher_of_the_loop(name, sizes):
     assert_close(found, fisher_loop(model, data, classify), 1e-11, 1e-12)
 
 
+def apart(model, data):
+    """Square the gradients of each loss of each batch, as it is."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = [
+        torch.autograd.grad(loss, parameters, retain_graph=True) for x, y in data for loss in classify(model(x), y)
+    ]
+    return {name: sum(g[i].square() for g in grads) / len(grads) for i, name in enumerate(names)}
+
+
 @pytest.mark.parametrize("name", BY_SAMPLE)
 def test_a_row_for_each_sample_is_no_position(name):
-    model, (batch,) = model_of(BY_SAMPLE[name]), batches((N, T))
-    found = wplfast.fisher_diagonal(model, [batch], classify, independent=True)
-    losses = classify(model(batch[0]), batch[1])
-    grads = [torch.autograd.grad(loss, [*model.parameters()], retain_graph=True) for loss in losses]
-    expected = {
-        parameter: sum(g[i].square() for g in grads) / N for i, (parameter, _) in enumerate(model.named_parameters())
-    }
-    assert_close(found, expected, 1e-11, 1e-12)
+    model, data = model_of(BY_SAMPLE[name]), batches((N, T))
+    found = wplfast.fisher_diagonal(model, data, classify, independent=True)
+    assert_close(found, apart(model, data), 1e-11, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +97,18 @@ def test_positions_cost_no_second_run_of_the_first_batch(pack):
     report = wplfast.fisher_diagonal(model, [(pack(x), y)], classify).report
     assert report.passes_per_batch == 2, "one pass measures and verifies, another one collects"
     assert runs.count(N) == 1, "parts of the batch run besides, and are smaller"
+
+
+@pytest.mark.parametrize("sizes", [[(N, T), (N, T), (2, 5)], [(T, T), (N, T), (T, N)]], ids=str)
+@pytest.mark.parametrize("name", PLACES | BY_SAMPLE)
+def test_an_accumulator_is_not_told_the_size_of_the_batch(name, sizes):
+    """It sees losses after the forward pass: what is no size of earlier data is taken for positions all the same."""
+    model, data = model_of((PLACES | BY_SAMPLE)[name]), batches(*sizes)
+    expected = apart(model, data)
+    with wplfast.FisherAccumulator(model) as accumulator:
+        for x, y in data:
+            accumulator.backward(classify(model(x), y))
+        found = accumulator.result()
+    assert_close(found, expected, 1e-11, 1e-12)
+    if name in ("learnt", "in_one_row") and sizes[0] == (N, T):
+        assert "one by one" not in found.report.rules["table.weight"]

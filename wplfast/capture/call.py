@@ -104,11 +104,12 @@ class Call:
         position = kinds.index("operand")
         return self.operands[self.args[position].index], position, self.args[1 - position].index
 
-    def looks_up_positions(self, n_samples: int) -> bool:
-        """Tell whether all data are ranges of several integers, and none of a size as large as the batch."""
+    @property
+    def is_of_ranges(self) -> bool:
+        """Whether all data are ranges of several integers."""
         if self.differentiable_inputs or self.in_place or not self.input_kinds:
             return False
-        return all(is_range and n_samples not in shape and shape[-1] > 1 for shape, _, is_range in self.input_kinds)
+        return all(is_range and shape[-1] > 1 for shape, _, is_range in self.input_kinds)
 
     def argument(self, position: int, name: str) -> Any:
         """Return an argument by position or keyword; tensors are Slots."""

@@ -230,12 +230,19 @@ class Interception:
             return self._derive(call, inputs, args)
         site = self._site(call, inputs)
         # Either way is exact; but it takes a pass to find out that samples share a result, and the batch runs again.
-        if self.n_samples is not None and call.looks_up_positions(self.n_samples):
+        if call.is_of_ranges and self._are_positions(call):
             site.is_parameter_only = True
         if site.is_parameter_only and not call.differentiable_inputs:
             self._arrive(site, call, inputs)
             return self._derive(call, inputs, args)
         return self._tap(call, inputs, site, args, kwargs)
+
+    def _are_positions(self, call: Call) -> bool:
+        """Tell whether ranges of integers are likely positions: not as long as the batch, or what may be the batch."""
+        sizes = {self.n_samples}
+        if self.n_samples is None:  # as far as can be told from the data of earlier calls
+            sizes = {shape[0] for tapped in self.taps for shape in tapped.call.input_shapes if len(shape) > 1}
+        return bool(sizes) and all(sizes.isdisjoint(shape) for shape in call.input_shapes)
 
     def _take_apart(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
