@@ -1,4 +1,4 @@
-"""Calls that are kept as they were, and loops whose steps are squared at once: when they are the same again, and not."""
+"""Calls that are kept as they were, and loops whose steps are squared at once: the same again, or not."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_step_whose_gradient_is_none():
     torch.manual_seed(0)
     model = Model(run)
     x, zero = numbers(N, T, D), torch.zeros(N, 1, dtype=torch.float64)
-    total = {name: 0 for name in ("w", "b")}
+    total = dict.fromkeys(("w", "b"), 0)
     with wplfast.FisherAccumulator(model, {name: getattr(model, name) for name in total}) as accumulator:
         for passes in (T, T, T, 2, 0, T):  # one graph, whatever the Function does
             accumulator.backward(squares(model(x, passes), zero))

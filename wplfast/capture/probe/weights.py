@@ -180,14 +180,18 @@ def matches(
 
 def shows_samples(layout: AxisLayout, shape: torch.Size, plain: Projection) -> bool:
     """Tell whether at least half of the samples, and two of them, own something that is not zero."""
-    before = plain.rows if layout.has_rows(len(shape)) or len(shape) == 1 else plain.columns
+    by_rows = layout.has_rows(len(shape)) or len(shape) == 1
+    before = plain.rows if by_rows else plain.columns
     if before is None:
         return False
     nonzero = before.abs() > smallest(plain.dtype)
     if bool(nonzero.all()):
         return layout.n_samples > 1
-    shown = layout.segment_ids(shape, before.device)[nonzero]
-    return 2 * len(shown.unique()) >= max(4, layout.n_samples)
+    if by_rows:
+        own = layout.split(nonzero.view(shape[:-1] if len(shape) > 1 else shape))
+    else:
+        own = nonzero.view(layout.outer, layout.n_samples, layout.inner).movedim(1, 0)
+    return 2 * int(own.flatten(1).any(1).sum()) >= max(4, layout.n_samples)
 
 
 def _agree(after: Tensor, before: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

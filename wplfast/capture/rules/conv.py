@@ -16,6 +16,7 @@ from ..call import Call, Operand
 from ..sample_layout import AxisLayout, OneSample, SampleLayout
 from .base import OneOutputRule, by_batch, channel_rows, channels_of, row_sums
 from .grad_sample import GradSample, SummedGradSample, widened
+from .projection import Direction
 
 #: function -> (spatial dimensions, transposed)
 _FORMS: dict[Callable[..., Any], tuple[int, bool]] = {
@@ -26,6 +27,8 @@ _FORMS: dict[Callable[..., Any], tuple[int, bool]] = {
     torch.conv_transpose2d: (2, True),
     torch.conv_transpose3d: (3, True),
 }
+#: number of spatial dimensions -> the convolution
+_SLIDE: dict[int, Callable[..., Tensor]] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,34 @@ class ConvUse(GradSample):
         scaled = self.layout.scale(self.grad_outputs.to(wide), weights.to(self.x.device))
         return self.geometry.weight_gradient(self.x.to(wide), scaled, self.operand.value.to(wide))
 
+    def projected(self, direction: Direction) -> Tensor | None:
+        """Slide the columns over the input as kernels of one channel each; multiply by the projected channels of G."""
+        rows, columns = direction
+        form, kernel, k = self.geometry, self.operand.value.shape[2:], rows.shape[1]
+        slid, fixed = self._slid_and_fixed
+        channels, n_channels = fixed.shape[1] // form.groups, slid.shape[1] // form.groups
+        if (len(rows), len(columns)) != (fixed.shape[1], n_channels * kernel.numel()) or not slid.is_floating_point():
+            return None
+        slid, fixed = slid.to(rows.dtype), fixed.to(rows.dtype)
+        kernels = columns.t().reshape(k, n_channels, *kernel).repeat(form.groups, *[1] * (1 + len(kernel)))
+        seen = _SLIDE[len(kernel)](slid, kernels, None, form.stride, form.padding, form.dilation, form.groups)
+        for dim, size in enumerate(fixed.shape[2:], 2):
+            seen = seen.narrow(dim, 0, size)  # a transposed convolution may pad its output
+        places = fixed.reshape(len(fixed), form.groups, channels, -1)
+        led = torch.einsum("bgcl,gck->bgkl", places, rows.view(form.groups, channels, k))
+        products = (led * seen.reshape(led.shape)).sum((1, 3))  # [B, k]
+        return self.layout.split(products).flatten(1, 2).sum(1)
+
+    @property
+    def _slid_and_fixed(self) -> tuple[Tensor, Tensor]:
+        """What a kernel slides over, and what comes of it: a transposed convolution goes from outputs to inputs."""
+        return (self.grad_outputs, self.x) if self.geometry.transposed else (self.x, self.grad_outputs)
+
     def accumulate(self, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> bool:
-        """Call the fused operator; a transposed convolution is an ordinary one from outputs to inputs."""
+        """Call the fused operator."""
         if not fisher.is_contiguous():
             return False
-        slid, fixed = (self._images(widened(t, fisher)) for t in (self.x, self.grad_outputs))
-        if self.geometry.transposed:
-            slid, fixed = fixed, slid
+        slid, fixed = (self._images(widened(t, fisher)) for t in self._slid_and_fixed)
         form = self.geometry
         ops.fisher_conv_(
             fisher, slid, fixed, weights, gradient,
