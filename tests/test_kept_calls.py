@@ -9,7 +9,7 @@ from oracle import assert_close, fisher_loop
 from torch import Tensor, nn
 
 import wplfast
-from wplfast.capture.collect.steady import stacked
+from wplfast.capture.collect.steps import stacked
 from wplfast.capture.sample_layout import AxisLayout, OneSample, is_summable, sum_to
 
 N, T, D = 4, 5, 6
