@@ -510,6 +510,7 @@ def test_integrations_are_measured(tmp_path, capsys):
     assert penalty["roof_milliseconds"]["median"] > 0
     assert set(step["milliseconds"]) == {"without", "callback", "loop"}
     assert step["loop_over_callback"]["median"] > 0
-    assert found["fisher"]["fisher_over_evaluation"]["median"] > 1
-    assert found["fisher"]["later_batch_over_evaluation"]["median"] > 1
+    # Of least times: at these sizes one look of the garbage collector takes longer than an evaluation.
+    assert found["fisher"]["fisher_over_evaluation"]["best"] > 1
+    assert found["fisher"]["later_batch_over_evaluation"]["best"] > 1
     assert "trainer_fisher" in capsys.readouterr().out
