@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
+from ...ops.contract import kernel
 from ...ops.layout import flat_dtype
+from ..accumulators import Accumulators
 from ..call import Call, Operand
 from ..sample_layout import AxisLayout, OneSample, SampleLayout
 from .base import OneOutputRule, by_batch, channel_rows, channels_of, row_sums
-from .grad_sample import GradSample, SummedGradSample, widened
+from .grad_sample import GradSample, SummedGradSample, add_squares, widened
 from .projection import Direction
+from .recipe import Recipe
 
 #: function -> (spatial dimensions, transposed)
 _FORMS: dict[Callable[..., Any], tuple[int, bool]] = {
@@ -41,6 +44,13 @@ class ConvGeometry:
     groups: int
     transposed: bool
     output_padding: list[int]
+    sides: Sequence[
+        int
+    ] = ()  # zeros that the input gets first, as F.pad takes them, where they differ from side to side
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Return an input with zeros where padding differs from side to side."""
+        return F.pad(x, self.sides) if self.sides else x
 
     def weight_gradient(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
         """Return the ordinary weight gradient of [B, C, *S] inputs and their outputs' gradients."""
@@ -113,17 +123,13 @@ class ConvUse(GradSample):
         """Call the fused operator."""
         if not fisher.is_contiguous():
             return False
-        slid, fixed = (self._images(widened(t, fisher)) for t in self._slid_and_fixed)
+        slid, fixed = (images(self.layout, widened(t, fisher)) for t in self._slid_and_fixed)
         form = self.geometry
         ops.fisher_conv_(
             fisher, slid, fixed, weights, gradient,
             stride=form.stride, padding=form.padding, dilation=form.dilation, groups=form.groups,
         )  # fmt: skip
         return True
-
-    def _images(self, tensor: Tensor) -> Tensor:
-        """View [B, C, *S] as [N, M, *S, C]; a copy where a sample's images lie apart."""
-        return self.layout.split(tensor.movedim(1, -1)).flatten(1, 2)
 
 
 class ConvRule(OneOutputRule):
@@ -153,11 +159,29 @@ class ConvRule(OneOutputRule):
         found: list[GradSample] = []
         if weight is not None:
             x = inputs[call.argument(0, "input").index].to(gradient.dtype)
-            geometry, x = _geometry(call, x, weight.value)
-            found.append(ConvUse(weight, self.name, layout, x, gradient, geometry))
+            geometry = _geometry(call, weight.value)
+            found.append(ConvUse(weight, self.name, layout, geometry.padded(x), gradient, geometry))
         if bias is not None:
             found.append(SummedGradSample(bias, self.name, row_sums(channel_rows(layout, gradient))))
         return found
+
+    def recipe(
+        self,
+        call: Call,
+        layouts: Sequence[SampleLayout | None],
+        shapes: Sequence[torch.Size],
+        accumulators: Accumulators,
+    ) -> Recipe | None:
+        """Bind the fused kernel for the weight, and the squares of sums for the bias."""
+        weight, bias, layout = call.operand_at(1, "weight"), call.operand_at(2, "bias"), layouts[0]
+        parts = [operand for operand in (weight, bias) if operand is not None]
+        if weight is None or layout is None or not by_batch(layout) or len(call.input_shapes) != 1:
+            return None
+        if call.is_complex or not call.has_plain_inputs or not all(operand.is_parameter for operand in parts):
+            return None
+        of_bias = None if bias is None else bias.parameters[0]
+        geometry = _geometry(call, weight.value)
+        return ConvRecipe(self.name, accumulators, layout, geometry, weight.parameters[0], of_bias)
 
     def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the weight gradient without running the call again."""
@@ -168,15 +192,65 @@ class ConvRule(OneOutputRule):
         for operand in call.operands:
             if operand is weight:
                 x = inputs[call.argument(0, "input").index].to(gradient.dtype)
-                geometry, x = _geometry(call, x, operand.value)
-                found.append(geometry.weight_gradient(x, gradient, operand.value.to(gradient.dtype)))
+                geometry = _geometry(call, operand.value)
+                value = operand.value.to(gradient.dtype)
+                found.append(geometry.weight_gradient(geometry.padded(x), gradient, value))
             else:
                 found.append(gradient.movedim(1, -1).flatten(0, -2).sum(0))
         return found
 
 
-def _geometry(call: Call, x: Tensor, weight: Tensor) -> tuple[ConvGeometry, Tensor]:
-    """Read a convolution's options; an input whose padding differs from side to side is returned padded."""
+class ConvRecipe:
+    """The recipe of a convolution whose weight and bias are whole parameters.
+
+    Args:
+        name: of the rule.
+        accumulators: what squares are added to.
+        layout: of the output; samples own whole images.
+        geometry: of the convolution.
+        weight: index of the weight.
+        bias: index of the bias; None if there is none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        accumulators: Accumulators,
+        layout: AxisLayout | OneSample,
+        geometry: ConvGeometry,
+        weight: int,
+        bias: int | None,
+    ) -> None:
+        self._accumulators, self._layout, self._geometry = accumulators, layout, geometry
+        self._weight, self._bias = weight, bias
+        self._fisher_conv_ = kernel("fisher_conv_", accumulators.like[weight].device.type)
+        for index in (weight, bias):
+            if index is not None:
+                accumulators.rules[index].add(name)
+
+    def __call__(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Square one batch's gradients."""
+        (x,), gradient = inputs, grads[0]
+        if gradient is None:
+            return
+        into, form = self._accumulators, self._geometry
+        fisher, of_weight = into.fisher[self._weight], into.gradient_of(self._weight)
+        pair = (form.padded(x.to(gradient.dtype)), gradient)
+        slid, fixed = (images(self._layout, widened(t, fisher)) for t in (reversed(pair) if form.transposed else pair))
+        options = form.stride, form.padding, form.dilation, form.groups
+        self._fisher_conv_(fisher, slid, fixed, into.weights, of_weight, *options)
+        if self._bias is not None:
+            sums = row_sums(channel_rows(self._layout, gradient))
+            add_squares(sums, into.fisher[self._bias], into.gradient_of(self._bias), into.weights)
+
+
+def images(layout: AxisLayout | OneSample, tensor: Tensor) -> Tensor:
+    """View [B, C, *S] as [N, M, *S, C]; a copy where a sample's images lie apart."""
+    return layout.split(tensor.movedim(1, -1)).flatten(1, 2)
+
+
+def _geometry(call: Call, weight: Tensor) -> ConvGeometry:
+    """Read a convolution's options."""
     n_spatial, transposed = _FORMS[call.func]
 
     def option(position: int, name: str, default: int) -> list[int]:
@@ -191,19 +265,19 @@ def _geometry(call: Call, x: Tensor, weight: Tensor) -> tuple[ConvGeometry, Tens
     stride = option(3, "stride", 1)
     if transposed:
         padding, dilation = option(4, "padding", 0), option(7, "dilation", 1)
-        return ConvGeometry(stride, padding, dilation, groups(6), True, option(5, "output_padding", 0)), x
+        return ConvGeometry(stride, padding, dilation, groups(6), True, option(5, "output_padding", 0))
     zeros = [0] * n_spatial
     geometry = ConvGeometry(stride, zeros, option(5, "dilation", 1), groups(6), False, zeros)
     mode = call.argument(4, "padding")
     if mode == "valid":
-        return geometry, x
+        return geometry
     if mode == "same":
         totals = [d * (k - 1) for d, k in zip(geometry.dilation, weight.shape[2:], strict=True)]
         if any(total % 2 for total in totals):
             sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-            return geometry, F.pad(x, sides)
-        return replace(geometry, padding=[total // 2 for total in totals]), x
-    return replace(geometry, padding=option(4, "padding", 0)), x
+            return replace(geometry, sides=sides)
+        return replace(geometry, padding=[total // 2 for total in totals])
+    return replace(geometry, padding=option(4, "padding", 0))
 
 
 CONV = ConvRule()
