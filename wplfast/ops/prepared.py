@@ -7,15 +7,17 @@ the dispatcher, on any device; a backend may give a subclass that remembers addr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .arguments import PenaltyArguments
+from .contract import kernel
 from .layout import Packing, is_dense
 
 #: Address, dtype, device, shape and stride: what must not have changed.
@@ -23,6 +25,9 @@ Location: TypeAlias = tuple[int, torch.dtype, torch.device, torch.Size, tuple[in
 
 #: A dictionary, a key and the value that must be there: how a module holds its parameters and submodules.
 Link: TypeAlias = tuple[dict[str, Any], str, object]
+
+#: Tensors that no other package's code stands behind.
+_PLAIN = frozenset({Tensor, nn.Parameter})
 
 _version = attrgetter("_version")
 
@@ -85,13 +90,22 @@ class PreparedPenalty:
 
     def value(self) -> Tensor:
         """Return the value, 0-d."""
-        value: Tensor = torch.ops.wplfast.penalty(*self.arguments)
+        value: Tensor = self._operator("penalty")(*self.arguments)
         return self.with_constant(value)
 
     def with_grad(self) -> tuple[Tensor, Tensor]:
         """Return the value and the packed gradient (see :meth:`views`)."""
-        value, packed = torch.ops.wplfast.penalty_with_grad(*self.arguments)
+        value, packed = self._operator("penalty_with_grad")(*self.arguments)
         return self.with_constant(value), packed
+
+    def _operator(self, name: str) -> Callable[..., Any]:
+        """Return an operator; where nothing must see it go through the dispatcher, what serves it."""
+        theta, theta_hat, offset, fisher, _, _ = self.arguments
+        plain = all(type(t) in _PLAIN for tensors in (theta, theta_hat, offset, fisher) for t in tensors)
+        if not plain or dispatched() or forward_ad._current_level >= 0:
+            found: Callable[..., Any] = getattr(torch.ops.wplfast, name)
+            return found
+        return kernel(name, theta[0].device.type)
 
     @property
     def packing(self) -> Packing:

@@ -226,7 +226,7 @@ class CallCache:
         """Keep a call, to repeat it, if all about it can be compared: its tensors are plain arguments."""
         call, rule = tapped.call, tapped.rule
         place.kept = None
-        simple = rule.fast and call.has_plain_inputs and not call.in_place and not call.constants
+        simple = rule.fast and call.has_plain_inputs and not (call.in_place or call.constants or "out" in kwargs)
         if not simple or any(operand.graph is not None or operand.copy is not None for operand in call.operands):
             return
         of_operands: list[_OperandForm] = []
