@@ -374,7 +374,7 @@ def test_what_is_kept_of_steady_batches_is_bounded(monkeypatch):
         for t in range(60):
             acc.backward(torch.tanh(model(torch.randn(2, 1 + t, D))).square().sum((1, 2)))
         cache = acc._session.interception.cache
-        assert len(cache._start._after) < 30
+        assert len(cache._start.after) < 30
 
 
 @pytest.mark.filterwarnings("ignore:left out")

@@ -40,7 +40,7 @@ class MatmulRule(OneOutputRule):
 
     def stackable(self, call: Call) -> bool:
         """A product from the right treats rows alike: steps of a loop are one product over [N, T, D]."""
-        return call.pair is not None and self.product(call) is not None
+        return call.pair is not None and _affine(call) is not None
 
     def serve(
         self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout
@@ -67,15 +67,8 @@ class MatmulRule(OneOutputRule):
 
     def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """Return the matrix transposed, and what addmm adds if it is a vector."""
-        if len(call.input_shapes) != 1 or call.is_input(2, "mat2"):
-            return None
-        if call.name in _SUMS:
-            matrix, bias = call.tensor_at(2, "mat2", ()), call.tensor_at(0, "input", ())
-            if matrix is None or bias is None or bias.shape != matrix.shape[1:]:
-                return None
-            return matrix.t(), bias
-        found = call.pair
-        return None if found is None or _is_left(call, found[1]) else (found[0].value.t(), None)
+        found = _affine(call)
+        return None if found is None else (found[0].t(), found[1])
 
     def recipe(
         self,
@@ -85,7 +78,7 @@ class MatmulRule(OneOutputRule):
         accumulators: Accumulators,
     ) -> Recipe | None:
         """Bind the fused kernel for a matrix on the right, and the squares of sums for what addmm adds."""
-        layout, plain = layouts[0], call.has_plain_inputs and not call.is_complex and self.product(call) is not None
+        layout, plain = layouts[0], call.has_plain_inputs and not call.is_complex and _affine(call) is not None
         if layout is None or not plain or not layout.has_rows(len(shapes[0])):
             return None
         if not all(operand.is_parameter for operand in call.operands):
@@ -101,7 +94,7 @@ class MatmulRule(OneOutputRule):
     def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return A^T G, and for what addmm adds the sum of G over all rows, without running the call again."""
         gradient = grads[0]
-        plain = call.has_plain_inputs and not (call.is_complex or call.in_place) and self.product(call) is not None
+        plain = call.has_plain_inputs and not (call.is_complex or call.in_place) and _affine(call) is not None
         if gradient is None or not plain:
             return super().ordinary(call, inputs, grads)
         rows = gradient.reshape(-1, gradient.shape[-1])
@@ -129,6 +122,20 @@ class MatmulRule(OneOutputRule):
             return None
         rows, x_rows = turned.rows(gradient.transpose(-1, -2)), turned.rows(x.transpose(-1, -2))
         return [FactoredGradSample(operand, self.name, x_rows, rows)]
+
+
+def _affine(call: Call) -> tuple[Tensor, Tensor | None] | None:
+    """Return the matrix on the right of the only data, and the vector that addmm adds; None if it is another product.
+
+    No view is made: a sharded model may have freed the matrix's memory by now.
+    """
+    if len(call.input_shapes) != 1 or call.is_input(2, "mat2"):
+        return None
+    if call.name in _SUMS:
+        matrix, bias = call.tensor_at(2, "mat2", ()), call.tensor_at(0, "input", ())
+        return None if matrix is None or bias is None or bias.shape != matrix.shape[1:] else (matrix, bias)
+    found = call.pair
+    return None if found is None or _is_left(call, found[1]) else (found[0].value, None)
 
 
 def _is_left(call: Call, position: int) -> bool:
