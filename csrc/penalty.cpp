@@ -15,6 +15,9 @@ using PenaltyBlockFunction = double (*)(const Anchor&, int64_t begin, int64_t co
 // Elements per partial sum. A lane of an AVX-512 accumulator then adds 128 terms in fp32, far below the error budget.
 constexpr int64_t BLOCK = 4096;
 
+// How far ahead memory is asked for.
+constexpr int64_t AHEAD_BYTES = 1024;
+
 // Below this many elements per thread, waking it costs more than it saves.
 constexpr int64_t GRAIN = 32768;
 
@@ -59,7 +62,7 @@ struct Schedule {
 void prefetch_head(const Anchor& anchor) {
   const void* const arrays[] = {anchor.theta, anchor.theta_hat, anchor.offset, anchor.fisher, anchor.grad};
   for (const void* array : arrays) {
-    for (int at = 0; at < 1024 && array != nullptr; at += 64) {
+    for (int64_t at = 0; at < AHEAD_BYTES && array != nullptr; at += 64) {
       __builtin_prefetch(static_cast<const char*>(array) + at, 0, 2);
     }
   }

@@ -3,10 +3,9 @@
 // Two vectors per step keep enough loads in flight; more would spill on AVX2 with an offset and l2.
 constexpr int UNROLL = 2;
 
-// Memory is asked for this far ahead, array by array. The processor's own prefetching begins anew at every page, of
-// which four arrays cross many: without this, they are read at 0.7 to 0.8 of the rate of two (EPYC, family 25), with
-// less or more at once and nearer or farther ahead at 0.8 to 0.9 of what this gives.
-constexpr int64_t AHEAD_BYTES = 1024;
+// Memory is asked for AHEAD_BYTES ahead, array by array, for so many elements at once. The processor's own prefetching
+// begins anew at every page, of which four arrays cross many: without this, they are read at 0.7 to 0.8 of the rate of
+// two (EPYC, family 25), with less or more at once and nearer or farther ahead at 0.8 to 0.9 of what this gives.
 constexpr int64_t AHEAD_ELEMENTS = 64;
 
 // Asks for as many elements of an array, for the second level of the cache.

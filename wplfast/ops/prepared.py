@@ -102,10 +102,7 @@ class PreparedPenalty:
         """Return an operator; where nothing must see it go through the dispatcher, what serves it."""
         theta, theta_hat, offset, fisher, _, _ = self.arguments
         plain = all(type(t) in _PLAIN for tensors in (theta, theta_hat, offset, fisher) for t in tensors)
-        if not plain or dispatched() or forward_ad._current_level >= 0:
-            found: Callable[..., Any] = getattr(torch.ops.wplfast, name)
-            return found
-        return kernel(name, theta[0].device.type)
+        return operator(name, theta[0].device.type, through=not plain or forward_ad._current_level >= 0)
 
     @property
     def packing(self) -> Packing:
@@ -145,6 +142,14 @@ def dispatched() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._autograd._profiler_enabled()
     )
+
+
+def operator(name: str, device_type: str, through: bool = False) -> Callable[..., Any]:
+    """Return an operator; what serves it on a device type, where nothing must see it go through the dispatcher."""
+    if through or dispatched():
+        found: Callable[..., Any] = getattr(torch.ops.wplfast, name)
+        return found
+    return kernel(name, device_type)
 
 
 def _location(parameter: Tensor) -> Location:

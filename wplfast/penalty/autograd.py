@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..ops.arguments import PenaltyArguments
-from ..ops.contract import kernel
 from ..ops.layout import flat_dtype, packed_views
-from ..ops.prepared import PreparedPenalty, dispatched
+from ..ops.prepared import PreparedPenalty, operator
 
 
 def differentiable(prepared: PreparedPenalty) -> Tensor:
@@ -96,8 +95,7 @@ class EagerPenalty(torch.autograd.Function):
         if torch._C._autograd._get_current_graph_task_keep_graph():
             # A second backward pass may come, and AccumulateGrad may take the views for .grad: give them a copy.
             packed = packed.clone()
-        scale = torch.ops.wplfast.scale_unless_one_ if dispatched() else kernel("scale_unless_one_", packed.device.type)
-        scale(packed, upstream)
+        operator("scale_unless_one_", packed.device.type)(packed, upstream)
         return (None, *prepared.views(packed))
 
 

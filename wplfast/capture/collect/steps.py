@@ -19,12 +19,13 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Stack tensors along dimension 1; a view where they lie one after the other in one tensor, as slices of it do."""
     first, second = tensors[0], tensors[min(1, len(tensors) - 1)]
     start, step = first.storage_offset(), second.storage_offset() - first.storage_offset()
+    memory = first.untyped_storage().data_ptr()
     if step > 0 and all(
         tensor.storage_offset() == start + index * step
         and tensor.shape == first.shape
         and tensor.stride() == first.stride()
         and tensor.dtype == first.dtype
-        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and tensor.untyped_storage().data_ptr() == memory
         for index, tensor in enumerate(tensors)
     ):
         (n, *rest), (row, *strides) = first.shape, first.stride()

@@ -44,9 +44,7 @@ class ConvGeometry:
     groups: int
     transposed: bool
     output_padding: list[int]
-    sides: Sequence[
-        int
-    ] = ()  # zeros that the input gets first, as F.pad takes them, where they differ from side to side
+    sides: Sequence[int] = ()  # of the zeros that an input gets first, as F.pad takes them; none where both are alike
 
     def padded(self, x: Tensor) -> Tensor:
         """Return an input with zeros where padding differs from side to side."""

@@ -20,8 +20,7 @@ _SIGNS = {
     **dict.fromkeys(("sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"), (1.0, -1.0)),
     **dict.fromkeys(("rsub", "__rsub__"), (-1.0, 1.0)),
 }
-
-
+#: Those that add both terms as they are.
 _PLAIN = frozenset({"add", "__add__", "__radd__"})
 
 
