@@ -15,7 +15,7 @@ from ..probe.graph import fingerprint
 from ..rules import vectorised
 from ..rules.grad_sample import GradSample, add_squares, chunks, weights_of
 from ..rules.projection import Directions, add
-from . import derived, tied
+from . import derived, spread, tied
 
 #: Parameter index -> the grad samples of all its uses in one batch; one of a derived operand stands under several.
 Uses = Mapping[int, Sequence[GradSample]]
@@ -38,7 +38,9 @@ def accumulate(uses: Uses, accumulators: Accumulators) -> None:
             target = _view(fisher, region)
             plain = None if gradient is None else _view(gradient, region)
             whole = region is not None or all(use.operand.graph is None for use in group)
-            fused = whole and _fused(group, target, plain, weights)
+            fused = whole and (
+                _fused(group, target, plain, weights) or spread.accumulate(group, target, plain, weights)
+            )
             if not fused and not tied.accumulate(group, target, plain, weights):
                 _materialised(index, group, target, plain, weights, direct=region is not None)
 
@@ -157,7 +159,7 @@ def _materialised(
 ) -> None:
     """Materialise the per-sample gradients of a few samples at a time; ``direct`` if uses have the target's shape."""
     total_fisher = fisher if fisher.is_contiguous() else torch.zeros_like(fisher, memory_format=torch.contiguous_format)
-    for samples in chunks(group[0].n_samples, fisher.numel()):
+    for samples in chunks(group[0].n_samples, fisher.numel(), fisher.device.type == "cpu"):
         total = fisher.new_zeros((len(samples), *fisher.shape))
         for same in _by_operand({parameter: group}):
             grads = _summed(same, samples)
@@ -170,8 +172,9 @@ def _materialised(
 def _together(uses: Uses, accumulators: Accumulators) -> None:
     """Materialise the per-sample gradients of several parameters, a few samples at a time."""
     groups = _by_operand(uses)
-    numel = sum(accumulators.fisher[index].numel() for index in uses)
-    for samples in chunks(groups[0][0].n_samples, numel):
+    fishers = [accumulators.fisher[index] for index in uses]
+    cached = fishers[0].device.type == "cpu"
+    for samples in chunks(groups[0][0].n_samples, sum(fisher.numel() for fisher in fishers), cached):
         totals = {i: f.new_zeros((len(samples), *f.shape)) for i in uses for f in [accumulators.fisher[i]]}
         for same in groups:
             for index, grads in _push(same[0].operand, _summed(same, samples)).items():

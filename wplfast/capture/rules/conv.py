@@ -17,7 +17,7 @@ from ..accumulators import Accumulators
 from ..call import Call, Operand
 from ..sample_layout import AxisLayout, OneSample, SampleLayout
 from .base import OneOutputRule, by_batch, channel_rows, channels_of, row_sums
-from .grad_sample import GradSample, SummedGradSample, add_squares, widened
+from .grad_sample import GradSample, SummedGradSample, add_squares, padded, widened
 from .projection import Direction
 from .recipe import Recipe
 
@@ -102,15 +102,43 @@ class ConvUse(GradSample):
         channels, n_channels = fixed.shape[1] // form.groups, slid.shape[1] // form.groups
         if (len(rows), len(columns)) != (fixed.shape[1], n_channels * kernel.numel()) or not slid.is_floating_point():
             return None
-        slid, fixed = slid.to(rows.dtype), fixed.to(rows.dtype)
-        kernels = columns.t().reshape(k, n_channels, *kernel).repeat(form.groups, *[1] * (1 + len(kernel)))
-        seen = _SLIDE[len(kernel)](slid, kernels, None, form.stride, form.padding, form.dilation, form.groups)
-        for dim, size in enumerate(fixed.shape[2:], 2):
-            seen = seen.narrow(dim, 0, size)  # a transposed convolution may pad its output
+        fixed = fixed.to(rows.dtype)
+        seen = self._seen(columns.t().reshape(k, n_channels, *kernel).repeat(form.groups, *[1] * (1 + len(kernel))))
         places = fixed.reshape(len(fixed), form.groups, channels, -1)
         led = rows.view(form.groups, channels, k).transpose(1, 2) @ places  # [B, groups, k, L]; einsum is slow here
         products = (led * seen.reshape(led.shape)).sum((1, 3))  # [B, k]
         return self.layout.split(products).flatten(1, 2).sum(1)
+
+    def contracted(self, factor: Tensor, shape: torch.Size) -> Tensor | None:
+        """Slide the factors over the input as kernels, where rows of the weight, or all of it, are summed."""
+        weight, wide = self.operand.value, flat_dtype(self.x.dtype)
+        sizes, _, fixed = padded(shape, weight.dim()), *self._slid_and_fixed
+        if torch.Size(sizes[1:]).numel() > 1 or fixed.is_complex():
+            return None
+        products = (fixed.to(wide) * self._seen(factor.expand(weight.shape).to(wide))).flatten(2).sum(2)  # [B, C]
+        sums = self.layout.split(products).flatten(1, 2).sum(1)
+        return (sums if sizes[0] > 1 else sums.sum(1)).reshape(len(sums), *shape)
+
+    def weighed(self, factors: Tensor) -> Tensor | None:
+        """Weigh the channels that rows of the weight stand for; then one ordinary weight gradient serves all."""
+        weight, wide = self.operand.value, flat_dtype(self.x.dtype)
+        sizes = padded(factors.shape[1:], weight.dim())
+        if torch.Size(sizes[1:]).numel() > 1 or self.x.is_complex():
+            return None
+        slid, fixed = (self.layout.split(t).to(wide) for t in self._slid_and_fixed)  # [N, outer, inner, C, *S]
+        fixed = fixed * factors.to(wide).view(len(factors), 1, 1, -1, *[1] * (weight.dim() - 2))
+        slid, fixed = slid.flatten(0, 2), fixed.flatten(0, 2)
+        pair = (fixed, slid) if self.geometry.transposed else (slid, fixed)
+        return self.geometry.weight_gradient(*pair, weight.to(wide))
+
+    def _seen(self, kernels: Tensor) -> Tensor:
+        """Slide kernels [groups * k, C, *K] over what this one slides over."""
+        form, (slid, fixed) = self.geometry, self._slid_and_fixed
+        slide = _SLIDE[kernels.dim() - 2]
+        seen = slide(slid.to(kernels.dtype), kernels, None, form.stride, form.padding, form.dilation, form.groups)
+        for dim, size in enumerate(fixed.shape[2:], 2):
+            seen = seen.narrow(dim, 0, size)  # a transposed convolution may pad its output
+        return seen
 
     @property
     def _slid_and_fixed(self) -> tuple[Tensor, Tensor]:

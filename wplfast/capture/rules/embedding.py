@@ -14,7 +14,7 @@ from ..accumulators import Accumulators
 from ..call import Call, Operand, Slot
 from ..sample_layout import AxisLayout, OneSample, SampleLayout, SegmentIds
 from .base import OneOutputRule
-from .grad_sample import GradSample, widened
+from .grad_sample import GradSample, padded, widened
 from .projection import Direction
 from .recipe import Recipe
 
@@ -44,6 +44,32 @@ class LookupGradSample(GradSample):
         """Project what was looked up."""
         rows = direction.rows[self.indices.clamp_min(0)] * (self.indices >= 0).unsqueeze(-1)
         return ((self.grad_outputs.to(rows.dtype) @ direction.columns) * rows).sum(1)
+
+    def contracted(self, factor: Tensor, shape: torch.Size) -> Tensor | None:
+        """Contract what was looked up with the factors of its rows."""
+        table, wide = self.operand.value, flat_dtype(self.grad_outputs.dtype)
+        sizes = padded(shape, 2)
+        if table.dim() != 2 or sizes not in ((len(table), 1), (1, 1)):
+            return None
+        chosen = factor.to(wide).expand(table.shape)[self.indices.clamp_min(0)]
+        dots = ((self.grad_outputs.to(wide) * chosen).sum(2)) * (self.indices >= 0)
+        if sizes == (1, 1):
+            return dots.sum(1).reshape(-1, *shape)
+        found = dots.new_zeros(len(dots), len(table)).scatter_add_(1, self.indices.clamp_min(0), dots)
+        return found.reshape(-1, *shape)
+
+    def weighed(self, factors: Tensor) -> Tensor | None:
+        """Weigh what was looked up, then add all into one table."""
+        table, wide = self.operand.value, flat_dtype(self.grad_outputs.dtype)
+        sizes = padded(factors.shape[1:], 2)
+        if table.dim() != 2 or sizes not in ((len(table), 1), (1, 1)):
+            return None
+        each = factors.to(wide).reshape(len(factors), -1)
+        rows = (
+            self.grad_outputs.to(wide)
+            * (each.gather(1, self.indices.clamp_min(0)) if sizes[0] > 1 else each)[..., None]
+        )
+        return self._tables(self.indices.reshape(1, -1), rows.flatten(0, 1).unsqueeze(0))[0]
 
     def _tables(self, indices: Tensor, rows: Tensor) -> Tensor:
         """Sum rows [n, T, D] into tables [n, V, D]."""

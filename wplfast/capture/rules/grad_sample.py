@@ -21,6 +21,9 @@ from .projection import Direction
 #: Per-sample gradients are materialised for at most this many elements at a time.
 MAX_ELEMENTS = 1 << 24
 
+#: And for fewer on a CPU where they go through one function after the other: they stay in its caches.
+MAX_CACHED = 1 << 20
+
 
 class GradSample(ABC):
     """What one call contributed to the per-sample gradients of one operand."""
@@ -48,6 +51,17 @@ class GradSample(ABC):
 
     def projected(self, direction: Direction) -> Tensor | None:
         """Return the projections of all samples' gradients, [N, k], where they cost less than the gradients."""
+        return None
+
+    def contracted(self, factor: Tensor, shape: torch.Size) -> Tensor | None:
+        """Return ``factor * g_n``, summed to a smaller shape that spreads to the operand's: [N, *shape].
+
+        None where that is not cheaper than all gradients.
+        """
+        return None
+
+    def weighed(self, factors: Tensor) -> Tensor | None:
+        """Return ``sum_n factors[n] * g_n``, where factors [N, *S] spread to the operand's shape; None as above."""
         return None
 
     def joined(self, others: Sequence[GradSample]) -> GradSample | None:
@@ -95,6 +109,32 @@ class FactoredGradSample(GradSample):
             return None
         return ((g @ rows) * (a @ columns)).sum(1)
 
+    def contracted(self, factor: Tensor, shape: torch.Size) -> Tensor | None:
+        """Contract one of the factors with the matrix first, if that is one."""
+        matrix, a, g = self.operand.value.shape, self.activations, self.grad_outputs
+        if len(matrix) != 2:
+            return None
+        wide, sizes = flat_dtype(a.dtype), padded(shape, 2)
+        a, g, factor = a.to(wide), g.to(wide), factor.to(wide).expand(matrix)
+        if sizes in ((matrix[0], 1), (1, 1)):
+            sums = (g * (a @ factor.t())).sum(1)
+            sums = sums if sizes[0] == matrix[0] else sums.sum(1)
+        elif sizes == (1, matrix[1]):
+            sums = (a * (g @ factor)).sum(1)
+        else:
+            return None
+        return sums.reshape(len(sums), *shape)
+
+    def weighed(self, factors: Tensor) -> Tensor | None:
+        """Weigh the rows of one of the factors, if the operand is a matrix; then one product serves all samples."""
+        matrix, a, g = self.operand.value.shape, self.activations, self.grad_outputs
+        wide, sizes = flat_dtype(a.dtype), padded(factors.shape[1:], 2)
+        if len(matrix) != 2 or 1 not in sizes:
+            return None
+        a, g, factors = a.to(wide), g.to(wide), factors.to(wide).view(len(factors), 1, -1)
+        a, g = (a, g * factors) if sizes[1] == 1 else (a * factors, g)
+        return g.flatten(0, 1).t() @ a.flatten(0, 1)
+
     def joined(self, others: Sequence[GradSample]) -> GradSample | None:
         """Join the rows along T: their products then sum before the square. Factors of other widths do not join."""
         if not others:
@@ -138,6 +178,15 @@ class SummedGradSample(GradSample):
     def projected(self, direction: Direction) -> Tensor:
         """Project them."""
         return direction.of(self.grads)
+
+    def contracted(self, factor: Tensor, shape: torch.Size) -> Tensor:
+        """Multiply and sum."""
+        sums = (self.grads * factor.to(self.grads)).sum_to_size(len(self.grads), *padded(shape, self.grads.dim() - 1))
+        return sums.reshape(-1, *shape)
+
+    def weighed(self, factors: Tensor) -> Tensor:
+        """Multiply and sum."""
+        return (self.grads * factors.to(self.grads)).sum(0)
 
     def joined(self, others: Sequence[GradSample]) -> GradSample:
         """Add them up."""
@@ -192,6 +241,11 @@ def widened(tensor: Tensor, accumulator: Tensor) -> Tensor:
     return tensor if flat_dtype(tensor.dtype) == accumulator.dtype else tensor.to(accumulator.dtype)
 
 
+def padded(shape: Sequence[int], n_dims: int) -> tuple[int, ...]:
+    """Return a shape with ones in front."""
+    return (1,) * (n_dims - len(shape)) + tuple(shape)
+
+
 def add_squares(grads: Tensor, fisher: Tensor, gradient: Tensor | None, weights: Tensor | None) -> None:
     """Square and accumulate per-sample gradients [N, *S]; ``fisher`` is contiguous."""
     grads = grads.to(fisher.dtype).contiguous()
@@ -211,7 +265,7 @@ def weights_of(weights: Tensor | None, samples: range) -> Tensor | None:
     return None if weights is None else weights[samples.start : samples.stop].contiguous()
 
 
-def chunks(n_samples: int, numel: int) -> list[range]:
-    """Split the samples so that [chunk, numel] stays within MAX_ELEMENTS."""
-    step = max(1, MAX_ELEMENTS // max(1, numel))
+def chunks(n_samples: int, numel: int, cached: bool = False) -> list[range]:
+    """Split the samples so that [chunk, numel] stays within MAX_ELEMENTS, or MAX_CACHED if it is to stay in caches."""
+    step = max(1, (min(MAX_ELEMENTS, MAX_CACHED) if cached else MAX_ELEMENTS) // max(1, numel))
     return [range(first, min(first + step, n_samples)) for first in range(0, n_samples, step)]
