@@ -8,7 +8,7 @@ are inferred in :mod:`wplfast.capture.probe`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TypeAlias
 
 import torch
@@ -116,13 +116,19 @@ class SegmentIds:
     def rows(self, tensor: Tensor) -> Tensor:
         """Arrange rows as [N, T, D], T the most rows that one sample owns, padded with zeros (exact: they add 0)."""
         flat = tensor.reshape(-1, tensor.shape[-1])
+        rows, places, most = self._places
+        arranged = flat.new_zeros(self.n_samples * most, flat.shape[1])
+        return arranged.index_copy_(0, places, flat[rows]).view(self.n_samples, most, -1)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor, int]:
+        """The rows that samples own, where each goes among T for every sample, and T."""
         owned = (self.ids >= 0).nonzero().squeeze(1)
         sample, order = self.ids[owned].sort(stable=True)
         counts = torch.bincount(sample, minlength=self.n_samples)
+        most = max(1, int(counts.max()))
         place = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts)[sample]
-        arranged = flat.new_zeros(self.n_samples, max(1, int(counts.max())), flat.shape[1])
-        arranged[sample, place] = flat[owned[order]]
-        return arranged
+        return owned[order], sample * most + place, most
 
     def only(self, tensor: Tensor, sample: int) -> Tensor:
         """Return a copy in which all rows of other samples are zero."""

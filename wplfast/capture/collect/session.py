@@ -185,7 +185,8 @@ class Session:
             check = Check.REMEASURE
         graph = batch.graph or fingerprint(batch.losses)
         structure = self._number(graph.structure)
-        inference.start_batch(len(batch.losses), structure, Check.TRUST if first else check, self._reorders)
+        trust = Check.TRUST if first else check
+        inference.start_batch(len(batch.losses), structure, trust, self._reorders, batch.verify)
         passes = max(inference.passes_needed(taps), int(batch.verify and len(batch.losses) > 1))
         batch.keep = (
             batch.retain_graph

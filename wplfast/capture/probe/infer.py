@@ -12,7 +12,18 @@ from torch import Tensor
 
 from ..call_site import CallSite, KnownOutput, TappedCall
 from ..sample_layout import AxisLayout, AxisTemplate, OneSample, SampleLayout, SegmentIds
-from .weights import ProbeWeights, Projection, candidates, decode, is_mixed, matches, negligible, shows_samples
+from .weights import (
+    RADIX,
+    WIDE_RADIX,
+    ProbeWeights,
+    Projection,
+    candidates,
+    decode,
+    is_mixed,
+    matches,
+    negligible,
+    shows_samples,
+)
 
 #: A call site and the index of one of its outputs.
 _Place: TypeAlias = tuple[CallSite, int]
@@ -52,7 +63,7 @@ class LayoutInference:
         self.in_pairs = False  # from now on, samples are told by what changes in which of two passes
         self.has_half = False  # a gradient was of float16, which has no room for powers of two
 
-    def start_batch(self, n_samples: int, structure: int, check: Check, thorough: bool) -> None:
+    def start_batch(self, n_samples: int, structure: int, check: Check, thorough: bool, verifies: bool) -> None:
         """Draw the probe weights of a batch, and say how far to trust what is known.
 
         Args:
@@ -61,8 +72,11 @@ class LayoutInference:
             check: what to do about known layouts.
             thorough: tell any two samples apart before a template is believed. Otherwise one probing pass is enough:
                 two samples share a weight with probability 1/32, but a template is wrong for nearly all rows at once.
+            verifies: ordinary gradients of a probing pass are compared.
         """
-        self.probe_weights, self._check = ProbeWeights(n_samples, self._generator, self.in_pairs), check
+        radix = RADIX if verifies else WIDE_RADIX
+        self.probe_weights = ProbeWeights(n_samples, self._generator, self.in_pairs, radix)
+        self._check = check
         self._thorough, self._structure = thorough or self.in_pairs, structure
         self.asleep = set()
         self.start_probing()
@@ -195,7 +209,7 @@ class LayoutInference:
                 known.is_routed = True
                 known.templates.clear()
                 return SegmentIds(ids, self.probe_weights.n_samples)
-        elif self.in_pairs or not is_mixed(probed[0], plain):
+        elif self.in_pairs or not is_mixed(probed[0], plain, self.probe_weights.radix):
             return Verdict.UNMEASURED
         known.is_routed = False
         known.templates.clear()

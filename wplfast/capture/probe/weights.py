@@ -27,6 +27,10 @@ from ..sample_layout import AxisLayout, AxisTemplate
 #: None is 1: a gradient that stays as it is does not come from the losses.
 RADIX = 16
 
+#: Weights of 2^-32 .. 2^32 tell 64 apart in one pass. Where ordinary gradients are compared, samples of the smaller
+#: weights would be lost in the rounding of the others.
+WIDE_RADIX = 64
+
 #: Rounding that the two passes may differ by (atomics in backward kernels), relative to the row and the tensor.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
@@ -37,17 +41,18 @@ class ProbeWeights:
     Attributes:
         n_samples: size of the batch.
         in_pairs: samples are told by what changes in which of two passes, not by ratios.
+        radix: how many samples one pass tells apart.
         order: a random numbering of the samples, [N].
         rounds: how many passes tell any two samples apart.
         signs: a random sign for each sample, int64 [N].
     """
 
-    def __init__(self, n_samples: int, generator: torch.Generator, in_pairs: bool = False) -> None:
+    def __init__(self, n_samples: int, generator: torch.Generator, in_pairs: bool = False, radix: int = RADIX) -> None:
         """Draw a random numbering; digit d of a number decides about the weight in pass d, or the d-th pair."""
-        self.n_samples, self.in_pairs = n_samples, in_pairs
+        self.n_samples, self.in_pairs, self.radix = n_samples, in_pairs, radix
         self.order = torch.randperm(n_samples, generator=generator, device="cpu")
         self.rounds = 1
-        while (2 if in_pairs else RADIX) ** self.rounds < n_samples:
+        while (2 if in_pairs else radix) ** self.rounds < n_samples:
             self.rounds += 1
         self.rounds *= 2 if in_pairs else 1
         signs = torch.randint(0, 2, (n_samples,), generator=generator, dtype=torch.int64, device="cpu")
@@ -62,7 +67,7 @@ class ProbeWeights:
                 chosen = (self.order >> digit // 2) % 2 != digit % 2
                 self._weights[digit] = torch.where(chosen, -2.0, 1.0).double()
             else:
-                exponents = (self.order // RADIX**digit) % RADIX - RADIX // 2
+                exponents = (self.order // self.radix**digit) % self.radix - self.radix // 2
                 magnitude = torch.exp2((exponents + (exponents >= 0)).double())
                 self._weights[digit] = magnitude * self.signs if digit == 0 else magnitude
         return self._weights[digit]
@@ -148,12 +153,12 @@ def candidates(shape: torch.Size, n_samples: int) -> tuple[AxisTemplate, ...]:
 
 def smallest(dtype: torch.dtype) -> float:
     """Return the size below which rounding to subnormal numbers exceeds the tolerance; float16 is never scaled down."""
-    return 0.0 if dtype == torch.float16 else torch.finfo(dtype).tiny * RADIX**2 / TOLERANCE[dtype]
+    return 0.0 if dtype == torch.float16 else torch.finfo(dtype).tiny * 2.0 ** (WIDE_RADIX // 2) / TOLERANCE[dtype]
 
 
 def negligible(dtype: torch.dtype) -> float:
     """Return the size below which a gradient counts for nothing: its square is lost in an accumulator."""
-    return smallest(dtype.to_real()) * 2.0**24
+    return smallest(dtype.to_real())
 
 
 def matches(
@@ -203,11 +208,11 @@ def _agree(after: Tensor, before: Tensor, weight: Tensor, dtype: torch.dtype) ->
     return (after - weight * before).abs() <= tolerance * weight.abs() * level
 
 
-def is_mixed(probed: Projection, plain: Projection) -> bool:
+def is_mixed(probed: Projection, plain: Projection, radix: int) -> bool:
     """Tell whether one probing pass is enough to see that some row is scaled by no single weight."""
     nonzero = plain.rows.abs() > smallest(plain.dtype)
     ratio = torch.where(nonzero, probed.rows.double() / plain.rows.double(), 1.0)
-    exponent = ratio.abs().log2().round().clamp(-RADIX // 2, RADIX // 2)
+    exponent = ratio.abs().log2().round().clamp(-radix // 2, radix // 2)
     weight = torch.where(exponent == 0, 2.0, exponent.exp2()).copysign(ratio)
     return not bool((_agree(probed.rows, plain.rows, weight.to(plain.rows.dtype), plain.dtype) | ~nonzero).all())
 
@@ -216,8 +221,10 @@ def decode(digits: list[Projection], plain: Projection, probe_weights: ProbeWeig
     """Read the sample of every row from the probing passes; None if some row belongs to no single sample."""
     before = plain.rows
     nonzero = before.abs() > smallest(plain.dtype)
-    number, sane = (_read_pairs if probe_weights.in_pairs else _read_ratios)(digits, plain, nonzero)
-    numbers = 2 ** (len(digits) // 2) if probe_weights.in_pairs else RADIX ** len(digits)
+    number, sane = (_read_pairs if probe_weights.in_pairs else _read_ratios)(
+        digits, plain, nonzero, probe_weights.radix
+    )
+    numbers = 2 ** (len(digits) // 2) if probe_weights.in_pairs else probe_weights.radix ** len(digits)
     sample_of = torch.full((numbers,), -1, dtype=torch.int64, device="cpu")
     sample_of[probe_weights.order] = torch.arange(probe_weights.n_samples, device="cpu")
     sample = sample_of.to(before.device)[number]
@@ -233,19 +240,19 @@ def decode(digits: list[Projection], plain: Projection, probe_weights: ProbeWeig
     return torch.where(nonzero, sample, -1)
 
 
-def _read_ratios(digits: list[Projection], plain: Projection, nonzero: Tensor) -> tuple[Tensor, Tensor]:
+def _read_ratios(digits: list[Projection], plain: Projection, nonzero: Tensor, radix: int) -> tuple[Tensor, Tensor]:
     """Return the number that the ratios of every row spell, and whether they spell one."""
     before = plain.rows.double()
     number, sane = torch.zeros(before.shape, dtype=torch.int64, device=before.device), torch.ones_like(nonzero)
     for digit, probed in enumerate(digits):
         exponent = torch.where(nonzero, (probed.rows.double() / before).abs().log2().round(), 1.0).long()
-        value = exponent - (exponent > 0).long() + RADIX // 2
-        sane &= (value >= 0) & (value < RADIX) & (exponent != 0)
-        number += value.clamp(0, RADIX - 1) * RADIX**digit
+        value = exponent - (exponent > 0).long() + radix // 2
+        sane &= (value >= 0) & (value < radix) & (exponent != 0)
+        number += value.clamp(0, radix - 1) * radix**digit
     return number, sane
 
 
-def _read_pairs(digits: list[Projection], plain: Projection, nonzero: Tensor) -> tuple[Tensor, Tensor]:
+def _read_pairs(digits: list[Projection], plain: Projection, nonzero: Tensor, _: int) -> tuple[Tensor, Tensor]:
     """Return the number that tells in which pass of each pair every row changed, and whether it did."""
     before = plain.rows.double()
     number, sane = torch.zeros(before.shape, dtype=torch.int64, device=before.device), torch.ones_like(nonzero)
