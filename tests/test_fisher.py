@@ -267,8 +267,15 @@ def test_frozen_and_unreached_parameters():
     assert explicit["frozen"].abs().max() > 0
 
 
+class Distances(nn.Linear):
+    """Distances to prototypes, for which there is no rule."""
+
+    def forward(self, x):
+        return torch.cdist(x, self.weight)
+
+
 def test_report_says_what_served_whom():
-    model = nn.Sequential(nn.Linear(6, 9), nn.PReLU(9), nn.Linear(9, 4))
+    model = nn.Sequential(nn.Linear(6, 9), Distances(9, 9, bias=False), nn.Linear(9, 4))
     report = wplfast.fisher_diagonal(model, batches(), ce).report
     assert report.rules["0.weight"] == ("linear",)
     assert report.rules["1.weight"] == ("generic",)

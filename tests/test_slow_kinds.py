@@ -32,7 +32,6 @@ GENERIC = {
         lambda m, x: torch.cdist(x.transpose(0, 1).flatten(0, 1), m.w).unflatten(0, (x.shape[1], -1)).transpose(0, 1),
         {"w": (K, D)},
     ),
-    "prelu": (lambda m, x: F.prelu(x.transpose(1, 2), m.w), {"w": (D,)}),
     "power": (lambda m, x: x.abs() ** m.w, {"w": (D,)}),
     "lerp": (lambda m, x: torch.lerp(x, x.sin(), m.w), {"w": (D,)}),
     "addcmul": (lambda m, x: torch.addcmul(x, x.sin(), m.w), {"w": (4, D)}),

@@ -448,7 +448,29 @@ CASES: dict[str, Case] = {
         lambda: Lambda(lambda m, x: m.head(m.bi(x, torch.tanh(x))), bi=nn.Bilinear(D, D, D), head=head()), rows
     ),
     "prelu": Case(
-        lambda: Lambda(lambda m, x: m.head(m.act(m.fc(x))), fc=nn.Linear(D, D), act=nn.PReLU(D), head=head()), rows
+        lambda: Lambda(lambda m, x: m.head(m.act(m.fc(x))), fc=nn.Linear(D, D), act=nn.PReLU(D), head=head()),
+        rows,
+        rules="scale",
+    ),
+    "prelu of channels": Case(
+        lambda: Lambda(
+            lambda m, x: m.head(m.act(m.one(m.fc(x)).mT).mT),
+            fc=nn.Linear(D, D),
+            one=nn.PReLU(),
+            act=nn.PReLU(D),
+            head=head(),
+        ),
+        sequence,
+        rules="scale",
+    ),
+    "prelu of channels, time first": Case(
+        lambda: Lambda(
+            lambda m, x: m.head(m.act(m.fc(x.transpose(0, 1)).mT).mT.transpose(0, 1)),
+            fc=nn.Linear(D, D),
+            act=nn.PReLU(D),
+            head=head(),
+        ),
+        sequence,
     ),
     "in place, as a statement": Case(
         lambda: Lambda(in_place_statements, f=nn.Linear(D, D), p=par(D), q=par(D), head=head()), sequence

@@ -40,7 +40,7 @@ RULES: list[Rule] = [
 
 
 #: Those that know of complex numbers.
-COMPLEX: list[Rule] = [SHIFT, SCALE, BATCHED, EINSUM, GENERIC]
+COMPLEX: list[Rule] = [LINEAR, SHIFT, SCALE, BATCHED, EINSUM, GENERIC]
 
 
 def rule_for(call: Call) -> Rule:

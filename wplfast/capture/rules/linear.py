@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..accumulators import Accumulators
-from ..call import Call
+from ..call import Call, Operand
 from ..sample_layout import SampleLayout
 from .base import OneOutputRule, dense, row_sums, summed
+from .contraction import contraction
 from .grad_sample import FactoredGradSample, GradSample, SummedGradSample
 from .recipe import ProductRecipe, Recipe
 
@@ -31,7 +32,7 @@ class LinearRule(OneOutputRule):
 
     def stackable(self, call: Call) -> bool:
         """A layer treats rows alike."""
-        return call.operand_at(1, "weight") is not None and len(call.input_shapes) == 1
+        return call.operand_at(1, "weight") is not None and len(call.input_shapes) == 1 and not call.is_complex
 
     def serve(
         self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout
@@ -45,6 +46,8 @@ class LinearRule(OneOutputRule):
             x = dense(inputs[call.argument(0, "input").index], weight)
             if x is None:
                 return None
+            if call.is_complex:
+                return self._complex(weight, bias, x, gradient, layout)
             rows = layout.rows(gradient)
             found.append(FactoredGradSample(weight, self.name, layout.rows(x.to(gradient.dtype)), rows))
             if bias is not None:
@@ -53,13 +56,23 @@ class LinearRule(OneOutputRule):
             found.append(summed(bias, self.name, layout, gradient))
         return found
 
+    def _complex(
+        self, weight: Operand, bias: Operand | None, x: Tensor, gradient: Tensor, layout: SampleLayout
+    ) -> list[GradSample] | None:
+        """Return the real and the imaginary part of a complex layer's gradients, as those of a real product."""
+        rows = "".join(chr(0x100 + dim) for dim in range(x.dim() - 1))
+        use = contraction(weight, self.name, (rows + "i", "oi", rows + "o"), x.detach(), gradient, layout)
+        if use is None:
+            return None
+        return [use] if bias is None else [use, summed(bias, self.name, layout, gradient)]
+
     def needs_inputs(self, call: Call) -> bool:
         """The bias alone does not need the input."""
         return call.operand_at(1, "weight") is not None
 
     def product(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
         """Return weight and bias."""
-        if len(call.input_shapes) != 1 or call.is_input(1, "weight"):
+        if len(call.input_shapes) != 1 or call.is_input(1, "weight") or call.is_complex:
             return None
         weight = call.tensor_at(1, "weight", ())
         return None if weight is None else (weight, call.tensor_at(2, "bias", ()))
@@ -76,7 +89,7 @@ class LinearRule(OneOutputRule):
         parts = [operand for operand in (weight, bias) if operand is not None]
         if weight is None or layout is None or not layout.has_rows(len(shapes[0])):
             return None
-        if not call.has_plain_inputs or not all(operand.is_parameter for operand in parts):
+        if call.is_complex or not call.has_plain_inputs or not all(operand.is_parameter for operand in parts):
             return None
         (index,), of_bias = weight.parameters, None if bias is None else bias.parameters[0]
         return ProductRecipe(self.name, accumulators, layout, shapes[0], index, of_bias)
@@ -92,6 +105,7 @@ class LinearRule(OneOutputRule):
         for operand in call.operands:
             if operand is weight:
                 x = inputs[call.argument(0, "input").index].to(gradient.dtype)
+                x = x.conj() if x.is_complex() else x
                 plain = x.layout == torch.strided
                 found.append(rows.t() @ x.reshape(-1, x.shape[-1]) if plain else (x.t() @ rows).t())
             else:
