@@ -454,7 +454,7 @@ CASES: dict[str, Case] = {
     ),
     "prelu of channels": Case(
         lambda: Lambda(
-            lambda m, x: m.head(m.act(m.one(m.fc(x)).mT).mT),
+            lambda m, x: m.head(m.act(m.one(m.fc(x)).mT).mT).sum(1),
             fc=nn.Linear(D, D),
             one=nn.PReLU(),
             act=nn.PReLU(D),
@@ -465,7 +465,7 @@ CASES: dict[str, Case] = {
     ),
     "prelu of channels, time first": Case(
         lambda: Lambda(
-            lambda m, x: m.head(m.act(m.fc(x.transpose(0, 1)).mT).mT.transpose(0, 1)),
+            lambda m, x: m.head(m.act(m.fc(x.transpose(0, 1)).mT).mT.transpose(0, 1)).sum(1),
             fc=nn.Linear(D, D),
             act=nn.PReLU(D),
             head=head(),
