@@ -21,7 +21,7 @@ from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
 from .affine import NODES, affine_map_of, folded
 from .call_cache import CachedCall, CallCache
-from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
+from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself, is_the_same
 from .nested import DERIVATIVES, is_hidden, is_recomputing
 from .operands import Operands, Sorter
 from .tap import TAP_NODE, tap
@@ -80,6 +80,7 @@ class Interception:
     def start_batch(self) -> None:
         """Forget the calls of the last forward pass."""
         self.cache.restart(len(self.taps))
+        self._operands.forget_computed()
         self.taps, self.derived, self.relay.is_over, self.has_asked = [], [], False, False
         self.is_patchwork, self.branch = False, None
 
@@ -191,7 +192,12 @@ class Interception:
                 if name == "register_hook" and isinstance(args[0], Derived):
                     args[0]._origin = None  # each sample's gradient goes through the graph, and through the hook
                     return args[0]._graph.register_hook(*args[1:], **kwargs)
-                return func(*args, **kwargs)
+                if name == "detach_" and isinstance(args[0], Derived):
+                    return self._detach(args[0])
+                found = func(*args, **kwargs)
+                if type(found) is Tensor and isinstance(args[0], Derived) and is_the_same(func, name):
+                    self._operands.add_computed(found)
+                return found
             if kwargs.get("scale_grad_by_freq"):
                 raise CoupledSamplesError(
                     f"{name} with scale_grad_by_freq=True divides gradients by counts over the batch"
@@ -240,9 +246,9 @@ class Interception:
     def _are_positions(self, call: Call) -> bool:
         """Tell whether ranges of integers are likely positions: not as long as the batch, or what may be the batch."""
         sizes = {self.n_samples}
-        if self.n_samples is None:  # as far as can be told from the data of earlier calls
+        if self.n_samples is None:  # as far as can be told from the data of earlier calls, if there were any
             sizes = {shape[0] for tapped in self.taps for shape in tapped.call.input_shapes if len(shape) > 1}
-        return bool(sizes) and all(sizes.isdisjoint(shape) for shape in call.input_shapes)
+        return all(sizes.isdisjoint(shape) for shape in call.input_shapes)
 
     def _take_apart(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -259,6 +265,7 @@ class Interception:
             found.operands,
             found.constants,
             input_shapes=[t.shape for t in inputs],
+            data_shapes=[t.shape for t in inputs if not t.requires_grad],
             differentiable_inputs=moves,
             input_kinds=[] if moves else [kind_of(t) for t in inputs],
             in_place=is_in_place(name, args),
@@ -326,6 +333,8 @@ class Interception:
 
         def wrap(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
+                if not inputs:  # else it may be one of them, or a view
+                    self._operands.add_computed(tensor)
                 return tensor
             self.derived.append(Derived.wrap(tensor, indices, self, origin))
             return self.derived[-1]
@@ -356,6 +365,14 @@ class Interception:
             target.copy_(graph)
         target._graph, target._parameters, target._origin, target._made_by = graph, indices, None, None
         return None if call.name == "__setitem__" else target
+
+    def _detach(self, tensor: Tensor) -> Tensor:
+        """Turn a derived tensor into the constant that its value is."""
+        tensor.requires_grad_(False)
+        tensor.__class__ = Tensor
+        self.derived[:] = [other for other in self.derived if other is not tensor]
+        self._operands.add_computed(tensor)
+        return tensor
 
     @staticmethod
     def _below(call: Call) -> tuple[list[Tensor], tuple[int, ...]]:
