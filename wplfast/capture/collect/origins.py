@@ -7,7 +7,7 @@ the way. What cannot be seen there are statistics of the batch that take no grad
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch.autograd.graph import Node
 from ..call_site import TappedCall
 from ..trace.affine import tapped_at
 from ..trace.tap import TAP_NODE
+from .batch import Batch
+from .mixed import is_about_positions
 
 #: Backward nodes of operations that only show their data in another way, or cast them.
 _VIEWS = (
@@ -91,7 +93,7 @@ class Origins:
         if tapped is not None:
             return self._judge_call(tapped)
         try:
-            axes = max((self._fitting(about.shape) for about in node._input_metadata), default=0)  # type: ignore[attr-defined]
+            axes = max((self._fitting(about.shape) for about in node._input_metadata), default=0)
         except RuntimeError:  # of a nested tensor
             return None
         is_whole = node.name().startswith(_JOINS) and len(counts) == len(node.next_functions)
@@ -112,3 +114,24 @@ class Origins:
     def _fitting(self, shape: torch.Size) -> int:
         """Count the axes that a batch may lie along."""
         return 0 if self._n_samples is None else sum(not size % self._n_samples for size in shape)
+
+
+def origins_of(batch: Batch, n_samples: int | None, asleep: Container[int], moves_rows: bool, is_sure: bool) -> Origins:
+    """Look for what the calls of a batch descend from.
+
+    Args:
+        batch: the batch, whose calls that mix samples are known.
+        n_samples: size of the batch axis; None if samples may have any sizes.
+        asleep: indices of calls that no gradient came to, as behind a layer of zeros.
+        moves_rows: rows are gathered or scattered somewhere, and a sample may own any number of them.
+        is_sure: sizes are to tell that positions are none of the batch's data; else the caller's word does.
+    """
+
+    def is_link(tapped: TappedCall) -> bool:
+        return tapped in batch.mixed or (len(tapped.shapes) == 1 and tapped.index in asleep)
+
+    def is_root(tapped: TappedCall) -> bool:
+        is_shared = tapped in batch.mixed if moves_rows else is_link(tapped)
+        return is_shared and (not is_sure or is_about_positions(tapped, n_samples))
+
+    return Origins(batch.losses, (n_samples or 1) if is_sure else None, is_root, is_link)

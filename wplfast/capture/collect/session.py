@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...errors import CoupledSamplesError, VerificationError, WplfastError
 from ..accumulators import Accumulators
-from ..call_site import Listener, TappedCall
+from ..call_site import Listener
 from ..probe.graph import Fingerprint, fingerprint, reorders_rows
 from ..probe.infer import Check, LayoutInference
 from ..rules.projection import Directions
@@ -36,7 +36,7 @@ from .leaf_grads import LeafGrads
 from .linearity import Linearity
 from .mixed import ACROSS_LOSSES, advice, describe, is_about_positions, is_of_indices
 from .one_by_one import one_by_one
-from .origins import Origins
+from .origins import Origins, origins_of
 from .passes import CollectPass, Idle, ProbePass
 from .round import Round
 from .steady import Layouts, SteadyBatch
@@ -430,23 +430,9 @@ class Session:
         return True
 
     def _origins(self, batch: Batch, is_sure: bool) -> Origins:
-        """Look for what the calls of a batch descend from.
-
-        Args:
-            batch: the batch, whose calls that mix samples are known.
-            is_sure: sizes are to tell that positions are none of the batch's data; else the caller's word does.
-        """
+        """Look for what the calls of a batch descend from; sizes tell of positions, or else the caller's word."""
         n_samples = None if self._by_losses else len(batch.losses)
-        asleep = self._inference.asleep  # no gradient came there, behind a layer of zeros
-
-        def is_link(tapped: TappedCall) -> bool:
-            return tapped in batch.mixed or (len(tapped.shapes) == 1 and tapped.index in asleep)
-
-        def is_root(tapped: TappedCall) -> bool:
-            is_known = is_link(tapped) if not self._reorders else tapped in batch.mixed
-            return is_known and (not is_sure or is_about_positions(tapped, n_samples))
-
-        return Origins(batch.losses, (n_samples or 1) if is_sure else None, is_root, is_link)
+        return origins_of(batch, n_samples, self._inference.asleep, self._reorders, is_sure)
 
     def _advice(self, batch: Batch, may_be_positions: bool, may_replay: bool) -> str:
         """Say what to do about calls that mix samples; nothing where a sample was run alone."""

@@ -131,7 +131,7 @@ def tapped_at(node: Node) -> TappedCall | None:
     kind = type(node)
     if kind is NODES[0]:
         return node.known[0]  # type: ignore[attr-defined, no-any-return]
-    return node.tapped if kind is NODES[1] or kind is TAP_NODE else None  # type: ignore[attr-defined, no-any-return]
+    return node.tapped if kind is NODES[1] or kind is TAP_NODE else None  # type: ignore[attr-defined]
 
 
 def folded(args: tuple[Any, ...], is_constant: Callable[[Tensor], bool]) -> tuple[Any, ...]:

@@ -20,9 +20,9 @@ from ..rules import GENERIC, rule_for
 from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
 from .affine import NODES, affine_map_of, folded
-from .call_cache import CachedCall, CallCache
+from .call_cache import CachedCall, CallCache, call_key
 from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself, is_the_same
-from .nested import DERIVATIVES, is_hidden, is_recomputing
+from .nested import DERIVATIVES, is_hidden, is_recomputing, keeping_own
 from .operands import Operands, Sorter
 from .tap import TAP_NODE, tap
 
@@ -71,6 +71,7 @@ class Interception:
         self.is_patchwork = False
         self.branch: CachedCall | None = None
         self._n_kept = 0
+        self._without_samples: set[Any] = set()  # calls of this forward pass whose results count as derived
         self.hidden: set[int] = set()
         self.has_frozen = False
         self.n_parameter_only = 0
@@ -82,6 +83,7 @@ class Interception:
         self.cache.restart(len(self.taps))
         self._operands.forget_computed()
         self.taps, self.derived, self.relay.is_over, self.has_asked = [], [], False, False
+        self._without_samples.clear()
         self.is_patchwork, self.branch = False, None
 
     def go_on(self) -> None:
@@ -235,13 +237,18 @@ class Interception:
         if not inputs:
             return self._derive(call, inputs, args)
         site = self._site(call, inputs)
+        if call.differentiable_inputs:
+            return self._tap(call, inputs, site, args, kwargs)
+        if self._is_backward and is_recomputing():  # what the forward pass did: it saved tensors in the same order
+            site.is_parameter_only = call_key(call, inputs) in self._without_samples
         # Either way is exact; but it takes a pass to find out that samples share a result, and the batch runs again.
-        if call.is_of_ranges and self._are_positions(call):
+        elif call.is_of_ranges and self._are_positions(call):
             site.is_parameter_only = True
-        if site.is_parameter_only and not call.differentiable_inputs:
-            self._arrive(site, call, inputs)
-            return self._derive(call, inputs, args)
-        return self._tap(call, inputs, site, args, kwargs)
+        if not site.is_parameter_only:
+            return self._tap(call, inputs, site, args, kwargs)
+        self._without_samples.add(call_key(call, inputs))
+        self._arrive(site, call, inputs)
+        return self._derive(call, inputs, args)
 
     def _are_positions(self, call: Call) -> bool:
         """Tell whether ranges of integers are likely positions: not as long as the batch, or what may be the batch."""
@@ -325,7 +332,8 @@ class Interception:
         plain = call.name in EXPANSIONS or call.name in COPIES
         origin = call.operands[0] if plain and len(call.operands) == 1 and not call.constants else None
         if call.in_place:  # parameters written into a plain tensor, which is derived from now on
-            (graph,) = call.run(graphs, inputs)
+            with keeping_own():
+                (graph,) = call.run(graphs, inputs)
             with torch.no_grad():
                 args[0].copy_(graph)
             self.derived.append(Derived.become(args[0], graph, indices, self))
@@ -339,7 +347,8 @@ class Interception:
             self.derived.append(Derived.wrap(tensor, indices, self, origin))
             return self.derived[-1]
 
-        result = map_tensors(wrap, call.result(graphs, inputs))
+        with keeping_own():
+            result = map_tensors(wrap, call.result(graphs, inputs))
         if isinstance(result, Derived):
             result._made_by = call
         return result
@@ -360,7 +369,8 @@ class Interception:
                 f"{call.name} writes data into a tensor that was computed from parameters; use the out-of-place form"
             )
         graphs, indices = self._below(call)
-        (graph,) = call.run(graphs, inputs)
+        with keeping_own():
+            (graph,) = call.run(graphs, inputs)
         with torch.no_grad():
             target.copy_(graph)
         target._graph, target._parameters, target._origin, target._made_by = graph, indices, None, None
