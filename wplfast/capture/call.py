@@ -64,6 +64,7 @@ class Call:
     operands: list[Operand]
     constants: list[Tensor]
     input_shapes: list[torch.Size]
+    data_shapes: list[torch.Size]  # of the inputs that are not differentiable
     differentiable_inputs: bool
     input_kinds: list[tuple[torch.Size, torch.dtype, bool]]  # shape, dtype, whether it counts up by ones
     in_place: bool

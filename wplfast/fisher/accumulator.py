@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..capture.accumulators import SLOW_RULES, Accumulators
 from ..capture.collect.batch import SingleSample
+from ..capture.collect.mixed import TAKEN_FOR_POSITIONS
 from ..capture.collect.session import Session
 from ..capture.probe.graph import leaves
 from ..capture.rules.projection import Directions
@@ -293,6 +294,8 @@ class FisherAccumulator:
             self._invalid = f"an earlier batch failed: {error}"
             raise
         self._seconds += time.perf_counter() - started
+        if session.has_guessed and replay is None:
+            self.note_unchecked(TAKEN_FOR_POSITIONS)
         if session.n_batches == 1:
             self._log_slow()
         if not self._keep_batch(len(losses)):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..call_site import TappedCall
 from ..probe.graph import Fingerprint
 
 
@@ -31,6 +32,7 @@ class Batch:
         ordinary: gradients of the losses times the first probe weights c, by plain autograd: by parameter, projected.
         captured: ``sum_n c_n g_n`` from grad samples, likewise.
         of_single_sample: g_n of that one sample from grad samples, likewise.
+        mixed: calls whose outputs' gradients mix samples.
         one_by_one: parameters that are left to one backward pass for each sample.
         graph: the fingerprint of the losses' graph.
         keep: the graph is needed again.
@@ -44,6 +46,7 @@ class Batch:
     ordinary: dict[int, Tensor] = field(default_factory=dict)
     captured: dict[int, Tensor] = field(default_factory=dict)
     of_single_sample: dict[int, Tensor] = field(default_factory=dict)
+    mixed: set[TappedCall] = field(default_factory=set)
     one_by_one: set[int] = field(default_factory=set)
     graph: Fingerprint | None = None
     keep: bool = True

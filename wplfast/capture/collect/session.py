@@ -34,8 +34,9 @@ from .batch import Batch, SingleSample
 from .identity import verify_batch, watching
 from .leaf_grads import LeafGrads
 from .linearity import Linearity
-from .mixed import ACROSS_LOSSES, advice, describe, is_about_positions
+from .mixed import ACROSS_LOSSES, advice, describe, is_about_positions, is_of_indices
 from .one_by_one import one_by_one
+from .origins import Origins, origins_of
 from .passes import CollectPass, Idle, ProbePass
 from .round import Round
 from .steady import Layouts, SteadyBatch
@@ -84,6 +85,7 @@ class Session:
         self._in_backward: set[int] = set()  # parameters that are used in calls made by backward passes
         self._dtypes: set[torch.dtype] = set()  # of the gradients in verified batches
         self._is_verified = False
+        self.has_guessed = False  # data were taken for positions by their sizes alone
         self._by_losses = by_losses
         self._reorders = by_losses  # rows may lie in another order in every batch
         self._linearity = Linearity(self.run, self.leaf_grads)
@@ -245,7 +247,7 @@ class Session:
                     raise
                 self._clear()
                 inference.in_pairs = True
-                batch.captured, batch.of_single_sample, batch.ordinary = {}, {}, {}
+                batch.captured, batch.of_single_sample, batch.ordinary, batch.mixed = {}, {}, {}, set()
                 return self._collect(batch, check, may_replay)
             self._is_verified = self._is_verified or (finite and len(batch.losses) > 1)
             self.directions.forget()
@@ -394,8 +396,9 @@ class Session:
 
         A call without differentiable inputs may simply have no sample axis (a position embedding): from now on its
         result counts as derived from parameters. With such inputs the samples are coupled, unless the inputs themselves
-        came from such a call.
+        came from such calls.
         """
+        batch.mixed.update(collected.mixed)
         bare = [tapped for tapped in collected.mixed if not tapped.call.differentiable_inputs]
         coupled = [tapped for tapped in collected.mixed if tapped.call.differentiable_inputs]
         n_samples = None if self._by_losses else len(batch.losses)
@@ -405,19 +408,32 @@ class Session:
         known = batch.independent
         if known is None:
             known = not self.interception.has_asked and positions == bare
-        if not bare or not known:
-            hint = self._advice(batch, not coupled, may_replay)
-            raise CoupledSamplesError(describe((coupled or bare)[0], self.names) + hint + self._linearity.names(batch))
         can_replay = may_replay and (dry or self.n_batches == 0)
-        self.interception.mark_parameter_only(positions if can_replay and positions else bare)
+        left, roots = coupled, []
+        if bare and (can_replay or batch.independent):
+            left = []
+        elif coupled:
+            origins = self._origins(batch, is_sure=not batch.independent)
+            left, roots = [tapped for tapped in coupled if tapped not in origins.explained], origins.roots
+        if left or not known:
+            unsure = not coupled or self._origins(batch, is_sure=False).explained.issuperset(coupled)
+            hint = self._advice(batch, unsure, may_replay)
+            named = (left or coupled or bare)[0]
+            raise CoupledSamplesError(describe(named, self.names) + hint + self._linearity.names(batch))
+        self.interception.mark_parameter_only([*roots, *(positions if can_replay and positions else bare)])
         if can_replay:
             if self.n_batches == 0:
                 self._clear()
             self.interception.start_batch()
             return False
-        if coupled and not batch.independent:
-            raise CoupledSamplesError(describe(coupled[0], self.names) + self._advice(batch, True, may_replay))
+        has_guessed = batch.independent is None and not (coupled == [] and all(map(is_of_indices, bare)))
+        self.has_guessed = self.has_guessed or has_guessed
         return True
+
+    def _origins(self, batch: Batch, is_sure: bool) -> Origins:
+        """Look for what the calls of a batch descend from; sizes tell of positions, or else the caller's word."""
+        n_samples = None if self._by_losses else len(batch.losses)
+        return origins_of(batch, n_samples, self._inference.asleep, self._reorders, is_sure)
 
     def _advice(self, batch: Batch, may_be_positions: bool, may_replay: bool) -> str:
         """Say what to do about calls that mix samples; nothing where a sample was run alone."""

@@ -325,6 +325,11 @@ class CallCache:
         return found
 
 
+def call_key(call: Call, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Describe a call and the sizes of its tensors."""
+    return _signature(call, inputs), _sizes(call, inputs)
+
+
 def _sizes(call: Call, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
     """Describe the sizes of a call's tensors."""
     of_inputs = ((t.shape, t.stride()) if t.layout == torch.strided else t.shape for t in inputs)

@@ -51,6 +51,11 @@ SEEN_THROUGH = {
 }
 
 
+def is_the_same(func: Callable[..., Any], name: str) -> bool:
+    """Tell whether a call about a tensor itself returns the tensor's values without a gradient."""
+    return name == "detach" or (name == "__get__" and getattr(func.__self__, "__name__", "") == "data")  # type: ignore[attr-defined]
+
+
 def is_about_itself(func: Callable[..., Any], name: str, n_arguments: int) -> bool:
     """Tell whether a call reads or sets something about a parameter, rather than computes with its value."""
     if name == "__get__":

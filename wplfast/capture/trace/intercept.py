@@ -20,9 +20,9 @@ from ..rules import GENERIC, rule_for
 from ..watched import Derived, map_tensors, tensors_in
 from . import recurrent
 from .affine import NODES, affine_map_of, folded
-from .call_cache import CachedCall, CallCache
-from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself
-from .nested import DERIVATIVES, is_hidden, is_recomputing
+from .call_cache import CachedCall, CallCache, call_key
+from .functions import COPIES, EXPANSIONS, LIKE, SEEN_THROUGH, is_about_itself, is_the_same
+from .nested import DERIVATIVES, is_hidden, is_recomputing, keeping_own
 from .operands import Operands, Sorter
 from .tap import TAP_NODE, tap
 
@@ -71,6 +71,7 @@ class Interception:
         self.is_patchwork = False
         self.branch: CachedCall | None = None
         self._n_kept = 0
+        self._without_samples: set[Any] = set()  # calls of this forward pass whose results count as derived
         self.hidden: set[int] = set()
         self.has_frozen = False
         self.n_parameter_only = 0
@@ -80,7 +81,9 @@ class Interception:
     def start_batch(self) -> None:
         """Forget the calls of the last forward pass."""
         self.cache.restart(len(self.taps))
+        self._operands.forget_computed()
         self.taps, self.derived, self.relay.is_over, self.has_asked = [], [], False, False
+        self._without_samples.clear()
         self.is_patchwork, self.branch = False, None
 
     def go_on(self) -> None:
@@ -191,7 +194,12 @@ class Interception:
                 if name == "register_hook" and isinstance(args[0], Derived):
                     args[0]._origin = None  # each sample's gradient goes through the graph, and through the hook
                     return args[0]._graph.register_hook(*args[1:], **kwargs)
-                return func(*args, **kwargs)
+                if name == "detach_" and isinstance(args[0], Derived):
+                    return self._detach(args[0])
+                found = func(*args, **kwargs)
+                if type(found) is Tensor and isinstance(args[0], Derived) and is_the_same(func, name):
+                    self._operands.add_computed(found)
+                return found
             if kwargs.get("scale_grad_by_freq"):
                 raise CoupledSamplesError(
                     f"{name} with scale_grad_by_freq=True divides gradients by counts over the batch"
@@ -229,20 +237,25 @@ class Interception:
         if not inputs:
             return self._derive(call, inputs, args)
         site = self._site(call, inputs)
+        if call.differentiable_inputs:
+            return self._tap(call, inputs, site, args, kwargs)
+        if self._is_backward and is_recomputing():  # what the forward pass did: it saved tensors in the same order
+            site.is_parameter_only = call_key(call, inputs) in self._without_samples
         # Either way is exact; but it takes a pass to find out that samples share a result, and the batch runs again.
-        if call.is_of_ranges and self._are_positions(call):
+        elif call.is_of_ranges and self._are_positions(call):
             site.is_parameter_only = True
-        if site.is_parameter_only and not call.differentiable_inputs:
-            self._arrive(site, call, inputs)
-            return self._derive(call, inputs, args)
-        return self._tap(call, inputs, site, args, kwargs)
+        if not site.is_parameter_only:
+            return self._tap(call, inputs, site, args, kwargs)
+        self._without_samples.add(call_key(call, inputs))
+        self._arrive(site, call, inputs)
+        return self._derive(call, inputs, args)
 
     def _are_positions(self, call: Call) -> bool:
         """Tell whether ranges of integers are likely positions: not as long as the batch, or what may be the batch."""
         sizes = {self.n_samples}
-        if self.n_samples is None:  # as far as can be told from the data of earlier calls
+        if self.n_samples is None:  # as far as can be told from the data of earlier calls, if there were any
             sizes = {shape[0] for tapped in self.taps for shape in tapped.call.input_shapes if len(shape) > 1}
-        return bool(sizes) and all(sizes.isdisjoint(shape) for shape in call.input_shapes)
+        return all(sizes.isdisjoint(shape) for shape in call.input_shapes)
 
     def _take_apart(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -259,6 +272,7 @@ class Interception:
             found.operands,
             found.constants,
             input_shapes=[t.shape for t in inputs],
+            data_shapes=[t.shape for t in inputs if not t.requires_grad],
             differentiable_inputs=moves,
             input_kinds=[] if moves else [kind_of(t) for t in inputs],
             in_place=is_in_place(name, args),
@@ -318,7 +332,8 @@ class Interception:
         plain = call.name in EXPANSIONS or call.name in COPIES
         origin = call.operands[0] if plain and len(call.operands) == 1 and not call.constants else None
         if call.in_place:  # parameters written into a plain tensor, which is derived from now on
-            (graph,) = call.run(graphs, inputs)
+            with keeping_own():
+                (graph,) = call.run(graphs, inputs)
             with torch.no_grad():
                 args[0].copy_(graph)
             self.derived.append(Derived.become(args[0], graph, indices, self))
@@ -326,11 +341,14 @@ class Interception:
 
         def wrap(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
+                if not inputs:  # else it may be one of them, or a view
+                    self._operands.add_computed(tensor)
                 return tensor
             self.derived.append(Derived.wrap(tensor, indices, self, origin))
             return self.derived[-1]
 
-        result = map_tensors(wrap, call.result(graphs, inputs))
+        with keeping_own():
+            result = map_tensors(wrap, call.result(graphs, inputs))
         if isinstance(result, Derived):
             result._made_by = call
         return result
@@ -351,11 +369,20 @@ class Interception:
                 f"{call.name} writes data into a tensor that was computed from parameters; use the out-of-place form"
             )
         graphs, indices = self._below(call)
-        (graph,) = call.run(graphs, inputs)
+        with keeping_own():
+            (graph,) = call.run(graphs, inputs)
         with torch.no_grad():
             target.copy_(graph)
         target._graph, target._parameters, target._origin, target._made_by = graph, indices, None, None
         return None if call.name == "__setitem__" else target
+
+    def _detach(self, tensor: Tensor) -> Tensor:
+        """Turn a derived tensor into the constant that its value is."""
+        tensor.requires_grad_(False)
+        tensor.__class__ = Tensor
+        self.derived[:] = [other for other in self.derived if other is not tensor]
+        self._operands.add_computed(tensor)
+        return tensor
 
     @staticmethod
     def _below(call: Call) -> tuple[list[Tensor], tuple[int, ...]]:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,22 @@ def is_recomputing() -> bool:
     """Tell whether a checkpoint that is not reentrant runs its forward pass again, for the tensors that were saved."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_recomputation_hook")
+
+
+def keeping_own() -> AbstractContextManager[Any]:
+    """Keep what a graph of parameters alone saves, where a checkpoint would drop it and run its part again.
+
+    Such a graph is gone through between the backward passes of the losses, when no call is to be seen.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None or "checkpoint" not in getattr(hooks[0], "__module__", ""):
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    """Give back what was kept."""
+    return tensor
 
 
 def grad(

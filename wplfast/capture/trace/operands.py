@@ -25,6 +25,7 @@ class Operands:
         # sharded model frees its parameters' memory and fills it again, elsewhere.
         kept = [storage for t in (*constants, *self.leaves) if t.numel() and (storage := _memory(t)) is not None]
         self._constants = {storage._cdata: storage for storage in kept}
+        self._computed: dict[int, tuple[Tensor, int]] = {}  # of this forward pass, and their versions
         self._interceptor = interceptor
 
     def of(self, tensor: Tensor) -> Operand | None:
@@ -69,7 +70,27 @@ class Operands:
         if tensor.dim() == 0:
             return True
         storage = _memory(tensor)
-        return storage is not None and storage._cdata in self._constants
+        if storage is None or storage._cdata not in self._constants:
+            return False
+        computed = self._computed.get(storage._cdata)
+        return computed is None or computed[0]._version == computed[1]
+
+    def add_computed(self, tensor: Tensor) -> None:
+        """Take for a constant what was computed from parameters alone and takes no gradient, until it is written to.
+
+        Such are masks, thresholds, and what a straight-through estimator adds. It is kept for this forward pass, so
+        that data cannot take its place.
+        """
+        storage = _memory(tensor)
+        if storage is not None and storage._cdata not in self._constants:
+            self._constants[storage._cdata] = storage
+            self._computed[storage._cdata] = tensor, tensor._version
+
+    def forget_computed(self) -> None:
+        """Let go of the constants that a forward pass computed."""
+        for key in self._computed:
+            del self._constants[key]
+        self._computed.clear()
 
 
 class Sorter:
