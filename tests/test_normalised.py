@@ -232,6 +232,28 @@ def test_norms_of_pytorch(apply):
     check(model, data(3))
 
 
+@pytest.mark.parametrize("apply", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_an_accumulator_knows_copies_of_buffers(apply):
+    """Spectral norm copies its vectors in every call; there may be as many samples as they have entries."""
+    torch.manual_seed(0)
+    model = nn.Sequential(apply(nn.Linear(D, D)), nn.Tanh(), nn.Linear(D, C)).double().eval()
+    batches = [(torch.randn(n, D).double(), torch.randint(0, C, (n,))) for n in (D, D, 3)]
+    with wplfast.FisherAccumulator(model) as accumulator:
+        for x, y in batches:
+            accumulator.backward(classify(model(x), y))
+        found = accumulator.result()
+    assert_close(found, fisher_loop(model, batches, classify), 1e-9, 1e-11)
+    assert not any("one by one" in rules for rules in found.report.rules.values())
+
+
+def test_samples_that_equal_a_buffer_are_samples_all_the_same():
+    torch.manual_seed(0)
+    model = Layer(FORMS["normalize"]).double()
+    batches = [(torch.ones(D, D).double(), torch.randint(0, C, (D,))) for _ in range(2)]
+    model.register_buffer("ones", torch.ones(D, D).double())
+    assert_close(wplfast.fisher_diagonal(model, batches, classify), fisher_loop(model, batches, classify), 1e-9, 1e-11)
+
+
 def test_a_row_of_zeros_is_below_the_least_norm():
     torch.manual_seed(0)
     model = Layer(FORMS["normalize"])

@@ -25,6 +25,10 @@ class Operands:
         # sharded model frees its parameters' memory and fills it again, elsewhere.
         kept = [storage for t in (*constants, *self.leaves) if t.numel() and (storage := _memory(t)) is not None]
         self._constants = {storage._cdata: storage for storage in kept}
+        self._buffers: dict[torch.Size, list[Tensor]] = {}  # small ones, by shape
+        for tensor in constants:
+            if type(tensor) is Tensor and _is_small(tensor):
+                self._buffers.setdefault(tensor.shape, []).append(tensor)
         self._computed: dict[int, tuple[Tensor, int]] = {}  # of this forward pass, and their versions
         self._interceptor = interceptor
 
@@ -75,6 +79,18 @@ class Operands:
         computed = self._computed.get(storage._cdata)
         return computed is None or computed[0]._version == computed[1]
 
+    def is_copy(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor has the values of a small buffer, as what spectral norm makes of its vectors has.
+
+        Chance does no harm: what counts as a constant and is none costs time.
+        """
+        if tensor.requires_grad or not _is_small(tensor):
+            return False
+        return any(
+            other.dtype == tensor.dtype and other.device == tensor.device and torch.equal(other, tensor)
+            for other in self._buffers.get(tensor.shape, ())
+        )
+
     def add_computed(self, tensor: Tensor) -> None:
         """Take for a constant what was computed from parameters alone and takes no gradient, until it is written to.
 
@@ -123,9 +139,14 @@ class Sorter:
         if operand is not None:
             return _add("operand", self.operands, operand)
         may_be_samples = self._name in LOOKUPS and tensor.dim() > 1 and len(tensor) > 1
-        if self._known.is_constant(tensor) and not may_be_samples:
+        if not may_be_samples and (self._known.is_constant(tensor) or self._known.is_copy(tensor)):
             return _add("constant", self.constants, tensor)
         return _add("input", self.inputs, tensor)
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Tell whether a tensor is one of a few thousand floating point numbers, which are soon compared."""
+    return tensor.layout == torch.strided and tensor.is_floating_point() and 1 < tensor.numel() <= 1 << 14
 
 
 def _memory(tensor: Tensor) -> torch.UntypedStorage | None:
