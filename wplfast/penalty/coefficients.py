@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -23,6 +24,21 @@ def scalar(value: float | Tensor, device: torch.device) -> Tensor:
             raise ValueError(f"a coefficient must be a float or a 0-d tensor, got shape {list(value.shape)}")
         return value.detach().to(device, torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def constant(value: float | Tensor, device: torch.device) -> Tensor:
+    """Return what :func:`scalar` does, to be read only; for a float on a CPU the same tensor as before.
+
+    For calls that nothing needs to see (:func:`wplfast.ops.prepared.dispatched`).
+    """
+    return _kept(float(value)) if isinstance(value, float) and device.type == "cpu" else scalar(value, device)
+
+
+@lru_cache(32)
+def _kept(value: float) -> Tensor:
+    """Return a number as a tensor that serves inside and outside of inference mode, and of any function mode."""
+    with torch.inference_mode(False), torch._C.DisableTorchFunction():
+        return scalar(value, torch.device("cpu"))
 
 
 def alpha_tensor(alpha: Alpha, names: Sequence[str], device: torch.device) -> Tensor:
