@@ -71,8 +71,8 @@ void penalty_binding(int mode, int dtype, int fisher_dtype, const py::list& nume
                   alphas[alpha_per_parameter ? p : 0]};
     const Anchor& a = anchors[p];
     if (a.numel > 0 && !(a.theta && a.theta_hat && a.fisher)) {
-      throw py::value_error("parameter " + std::to_string(p) + " or its theta_hat or fisher has no memory: its storage " +
-                            "was freed");
+      throw py::value_error("theta, theta_hat or fisher " + std::to_string(p) +
+                            " has no memory: its storage was freed");
     }
   }
   PenaltyCall call{anchors.data(),

@@ -81,7 +81,7 @@ class PreparedPenalty:
     def versions(self) -> list[int]:
         """Return the versions of all tensors: they change when one is written to."""
         *columns, alpha, l2 = self.arguments
-        return [_version(alpha), _version(l2), *(v for column in columns for v in map(_version, column))]
+        return list(map(_version, chain((alpha, l2), *columns)))
 
     def scaled(self, factor: Tensor) -> PreparedPenalty:
         """Return ``factor`` times this penalty (without its constant)."""

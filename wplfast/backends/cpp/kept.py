@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from operator import attrgetter
 from typing import TypeAlias
 
 import torch
@@ -32,8 +31,6 @@ MAX_KEPT = 32
 #: Number of parameters, and the addresses of the first parameter, anchor and Fisher: where to look, and no proof.
 _Key: TypeAlias = tuple[int, int, int, int]
 
-_version = attrgetter("_version")
-
 
 class _Tables:
     """What one call's lists came to."""
@@ -52,12 +49,8 @@ class _ListedPenalty(PreparedPenalty):
     def __init__(self, tables: _Tables, tensors: list[Tensor], alpha: Tensor, l2: Tensor) -> None:
         n = len(tensors) // 3
         super().__init__(tensors[:n], tensors[n : 2 * n], (), tensors[2 * n :], alpha, l2)
-        self._tables, self._tensors, self._packing = tables, tensors, tables.packing
+        self._tables, self._packing = tables, tables.packing
         self._strengths = alpha.data_ptr(), l2.data_ptr()
-
-    def versions(self) -> list[int]:
-        """Return the versions of all tensors."""
-        return list(map(_version, (self.arguments.alpha, self.arguments.l2, *self._tensors)))
 
     def value(self) -> Tensor:
         """Return the value."""
