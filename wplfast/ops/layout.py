@@ -68,7 +68,7 @@ def packed_views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Packing:
-    """Views of packed buffers for the same dense tensors again and again, at a third of :func:`packed_views`' price.
+    """Views of packed buffers for the same dense tensors again and again, at a quarter of :func:`packed_views`' price.
 
     It keeps what the tensors are like, and none of them.
 

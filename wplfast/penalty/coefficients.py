@@ -31,14 +31,17 @@ def constant(value: float | Tensor, device: torch.device) -> Tensor:
 
     For calls that nothing needs to see (:func:`wplfast.ops.prepared.dispatched`).
     """
-    return _kept(float(value)) if isinstance(value, float) and device.type == "cpu" else scalar(value, device)
+    if not isinstance(value, float) or device.type != "cpu":
+        return scalar(value, device)
+    if torch.is_inference_mode_enabled() or torch._C._len_torch_function_stack():
+        return scalar(value, device)  # a tensor of this mode, which must not be met outside
+    return _kept(float(value))
 
 
 @lru_cache(32)
 def _kept(value: float) -> Tensor:
-    """Return a number as a tensor that serves inside and outside of inference mode, and of any function mode."""
-    with torch.inference_mode(False), torch._C.DisableTorchFunction():
-        return scalar(value, torch.device("cpu"))
+    """Return a number as a tensor."""
+    return scalar(value, torch.device("cpu"))
 
 
 def alpha_tensor(alpha: Alpha, names: Sequence[str], device: torch.device) -> Tensor:
