@@ -69,6 +69,11 @@ void penalty_binding(int mode, int dtype, int fisher_dtype, const py::list& nume
                   grads.size() > 0 ? grads.pointer_at(p) : nullptr,
                   static_cast<int64_t>(sizes[p]),
                   alphas[alpha_per_parameter ? p : 0]};
+    const Anchor& a = anchors[p];
+    if (a.numel > 0 && !(a.theta && a.theta_hat && a.fisher)) {
+      throw py::value_error("theta, theta_hat or fisher " + std::to_string(p) +
+                            " has no memory: its storage was freed");
+    }
   }
   PenaltyCall call{anchors.data(),
                    n,
@@ -269,8 +274,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const ParameterTable&, int, int, const std::vector<int64_t>&, const std::vector<uintptr_t>&,
                     const std::vector<uintptr_t>&, const std::vector<uintptr_t>&, uintptr_t, bool, uintptr_t, uintptr_t,
                     int64_t>())
-      .def("value", &PreparedPenalty::value, "Writes the value.")
-      .def("store", &PreparedPenalty::store, "Writes the value and the packed gradient.")
+      .def("value", &PreparedPenalty::value, py::arg(), py::arg(), py::arg() = 0, py::arg() = 0, "Writes the value.")
+      .def("store", &PreparedPenalty::store, py::arg(), py::arg(), py::arg(), py::arg() = 0, py::arg() = 0,
+           "Writes the value and the packed gradient.")
       .def("add", &PreparedPenalty::add, "Writes the value and adds the gradient to .grad.");
   m.def("fisher_linear", &fisher_linear_binding, "Fisher diagonal of a linear layer.");
   m.def("fisher_conv", &fisher_conv_binding, "Fisher diagonal of a convolution's weight.");

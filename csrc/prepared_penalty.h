@@ -138,7 +138,8 @@ class ParameterTable {
   std::vector<int64_t> first_dim_, dims_;
 };
 
-// The arguments of `penalty` for one table of parameters. The Python object that owns it keeps all tensors alive.
+// The arguments of `penalty` for one table of parameters. Whoever calls it keeps all tensors alive meanwhile. Calls may
+// bring addresses of an alpha for all parameters and an l2; 0 stands for those that it was made with.
 class PreparedPenalty {
  public:
   PreparedPenalty(const ParameterTable& parameters, int dtype, int fisher_dtype, const std::vector<int64_t>& numels,
@@ -165,16 +166,18 @@ class PreparedPenalty {
     call_.padding = padding;
   }
 
-  void value(uintptr_t value, int threads) { evaluate(PenaltyMode::value, anchors_, 1.0, value, threads); }
+  void value(uintptr_t value, int threads, uintptr_t alpha, uintptr_t l2) {
+    evaluate(PenaltyMode::value, anchors_, 1.0, value, threads, alpha, l2);
+  }
 
   // Stores the gradients one behind the other from `packed` on.
-  void store(uintptr_t packed, uintptr_t value, int threads) {
+  void store(uintptr_t packed, uintptr_t value, int threads, uintptr_t alpha, uintptr_t l2) {
     std::vector<Anchor> anchors = anchors_;
     for (Anchor& anchor : anchors) {
       anchor.grad = reinterpret_cast<void*>(packed);
       packed += (anchor.numel + call_.padding - 1) / call_.padding * call_.padding * size_of(call_.dtype);
     }
-    evaluate(PenaltyMode::store, anchors, 1.0, value, threads);
+    evaluate(PenaltyMode::store, anchors, 1.0, value, threads, alpha, l2);
   }
 
   // Adds to the parameters' gradients and returns them; returns None, having done nothing, where one needs more care.
@@ -184,21 +187,26 @@ class PreparedPenalty {
     if (gradients.is_none()) return gradients;
     std::vector<Anchor> anchors = anchors_;
     for (size_t p = 0; p < anchors.size(); ++p) anchors[p].grad = addresses[p];
-    evaluate(PenaltyMode::add, anchors, *reinterpret_cast<const double*>(scale), value, threads);
+    evaluate(PenaltyMode::add, anchors, *reinterpret_cast<const double*>(scale), value, threads, 0, 0);
     return gradients;
   }
 
  private:
-  void evaluate(PenaltyMode mode, std::vector<Anchor> anchors, double scale, uintptr_t value, int threads) const {
+  void evaluate(PenaltyMode mode, std::vector<Anchor> anchors, double scale, uintptr_t value, int threads,
+                uintptr_t given_alpha, uintptr_t given_l2) const {
+    const double* const alpha = given_alpha != 0 ? reinterpret_cast<const double*>(given_alpha) : alpha_;
+    const double* const l2 = given_l2 != 0 ? reinterpret_cast<const double*>(given_l2) : l2_;
+    const bool per_parameter = given_alpha == 0 && alpha_per_parameter_;
+    if (alpha == nullptr || l2 == nullptr) throw py::value_error("neither made with an alpha and an l2 nor given them");
     double constant = 0;
-    for (size_t p = 0; p < anchors.size(); ++p) anchors[p].alpha = alpha_[alpha_per_parameter_ ? p : 0];
+    for (size_t p = 0; p < anchors.size(); ++p) anchors[p].alpha = alpha[per_parameter ? p : 0];
     if (constant_ != nullptr) {
-      for (size_t p = 0; p < (alpha_per_parameter_ ? anchors.size() : 1); ++p) constant += alpha_[p] * constant_[p];
+      for (size_t p = 0; p < (per_parameter ? anchors.size() : 1); ++p) constant += alpha[p] * constant_[p];
     }
     PenaltyCall call = call_;
     call.anchors = anchors.data();
     call.mode = mode;
-    call.l2 = *l2_;
+    call.l2 = *l2;
     call.scale = scale;
     call.threads = threads;
     double sum;
@@ -216,7 +224,7 @@ class PreparedPenalty {
   ParameterTable parameters_;
   std::vector<Anchor> anchors_;
   PenaltyCall call_{};
-  const double* alpha_;     // one, or one a parameter
+  const double* alpha_;     // one, or one a parameter; null if every call brings its own, as l2
   const double* constant_;  // likewise; null means zero
   const double* l2_;
   bool alpha_per_parameter_;

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 #: Files whose tests run on the CPU whatever the device.
 ABOUT_THE_CPU = {
     "test_cpp.py": "the C++ backend",
+    "test_functional_kept.py": "what the C++ backend keeps",
     "test_benchmarks.py": "the benchmarks' own code",
     "test_gpu_bench.py": "the benchmarks' own code",
     "test_selftest.py": "the command line, and what a self-test finds",

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import backends
 from .ops import check_penalty
 from .ops.arguments import PenaltyArguments
 from .ops.layout import by_kind, in_order_of, is_dense
-from .ops.prepared import PreparedPenalty
+from .ops.prepared import PreparedPenalty, dispatched
 from .penalty.autograd import differentiable, total
-from .penalty.coefficients import scalar
+from .penalty.coefficients import constant, scalar
 
 
 def wpl_penalty(
@@ -56,6 +57,10 @@ def wpl_penalty(
             raise ValueError(f"{what} must hold {len(params)} tensors, as params does, got {len(tensors)}")
     if not params:
         raise ValueError("params must hold at least one tensor")
+    kept = None if dispatched() else backends.kept_penalties(params[0].device.type)
+    found = None if kept is None else kept.find(params, theta_hat, fisher)
+    if found is not None:
+        return differentiable(found(constant(alpha, params[0].device), constant(l2, params[0].device)))
     values = []
     for (device, _), indices in by_kind(params).items():
         theta = [params[i] if is_dense(params[i]) else params[i].contiguous() for i in indices]
@@ -65,7 +70,8 @@ def wpl_penalty(
         )
         arguments = PenaltyArguments(theta, hats, (), fishers, scalar(alpha, device), scalar(l2, device))
         check_penalty.check_arguments(arguments)
-        values.append(differentiable(PreparedPenalty(*arguments)))
+        prepared = PreparedPenalty(*arguments) if kept is None else kept.penalty(arguments, params, theta_hat, fisher)
+        values.append(differentiable(prepared))
     return total(values)
 
 

@@ -20,6 +20,7 @@ from types import ModuleType
 
 from ..ops.consolidation import Consolidation
 from ..ops.contract import SCHEMAS, add_kernel
+from ..ops.kept import KeptPenalties
 from ..ops.prepared import PreparedPenalty
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,12 @@ def prepared_penalty(device_type: str) -> type[PreparedPenalty]:
     """Return the class of prepared penalties on a device type: a backend's own, or the common one."""
     own: type[PreparedPenalty] | None = getattr(_available.get(serving(device_type)), "prepared_penalty", None)
     return own or PreparedPenalty
+
+
+def kept_penalties(device_type: str) -> KeptPenalties | None:
+    """Return what the backend on a device type keeps of penalties over lists of tensors; None for nothing."""
+    kept: KeptPenalties | None = getattr(_available.get(serving(device_type)), "kept_penalties", None)
+    return kept
 
 
 def consolidation(device_types: Iterable[str]) -> type[Consolidation]:

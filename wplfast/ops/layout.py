@@ -68,31 +68,23 @@ def packed_views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Packing:
-    """Views of packed buffers for the same dense tensors again and again, at half the price of :func:`packed_views`.
+    """Views of packed buffers for the same dense tensors again and again, at a quarter of :func:`packed_views`' price.
+
+    It keeps what the tensors are like, and none of them.
 
     Args:
         tensors: what a buffer holds.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        _, self.length = packed_starts([tensor.numel() for tensor in tensors])
-        self._likes: list[Tensor] = []  # the tensors, and in between fillers of the gaps' sizes
-        self._places: list[int] = []
-        self._odd = [i for i, t in enumerate(tensors) if not t.is_contiguous() or t.numel() == 0]
-        for tensor in tensors:
-            self._places.append(len(self._likes))
-            self._likes.append(tensor.detach())
-            if gap := -tensor.numel() % ALIGNMENT:
-                self._likes.append(torch.empty(gap, device="meta"))
+        self._starts, self.length = packed_starts([tensor.numel() for tensor in tensors])
+        self._shapes, self._strides = [t.shape for t in tensors], [t.stride() for t in tensors]
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """View a buffer of :attr:`length` elements as the tensors, in their shapes and memory orders."""
-        parts = torch._C._nn.unflatten_dense_tensors(buffer, self._likes)
-        views = [parts[place] for place in self._places]
-        for i in self._odd:
-            like = self._likes[self._places[i]]
-            views[i] = views[i].view(-1).as_strided(like.shape, like.stride(), views[i].storage_offset())
-        return views
+        first = buffer.storage_offset()
+        starts = [first + start for start in self._starts] if first else self._starts
+        return list(map(buffer.as_strided, self._shapes, self._strides, starts))
 
 
 def by_kind(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:

@@ -7,8 +7,8 @@ the dispatcher, on any device; a backend may give a subclass that remembers addr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Collection, Sequence
+from itertools import chain, pairwise
 from operator import attrgetter
 from typing import Any, TypeAlias
 
@@ -81,7 +81,7 @@ class PreparedPenalty:
     def versions(self) -> list[int]:
         """Return the versions of all tensors: they change when one is written to."""
         *columns, alpha, l2 = self.arguments
-        return [_version(alpha), _version(l2), *(v for column in columns for v in map(_version, column))]
+        return list(map(_version, chain((alpha, l2), *columns)))
 
     def scaled(self, factor: Tensor) -> PreparedPenalty:
         """Return ``factor`` times this penalty (without its constant)."""
@@ -100,9 +100,11 @@ class PreparedPenalty:
 
     def _operator(self, name: str) -> Callable[..., Any]:
         """Return an operator; where nothing must see it go through the dispatcher, what serves it."""
-        theta, theta_hat, offset, fisher, _, _ = self.arguments
-        plain = all(type(t) in _PLAIN for tensors in (theta, theta_hat, offset, fisher) for t in tensors)
-        return operator(name, theta[0].device.type, through=not plain or forward_ad._current_level >= 0)
+        *columns, alpha, l2 = self.arguments
+        through = (
+            dispatched() or forward_ad._current_level >= 0 or not plain([alpha, l2, *chain.from_iterable(columns)])
+        )
+        return operator(name, self.theta[0].device.type, through)
 
     @property
     def packing(self) -> Packing:
@@ -142,6 +144,11 @@ def dispatched() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._autograd._profiler_enabled()
     )
+
+
+def plain(tensors: Collection[Tensor]) -> bool:
+    """Tell whether nothing stands between tensors and their memory: no other package's code, no negation to come."""
+    return _PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_neg, tensors))
 
 
 def operator(name: str, device_type: str, through: bool = False) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -23,6 +24,24 @@ def scalar(value: float | Tensor, device: torch.device) -> Tensor:
             raise ValueError(f"a coefficient must be a float or a 0-d tensor, got shape {list(value.shape)}")
         return value.detach().to(device, torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def constant(value: float | Tensor, device: torch.device) -> Tensor:
+    """Return what :func:`scalar` does, to be read only; for a float on a CPU the same tensor as before.
+
+    For calls that nothing needs to see (:func:`wplfast.ops.prepared.dispatched`).
+    """
+    if not isinstance(value, float) or device.type != "cpu":
+        return scalar(value, device)
+    if torch.is_inference_mode_enabled() or torch._C._len_torch_function_stack():
+        return scalar(value, device)  # a tensor of this mode, which must not be met outside
+    return _kept(float(value))
+
+
+@lru_cache(32)
+def _kept(value: float) -> Tensor:
+    """Return a number as a tensor."""
+    return scalar(value, torch.device("cpu"))
 
 
 def alpha_tensor(alpha: Alpha, names: Sequence[str], device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.autograd.graph import increment_version
 
 import wplfast._C as _C
 
+from ...ops.arguments import PenaltyArguments
 from ...ops.layout import ALIGNMENT, flat_dtype
 from ...ops.prepared import Link, PreparedPenalty, dispatched
 from ..exchange import parameter_table
@@ -17,27 +19,42 @@ from .dtypes import DTYPES
 from .reuse import shared
 
 
+def prepare(table: Any, arguments: PenaltyArguments, alpha: int, l2: int, constant: int = 0) -> Any:
+    """Return a ``_C.PreparedPenalty``.
+
+    Args:
+        table: of theta.
+        arguments: it keeps addresses of them, and none of the tensors.
+        alpha: address of a tensor like the arguments' own; 0 if every call brings a 0-d one, and an l2.
+        l2: likewise.
+        constant: address of the merged anchors' constants; 0 means zero.
+    """
+    theta, theta_hat, offset, fisher, _, _ = arguments
+    return _C.PreparedPenalty(
+        table,
+        DTYPES[theta[0].dtype],
+        DTYPES[fisher[0].dtype],
+        [p.numel() for p in theta],
+        *([t.data_ptr() for t in column] for column in (theta_hat, offset, fisher)),
+        alpha,
+        alpha != 0 and arguments.alpha.dim() == 1,
+        constant,
+        l2,
+        ALIGNMENT,
+    )
+
+
 class CppPenalty(PreparedPenalty):
     """What :class:`PreparedPenalty` does, without the dispatcher and without Python code per parameter."""
 
     def _prepare(self) -> None:
         """Remember addresses and make tables."""
-        theta, theta_hat, offset, fisher, alpha, l2 = self.arguments
-        self._parameters = list(theta)
+        _, _, _, _, alpha, l2 = self.arguments
+        self._parameters = list(self.theta)
         self._table = parameter_table(self._parameters)
-        self._prepared = _C.PreparedPenalty(
-            self._table,
-            DTYPES[theta[0].dtype],
-            DTYPES[fisher[0].dtype],
-            [p.numel() for p in theta],
-            *([t.data_ptr() for t in column] for column in (theta_hat, offset, fisher)),
-            alpha.data_ptr(),
-            alpha.dim() == 1,
-            0 if self.constant is None else self.constant.data_ptr(),
-            l2.data_ptr(),
-            ALIGNMENT,
-        )
-        self._memory = shared(theta[0].dtype)
+        constant = 0 if self.constant is None else self.constant.data_ptr()
+        self._prepared = prepare(self._table, self.arguments, alpha.data_ptr(), l2.data_ptr(), constant)
+        self._memory = shared(self.theta[0].dtype)
 
     def remember(self) -> None:
         """Do nothing: the table holds what the parameters were when this was made."""
