@@ -15,7 +15,7 @@ from batch_cases import Graph, X, Y, here
 from fisher_cases import ce, mlp
 from oracle import assert_close, fisher_loop
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import wplfast
 from wplfast.fisher.batches import moved
@@ -306,3 +306,41 @@ def test_streams_of_any_length(data, progress):
         fisher = wplfast.fisher_diagonal(model, data(), ce, progress=progress)
     assert fisher.n_samples == 12
     assert_close(fisher, expected(model))
+
+
+class Numbered(Dataset):
+    """A dataset whose targets are numbers of Python."""
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        if index >= len(X):
+            raise IndexError(index)
+        return X[index], int(Y[index])
+
+
+@pytest.mark.parametrize(
+    "data", [TensorDataset(X, Y), Numbered(), Subset(TensorDataset(X, Y), range(3))], ids=lambda d: type(d).__name__
+)
+def test_a_dataset_in_the_place_of_a_loader(data):
+    with pytest.raises(TypeError, match=r"is a \w+, which yields one sample after the other.* DataLoader\(dataset"):
+        wplfast.fisher_diagonal(mlp(), data, ce)
+    found = wplfast.fisher_diagonal(mlp(), DataLoader(data, batch_size=2), ce)
+    assert found.n_samples == len(data)
+
+
+class InBatches(Dataset):
+    """A dataset of whole batches, which needs no loader."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        if index >= 2:
+            raise IndexError(index)
+        return X, Y
+
+
+def test_a_dataset_of_batches():
+    assert wplfast.fisher_diagonal(mlp(), InBatches(), ce).n_samples == 2 * len(X)

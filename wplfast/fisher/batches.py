@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import Dataset, IterableDataset
 
 from ..capture.watched import tensors_in
 from ..errors import WplfastError
@@ -74,6 +75,21 @@ class Batch:
             targets = _of_numbers(targets)
         weights = _weights(rest[0], unpack is not None) if rest else None
         return Batch(moved(inputs, device), moved(targets, device), moved(weights, device), labels_apart)
+
+    def in_batches(self, data: Any) -> Batch:
+        """Return the batch, unless it is one sample of a dataset that was given in the place of a loader.
+
+        Raises:
+            TypeError: if data is a map-style dataset, and the target is a single number.
+        """
+        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            target = self.targets
+            if isinstance(target, (int, float, np.generic)) or (isinstance(target, Tensor) and target.dim() == 0):
+                raise TypeError(
+                    f"data is a {type(data).__name__}, which yields one sample after the other, and batches are wanted: "
+                    "pass torch.utils.data.DataLoader(dataset, batch_size=64)"
+                )
+        return self
 
     @property
     def is_empty(self) -> bool:

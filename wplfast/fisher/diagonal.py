@@ -117,7 +117,7 @@ def fisher_diagonal(
         parameter F is real: the mean of ``|g_n|^2``, the squared derivatives by both parts added up.
 
     Raises:
-        TypeError: if a batch is of no known form, or its third element is no weights.
+        TypeError: if a batch is of no known form, its third element is no weights, or data is a dataset of samples.
         ValueError: if data is empty, losses are not [N] or those of no batch depend on the parameters, a row holds
             several documents though ``samples="batch"``, an option does not fit, or the loss ("mc", "exact") is not
             -log p of the targets that are drawn for it (label smoothing, class weights, a missing 1/2, ..., or on some
@@ -187,7 +187,7 @@ def fisher_diagonal(
         with Undisturbed(inner, train, device) as undo:
             ranks.begin(model, options, undo)
             with accumulator, _bar(data, progress and ranks.rank == 0) as bar:
-                ranks.run_all(run, (Batch.of(item, unpack, device, samples) for item in data), bar)
+                ranks.run_all(run, (Batch.of(item, unpack, device, samples).in_batches(data) for item in data), bar)
                 result = ranks.fisher(accumulator)
         fisher = result()
     source = f"wplfast {__version__}, {type(inner).__name__}"
