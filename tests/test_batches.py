@@ -324,7 +324,7 @@ class Numbered(Dataset):
     "data", [TensorDataset(X, Y), Numbered(), Subset(TensorDataset(X, Y), range(3))], ids=lambda d: type(d).__name__
 )
 def test_a_dataset_in_the_place_of_a_loader(data):
-    with pytest.raises(TypeError, match=r"is a \w+, which yields one sample after the other.* DataLoader\(dataset"):
+    with pytest.raises(TypeError, match=r"is a \w+, which yields one sample after the other.*DataLoader\(dataset"):
         wplfast.fisher_diagonal(mlp(), data, ce)
     found = wplfast.fisher_diagonal(mlp(), DataLoader(data, batch_size=2), ce)
     assert found.n_samples == len(data)

@@ -86,7 +86,7 @@ class Batch:
             target = self.targets
             if isinstance(target, (int, float, np.generic)) or (isinstance(target, Tensor) and target.dim() == 0):
                 raise TypeError(
-                    f"data is a {type(data).__name__}, which yields one sample after the other, and batches are wanted: "
+                    f"data is a {type(data).__name__}, which yields one sample after the other; batches are wanted: "
                     "pass torch.utils.data.DataLoader(dataset, batch_size=64)"
                 )
         return self
