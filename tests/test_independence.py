@@ -425,3 +425,74 @@ def test_no_part_of_a_batch_runs_twice(n_samples):
     fd(net, [(some(n_samples, 3), torch.zeros(n_samples, dtype=torch.int64))], ce)
     assert len({run.numpy().tobytes() for run in runs}) == len(runs)
     assert any(len(run) != n_samples and torch.equal(run[0], some(n_samples, 3)[-1]) for run in runs)
+
+
+# ---- what is as long as the batch -----------------------------------------------------------------------------------
+
+
+def frequencies(targets):
+    return torch.bincount(targets, minlength=2).double().add(1).log()
+
+
+VALUES = some(N, 4)[:, 0]
+OF_LABELS = {
+    "[N, 1] against [N]": (VALUES, lambda o, t: F.mse_loss(o[:, :1], t, reduction="none").mean(1)),
+    "summed": (VALUES, lambda o, t: F.smooth_l1_loss(o[:, :1], t, reduction="none").sum(1)),
+    "the mean label": (VALUES, lambda o, t: (o[:, 0] - t.mean()).square()),
+    "the spread of labels": (VALUES, lambda o, t: o[:, 0].square() / t.var(correction=0)),
+    "how often a label occurs": (Y, lambda o, t: ce(o + frequencies(t), t)),
+    "a list of labels": (Y.tolist(), lambda o, t: ce(o + frequencies(torch.as_tensor(t)), torch.as_tensor(t))),
+    "labels in a dictionary": ({"y": Y}, lambda o, t: ce(o + frequencies(t["y"]), t["y"])),
+}
+
+
+@pytest.mark.parametrize("verify", [True, "always"])
+@pytest.mark.parametrize("name", OF_LABELS)
+def test_samples_coupled_through_labels(name, verify):
+    targets, loss_fn = OF_LABELS[name]
+    with pytest.raises(CoupledSamplesError, match="samples are coupled"):
+        fd(Net(lambda net, x: net.linear(x)), [(X, targets)] * 2, loss_fn, verify=verify)
+
+
+COUPLED_INPUTS = {
+    "averaged": lambda net, x, other: net.linear(x + other.mean(0)),
+    "attended to": lambda net, x, other: net.linear((x @ other.t()).softmax(1) @ other),
+    "centred": lambda net, x, other: net.linear(x * (other - other.mean(0))),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED_INPUTS)
+def test_a_second_input_that_couples_samples_shows_in_a_batch_of_another_size(name, caplog):
+    """Until then it may be a table that all samples share, as long as the batch by chance: said, and gone on."""
+    net, other = Net(COUPLED_INPUTS[name]), some(N, 3) + 1
+    try:
+        fisher = fd(net, [((X, other), Y)] * 3, ce)
+    except CoupledSamplesError:
+        assert name == "centred", "whose own rows matter: it is no table"
+        return
+    assert len(fisher.report.unchecked) == 1
+    assert sum("as long as the batch" in record.message for record in caplog.records) == 1
+    with pytest.raises(CoupledSamplesError, match="samples are coupled"):
+        fd(net, [((X, other), Y), ((X[:3], other[:3]), Y[:3])], ce)
+
+
+@pytest.mark.parametrize("sizes", [(N, N), (N, 3, N), (N, 1, 4)], ids=str)
+def test_a_table_as_long_as_the_batch(sizes):
+    table = some(N, 3)
+    net = Net(lambda net, x, table: net.linear((x @ table.t()).softmax(1) @ table))
+    fisher = fd(net, [((X[:n], table), Y[:n]) for n in sizes], ce)
+    check(fisher, loop(net, [((X[k : k + 1], table), Y[k : k + 1]) for n in sizes for k in range(n)], ce))
+
+
+def test_a_table_beside_the_labels():
+    weights = torch.tensor([0.3, 2.0, 1.0, 0.5, 0.7]).double()
+    net = Net(lambda net, x: net.linear(x))
+
+    def loss_fn(outputs, targets):
+        labels, of_labels = targets
+        return ce(outputs, labels) * of_labels[labels] * of_labels.sum()
+
+    check(
+        fd(net, [(X, (Y, weights))], loss_fn),
+        loop(net, [((X[k : k + 1],), (Y[k : k + 1], weights)) for k in range(N)], loss_fn),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -33,11 +33,14 @@ class Parts:
         self.take((), [])
         self._n_inputs = self._found.index(None)
 
-    def cuts(self) -> Iterator[Cut]:
-        """Yield ways to cut the batch, the likeliest first; each cuts an input, if any can be.
+    def cuts(self, ours: Collection[int] = ()) -> Iterator[Cut]:
+        """Yield ways to cut the batch, the likeliest first; each cuts an input and a target, if any can be.
 
         All parts are cut that have the batch's size, then all but one: a mask [T, T] or positions [T] may have that
-        size too.
+        size too. Labels are nobody's but a sample's.
+
+        Args:
+            ours: parts that are known to be the samples' own.
         """
         seen: set[Cut] = set()
         either = [i for i, part in enumerate(self._found) if self._dim(part, 0, True) != self._dim(part, 1, True)]
@@ -46,16 +49,29 @@ class Parts:
             first = dict(zip(either, dims, strict=False))
             whole = tuple(self._dim(part, first.get(i, 0), of_lists) for i, part in enumerate(self._found))
             cut = [i for i, dim in enumerate(whole) if dim is not None]
-            spared = cut[:_MAX_SPARED] if len(cut) > 1 else []
+            spared = [i for i in cut[:_MAX_SPARED] if i not in ours] if len(cut) > 1 else []
             for candidate in (whole, *(self.sparing(whole, {i}) for i in spared)):
                 if candidate not in seen and self.is_possible(candidate):
                     seen.add(candidate)
                     yield candidate
 
     def is_possible(self, cut: Cut) -> bool:
-        """Tell whether a cut leaves neither everything nor all inputs whole, though one could be cut."""
-        some_input = any(self._dim(part, 0, True) is not None for part in self._found[: self._n_inputs])
-        return any(dim is not None for dim in (cut[: self._n_inputs] if some_input else cut))
+        """Tell whether a cut leaves neither everything nor all inputs or targets whole, though one could be cut."""
+        n_inputs = self._n_inputs
+
+        def is_cut(first: int, last: int) -> bool:
+            can_be = any(self._dim(part, 0, True) is not None for part in self._found[first:last])
+            return not can_be or any(dim is not None for dim in cut[first:last])
+
+        everything = len(self._found)
+        return is_cut(0, n_inputs) and is_cut(n_inputs, everything) and any(dim is not None for dim in cut)
+
+    def has_size(self, position: int, dim: int) -> bool:
+        """Tell whether a part has the batch's size along a dimension."""
+        part = self._found[position] if position < len(self._found) else None
+        if isinstance(part, Tensor):
+            return dim < part.dim() and part.shape[dim] == self.n_samples
+        return part is not None and dim == 0
 
     def are_plain(self, cut: Cut) -> bool:
         """Tell whether a cut goes through every part, along the same dimension of each."""

@@ -286,7 +286,9 @@ class Run:
 
     def _examine(self, batch: Batch, targets: Any, losses: Tensor, state: Tensor) -> Findings:
         """Find out whether samples are independent, in the first batch that tells or in all."""
-        if not self.verify or not losses.requires_grad or (self._is_examined and self.verify != "always"):
+        known = self.declared or not self._examination.has_more_to_ask(batch, targets, len(losses))
+        done = self._is_examined and self.verify != "always" and known
+        if not self.verify or not losses.requires_grad or done:
             return Findings()
         self._examination.half = self.accumulator.is_widened
         findings = self._examination.examine(batch, targets, losses, self.before, state, not self.declared)

@@ -40,6 +40,12 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 #: Losses below this are rounding noise, with which nothing can be compared.
 SMALLEST = 1e-6
 
+#: Why a part of the batch may have been misread.
+TAKEN_FOR_A_TABLE = (
+    "an input as long as the batch was taken for one that all samples share (a mask, a table), since losses are others "
+    "where it is cut; a batch of another size would tell"
+)
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -83,6 +89,18 @@ class Examination:
         self._model, self._loss_fn, self._device = model, loss_fn, device
         self._parameters, self._directions = parameters, directions
         self._n_batches, self.half = 0, False
+        self._tables: dict[int, int] = {}  # parts as long as a batch of so many that were taken for shared; along which
+        self._n_then = 0
+        self._own: set[int] = set()  # such parts whose lengths follow the batch's
+
+    def has_more_to_ask(self, batch: Batch, targets: Any, n_samples: int) -> bool:
+        """Tell whether a batch shows that what was taken for a table is as long as every batch, and so is none."""
+        if not self._tables or n_samples in (1, self._n_then):
+            return False
+        parts = Parts(batch.inputs, targets, n_samples)
+        self._own = {position for position, dim in self._tables.items() if parts.has_size(position, dim)}
+        self._tables = {}
+        return bool(self._own)
 
     def examine(
         self, batch: Batch, targets: Any, losses: Tensor, before: Snapshot, random: Tensor, refusing: bool = True
@@ -118,7 +136,9 @@ class Examination:
         parts = [part for part in self._parts(n_samples) if part != last]  # which would be the same run again
         differing: int | None = None  # a sample whose loss differed in the likeliest of the cuts that ran
         unsure: Cut | None = None  # the likeliest cut whose losses are the same as far as it ran
-        for cut in trial.parts.cuts():
+        likeliest: Cut | None = None
+        for cut in trial.parts.cuts(self._own):
+            likeliest = likeliest or cut
             single = trial.run(cut, last)
             if single is None:
                 continue
@@ -129,7 +149,9 @@ class Examination:
                     ran = ran and others is not None
                     sample = None if others is None else trial.differing(others, part)
             if sample is None and ran:
-                return Findings(True, self._gradients(trial, single))
+                self._tables, self._n_then = _spared(cut, likeliest), n_samples
+                note = TAKEN_FOR_A_TABLE if self._tables else ""
+                return Findings(True, self._gradients(trial, single), unchecked=note)
             if sample is None:  # a table that all samples share may have been cut: another cut may do for all parts
                 unsure = unsure or cut
             else:
@@ -142,7 +164,7 @@ class Examination:
 
     def _diagnose(self, trial: _Trial, differing: int | None) -> Findings:
         """Tell why no cut gave the same losses: find proof, or say that there is none."""
-        cuts = list(trial.parts.cuts())
+        cuts = list(trial.parts.cuts(self._own))
         if not cuts:
             return Findings(unchecked="no tensor of a batch has its size along dimension 0 or 1")
         last, whole = _last(len(trial.expected)), [cut for cut in cuts if None not in _used(cut, cuts[0])]
@@ -346,6 +368,12 @@ class _Draws(TorchDispatchMode):
 def _last(n_samples: int) -> list[int]:
     """Return the last sample several times, though not so many as the batch has samples."""
     return [n_samples - 1] * (2 if n_samples > 2 else 3)
+
+
+def _spared(cut: Cut, whole: Cut) -> dict[int, int]:
+    """Return the parts that a cut leaves whole though the likeliest one does not, and along which dimension that does."""
+    pairs = enumerate(zip(cut, whole, strict=True))
+    return {i: other for i, (dim, other) in pairs if dim is None and other is not None}
 
 
 def _used(cut: Cut, whole: Cut) -> set[int | None]:
