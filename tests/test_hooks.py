@@ -385,3 +385,53 @@ def test_no_weight_is_one():
         for digit in range(codes.rounds):
             assert (codes.weights(digit).abs() != 1).all()
             assert len(codes.weights(digit).abs().unique()) == min(n_samples, 16) or digit
+
+
+def reordered(m, x):
+    rows = m.fc(x).flatten(0, 1)
+    rows.register_hook(m.bend)
+    order = rows.detach().sum(1).argsort()
+    back = torch.zeros_like(rows).index_copy(0, order, torch.tanh(rows[order] @ m.w))
+    return m.head(back.view(*x.shape).sum(1))
+
+
+#: What bends gradients that are scaled far, and those alone.
+FAR = {
+    "clamped where huge": lambda g: g.clamp(-1e4, 1e4),
+    "zero where tiny": lambda g: g * (g.abs() > 1e-9),
+    "rounded to half precision": lambda g: g.half().to(g.dtype),
+}
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("name", FAR)
+def test_rows_in_any_order_of_many_samples_behind_a_hook_that_far_weights_would_meet(name, verify):
+    """Batches that are measured in one pass have weights up to 2^32, which the hook does not meet otherwise."""
+    torch.manual_seed(0)
+    model = Lambda(reordered, fc=nn.Linear(D, D), w=par(D, D), head=head()).double()
+    model.bend = lambda g: g
+    data = [(torch.randn(n, 3, D).double(), torch.randint(0, C, (n,))) for n in (20, 20, 33, 2)]
+    expected = fisher_loop(model, data, classify)
+    model.bend = FAR[name]
+    found = wplfast.fisher_diagonal(model, data, classify, verify=verify)
+    tolerance = 1e-2 if "half" in name else 1e-10
+    assert_close(found, expected, tolerance, tolerance)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("place", ["loss", "outputs", "inside"])
+def test_half_precision_between_the_losses_and_the_parameters(place, verify):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, C))
+    data = [(torch.randn(n, D), torch.randint(0, C, (n,))) for n in (12, 12, 30, 30)]
+    expected = fisher_loop(model, data, classify)
+    if place == "inside":
+        model[1].register_forward_hook(lambda module, args, output: output.half().float())
+    if place == "outputs":
+        model.register_forward_hook(lambda module, args, output: output.half().float())
+
+    def loss_fn(outputs, targets):
+        losses = classify(outputs, targets)
+        return losses.half() if place == "loss" else losses
+
+    assert_close(wplfast.fisher_diagonal(model, data, loss_fn, verify=verify), expected, 2e-2, 2e-2)

@@ -371,7 +371,7 @@ def _last(n_samples: int) -> list[int]:
 
 
 def _spared(cut: Cut, whole: Cut) -> dict[int, int]:
-    """Return the parts that a cut leaves whole though the likeliest one does not, and along which dimension that does."""
+    """Return the parts that a cut leaves whole though the likeliest does not, and along which dimension that does."""
     pairs = enumerate(zip(cut, whole, strict=True))
     return {i: other for i, (dim, other) in pairs if dim is None and other is not None}
 

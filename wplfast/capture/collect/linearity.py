@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ..call_site import Listener
 from ..probe.hooks import called_in
-from ..probe.weights import Projection
+from ..probe.weights import WIDE_RADIX, Projection
 from .batch import Batch
 from .leaf_grads import LeafGrads
 from .mixed import is_about_positions
 from .passes import CollectPass, ProjectionPass
 
-#: Beyond the weights of probing passes.
-_LARGE, _SMALL = -(2.0**8), 2.0**-8
+#: The outermost weights of probing passes.
+_LARGE, _SMALL = -(2.0 ** (WIDE_RADIX // 2)), 2.0 ** -(WIDE_RADIX // 2)
 
 
 class Linearity:

@@ -74,7 +74,7 @@ class LayoutInference:
                 two samples share a weight with probability 1/32, but a template is wrong for nearly all rows at once.
             verifies: ordinary gradients of a probing pass are compared.
         """
-        radix = RADIX if verifies else WIDE_RADIX
+        radix = WIDE_RADIX if thorough and not verifies and n_samples > RADIX else RADIX
         self.probe_weights = ProbeWeights(n_samples, self._generator, self.in_pairs, radix)
         self._check = check
         self._thorough, self._structure = thorough or self.in_pairs, structure
