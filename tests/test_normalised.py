@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import wplfast
-from wplfast.capture.collect import squares
+from wplfast.capture.collect import derived, squares
 
 D, H, C = 6, 5, 4
 
@@ -291,3 +291,142 @@ def test_single_precision(form):
     for name, found in single.items():
         assert float((found - exact[name]).norm() / exact[name].norm()) < 2e-6
         assert (found >= 0).all()
+
+
+class Read(nn.Module):
+    """A matrix that is contracted along both of its axes, or spread along both."""
+
+    def __init__(self, make, read):
+        super().__init__()
+        self.weight, self.gain, self.head = (
+            nn.Parameter(torch.randn(3, D)),
+            nn.Parameter(torch.rand(3, 1)),
+            nn.Linear(1, C),
+        )
+        self.make, self.read = make, read
+
+    def forward(self, x):
+        return self.head(
+            torch.tanh(self.read(x, self.make(self.weight) * self.gain)).reshape(len(x), -1).sum(1, keepdim=True)
+        )
+
+
+READS = {
+    "of all": lambda x, w: torch.einsum("nij,ij->n", x, w),
+    "of all, by tensordot": lambda x, w: torch.tensordot(x, w, 2),
+    "of all, for each channel": lambda x, w: torch.einsum(
+        "ncij,ij->nc", x.unsqueeze(1) * x.new_tensor([1, 2.0]).view(2, 1, 1), w
+    ),
+    "spread": lambda x, w: torch.einsum("n,ij->nij", x.sum((1, 2)), w),
+    "spread for each step": lambda x, w: torch.einsum("nt,ij->ntij", x.sum(2), w),
+    "rows, and all": lambda x, w: torch.einsum("nij,ij->n", x, w) * F.linear(x, w).sum((1, 2)),
+}
+
+
+@pytest.mark.parametrize("form", ["normalize", "over the norm of all", "softmax", "standardised"])
+@pytest.mark.parametrize("read", READS)
+def test_matrices_that_are_read_as_a_whole(read, form):
+    torch.manual_seed(0)
+    check(Read(FORMS[form], READS[read]), data(3), fast=False)
+
+
+@pytest.mark.parametrize("power", [-16, -13, 0, 12, 16])
+def test_what_cancels_is_seen_at_any_scale(power):
+    """Squares of squares leave the range of single precision."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Layer(lambda w: w - w.mean(1, keepdim=True)))
+    batches = [(1000 + torch.randn(16, D), torch.randint(0, C, (16,))) for _ in range(2)]
+    model[0].inner = nn.Identity()
+    single = wplfast.fisher_diagonal(model, batches, lambda o, t: classify(o / 1000, t) * 10.0**power)
+    exact = fisher_loop(model, batches, lambda o, t: classify(o / 1000, t) * 10.0**power)
+    found, expected = single["0.weight"].double() / 10.0 ** (2 * power), exact["0.weight"] / 10.0 ** (2 * power)
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+
+
+REPEATED = {
+    "orthonormalised": lambda w: 1.5 * w - 0.5 * (w @ w.t()) @ w,
+    "centred and over the norm": lambda w: (w - w.mean(1, keepdim=True)) / w.norm(dim=1, keepdim=True),
+    "residual": lambda w: w + 0.1 * torch.tanh(w),
+    "gated": lambda w: w * torch.sigmoid(w),
+    "scaled steps": lambda w: w + 0.3 * torch.tanh(2 * w),
+}
+
+
+@pytest.mark.parametrize("form", REPEATED)
+def test_steps_that_enter_several_others_are_gone_through_once(form, monkeypatch):
+    torch.manual_seed(0)
+    steps, through = 12, derived._through
+    calls = []
+    monkeypatch.setattr(derived, "_through", lambda use, call: calls.append(call) or through(use, call))
+
+    def make(w):
+        for _ in range(steps):
+            w = REPEATED[form](w / 3)
+        return w
+
+    model, batches = Layer(make).double(), [(x.double(), y) for x, y in data()[:1]]
+    found = wplfast.fisher_diagonal(model, batches, classify)
+    assert len(calls) < 1000, "the ways through the steps are more than 2^12"
+    assert_close(found, fisher_loop(model, batches, classify), 1e-8, 1e-10)
+
+
+def test_an_embedding_that_a_network_makes(monkeypatch):
+    """Of many parameters: whether they can be told apart is asked of each step once."""
+
+    class Made(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.start, self.head = nn.Parameter(torch.randn(1, D)), nn.Linear(D, C)
+            self.steps = nn.ParameterList([nn.Parameter(torch.randn(D, D) / D) for _ in range(16)])
+
+        def forward(self, x):
+            embedding = self.start
+            for step in self.steps:
+                embedding = embedding + torch.tanh(embedding @ step)
+            return self.head(torch.tanh(self.head.weight.new_ones(D) * x * embedding))
+
+    torch.manual_seed(0)
+    model, batches = Made().double(), [(x.double(), y) for x, y in data()[:1]]
+    through, calls = derived._through, []
+    monkeypatch.setattr(derived, "_through", lambda use, call: calls.append(call) or through(use, call))
+    assert_close(wplfast.fisher_diagonal(model, batches, classify), fisher_loop(model, batches, classify), 1e-8, 1e-10)
+    assert len(calls) < 1000
+
+
+class Gain(torch.autograd.Function):
+    """A product that no interception sees."""
+
+    @staticmethod
+    def forward(ctx, x, gain):
+        ctx.save_for_backward(x, gain)
+        return x * gain
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, gain = ctx.saved_tensors
+        return gradient * gain, (gradient * x).sum_to_size(gain.shape)
+
+
+NOISE = {
+    "normalize": lambda h: F.normalize(h, dim=1),
+    "over the largest": lambda h: h / h.abs().amax(1, keepdim=True),
+    "layer norm": lambda h: F.layer_norm(h, h.shape[1:], eps=0.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("norm", NOISE)
+def test_a_gradient_that_is_zero_but_for_rounding_is_no_coupling(norm, dtype):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.inner, self.head = nn.Parameter(torch.tensor([1.5])), nn.Linear(D, H), nn.Linear(H, C)
+
+        def forward(self, x):
+            return self.head(NOISE[norm](Gain.apply(self.inner(x), self.gain)))
+
+    torch.manual_seed(0)
+    model, batches = Model().to(dtype), [(x.to(dtype), y) for x, y in data()]
+    found = wplfast.fisher_diagonal(model, batches, classify)
+    assert float(found["gain"]) < 1e-9
+    assert "one by one" in found.report.rules["gain"]

@@ -107,10 +107,10 @@ class Call:
 
     @property
     def is_of_ranges(self) -> bool:
-        """Whether all data are ranges of several integers."""
+        """Whether all data are ranges of several numbers."""
         if self.differentiable_inputs or self.in_place or not self.input_kinds:
             return False
-        return all(is_range and shape[-1] > 1 for shape, _, is_range in self.input_kinds)
+        return all(is_range and shape.numel() > 1 for shape, _, is_range in self.input_kinds)
 
     def argument(self, position: int, name: str) -> Any:
         """Return an argument by position or keyword; tensors are Slots."""
@@ -233,11 +233,17 @@ def floating(tree: Any) -> list[Tensor]:
 
 
 def kind_of(tensor: Tensor) -> tuple[torch.Size, torch.dtype, bool]:
-    """Describe a data tensor: shape, dtype, and whether it is one range of integers such as position indices."""
+    """Describe a data tensor: shape, dtype, and whether it is one range that counts up by ones, as positions do."""
     is_range = False
-    if not (tensor.is_floating_point() or tensor.is_complex()) and 0 < tensor.numel() == tensor.shape[-1]:
+    if (
+        tensor.layout == torch.strided
+        and not tensor.is_complex()
+        and 0 < tensor.numel() == max(tensor.shape, default=1)
+    ):
         flat = tensor.reshape(-1)
         is_range = bool((flat.diff() == 1).all())
+        if is_range and tensor.is_floating_point():
+            is_range = len(flat) > 1 and bool(flat[0] == flat[0].round())
     return tensor.shape, tensor.dtype, is_range
 
 

@@ -45,47 +45,111 @@ _REDUCTIONS = {
 #: Functions whose result has the same elements in the same order.
 _SHAPES = frozenset({"view", "reshape", "unsqueeze", "squeeze", "flatten"})
 
+#: More uses than these of one tensor, and all are sent down its graph.
+_MOST_USES = 8
+
 _Use = TypeVar("_Use", bound=GradSample)
 
 
 def sent_down(uses: Sequence[GradSample]) -> list[GradSample] | None:
-    """Return uses that each depend on one parameter and stand for all given ones; None if some cannot be told apart."""
-    if not all(_may_be_told_apart(use.operand) for use in uses):
+    """Return uses that each depend on one parameter and stand for all given ones; None if some cannot be told apart.
+
+    Tensors are gone through from the last to the first, each once, with all uses of it: an intermediate result may
+    enter several steps, and the ways through them are many more than the steps.
+    """
+    order = _in_order([use.operand for use in uses])
+    if order is None:
         return None
-    found: list[GradSample] = []
+    waiting: dict[int, list[GradSample]] = {key: [] for key in order}
     for use in uses:
-        below = _below(use)
-        if below is None:
+        waiting[_key(use.operand)].append(use)
+    found: list[GradSample] = []
+    for key in order:
+        together = joined(waiting[key])
+        if len(together) > _MOST_USES:
             return None
-        found += below
+        for use in together:
+            operand = use.operand
+            call = _made_by(operand)
+            steps = None if call is None else _through(use, call)
+            if steps is not None:
+                for step in steps:
+                    waiting[_key(step.operand)].append(step)
+            elif len(operand.parameters) > 1:
+                return None
+            elif call is not None and isinstance(use, SummedGradSample) and operand.value.numel() == 1:
+                found.append(_through_graph(use))
+            else:
+                found.append(use)
     return found
 
 
-def _may_be_told_apart(operand: Operand) -> bool:
-    """Tell, by the names of the functions below an operand, whether it may be worth the products to try."""
-    if len(operand.parameters) == 1:
-        return True
-    call = operand.made_by
-    known = call is not None and (call.name in _KNOWN or _is_transpose(call))
-    return known and call is not None and all(_may_be_told_apart(below) for below in call.operands)
+def joined(uses: Sequence[GradSample]) -> list[GradSample]:
+    """Add up uses of one operand, as far as that takes no more memory: sums, and what differs by factors alone."""
+    sums = [use for use in uses if isinstance(use, SummedGradSample)]
+    found: list[GradSample] = [sums[0].joined(sums[1:])] if sums else []
+    spreads: dict[int, SpreadGradSample] = {}
+    scaled: dict[tuple[int, ...], GradSample] = {}
+    for use in uses:
+        if isinstance(use, SpreadGradSample):
+            known = spreads.get(id(use.factors))
+            matrix = use.matrix if known is None else known.matrix + use.matrix
+            spreads[id(use.factors)] = SpreadGradSample(use.operand, use.rule, use.factors, matrix)
+        elif not isinstance(use, SummedGradSample):
+            other = scaled.get(use.source)
+            scaled[use.source] = use if other is None else ScaledGradSample(_bare(use), _scale(use) + _scale(other))
+    return [*found, *spreads.values(), *scaled.values()]
 
 
-def _below(use: GradSample) -> list[GradSample] | None:
-    """Return what a use is to the parameters below its operand; None if several are, and it cannot be told."""
-    operand = use.operand
+def _bare(use: GradSample) -> GradSample:
+    """Return what a scaled use scales, any other one as it is."""
+    return use.use if isinstance(use, ScaledGradSample) else use
+
+
+def _scale(use: GradSample) -> Tensor:
+    """Return the factors of a use, 1 where it has none."""
+    wide = flat_dtype(use.operand.value.dtype)
+    return use.scale.to(wide) if isinstance(use, ScaledGradSample) else use.operand.value.new_ones((), dtype=wide)
+
+
+def _key(operand: Operand) -> int:
+    """Identify a tensor, in whatever call it is an operand."""
+    return id(operand.leaf if operand.graph is None else operand.graph)
+
+
+def _made_by(operand: Operand) -> Call | None:
+    """Return the call that an operand is sent down through, if it is not sent to its parameter as it is."""
     if (
         operand.graph is None or operand.region is not None or operand.graph._backward_hooks
     ):  # only its graph calls them
-        return [use] if len(operand.parameters) == 1 else None
-    steps = None if operand.made_by is None else _through(use, operand.made_by)
-    found = None if steps is None else sent_down(steps)
-    if found is not None:
-        return found
-    if len(operand.parameters) > 1:
         return None
-    if isinstance(use, SummedGradSample) and operand.value.numel() == 1:
-        return [_through_graph(use)]
-    return [use]
+    return operand.made_by
+
+
+def _in_order(operands: Sequence[Operand]) -> list[int] | None:
+    """Return the tensors below some operands, each before those that it was computed from.
+
+    None if one that depends on several parameters was made by a function through which they cannot be told apart.
+    """
+    order: list[int] = []
+    seen: set[int] = set()
+    stack = [(operand, False) for operand in operands]
+    while stack:
+        operand, is_done = stack.pop()
+        key = _key(operand)
+        if is_done:
+            order.append(key)
+            continue
+        if key in seen:
+            continue
+        seen.add(key)
+        stack.append((operand, True))
+        call = _made_by(operand)
+        if len(operand.parameters) > 1 and (call is None or not (call.name in _KNOWN or _is_transpose(call))):
+            return None
+        if call is not None:
+            stack += [(below, False) for below in call.operands]
+    return order[::-1]
 
 
 def _through_graph(use: SummedGradSample) -> GradSample:
@@ -132,7 +196,7 @@ def _through(use: GradSample, call: Call) -> list[GradSample] | None:
         return [SummedGradSample(below, use.rule, use.grads.reshape(-1, *below.value.shape))]
     if call.name in _MATRIX_PRODUCTS and len(call.args) == 2:
         return _through_matrix_product(use, call)
-    if not isinstance(use, FactoredGradSample) or value.dim() != 2:
+    if not isinstance(use, FactoredGradSample) or not use.is_by_rows:
         return None
     if _is_transpose(call) and call.operands[0].value.shape == value.shape[::-1]:
         return [FactoredGradSample(call.operands[0], use.rule, use.grad_outputs, use.activations)]
@@ -175,7 +239,7 @@ def _through_matrix_product(use: GradSample, call: Call) -> list[GradSample] | N
     found: list[GradSample | None] = []
     if not all(isinstance(t, Tensor) and t.dim() == 2 for t in (p, q)):
         return None
-    if isinstance(use, FactoredGradSample):
+    if isinstance(use, FactoredGradSample) and use.is_by_rows:
         a, g = use.activations, use.grad_outputs
         if _is_operand(left):
             found.append(FactoredGradSample(call.operands[left.index], use.rule, a @ q.t().to(a.dtype), g))
@@ -306,7 +370,7 @@ def _scaled(use: GradSample, operand: Operand, factor: Any) -> GradSample:
     if isinstance(use, SummedGradSample):
         factor = factor.to(use.grads) if isinstance(factor, Tensor) else factor
         return SummedGradSample(operand, use.rule, use.grads * factor)
-    if isinstance(use, FactoredGradSample) and operand.value.dim() == 2:
+    if isinstance(use, FactoredGradSample) and use.is_by_rows:
         return _scaled_product(use, operand, factor)
     if not isinstance(factor, Tensor):
         if factor == 1:

@@ -69,14 +69,14 @@ def is_about_positions(tapped: TappedCall, n_samples: int | None) -> bool:
         return size == own.get(place) or (n_samples is not None and size % n_samples != 0)
 
     return all(
-        is_range or all(is_free(place, size) for place, size in _axes(shape))
-        for shape, _, is_range in tapped.call.input_kinds
+        (is_range and not dtype.is_floating_point) or all(is_free(place, size) for place, size in _axes(shape))
+        for shape, dtype, is_range in tapped.call.input_kinds
     )
 
 
 def is_of_indices(tapped: TappedCall) -> bool:
     """Tell whether the data of a call are ranges of indices, which cannot have been computed from samples."""
-    return all(is_range for _, _, is_range in tapped.call.input_kinds)
+    return all(is_range and not dtype.is_floating_point for _, dtype, is_range in tapped.call.input_kinds)
 
 
 def _axes(shape: torch.Size) -> list[tuple[int, int]]:

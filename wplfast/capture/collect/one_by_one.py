@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -78,6 +79,8 @@ def one_by_one(
         accumulators.rules[index].add("one by one")
     accumulators.seconds["one by one"] += time.perf_counter() - started
     tolerance = 1e-6 if batch.losses.dtype == torch.float64 else 5e-2
-    floor = 1e-6 * max(map(float, squares.values()), default=0.0)
+    # Gradients that are zero but for rounding (a gain before a norm) are compared with those of the whole model.
+    of_model = map(float, accumulators.sums())
+    floor = 1e-6 * max((size for size in (*map(float, squares.values()), *of_model) if math.isfinite(size)), default=0)
     sizes = {index: max(float(square), floor) ** 0.5 for index, square in squares.items()}
     return {i for i, size in sizes.items() if not float(rest[i].norm()) <= tolerance * size} - overflown

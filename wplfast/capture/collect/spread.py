@@ -63,7 +63,8 @@ def accumulate(group: Sequence[GradSample], fisher: Tensor, gradient: Tensor | N
         most += term.matrix.square() * (term.factors * c).sum(0)
         if plain is not None:
             plain += term.matrix * c.sum(0)
-    if bool(squares.norm() < LEAST_LEFT * most.norm()):
+    top = most.amax()  # squares of squares would leave the range of numbers
+    if not bool((squares / top).norm() >= LEAST_LEFT * (most / top).norm()):
         return False
     fisher += squares.clamp_min_(0)
     if gradient is not None and plain is not None:

@@ -77,6 +77,11 @@ class ConvUse(GradSample):
         super().__init__(operand, layout.n_samples, rule)
         self.layout, self.x, self.grad_outputs, self.geometry = layout, x, grad_outputs, geometry
 
+    @property
+    def source(self) -> tuple[int, ...]:
+        """Input and gradient."""
+        return id(self.x), id(self.grad_outputs)
+
     def per_sample(self, samples: range) -> Tensor:
         """Run the ordinary weight gradient of one sample at a time."""
         wide = flat_dtype(self.x.dtype)

@@ -27,6 +27,11 @@ class LookupGradSample(GradSample):
         super().__init__(operand, len(indices), rule)
         self.indices, self.grad_outputs = indices, grad_outputs
 
+    @property
+    def source(self) -> tuple[int, ...]:
+        """What was looked up, and its gradients."""
+        return id(self.indices), id(self.grad_outputs)
+
     def per_sample(self, samples: range) -> Tensor:
         """Add each sample's rows into a table of its own."""
         chosen = slice(samples.start, samples.stop)

@@ -37,6 +37,11 @@ class GradSample(ABC):
         """What the report names: the rule, and how the gradients were had if that costs a loop over samples."""
         return (self.rule,)
 
+    @property
+    def source(self) -> tuple[int, ...]:
+        """Identify what the gradients are made of: uses of one source differ by factors alone."""
+        return (id(self),)
+
     @abstractmethod
     def per_sample(self, samples: range) -> Tensor:
         """Return the gradients of some samples, [len(samples), *operand.shape], float32 or wider."""
@@ -87,6 +92,16 @@ class FactoredGradSample(GradSample):
         super().__init__(operand, activations.shape[0], rule)
         self.activations, self.grad_outputs = activations, grad_outputs
 
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether the operand is a matrix with the rows of G and the columns of A, and not all row or all column."""
+        return (self.grad_outputs.shape[2], self.activations.shape[2]) == self.operand.value.shape
+
+    @property
+    def source(self) -> tuple[int, ...]:
+        """The factors."""
+        return id(self.activations), id(self.grad_outputs)
+
     def per_sample(self, samples: range) -> Tensor:
         """Multiply the factors of some samples."""
         chosen = slice(samples.start, samples.stop)
@@ -112,7 +127,7 @@ class FactoredGradSample(GradSample):
     def contracted(self, factor: Tensor, shape: torch.Size) -> Tensor | None:
         """Contract one of the factors with the matrix first, if that is one."""
         matrix, a, g = self.operand.value.shape, self.activations, self.grad_outputs
-        if len(matrix) != 2:
+        if not self.is_by_rows:
             return None
         wide, sizes = flat_dtype(a.dtype), padded(shape, 2)
         a, g, factor = a.to(wide), g.to(wide), factor.to(wide).expand(matrix)
@@ -127,9 +142,9 @@ class FactoredGradSample(GradSample):
 
     def weighed(self, factors: Tensor) -> Tensor | None:
         """Weigh the rows of one of the factors, if the operand is a matrix; then one product serves all samples."""
-        matrix, a, g = self.operand.value.shape, self.activations, self.grad_outputs
+        a, g = self.activations, self.grad_outputs
         wide, sizes = flat_dtype(a.dtype), padded(factors.shape[1:], 2)
-        if len(matrix) != 2 or 1 not in sizes:
+        if not self.is_by_rows or 1 not in sizes:
             return None
         a, g, factors = a.to(wide), g.to(wide), factors.to(wide).view(len(factors), 1, -1)
         a, g = (a, g * factors) if sizes[1] == 1 else (a * factors, g)

@@ -18,6 +18,11 @@ class ScaledGradSample(GradSample):
         super().__init__(use.operand, use.n_samples, use.rule)
         self.use, self.scale = use, scale
 
+    @property
+    def source(self) -> tuple[int, ...]:
+        """That of the other use."""
+        return self.use.source
+
     def per_sample(self, samples: range) -> Tensor:
         """Scale the gradients."""
         grads = self.use.per_sample(samples)

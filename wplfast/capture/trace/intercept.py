@@ -251,10 +251,12 @@ class Interception:
         return self._derive(call, inputs, args)
 
     def _are_positions(self, call: Call) -> bool:
-        """Tell whether ranges of integers are likely positions: not as long as the batch, or what may be the batch."""
+        """Tell whether ranges are likely positions: not as long as the batch, or what may be the batch."""
         sizes = {self.n_samples}
         if self.n_samples is None:  # as far as can be told from the data of earlier calls, if there were any
             sizes = {shape[0] for tapped in self.taps for shape in tapped.call.input_shapes if len(shape) > 1}
+            if not sizes and any(dtype.is_floating_point for _, dtype, _ in call.input_kinds):
+                return False  # numbers may well be samples; indices are so seldom
         return all(sizes.isdisjoint(shape) for shape in call.input_shapes)
 
     def _take_apart(
