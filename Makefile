@@ -37,17 +37,17 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.experiments.demo --out $(OUT)
 
 test: $(VENV)/.installed $(TRITONS:%=$(VENV)/triton-%/.installed)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-integrations: $(VENV)/.integrations
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/integrations
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/integrations
 
 # What else would run on a GPU alone, and the tests that see most of the library's code for the least time.
 REHEARSED := $(addprefix tests/test_, gpu_fisher.py gpu_penalty.py gpu_operators.py gpu_large.py \
 	rules.py capture.py fisher_errors.py penalty.py)
 
 rehearse: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n0 --device rehearsal $(REHEARSED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n0 --device rehearsal $(REHEARSED)
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir $(abspath $(OUT))/site

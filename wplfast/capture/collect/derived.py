@@ -119,11 +119,9 @@ def _key(operand: Operand) -> int:
 
 def _made_by(operand: Operand) -> Call | None:
     """Return the call that an operand is sent down through, if it is not sent to its parameter as it is."""
-    if (
-        operand.graph is None or operand.region is not None or operand.graph._backward_hooks
-    ):  # only its graph calls them
+    if operand.graph is None or operand.region is not None:
         return None
-    return operand.made_by
+    return None if operand.graph._backward_hooks else operand.made_by  # hooks are called by the graph alone
 
 
 def _in_order(operands: Sequence[Operand]) -> list[int] | None:
@@ -145,7 +143,9 @@ def _in_order(operands: Sequence[Operand]) -> list[int] | None:
         seen.add(key)
         stack.append((operand, True))
         call = _made_by(operand)
-        if len(operand.parameters) > 1 and (call is None or not (call.name in _KNOWN or _is_transpose(call))):
+        if len(operand.parameters) > 1 and (
+            call is None or not (call.name in _KNOWN or _keeps_order(call) or _is_transpose(call))
+        ):
             return None
         if call is not None:
             stack += [(below, False) for below in call.operands]
@@ -170,11 +170,8 @@ def _through(use: GradSample, call: Call) -> list[GradSample] | None:
     tensors = [*(operand.value for operand in call.operands), *call.constants]
     if not isinstance(use, _FORMS) or not value.numel() or call.in_place or call.input_shapes:
         return None
-    if (
-        call.autocast is not None
-        or value.is_complex()
-        or any(t.dtype not in (value.dtype, torch.bool) for t in tensors)
-    ):
+    alike = all(t.dtype in (value.dtype, torch.bool) for t in tensors)
+    if call.autocast is not None or value.is_complex() or not alike:
         return None
     if call.name in _SUMS:
         return _through_sum(use, call)
@@ -191,7 +188,7 @@ def _through(use: GradSample, call: Call) -> list[GradSample] | None:
         return None
     if call.name in _PRODUCTS | _QUOTIENTS and len(call.args) == 2:
         return _through_product(use, call)
-    if call.name in _SHAPES and isinstance(use, SummedGradSample):
+    if _keeps_order(call) and isinstance(use, SummedGradSample):
         (below,) = call.operands
         return [SummedGradSample(below, use.rule, use.grads.reshape(-1, *below.value.shape))]
     if call.name in _MATRIX_PRODUCTS and len(call.args) == 2:
@@ -434,6 +431,14 @@ def _value(call: Call, argument: Any) -> Any:
     if not isinstance(argument, Slot):
         return argument
     return call.operands[argument.index].value if argument.kind == "operand" else call.constants[argument.index]
+
+
+def _keeps_order(call: Call) -> bool:
+    """Tell whether a call's result has the elements of its operand, in the same order."""
+    if call.name == "__getitem__":
+        index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+        return all(part is None or part is Ellipsis or part == slice(None) for part in index)
+    return call.name in _SHAPES
 
 
 def _is_transpose(call: Call) -> bool:
