@@ -100,6 +100,8 @@ FORMS = {
     "over the norm, no dimension kept": lambda w: 3 * w / w.norm(dim=1).unsqueeze(1),
     "over the norm, dimension put back": lambda w: w / w.norm(dim=1)[:, None],
     "over the norm of columns, dimension put back": lambda w: w / w.norm(dim=0)[None],
+    "over the norm, expanded": lambda w: w / w.norm(dim=1, keepdim=True).expand_as(w),
+    "over the norm of all, expanded": lambda w: w / w.norm().expand(*w.shape),
     "over the norm of all": lambda w: w / w.norm(),
     "over linalg's norm": lambda w: w / torch.linalg.norm(w),
     "over linalg's norms": lambda w: w / torch.linalg.vector_norm(w, dim=1, keepdim=True),

@@ -22,6 +22,7 @@ from ..rules.embedding import LookupGradSample
 from ..rules.grad_sample import FactoredGradSample, GradSample, SummedGradSample, padded
 from ..rules.local import LocalBackward
 from ..rules.sent_down import ScaledGradSample, SpreadGradSample
+from ..trace.functions import EXPANSIONS
 
 _SUMS = {
     **dict.fromkeys(("add", "__add__", "__radd__"), (1.0, 1.0)),
@@ -179,6 +180,9 @@ def _through(use: GradSample, call: Call) -> list[GradSample] | None:
         return _STEPS[call.name](use, call)
     if call.name in _REDUCTIONS:
         return _through_reduction(use, call)
+    if call.name in EXPANSIONS:
+        spread_out = call.operand_at(0, "self")
+        return None if spread_out is None else _all([_broadcast(use, spread_out, 1.0)])
     if call.name in _ELEMENTWISE:
         if len(call.operands) > 1 or call.operands[0].value.shape != value.shape:
             return None
@@ -335,6 +339,7 @@ _STEPS: dict[str, _Step] = {
 _FORMS = (FactoredGradSample, ConvUse, LookupGradSample, ScaledGradSample, SpreadGradSample, SummedGradSample)
 _KNOWN = (
     _SUMS.keys()
+    | EXPANSIONS
     | _PRODUCTS
     | _QUOTIENTS
     | _MATRIX_PRODUCTS
