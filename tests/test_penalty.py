@@ -236,6 +236,21 @@ def test_alpha_by_prefix_and_in_place(moved):
     assert_value_with(4.0)
 
 
+@pytest.mark.parametrize("value", [-3.0, float("nan"), float("inf"), 1j], ids=str)
+@pytest.mark.parametrize("form", [torch.tensor, lambda x: {"": torch.tensor(x)}], ids=["tensor", "by prefix"])
+def test_a_tensor_is_checked_as_a_float_is(moved, value, form):
+    module, wpl, _ = moved
+    before = wpl.alpha.clone()
+    match = "must be real" if isinstance(value, complex) else f"finite and not negative, got {value}"
+    with pytest.raises(ValueError, match=match):
+        wplfast.WeightPlasticityLoss(module, form(value))
+    with pytest.raises(ValueError, match=match):
+        wpl.alpha = form(value)
+    assert torch.equal(wpl.alpha, before)
+    wpl.alpha = form(0.0)
+    wpl.alpha.fill_(1.0)  # what is written to it is not looked at
+
+
 def test_active_set(moved):
     module, wpl, anchor = moved
     names = ["2.weight", "0.bias"]
@@ -295,6 +310,7 @@ def test_functional_checks_its_arguments(device):
         ([zeros], [zeros.double()], 1.0, rf"fisher\[0\] must be float32\[3\] on {device}, got float64\[3\]"),
         ([zeros.to("meta")], [zeros], 1.0, rf"theta_hat\[0\] must be float32\[3\] on {device}, got .* on meta"),
         ([zeros], [zeros], torch.zeros(2), "0-d tensor"),
+        ([zeros], [zeros], torch.tensor(1j), "must be real, got a tensor of torch.complex64"),
     ]
     for theta_hat, fisher, alpha, match in bad:
         with pytest.raises(ValueError, match=match):

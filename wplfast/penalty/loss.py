@@ -47,8 +47,8 @@ class WeightPlasticityLoss(Saved):
 
     Raises:
         TypeError: if params is of no known form.
-        ValueError: if params is empty, alpha or l2 is negative or not finite, a parameter matches no prefix, or
-            fisher_dtype is another one.
+        ValueError: if params is empty, alpha or l2 is negative, not finite or complex, a parameter matches no prefix,
+            or fisher_dtype is another one.
 
     Example:
         >>> import torch, wplfast
@@ -153,7 +153,8 @@ class WeightPlasticityLoss(Saved):
         """Strength of the anchor: 0-d float64, or one entry per parameter if it was given by prefix.
 
         Setting it, or writing to it, changes the value in place: compiled code and CUDA graphs see it without being
-        built anew (writing to entries by prefix, from the next call outside of them on).
+        built anew (writing to entries by prefix, from the next call outside of them on). What is set is checked, which
+        waits for a GPU where it is a tensor there; what is written is not.
         """
         return self._groups.alpha
 
