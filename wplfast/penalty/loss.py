@@ -106,8 +106,8 @@ class WeightPlasticityLoss(Saved):
         """Add ``scale`` times the penalty's gradient to the parameters' ``.grad`` in one pass, without a graph.
 
         Use it after ``backward``, all-reduce, unscaling and clipping, once a step; under DDP it is the way.
-        :meth:`attach` lets an optimizer do so. ``.grad`` is allocated where it is None; parameters that do not require
-        grad are left alone.
+        :meth:`attach` lets an optimizer do so. ``.grad`` is allocated where it is None, in the parameter's
+        ``grad_dtype`` where that was set; parameters that do not require grad are left alone.
 
         Args:
             scale: factor; a float or a 0-d tensor.
@@ -119,7 +119,8 @@ class WeightPlasticityLoss(Saved):
         Raises:
             NameMismatchError: if an active name is unknown.
             StaleParameterError: if a parameter changed its shape, lost its memory, or was replaced in its module.
-            ValueError: if a ``.grad`` has another dtype or layout than its parameter, or two overlap; nothing is added.
+            ValueError: if a ``.grad`` has another dtype (than ``grad_dtype``) or layout than its parameter, or two
+                overlap; nothing is added.
         """
         with torch.no_grad():
             if self._groups.anchors is None or (active is not None and len(active) == 0):
