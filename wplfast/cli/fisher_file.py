@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..fisher.faults import pop_counts
 from ..fisher.files import KIND, check_held, divided
+from ..fisher.origins import passes_of
 from ..storage import OpenFile, opened
 from ..storage.reading import DTYPES
 
@@ -56,10 +56,8 @@ class FisherFile:
     @property
     def provenance(self) -> list[str]:
         """What tells the samples behind it from others: one entry for each pass that was merged into it."""
-        metadata, checksum = self.file.metadata, self.file.stored_checksum
-        if "merged" in metadata:
-            return [str(entry) for entry in json.loads(metadata["merged"])]
-        return [metadata["provenance"]] if "provenance" in metadata else [f"checksum {checksum}"] if checksum else []
+        checksum = self.file.stored_checksum
+        return passes_of(self.file.metadata) or ([f"checksum {checksum}"] if checksum else [])
 
 
 @contextmanager

@@ -27,7 +27,8 @@ from ..errors import NonFiniteError, UnsupportedParameterError, WplfastError
 from ..params import Params, device_of, is_fully_sharded, named, some
 from .buffers import Buffers
 from .checks import batch_norms, check_batch_statistics, check_losses, check_weights, without_graph
-from .result import Fisher, Report
+from .report import Report
+from .result import Fisher
 from .undisturbed import FAST_ATTENTION, compiler_stance
 
 logger = logging.getLogger(__name__)
