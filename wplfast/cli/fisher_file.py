@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..fisher.faults import pop_counts
+from ..fisher.faults import check_values, pop_counts
 from ..fisher.files import KIND, check_held, divided
 from ..fisher.origins import passes_of
 from ..storage import OpenFile, opened
@@ -52,6 +52,18 @@ class FisherFile:
     def get(self, name: str, part: str = "fisher") -> Tensor:
         """Return a tensor, which may only be read."""
         return self.file.get(f"{part}.{name}")
+
+    def check(self) -> None:
+        """Check what reading a whole file checks, a tensor at a time: the checksum, and every number.
+
+        Raises:
+            ValueError: if the file is damaged, or holds what no Fisher is.
+        """
+        self.file.check()
+        for name in self.names:
+            check_values({name: self.get(name)}, None, self.path)
+        for name in sorted(self.parts.get("mean_grad", ())):
+            check_values({}, {name: self.get(name, "mean_grad")}, self.path)
 
     @property
     def provenance(self) -> list[str]:

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         files = [stack.enter_context(fisher_file(path)) for path in arguments.files]
         for file in files:
-            file.file.check()
+            file.check()
         _check_apart(files)
         _check_alike(files)
         n_samples, total = sum(file.n_samples for file in files), sum(file.total_weight for file in files)
