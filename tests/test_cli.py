@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from wplfast import Fisher, cli, storage
 from wplfast.cli import diff
 from wplfast.cli.diff import spearman, top_overlap
+from wplfast.fisher.files import stamps
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +105,38 @@ def test_what_is_no_fisher(command: list[str], here: Path, capsys: pytest.Captur
     (here / "F").mkdir()
     assert "directory" in run(capsys, *command, code=2)
     assert not (here / "H").exists()
+
+
+def damaged(path: Path, kind: str) -> str:
+    """Write a file that no Fisher writes; return what is said of it."""
+    if kind == "a flipped byte":
+        fisher(2).save(path)
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 0x40
+        path.write_bytes(content)
+        return "is damaged, or something else changed it"
+    part, entry = ("mean_grad", "nan") if kind == "a mean gradient" else ("fisher", kind)
+    found = fisher(2, mean_grad=dict(fisher(3)))
+    (dict(found) if part == "fisher" else found.mean_grad)["head.weight"].view(-1)[5] = float(entry)
+    tensors = {f"fisher.{name}": tensor for name, tensor in found.items()}
+    tensors |= {f"mean_grad.{name}": tensor for name, tensor in found.mean_grad.items()}
+    storage.save(path, tensors, "fisher", stamps(list(found), 1, 1.0))  # with a checksum that is right
+    return rf"{path.name}: {part}\['head.weight'\] must be finite"
+
+
+@pytest.mark.parametrize("kind", ["a flipped byte", "nan", "inf", "-1", "a mean gradient"])
+@pytest.mark.parametrize(
+    "command",
+    ["show F", "show F --json", "show F --plot F.png", "diff F G", "diff G F", "diff G F --json", "merge G F -o H"],
+)
+def test_a_damaged_file_is_an_error_and_not_a_table(
+    command: str, kind: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fisher(1).save("G")
+    said = damaged(here / "F", kind)
+    assert re.search(said, run(capsys, *command.split(), code=2))
+    assert not (here / "H").exists()
+    assert not (here / "F.png").exists()
 
 
 # ---- diff -----------------------------------------------------------------------------------------------------------

@@ -340,3 +340,22 @@ def test_a_loss_that_is_none_is_told_of():
         TypeError, match=r"got None: .*outputs\.loss.*losses\.cross_entropy\(outputs, labels, shift=True"
     ):
         wplfast.fisher_diagonal(mlp(), batches((3,)), lambda o, y: None)
+
+
+@pytest.mark.parametrize(("data", "got"), [(None, "None"), (5, "int"), (nn.Linear(2, 2), "Linear")])
+def test_data_that_cannot_be_iterated_over(data, got):
+    with pytest.raises(TypeError, match=f"data must be an iterable of batches, .* got {got}"):
+        wplfast.fisher_diagonal(nn.Linear(2, 2), data, wplfast.losses.cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("layer", "what"),
+    [(nn.LazyLinear(3), "parameter '0.weight'"), (nn.LazyBatchNorm1d(affine=False), "buffer '0.running_mean'")],
+)
+def test_a_lazy_module_that_has_not_run(layer, what):
+    data = [(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))]
+    model = nn.Sequential(layer, nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=f"the {what} has no shape yet.* run one batch through the model first"):
+        wplfast.fisher_diagonal(model, data, wplfast.losses.cross_entropy)
+    model(data[0][0])
+    assert wplfast.fisher_diagonal(model, data, wplfast.losses.cross_entropy).n_samples == 4

@@ -37,6 +37,96 @@ def test_select_rename_to_flat():
     assert "12 samples" in repr(copy.deepcopy(pickle.loads(pickle.dumps(fisher))))
 
 
+def known_report(**changes) -> wplfast.fisher.Report:
+    found = {
+        "rules": {"a": ("linear",), "b": ("generic", "scale")},
+        "seconds": {"linear": 1.0, "generic": 2.0},
+        "total_seconds": 4.0,
+        "skipped_samples": 3,
+        "numels": {"a": 2, "b": 2},
+        "passes_per_batch": 2.0,
+        "unchecked": ("statistics of the batch",),
+    }
+    return wplfast.fisher.Report(**(found | changes))
+
+
+def reported(n_samples=1, metadata=None, **changes) -> wplfast.Fisher:
+    tensors = {"a": torch.ones(2), "b": torch.ones(2)}
+    return wplfast.Fisher(tensors, n_samples, report=known_report(**changes), metadata=metadata)
+
+
+def test_parts_and_other_names_keep_the_report():
+    fisher = reported()
+    assert fisher.select(["a", "b"]).report == fisher.report == fisher.to(torch.float64).report
+    part = fisher.select(["b"]).rename(lambda name: f"m.{name}").report
+    rest = {"rules": {"m.b": ("generic", "scale")}, "numels": {"m.b": 2}}
+    assert part == known_report(**rest)
+    assert part.slow == ("m.b",)
+
+
+def test_a_sum_has_the_report_of_both():
+    other = reported(
+        3,
+        rules={"a": ("embedding", "linear"), "b": ()},
+        seconds={"linear": 1.0, "embedding": 5.0},
+        passes_per_batch=1.0,
+        unchecked=("a sampler", "statistics of the batch"),
+    )
+    assert (reported() + other).report == known_report(
+        rules={"a": ("linear", "embedding"), "b": ("generic", "scale")},
+        seconds={"linear": 2.0, "generic": 2.0, "embedding": 5.0},
+        total_seconds=8.0,
+        skipped_samples=6,
+        passes_per_batch=1.25,
+        unchecked=("statistics of the batch", "a sampler"),
+    )
+    unknown = wplfast.Fisher({"a": torch.ones(2), "b": torch.ones(2)}, 9)
+    assert (reported() + unknown).report == (unknown + reported()).report == known_report()
+
+
+def test_sum_of_a_list():
+    parts = [reported(n) for n in (1, 2, 3)]
+    found = sum(parts)
+    assert (found.n_samples, found.report.skipped_samples) == (6, 9)
+    assert sum(parts[:1]) is not parts[0]
+    with pytest.raises(TypeError):
+        1 + parts[0]
+
+
+def test_a_sum_of_different_types_is_an_error_that_names_both():
+    empirical, exact = (reported(metadata={"fisher_type": kind}) for kind in ("empirical", "exact"))
+    with pytest.raises(ValueError, match="'empirical' in the first, 'exact' in the second"):
+        empirical + exact
+    with pytest.raises(ValueError, match="'exact' in the first, 'empirical' in the second"):
+        exact + empirical
+    assert (empirical + reported()).metadata == (reported() + empirical).metadata == empirical.metadata
+
+
+def test_a_sum_says_where_both_come_from():
+    first = {"source": "s", "data": "x.csv", "created": "2026-01-02", "provenance": "one", "partial": "1"}
+    second = {"source": "s", "data": "y.csv", "created": "2026-01-01", "provenance": "two", "model": "m"}
+    found = reported(metadata=first) + reported(metadata=second)
+    assert found.metadata == {
+        "source": "s",
+        "data": "x.csv; y.csv",
+        "created": "2026-01-02",
+        "model": "m",
+        "merged": '["one", "two"]',
+    }
+    again = found + reported(metadata={"data": "y.csv", "provenance": "three"})
+    assert (again.metadata["data"], again.metadata["merged"]) == ("x.csv; y.csv", '["one", "two", "three"]')
+
+
+def test_a_complex_mean_gradient_and_a_real_one_do_not_add_up():
+    real, imaginary = (
+        wplfast.Fisher({"a": torch.ones(2)}, 1, mean_grad={"a": x})
+        for x in (torch.ones(2), torch.ones(2, dtype=torch.complex64))
+    )
+    for first, second in ((real, imaginary), (imaginary, real)):
+        with pytest.raises(ValueError, match="complex in one"):
+            first + second
+
+
 def test_files(tmp_path):
     fisher = wplfast.fisher_diagonal(mlp(), batches(), ce, with_grad=True)
     fisher.save(tmp_path / "f.safetensors")

@@ -236,6 +236,21 @@ def test_alpha_by_prefix_and_in_place(moved):
     assert_value_with(4.0)
 
 
+@pytest.mark.parametrize("value", [-3.0, float("nan"), float("inf"), 1j], ids=str)
+@pytest.mark.parametrize("form", [torch.tensor, lambda x: {"": torch.tensor(x)}], ids=["tensor", "by prefix"])
+def test_a_tensor_is_checked_as_a_float_is(moved, value, form):
+    module, wpl, _ = moved
+    before = wpl.alpha.clone()
+    match = "must be real" if isinstance(value, complex) else f"finite and not negative, got {value}"
+    with pytest.raises(ValueError, match=match):
+        wplfast.WeightPlasticityLoss(module, form(value))
+    with pytest.raises(ValueError, match=match):
+        wpl.alpha = form(value)
+    assert torch.equal(wpl.alpha, before)
+    wpl.alpha = form(0.0)
+    wpl.alpha.fill_(1.0)  # what is written to it is not looked at
+
+
 def test_active_set(moved):
     module, wpl, anchor = moved
     names = ["2.weight", "0.bias"]
@@ -264,6 +279,50 @@ def test_an_empty_active_set_is_zero_or_a_clear_error(names):
         assert "active" in str(error)  # noqa: PT017
 
 
+@pytest.mark.parametrize(
+    "form", [iter, set, lambda names: dict.fromkeys(names).keys()], ids=["iterator", "set", "keys"]
+)
+def test_names_in_any_iterable(moved, form):
+    module, wpl, _ = moved
+    names = ["2.weight", "0.bias"]
+    exact = wpl(active=names).item()
+    assert wpl(active=form(names)).item() == pytest.approx(exact, rel=1e-6)
+    assert wpl.subset(form(names))().item() == pytest.approx(exact, rel=1e-6)
+    assert wpl.add_grad_(active=form(names)).item() == pytest.approx(exact, rel=1e-6)
+    assert {n for n, p in module.named_parameters() if p.grad is not None} == set(names)
+    before = copied(wpl.fisher)
+    wpl.consolidate(random_fisher(module), active=form(names))
+    assert {n for n, f in wpl.fisher.items() if not torch.equal(f, before[n])} == set(names)
+    assert wpl(active=form([])).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        ([1], "strings, got an entry of int"),
+        (("0.bias", ["0.bias"]), "strings, got an entry of list"),
+        ([torch.ones(2)], "strings, got an entry of Tensor"),
+        (1, "sequence of names, got int"),
+        (nn.Linear(2, 2), "sequence of names, got Linear"),
+    ],
+)
+@pytest.mark.parametrize("use", ["call", "add_grad_", "subset", "consolidate"])
+def test_names_that_are_none(moved, names, match, use):
+    module, wpl, _ = moved
+    calls = {
+        "call": lambda: wpl(active=names),
+        "add_grad_": lambda: wpl.add_grad_(active=names),
+        "subset": lambda: wpl.subset(names),
+        "consolidate": lambda: wpl.consolidate(random_fisher(module), active=names),
+    }
+    with pytest.raises(TypeError, match=match):
+        calls[use]()
+
+
+def test_l2_can_be_read():
+    assert wplfast.WeightPlasticityLoss(trunk(), l2=0.25).l2 == 0.25
+
+
 # ---- arguments that are refused ----------------------------------------------------------------------------
 
 
@@ -277,6 +336,7 @@ def test_bad_parameters():
         ([("a", zeros), ("a", torch.zeros(3))], ValueError, "occurs twice"),
         ({"a": w * 2}, ValueError, "leaf"),
         ({"a": zeros.to(torch.int64)}, ValueError, "floating point"),
+        (nn.LazyLinear(2), ValueError, r"params\['weight'\] has no shape yet.* run one batch through the model first"),
     ]
     for parameters, error, match in bad:
         with pytest.raises(error, match=match):
@@ -295,7 +355,29 @@ def test_functional_checks_its_arguments(device):
         ([zeros], [zeros.double()], 1.0, rf"fisher\[0\] must be float32\[3\] on {device}, got float64\[3\]"),
         ([zeros.to("meta")], [zeros], 1.0, rf"theta_hat\[0\] must be float32\[3\] on {device}, got .* on meta"),
         ([zeros], [zeros], torch.zeros(2), "0-d tensor"),
+        ([zeros], [zeros], torch.tensor(1j), "must be real, got a tensor of torch.complex64"),
     ]
     for theta_hat, fisher, alpha, match in bad:
         with pytest.raises(ValueError, match=match):
             wplfast.functional.wpl_penalty([w], theta_hat, fisher, alpha)
+
+
+@pytest.mark.parametrize(
+    ("bad", "got"),
+    [
+        (torch.eye(2, 3).to_sparse(), r"sparse_coo torch.float32\[2, 3\]"),
+        (torch.ones(2, 3).to(torch.float8_e4m3fn), r"torch.float8_e4m3fn\[2, 3\]"),
+        (torch.ones(2, 3, device="meta"), r"torch.float32\[2, 3\] on meta"),
+        (torch.ones(2, 3) + 1j, r"torch.complex64\[2, 3\]"),
+        (torch.ones(3, 2), r"torch.float32\[3, 2\]"),
+        ([1.0], "list"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("what", ["fisher", "theta_hat"])
+def test_a_fisher_or_an_anchor_that_cannot_be_computed_with(bad, got, what, device):
+    wpl, good = wplfast.WeightPlasticityLoss({"w": torch.ones(2, 3, requires_grad=True)}), {"w": torch.ones(2, 3)}
+    given = {"fisher": good, "theta_hat": good} | {what: {"w": bad}}
+    with pytest.raises(ValueError, match=rf"{what}\['w'\] must be dense, floating point .* in memory.*, got {got}"):
+        wpl.consolidate(**given)
+    assert wpl.n_anchors == 0

@@ -56,13 +56,6 @@ def test_a_forward_derivative_is_right_or_an_error(how):
     torch.testing.assert_close(tangent, theta.sum())
 
 
-def test_vmap_is_an_error_and_not_a_wrong_number():
-    theta, penalty = torch.randn(3, 6), penalty_of([torch.zeros(6)], [torch.ones(6)])
-    for function in (torch.func.vmap(penalty), torch.func.vmap(torch.func.grad(penalty))):
-        with pytest.raises(RuntimeError, match=r"vmap|[Bb]atching"):
-            function(theta)
-
-
 def test_a_second_derivative_of_the_module():
     module = trunk(torch.float64)
     wpl = anchored(module, anchors=2, l2=0.25)

@@ -14,6 +14,7 @@ from .ops.layout import by_kind, in_order_of, is_dense
 from .ops.prepared import PreparedPenalty, dispatched
 from .penalty.autograd import differentiable, total
 from .penalty.coefficients import constant, scalar
+from .penalty.operations import under_vmap
 
 
 def wpl_penalty(
@@ -36,10 +37,12 @@ def wpl_penalty(
 
     Returns:
         A 0-d tensor, float32 or wider, differentiable (twice) with respect to params; on the first parameter's device.
+        Under ``torch.func.vmap`` any argument may be batched.
 
     Raises:
         TypeError: if a list is something else (a mapping, a module, one tensor).
-        ValueError: if lengths, shapes, dtypes or devices do not fit.
+        ValueError: if lengths, shapes, dtypes or devices do not fit, or alpha or l2 is complex. (Their values are not
+            looked at.)
 
     Example:
         >>> import torch, wplfast
@@ -61,15 +64,18 @@ def wpl_penalty(
     found = None if kept is None else kept.find(params, theta_hat, fisher)
     if found is not None:
         return differentiable(found(constant(alpha, params[0].device), constant(l2, params[0].device)))
+    ordered = not under_vmap()  # or no kernel will run, and what vmap takes of tensors need not be dense
     values = []
     for (device, _), indices in by_kind(params).items():
-        theta = [params[i] if is_dense(params[i]) else params[i].contiguous() for i in indices]
-        hats, fishers = (
-            [t if t.shape != p.shape else in_order_of(t, p) for t, p in zip(column, theta, strict=True)]
-            for column in ([theta_hat[i] for i in indices], [fisher[i] for i in indices])
-        )
+        theta, hats, fishers = ([column[i] for i in indices] for column in (params, theta_hat, fisher))
+        if ordered:
+            theta = [p if is_dense(p) else p.contiguous() for p in theta]
+            hats, fishers = (
+                [t if t.shape != p.shape else in_order_of(t, p) for t, p in zip(column, theta, strict=True)]
+                for column in (hats, fishers)
+            )
         arguments = PenaltyArguments(theta, hats, (), fishers, scalar(alpha, device), scalar(l2, device))
-        check_penalty.check_arguments(arguments)
+        check_penalty.check_arguments(arguments, ordered)
         prepared = PreparedPenalty(*arguments) if kept is None else kept.penalty(arguments, params, theta_hat, fisher)
         values.append(differentiable(prepared))
     return total(values)

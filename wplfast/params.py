@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .distributed.engines import check_engine, check_parameter, inner_module
@@ -33,7 +34,8 @@ def named(
 
     Raises:
         TypeError: if an entry is not a (str, Tensor) pair.
-        ValueError: if there are none, a name or a tensor occurs twice, or a tensor is not a floating point leaf.
+        ValueError: if there are none, a name or a tensor occurs twice, or a tensor is not a floating point leaf, or
+            that of a lazy module that has not run.
         UnsupportedParameterError: if a tensor wraps others (DTensor and the like), or the engine that a module is
             wrapped in has no whole parameters.
     """
@@ -62,6 +64,7 @@ def named(
             raise ValueError(f"{what}: the name {name!r} occurs twice")
         if id(tensor) in names:
             raise ValueError(f"{what}: {names[id(tensor)]!r} and {name!r} are the same tensor; pass it under one name")
+        check_has_shape(f"{what}[{name!r}]", tensor)
         if not tensor.is_leaf:
             raise ValueError(f"{what}[{name!r}] must be a leaf tensor (a parameter), got the result of an operation")
         sharded = sharded_too and is_sharded(tensor)
@@ -77,6 +80,16 @@ def named(
     if not found:
         raise ValueError(f"{what} is empty")
     return found
+
+
+def check_has_shape(what: str, tensor: Tensor) -> None:
+    """Refuse a parameter or buffer of a lazy module that has not run.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    if is_lazy(tensor):
+        raise ValueError(f"{what} has no shape yet, as its module is lazy: run one batch through the model first")
 
 
 def _wraps_others(tensor: Any) -> bool:

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .. import __version__
 from . import check, diff, fisher, info, merge, selftest, show
@@ -31,9 +32,17 @@ exit codes: 0 all is well, 1 what was looked at is wrong, 2 an error or a wrong 
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says in one line what is wrong with a command line, as commands do; so do its commands'."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    found = argparse.ArgumentParser(
+    found = _Parser(
         prog="wplfast",
         description="The diagonal Fisher and the weight plasticity penalty, from the command line.",
         epilog=_EXAMPLES,

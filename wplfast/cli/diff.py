@@ -70,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.depth is not None and arguments.depth < 0:
         raise ValueError(f"--depth must not be negative, got {arguments.depth}")
     with fisher_file(arguments.first) as first, fisher_file(arguments.second) as second:
+        first.check()
+        second.check()
         names, left_out = _common(first, second)
         modules: dict[str, list[str]] = {}
         for name in names:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ..fisher.faults import pop_counts
+from ..fisher.faults import check_values, pop_counts
 from ..fisher.files import KIND, check_held, divided
+from ..fisher.origins import passes_of
 from ..storage import OpenFile, opened
 from ..storage.reading import DTYPES
 
@@ -53,13 +53,23 @@ class FisherFile:
         """Return a tensor, which may only be read."""
         return self.file.get(f"{part}.{name}")
 
+    def check(self) -> None:
+        """Check what reading a whole file checks, a tensor at a time: the checksum, and every number.
+
+        Raises:
+            ValueError: if the file is damaged, or holds what no Fisher is.
+        """
+        self.file.check()
+        for name in self.names:
+            check_values({name: self.get(name)}, None, self.path)
+        for name in sorted(self.parts.get("mean_grad", ())):
+            check_values({}, {name: self.get(name, "mean_grad")}, self.path)
+
     @property
     def provenance(self) -> list[str]:
         """What tells the samples behind it from others: one entry for each pass that was merged into it."""
-        metadata, checksum = self.file.metadata, self.file.stored_checksum
-        if "merged" in metadata:
-            return [str(entry) for entry in json.loads(metadata["merged"])]
-        return [metadata["provenance"]] if "provenance" in metadata else [f"checksum {checksum}"] if checksum else []
+        checksum = self.file.stored_checksum
+        return passes_of(self.file.metadata) or ([f"checksum {checksum}"] if checksum else [])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .. import storage
 from ..fisher.files import COMPLEX, KIND, REDUCED, stamps
+from ..fisher.origins import MERGED, TYPE, joined
 from ..params import check_names
 from .fisher_file import FisherFile, fisher_file
 
@@ -40,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         files = [stack.enter_context(fisher_file(path)) for path in arguments.files]
         for file in files:
-            file.file.check()
+            file.check()
         _check_apart(files)
         _check_alike(files)
         n_samples, total = sum(file.n_samples for file in files), sum(file.total_weight for file in files)
@@ -50,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         if all("mean_grad" in file.parts for file in files):
             tensors |= {f"mean_grad.{name}": _mean(files, name, "mean_grad", total) for name in files[0].names}
         tensors |= _theta_hat(files)
-        metadata = {key: value for key, value in files[0].file.metadata.items() if key not in ("provenance", "partial")}
-        metadata |= {"merged": json.dumps([entry for file in files for entry in file.provenance])}
+        metadata = reduce(joined, (file.file.metadata for file in files))
+        metadata |= {MERGED: json.dumps([entry for file in files for entry in file.provenance])}
         reduced = any(file.file.metadata.get(REDUCED) == "true" for file in files)
         pairs = json.loads(files[0].file.metadata.get(COMPLEX, "[]"))
         metadata |= stamps(files[0].names, n_samples, total, reduced, pairs)
@@ -92,7 +94,7 @@ def _check_alike(files: Sequence[FisherFile]) -> None:
             if file.shape(name) != first.shape(name):
                 expected, got = list(first.shape(name)), list(file.shape(name))
                 raise ValueError(f"{name!r} has the shape {expected} in {first.path}, {got} in {file.path}")
-        for key in ("fisher_type", COMPLEX):
+        for key in (TYPE, COMPLEX):
             ours, theirs = first.file.metadata.get(key), file.file.metadata.get(key)
             if ours is not None and theirs is not None and ours != theirs:
                 raise ValueError(f"{key} is {ours} in {first.path}, {theirs} in {file.path}: they do not add up")

@@ -33,6 +33,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; draw the picture."""
     with fisher_file(arguments.file) as file:
+        file.check()
         sampled = SAMPLED if arguments.plot else 0
         parts = [Spread.of(name, file.get(name), sampled) for name in file.names]
         summary = Summary.of_parts(parts, file.n_samples, arguments.depth)

@@ -289,6 +289,7 @@ class ShardedParamGroup(ParamGroup):
         """
         try:
             for shard, alias in zip(self._shards, self.theta, strict=True):
+                _take_grad_dtype(alias, shard)
                 gradient = shard.grad if shard.requires_grad else None
                 if gradient is None:
                     alias.grad = None
@@ -306,6 +307,14 @@ class ShardedParamGroup(ParamGroup):
         """Add up what all ranks' parts come to."""
         dist.all_reduce(value, group=self._process_group)
         return value
+
+
+def _take_grad_dtype(alias: Tensor, shard: Tensor) -> None:
+    """Let a local part's ``.grad`` be of the dtype that the parameter's may be; PyTorch 2.10 has no such setting."""
+    chosen = getattr(shard, "grad_dtype", shard.dtype)
+    if getattr(alias, "grad_dtype", shard.dtype) != chosen:
+        alias.grad = None
+        alias.grad_dtype = chosen
 
 
 class _ShardedPenalty(torch.autograd.Function):

@@ -6,7 +6,8 @@ it squares comes from :mod:`wplfast.capture`. It may import that, ``ops``, and t
 
 from .accumulator import FisherAccumulator
 from .diagonal import fisher_diagonal
-from .result import Fisher, Report
+from .report import Report
+from .result import Fisher
 from .verify import verify_fisher
 
 __all__ = ["Fisher", "FisherAccumulator", "Report", "fisher_diagonal", "verify_fisher"]

@@ -24,10 +24,11 @@ from ..capture.undo import Undo, UndoOnExit
 from ..capture.watched import Derived, check_supported, is_watched, watch
 from ..distributed.engines import check_engine, inner_module, replicas_in
 from ..errors import NonFiniteError, UnsupportedParameterError, WplfastError
-from ..params import Params, device_of, is_fully_sharded, named, some
+from ..params import Params, check_has_shape, device_of, is_fully_sharded, named, some
 from .buffers import Buffers
 from .checks import batch_norms, check_batch_statistics, check_losses, check_weights, without_graph
-from .result import Fisher, Report
+from .report import Report
+from .result import Fisher
 from .undisturbed import FAST_ATTENTION, compiler_stance
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,9 @@ class FisherAccumulator:
         self._check_model(model)
         self._replicas = replicas_in(model)
         self.model = model = inner_module(model)
+        for kind, members in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+            for name, tensor in members:
+                check_has_shape(f"the {kind} {name!r}", tensor)
         self.parameters = named(model if params is None else params, complex_too=True)
         check_supported(self.parameters)
         self._verify, self._independent, self._by_losses = verify, independent, samples == "losses"

@@ -36,6 +36,17 @@ def check_batch_statistics(modules: Mapping[str, nn.modules.batchnorm._BatchNorm
             )
 
 
+def check_data(data: Any) -> None:
+    """Check that there is something to iterate over.
+
+    Raises:
+        TypeError: if there is not.
+    """
+    if not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        got = "None" if data is None else type(data).__name__
+        raise TypeError(f"data must be an iterable of batches, such as a DataLoader or [(inputs, targets)], got {got}")
+
+
 def check_losses(losses: Tensor) -> None:
     """Check that losses hold one value per sample, of data.
 

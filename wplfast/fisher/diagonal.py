@@ -23,7 +23,7 @@ from ..errors import CoupledSamplesError
 from ..params import Params
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
-from .checks import check_losses, check_outputs
+from .checks import check_data, check_losses, check_outputs
 from .drawn import DrawnTargets, Term
 from .independence import Examination, Findings
 from .limit import Limit
@@ -117,7 +117,8 @@ def fisher_diagonal(
         parameter F is real: the mean of ``|g_n|^2``, the squared derivatives by both parts added up.
 
     Raises:
-        TypeError: if a batch is of no known form, its third element is no weights, or data is a dataset of samples.
+        TypeError: if a batch is of no known form, its third element is no weights, or data is a dataset of samples, or
+            nothing that can be iterated over.
         ValueError: if data is empty, losses are not [N] or those of no batch depend on the parameters, a row holds
             several documents though ``samples="batch"``, an option does not fit, or the loss ("mc", "exact") is not
             -log p of the targets that are drawn for it (label smoothing, class weights, a missing 1/2, ..., or on some
@@ -140,6 +141,7 @@ def fisher_diagonal(
     """
     check_engine(model)
     with open_pass(model, reduce) as ranks:
+        check_data(data)
         _check_options(fisher_type, mc_samples, max_samples)
         accumulator = ranks.accumulator(
             FisherAccumulator,

@@ -4,71 +4,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .. import storage
-from ..capture.accumulators import SLOW_RULES
 from ..params import Params, check_names, is_sharded, named
 from . import files
 from .buffers import Buffers
 from .faults import check_form
+from .origins import joined
+from .report import Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .summary import Summary
-
-
-@dataclass
-class Report:
-    """How a Fisher pass was served.
-
-    Attributes:
-        rules: parameter name -> the rules that served its uses; empty where no loss reached the parameter.
-        seconds: rule -> wall time spent in it (host time; kernels on a GPU run on).
-        total_seconds: wall time of all backward passes.
-        skipped_samples: samples left out by ``on_nonfinite="skip"``.
-        numels: parameter name -> number of elements.
-        passes_per_batch: backward passes for each forward pass: 1 in a steady batch, more where owners of rows are
-            measured, gradients are verified, or a parameter takes one for each sample.
-        unchecked: why it could not be checked that samples are independent, or that a sampler draws from what the
-            loss describes, if it could not.
-    """
-
-    rules: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    total_seconds: float = 0.0
-    skipped_samples: int = 0
-    numels: dict[str, int] = field(default_factory=dict)
-    passes_per_batch: float = 0.0
-    unchecked: tuple[str, ...] = ()
-
-    @property
-    def unreached(self) -> tuple[str, ...]:
-        """Parameters that no loss depended on; their Fisher is zero."""
-        return tuple(name for name, rules in self.rules.items() if not rules)
-
-    @property
-    def slow(self) -> tuple[str, ...]:
-        """Parameters that were served one sample at a time, wholly or in part."""
-        return tuple(name for name, rules in self.rules.items() if SLOW_RULES & set(rules))
-
-    @property
-    def fast_share(self) -> float:
-        """Share of the reached parameters' elements that fast rules served alone."""
-        reached = sum(self.numels[name] for name, rules in self.rules.items() if rules)
-        slow = sum(self.numels[name] for name in self.slow)
-        return 1.0 - slow / reached if reached else 1.0
-
-    @property
-    def fast_time_share(self) -> float:
-        """Share of the backward passes' time that was not spent in the exact per-sample path."""
-        slow = sum(self.seconds.get(rule, 0.0) for rule in SLOW_RULES)
-        return 1.0 - slow / self.total_seconds if self.total_seconds else 1.0
 
 
 class Fisher(Mapping[str, Tensor]):
@@ -188,12 +140,14 @@ class Fisher(Mapping[str, Tensor]):
         Raises:
             TypeError: if other is no Fisher.
             NameMismatchError: if the names differ.
-            ValueError: if shapes differ, or both have theta_hat and they differ.
+            ValueError: if shapes or fisher types differ, a mean gradient is complex in one alone, or both have
+                theta_hat and they differ.
         """
         if not isinstance(other, Fisher):
             return NotImplemented
         check_names(other, self, "the second Fisher")
         check_names(self, other, "the first Fisher")
+        metadata = joined(self.metadata, other.metadata)
         total = self.total_weight + other.total_weight
         share = self.total_weight / total if total else 0.0
 
@@ -203,6 +157,8 @@ class Fisher(Mapping[str, Tensor]):
                 if tensor.shape != second[name].shape:
                     expected, got = list(tensor.shape), list(second[name].shape)
                     raise ValueError(f"fisher[{name!r}] must have shape {expected} as in the first, got {got}")
+                if tensor.is_complex() != second[name].is_complex():
+                    raise ValueError(f"mean_grad[{name!r}] is complex in one of the Fishers alone: they do not add up")
                 merged[name] = tensor * share + second[name].to(tensor) * (1 - share)
             return merged
 
@@ -213,9 +169,20 @@ class Fisher(Mapping[str, Tensor]):
             total_weight=total,
             mean_grad=mean(self.mean_grad or {}, other.mean_grad or {}) if both else None,
             theta_hat=_common(self.theta_hat, other.theta_hat),
-            metadata=self.metadata,
+            report=self.report.merged(other.report, self.n_samples, other.n_samples),
+            metadata=metadata,
             reduced=self.reduced or other.reduced,
         )
+
+    def __radd__(self, other: object) -> Fisher:
+        """Let ``sum(fishers)`` begin with its 0.
+
+        Raises:
+            TypeError: if it is something else.
+        """
+        if not (isinstance(other, int) and other == 0):
+            return NotImplemented
+        return self.select(list(self))
 
     def to(self, *args: object, **kwargs: object) -> Fisher:
         """Return a copy whose tensors went through ``Tensor.to`` (a device, a dtype)."""
@@ -354,11 +321,7 @@ class Fisher(Mapping[str, Tensor]):
     def _rename(self, names: Mapping[str, str]) -> Fisher:
         """Take some names under new ones."""
         grad = None if self.mean_grad is None else {new: self.mean_grad[old] for old, new in names.items()}
-        rules = {new: self.report.rules[old] for old, new in names.items() if old in self.report.rules}
-        numels = {new: self.report.numels[old] for old, new in names.items() if old in self.report.numels}
-        old = self.report
-        report = Report(rules, dict(old.seconds), old.total_seconds, old.skipped_samples, numels)
-        return self._with({new: self[old] for old, new in names.items()}, grad, report, names)
+        return self._with({new: self[old] for old, new in names.items()}, grad, self.report.renamed(names), names)
 
     def _with(
         self, tensors: dict[str, Tensor], grad: dict[str, Tensor] | None, report: Report, names: Mapping[str, str]

@@ -19,8 +19,13 @@ def check_scalar(what: str, value: Tensor, device: torch.device, length: int | N
     expect(shape_ok and value.dtype == torch.float64 and value.device == device, what, expected, value)
 
 
-def check_arguments(arguments: PenaltyArguments) -> None:
-    """Check the arguments that the three penalty operators share."""
+def check_arguments(arguments: PenaltyArguments, ordered: bool = True) -> None:
+    """Check the arguments that the three penalty operators share.
+
+    Args:
+        arguments: theirs.
+        ordered: whether tensors must be dense, and in their parameter's memory order, as kernels need them.
+    """
     theta, theta_hat, offset, fisher, alpha, l2 = arguments
     if not theta:
         raise ValueError("theta must hold at least one tensor, got none")
@@ -40,10 +45,10 @@ def check_arguments(arguments: PenaltyArguments) -> None:
     for index, parameter in enumerate(theta):
         if parameter.dtype != dtype or parameter.device != device:
             expect(False, f"theta[{index}]", f"of dtype {dtype} on {device}, as theta[0] is", parameter)
-        if not is_dense(parameter):
+        if ordered and not is_dense(parameter):
             expect(False, f"theta[{index}]", "dense in memory", parameter)
         for what, tensors, expected in columns:
-            _check_like(what, index, tensors[index], parameter, expected)
+            _check_like(what, index, tensors[index], parameter, expected, ordered)
     check_scalar("alpha", alpha, device, len(theta))
     check_scalar("l2", l2, device)
 
@@ -53,12 +58,12 @@ def _fisher_dtype(fisher: Sequence[Tensor], wide: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if fisher[0].dtype == torch.bfloat16 and wide == torch.float32 else wide
 
 
-def _check_like(what: str, index: int, tensor: Tensor, like: Tensor, dtype: torch.dtype) -> None:
-    """Check that a tensor has the shape, device and memory order of a parameter, and the given dtype."""
+def _check_like(what: str, index: int, tensor: Tensor, like: Tensor, dtype: torch.dtype, ordered: bool = True) -> None:
+    """Check that a tensor has the shape, device and (if ordered) memory order of a parameter, and the given dtype."""
     if tensor.shape != like.shape or tensor.device != like.device or tensor.dtype != dtype:
         name = str(dtype).removeprefix("torch.")
         expect(False, f"{what}[{index}]", f"{name}{list(like.shape)} on {like.device}", tensor)
-    if not same_order(tensor, like):
+    if ordered and not same_order(tensor, like):
         raise ValueError(f"{what}[{index}] must have strides {like.stride()} as its parameter, got {tensor.stride()}")
 
 

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from .arguments import PenaltyArguments
 from .contract import kernel
+from .expect import FLOATING
 from .layout import Packing, is_dense
 
 #: Address, dtype, device, shape and stride: what must not have changed.
@@ -121,7 +122,7 @@ class PreparedPenalty:
         """Return the value and add ``scale`` times the gradient to ``.grad`` of those that require it.
 
         Raises:
-            ValueError: if a ``.grad`` is sparse or of another dtype than its parameter.
+            ValueError: if a ``.grad`` is sparse, or of another dtype than its parameter or than its ``grad_dtype``.
         """
         grads, apart = _gradients(self.theta)
         value = torch.ops.wplfast.penalty_add_grad_(grads, *self.arguments, scale)
@@ -164,19 +165,39 @@ def _location(parameter: Tensor) -> Location:
     return (parameter.data_ptr(), parameter.dtype, parameter.device, parameter.shape, parameter.stride())
 
 
+def grad_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the dtype of a new ``.grad``: the parameter's own, or what newer versions of PyTorch let users set."""
+    return _chosen_grad_dtype(parameter) or parameter.dtype
+
+
+def _chosen_grad_dtype(parameter: Tensor) -> torch.dtype | None:
+    """Return the dtype that a ``.grad`` must have; None for any."""
+    if torch.compiler.is_compiling():  # it cannot be traced: another dtype is an error there
+        return parameter.dtype
+    chosen: torch.dtype | None = getattr(parameter, "grad_dtype", parameter.dtype)
+    return chosen
+
+
+def _may_have(parameter: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a ``.grad`` of this dtype is one that the user asked for."""
+    chosen = _chosen_grad_dtype(parameter)
+    return dtype in FLOATING if chosen is None else dtype == chosen
+
+
 def check_parameter_grads(theta: Sequence[Tensor]) -> None:
     """Check every ``.grad`` before anything is written to one.
 
     Raises:
-        ValueError: if one is sparse, of another dtype than its parameter, without memory, or overlaps another one.
+        ValueError: if one is sparse, of another dtype than its parameter (its ``grad_dtype``), without memory, or
+            overlaps another one.
     """
     ranges = []
     for p in theta:
         grad = p.grad if p.requires_grad else None
         if grad is None:
             continue
-        if grad.dtype != p.dtype or grad.layout != torch.strided or grad.shape != p.shape:
-            expected, got = f"{p.dtype}{list(p.shape)}", f"{grad.layout} {grad.dtype}{list(grad.shape)}"
+        if not _may_have(p, grad.dtype) or grad.layout != torch.strided or grad.shape != p.shape:
+            expected, got = f"{grad_dtype(p)}{list(p.shape)}", f"{grad.layout} {grad.dtype}{list(grad.shape)}"
             raise ValueError(f".grad must be dense and {expected} as its parameter, got {got}")
         if grad.numel() and not torch.compiler.is_compiling():  # traced tensors have no addresses
             if not grad.data_ptr():
@@ -189,16 +210,17 @@ def check_parameter_grads(theta: Sequence[Tensor]) -> None:
 
 
 def _gradients(theta: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Return tensors to add the gradients to, and those that stand in for a ``.grad`` in another memory order."""
+    """Return tensors to add the gradients to, and those that stand in for a ``.grad`` in another order or dtype."""
     check_parameter_grads(theta)
     grads, apart = [], []
     for p in theta:
-        grad = p.grad
         if not p.requires_grad:
-            grad = torch.zeros_like(p)  # not the caller's: the value counts frozen parameters too
-        elif grad is None:
-            grad = p.grad = torch.zeros_like(p)
-        elif grad.stride() != p.stride():
+            grads.append(torch.zeros_like(p))  # not the caller's: the value counts frozen parameters too
+            continue
+        if p.grad is None:
+            p.grad = torch.zeros_like(p, dtype=grad_dtype(p))
+        grad = p.grad
+        if grad.dtype != p.dtype or grad.stride() != p.stride():
             apart.append((grad, torch.zeros_like(p)))
             grad = apart[-1][1]
         grads.append(grad)

@@ -5,6 +5,8 @@ reads, one write). The backward pass hands views of it on, as they are where the
 place (8 bytes more). Where ``.grad`` is None it takes the views over, so these 16 bytes are all; otherwise autograd
 reads both and writes one, which makes 28, the fewest that are possible as long as ``.grad`` is autograd's to write: a
 gradient recomputed in the backward pass would cost 12 + 16 + 12 bytes. (``add_grad_`` needs 20 for the same.)
+
+Under ``vmap`` no kernel runs: the operators have no batching rules, and :mod:`.operations` batches by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch.autograd import forward_ad
 from ..ops.arguments import PenaltyArguments
 from ..ops.layout import flat_dtype, packed_views
 from ..ops.prepared import PreparedPenalty, operator
+from .operations import gradients_by_operations, is_batched, under_vmap, value_by_operations
 
 
 def differentiable(prepared: PreparedPenalty) -> Tensor:
@@ -31,6 +34,8 @@ def differentiable(prepared: PreparedPenalty) -> Tensor:
         return prepared.value()
     apply: Any
     value: Tensor
+    if under_vmap():
+        return prepared.with_constant(value_by_operations(prepared.arguments))
     if compiling or transformed:
         apply = (_TracedPenalty if compiling else _TransformedPenalty).apply
         _, theta_hat, offset, fisher, alpha, l2 = prepared.arguments
@@ -88,7 +93,13 @@ class EagerPenalty(torch.autograd.Function):
         if (torch.is_grad_enabled() or to_come) and prepared.versions() != ctx.versions:
             raise RuntimeError("alpha, an anchor or a parameter changed between the penalty and its backward")
         if torch.is_grad_enabled():
-            return (None, *_by_operations(upstream, prepared.arguments))
+            return (None, *gradients_by_operations(upstream, prepared.arguments))
+        if is_batched(upstream):
+            if to_come:
+                return (None, *gradients_by_operations(upstream, prepared.arguments))
+            wide = flat_dtype(packed.dtype)
+            views = prepared.views(packed)
+            return (None, *((view.to(wide) * upstream.to(wide)).to(view.dtype) for view in views))
         if to_come:
             _, packed = prepared.scaled(upstream).with_grad()
             return (None, *prepared.views(packed))
@@ -126,7 +137,13 @@ class _TracedPenalty(torch.autograd.Function):
         if upstream is None:
             return (None, None, None, *(None,) * ctx.n, *nothing)
         if torch.is_grad_enabled():
-            return (None, None, None, *_by_operations(upstream, _arguments(alpha, l2, ctx.n, tensors)), *nothing)
+            return (
+                None,
+                None,
+                None,
+                *gradients_by_operations(upstream, _arguments(alpha, l2, ctx.n, tensors)),
+                *nothing,
+            )
         gradient = packed * upstream.to(packed.dtype)
         return (None, None, None, *packed_views(gradient, tensors[: ctx.n]), *nothing)
 
@@ -161,17 +178,3 @@ def _arguments(alpha: Tensor, l2: Tensor, n: int, tensors: Sequence[Tensor]) -> 
     """Undo the concatenation of theta, theta_hat, fisher and offset, the last of which may be empty."""
     theta, theta_hat, fisher, offset = (list(tensors[k * n : (k + 1) * n]) for k in range(4))
     return PenaltyArguments(theta, theta_hat, offset, fisher, alpha, l2)
-
-
-def _by_operations(upstream: Tensor, arguments: PenaltyArguments) -> list[Tensor]:
-    """Return the gradients by ordinary operations, for a second derivative."""
-    theta, theta_hat, offset, fisher, alpha, l2 = arguments
-    gradients = []
-    for index, (p, p_hat, f) in enumerate(zip(theta, theta_hat, fisher, strict=True)):
-        wide = flat_dtype(p.dtype)
-        alpha_p = (alpha if alpha.dim() == 0 else alpha[index]).to(wide)
-        d = p.to(wide) - p_hat.to(wide)
-        if offset:
-            d = d - offset[index]
-        gradients.append((upstream.to(wide) * (alpha_p * f.to(wide) * d + l2.to(wide) * p.to(wide))).to(p.dtype))
-    return gradients

@@ -17,11 +17,13 @@ def scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """Return a 0-d coefficient on the device, without grad.
 
     Raises:
-        ValueError: if it is a tensor that is not 0-d.
+        ValueError: if it is a tensor that is not 0-d, or complex.
     """
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"a coefficient must be a float or a 0-d tensor, got shape {list(value.shape)}")
+        if value.is_complex():
+            raise ValueError(f"a coefficient must be real, got a tensor of {value.dtype}")
         return value.detach().to(device, torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)
 
@@ -48,11 +50,14 @@ def alpha_tensor(alpha: Alpha, names: Sequence[str], device: torch.device) -> Te
     """Return alpha as a tensor of its own: 0-d, or one entry per name if it is given by prefix.
 
     Raises:
-        ValueError: if it is negative or not finite, or a name matches no prefix.
+        ValueError: if it is negative, not finite or complex, or a name matches no prefix.
     """
     with torch.inference_mode(False):  # an inference tensor could not be changed later
         if isinstance(alpha, Tensor):
-            return scalar(alpha, device).clone()  # not looked at: it may live on a GPU
+            strength = scalar(alpha, device).clone()
+            if not strength.is_meta:
+                _checked(strength)  # waits for a GPU, once
+            return strength
         if not isinstance(alpha, Mapping):
             return scalar(_checked(alpha), device)
         values = []
@@ -64,9 +69,13 @@ def alpha_tensor(alpha: Alpha, names: Sequence[str], device: torch.device) -> Te
         return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def _checked(value: float) -> float:
-    """Return a strength that is finite and not negative."""
-    value = float(value)
+def _checked(value: float | Tensor) -> float:
+    """Return a strength that is finite and not negative.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    value = float(scalar(value, value.device) if isinstance(value, Tensor) else value)
     if not 0 <= value < float("inf"):
         raise ValueError(f"alpha must be finite and not negative, got {value}")
     return value

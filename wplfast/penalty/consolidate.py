@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import NameMismatchError, NonFiniteError
 from ..fisher.result import Fisher
+from ..ops.expect import FLOATING
 from ..ops.layout import by_kind
 from ..params import is_sharded, names_hint, part_of, prefixes, some, suggest_prefix
 from .references import References
@@ -225,7 +226,7 @@ def look_up(
 
     Raises:
         NameMismatchError: if a name is missing.
-        ValueError: if something found is no floating point tensor of the parameter's shape.
+        ValueError: if something found is no dense floating point tensor of the parameter's shape.
         NonFiniteError: if a tensor has NaN or inf.
     """
     by_identity = mapping.names_of(parameters) if isinstance(mapping, Fisher) and not prefix else {}
@@ -303,11 +304,28 @@ def taken(mapping: Mapping[str, Tensor], keys: list[str], parameters: Sequence[T
     tensors = []
     for key, parameter in zip(keys, parameters, strict=True):
         tensor, shape = mapping[key], parameter.shape
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.shape != shape:
-            got = f"{tensor.dtype}{list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{what}[{key!r}] must be floating point of shape {list(shape)}, got {got}")
+        if not (isinstance(tensor, Tensor) and _is_usable(tensor) and tensor.shape == shape):
+            raise ValueError(
+                f"{what}[{key!r}] must be dense, floating point (float32, float64, bfloat16 or float16) and in memory, "
+                f"of shape {list(shape)}, got {_described(tensor)}"
+            )
         tensors.append(part_of(tensor.detach(), parameter).to(parameter.device))
     return Found(keys, tensors, *check_finite(keys, tensors, what))
+
+
+def _is_usable(tensor: Tensor) -> bool:
+    """Tell whether a tensor has numbers that can be computed with, in memory that is laid out by strides."""
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta) and tensor.dtype in FLOATING
+
+
+def _described(given: Any) -> str:
+    """Describe what was given in a tensor's place."""
+    if not isinstance(given, Tensor):
+        return type(given).__name__
+    kind = "nested" if given.is_nested else str(given.layout).removeprefix("torch.")
+    kind = "" if kind == "strided" else f"{kind} "
+    shape = "" if given.is_nested else str(list(given.shape))
+    return f"{kind}{given.dtype}{shape}{' on meta' if given.is_meta else ''}"
 
 
 def check_finite(names: Sequence[str], tensors: Sequence[Tensor], what: str) -> tuple[list[float], list[float]]:

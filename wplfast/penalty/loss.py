@@ -18,8 +18,8 @@ from .attach import attach
 from .autograd import total
 from .coefficients import Alpha, alpha_tensor
 from .consolidate import AnchorRule, Extra, Normalization, Options, check_extra, check_mapping, newer_anchor
-from .param_groups import ParamGroup, ParamGroups
-from .references import References
+from .param_groups import ActiveSet, ParamGroup, ParamGroups
+from .references import References, listed
 from .said import FROZEN, UNANCHORED, ZERO_FISHER, Said
 from .saved import Saved
 from .subset import Subset
@@ -47,8 +47,8 @@ class WeightPlasticityLoss(Saved):
 
     Raises:
         TypeError: if params is of no known form.
-        ValueError: if params is empty, alpha or l2 is negative or not finite, a parameter matches no prefix, or
-            fisher_dtype is another one.
+        ValueError: if params is empty, alpha or l2 is negative, not finite or complex, a parameter matches no prefix,
+            or fisher_dtype is another one.
 
     Example:
         >>> import torch, wplfast
@@ -93,12 +93,14 @@ class WeightPlasticityLoss(Saved):
             :meth:`consolidate` it is the l2 term alone.
 
         Raises:
+            TypeError: if active is no sequence of names.
             NameMismatchError: if an active name is unknown.
             StaleParameterError: if a parameter changed its shape, lost its memory, or was replaced in its module.
         """
-        if self._groups.anchors is None or (active is not None and len(active) == 0):
-            return self._nothing(active)
-        groups = self._active_groups(active)
+        key = None if active is None else listed(active)
+        if self._groups.anchors is None or key == ():
+            return self._nothing(key)
+        groups = self._active_groups(key)
         self._say_what_is_not_there(groups, torch.is_grad_enabled())
         return total([group.value() for group in groups])
 
@@ -106,8 +108,8 @@ class WeightPlasticityLoss(Saved):
         """Add ``scale`` times the penalty's gradient to the parameters' ``.grad`` in one pass, without a graph.
 
         Use it after ``backward``, all-reduce, unscaling and clipping, once a step; under DDP it is the way.
-        :meth:`attach` lets an optimizer do so. ``.grad`` is allocated where it is None; parameters that do not require
-        grad are left alone.
+        :meth:`attach` lets an optimizer do so. ``.grad`` is allocated where it is None, in the parameter's
+        ``grad_dtype`` where that was set; parameters that do not require grad are left alone.
 
         Args:
             scale: factor; a float or a 0-d tensor.
@@ -117,14 +119,17 @@ class WeightPlasticityLoss(Saved):
             The penalty (not scaled), 0-d, without a graph and without a host synchronisation.
 
         Raises:
+            TypeError: if active is no sequence of names.
             NameMismatchError: if an active name is unknown.
             StaleParameterError: if a parameter changed its shape, lost its memory, or was replaced in its module.
-            ValueError: if a ``.grad`` has another dtype or layout than its parameter, or two overlap; nothing is added.
+            ValueError: if a ``.grad`` has another dtype (than ``grad_dtype``) or layout than its parameter, or two
+                overlap; nothing is added.
         """
         with torch.no_grad():
-            if self._groups.anchors is None or (active is not None and len(active) == 0):
-                return self._nothing(active)
-            groups = self._active_groups(active)
+            key = None if active is None else listed(active)
+            if self._groups.anchors is None or key == ():
+                return self._nothing(key)
+            groups = self._active_groups(key)
             self._say_what_is_not_there(groups, True)
             if len(groups) > 1:  # or an error in a later one would leave the earlier ones added
                 for group in groups:
@@ -153,7 +158,8 @@ class WeightPlasticityLoss(Saved):
         """Strength of the anchor: 0-d float64, or one entry per parameter if it was given by prefix.
 
         Setting it, or writing to it, changes the value in place: compiled code and CUDA graphs see it without being
-        built anew (writing to entries by prefix, from the next call outside of them on).
+        built anew (writing to entries by prefix, from the next call outside of them on). What is set is checked, which
+        waits for a GPU where it is a tensor there; what is written is not.
         """
         return self._groups.alpha
 
@@ -170,6 +176,11 @@ class WeightPlasticityLoss(Saved):
                 anchors = None if groups.anchors is None else groups.anchors_beside(tensors)
             self._commit(ParamGroups(groups.references, anchors, values, groups.l2, groups.active_sets))
         self._alpha = _kept(value)
+
+    @property
+    def l2(self) -> float:
+        """Strength of the weight decay term; it cannot be set."""
+        return self._groups.l2
 
     # ---- anchors ---------------------------------------------------------------------------------------------------
 
@@ -401,14 +412,17 @@ class WeightPlasticityLoss(Saved):
 
     # ---- groups ----------------------------------------------------------------------------------------------------
 
-    def _active_groups(self, active: Sequence[str] | None) -> list[ParamGroup]:
+    def _active_groups(self, key: ActiveSet) -> list[ParamGroup]:
         """Return the groups of an active set, after checking that the parameters are where they were."""
-        key = None if active is None else tuple(active)
         groups = self._groups
-        found = groups.find(key)
+        try:
+            found = groups.find(key)
+        except TypeError:  # an entry that cannot be looked up
+            groups.references.chosen(key)
+            raise
         if found is not None:
             return found
-        groups.references.chosen(active)
+        groups.references.chosen(key)
         if torch.compiler.is_compiling():
             raise RuntimeError("evaluate this active set once before it is compiled: addresses cannot be traced")
         with torch.inference_mode(False):
@@ -429,11 +443,11 @@ class WeightPlasticityLoss(Saved):
         if FROZEN not in self._said and not any(group.trains() for group in groups):
             self._said.warn(FROZEN)
 
-    def _nothing(self, active: Sequence[str] | None) -> Tensor:
+    def _nothing(self, key: ActiveSet) -> Tensor:
         """Return the value of no term at all."""
-        if active is None or len(active):
+        if key != ():
             self._said.warn(UNANCHORED)
-        self._groups.references.chosen(active)
+        self._groups.references.chosen(key)
         first = self._groups.references.tensors()[0]
         return torch.zeros((), dtype=flat_dtype(first.dtype), device=first.device)
 

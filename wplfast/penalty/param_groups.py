@@ -19,7 +19,7 @@ from .. import backends
 from ..errors import StaleParameterError
 from ..ops.arguments import PenaltyArguments
 from ..ops.layout import by_kind, is_dense
-from ..ops.prepared import PreparedPenalty, check_parameter_grads
+from ..ops.prepared import PreparedPenalty, check_parameter_grads, grad_dtype
 from .anchors import Anchors
 from .autograd import differentiable
 from .coefficients import scalar
@@ -97,7 +97,7 @@ class ParamGroup:
         for p, gradient in zip(self.theta, prepared.views(packed), strict=True):
             if p.requires_grad:
                 step = (factor * gradient).to(p.dtype)
-                p.grad = step if p.grad is None else p.grad.add_(step)
+                p.grad = step.to(grad_dtype(p)) if p.grad is None else p.grad.add_(step)
         return value
 
     def check_parameter_grads(self) -> None:

@@ -242,20 +242,20 @@ class References:
         links = {(id(holder), key): (holder, key, value) for i in indices for holder, key, value in self._paths[i]}
         return list(links.values())
 
-    def chosen(self, active: Sequence[str] | Tensor | None) -> list[str]:
+    def chosen(self, active: Iterable[str] | None) -> list[str]:
         """Return the active names, checked; None stands for all.
 
         Raises:
-            TypeError: if it is a string or a tensor.
+            TypeError: if it is a string, a tensor or no iterable, or an entry is no string.
             ValueError: if a name occurs twice.
             NameMismatchError: if a name is unknown.
         """
         if active is None:
             return self.names
-        if isinstance(active, str):
-            raise TypeError(f"active must be a sequence of names, got the string {active!r}")
-        if isinstance(active, Tensor):
-            raise TypeError("active must be a sequence of names, got a Tensor: the penalty takes no inputs, call wpl()")
+        active = listed(active)
+        strange = next((name for name in active if not isinstance(name, str)), None)
+        if strange is not None:
+            raise TypeError(f"active must hold names, which are strings, got an entry of {type(strange).__name__}")
         check_names(self.names, active, "the penalty")
         if len(set(active)) != len(active):
             raise ValueError("active must name each parameter once")
@@ -273,6 +273,23 @@ class References:
     def __getstate__(self) -> dict[str, Any]:
         """Keep the names alone."""
         return {**self.__dict__, "_tensors": None, "_root": None, "_copied": None, "_paths": [], "_aliases": {}}
+
+
+def listed(active: Iterable[str]) -> tuple[str, ...]:
+    """Return active names as a tuple, whatever holds them: a list, a set, an iterator.
+
+    Raises:
+        TypeError: if it is a string, a tensor or no iterable.
+    """
+    if isinstance(active, tuple):
+        return active
+    if isinstance(active, str):
+        raise TypeError(f"active must be a sequence of names, got the string {active!r}")
+    if isinstance(active, Tensor):
+        raise TypeError("active must be a sequence of names, got a Tensor: the penalty takes no inputs, call wpl()")
+    if not isinstance(active, Iterable):
+        raise TypeError(f"active must be a sequence of names, got {type(active).__name__}")
+    return tuple(active)
 
 
 def _parameters(root: nn.Module | None) -> Iterable[tuple[str, Tensor]]:

@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from ...fisher.diagonal import fisher_diagonal
-from ...fisher.result import Fisher, Report
+from ...fisher.report import Report
+from ...fisher.result import Fisher
 from .problem import Problem, Step
 from .ranks import Ranks
 from .stop import Stop
