@@ -152,6 +152,7 @@ class CollectPass:
         moved: calls whose outputs' rows belong to other samples than in earlier batches.
         foreign: calls whose outputs' gradients stayed as they were when the losses got weights.
         layouts: by the index of a tapped call, what its outputs' layouts were.
+        reported: the calls that a gradient reached.
         is_dry: nothing is accumulated.
     """
 
@@ -171,12 +172,14 @@ class CollectPass:
         self.moved: list[TappedCall] = []
         self.foreign: list[TappedCall] = []
         self.layouts: dict[int, Sequence[SampleLayout | None]] = {}
+        self.reported: set[TappedCall] = set()
 
     def receive(
         self, tapped: TappedCall, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> Sequence[Tensor | None]:
         """Collect from one call."""
         parameters = tapped.parameters
+        self.reported.add(tapped)
         if tapped.in_backward:
             self._in_backward |= parameters
             if self._round is not None:

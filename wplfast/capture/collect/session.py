@@ -24,12 +24,13 @@ from torch import Tensor
 
 from ...errors import CoupledSamplesError, VerificationError, WplfastError
 from ..accumulators import Accumulators
-from ..call_site import Listener
-from ..probe.graph import Fingerprint, fingerprint, reorders_rows
+from ..call_site import Listener, TappedCall
+from ..probe.graph import Fingerprint, fingerprint, leaves, reorders_rows
 from ..probe.infer import Check, LayoutInference
 from ..rules.projection import Directions
 from ..trace.intercept import Interception
 from ..trace.nested import current_task
+from ..watched import Derived
 from .batch import Batch, SingleSample
 from .identity import verify_batch, watching
 from .leaf_grads import LeafGrads
@@ -132,6 +133,7 @@ class Session:
         batch = Batch(losses, verify == "always" or bool(due), retain_graph, independent, single_sample)
         check = self._check(verify)
         fruitless, learnt = 0, self.interception.n_parameter_only
+        self._look_at(batch)
         while not (self._collect_steady(batch, check) or self._collect(batch, check, may_replay=replay is not None)):
             # Chains of functions of constants are followed one step at a time.
             fruitless = fruitless + 1 if self.interception.n_parameter_only == learnt else 0
@@ -139,10 +141,25 @@ class Session:
             if replay is None or fruitless == MAX_ROUNDS:
                 raise WplfastError("could not measure which samples the uses of the parameters belong to")
             batch = Batch(replay(), batch.verify, retain_graph, independent, batch.single_sample)
+            self._look_at(batch)
         self.interception.relay.is_over = not retain_graph
         if retain_graph:
             self.interception.go_on()
         self.n_batches += 1
+
+    def _look_at(self, batch: Batch) -> None:
+        """Take the graph's fingerprint; see to it that the calls in it are those of the forward pass.
+
+        They are not where another forward pass began before these losses were given.
+        """
+        found: list[TappedCall] = []
+        batch.graph = fingerprint(batch.losses, found)
+        taps = self.interception.taps
+        if all(tapped.in_backward or taps[tapped.index : tapped.index + 1] == [tapped] for tapped in found):
+            return
+        ours = [leaf for leaf in leaves(batch.losses) if isinstance(leaf, Derived) and leaf._pass is self.interception]
+        self.interception.adopt(reversed(found), ours)
+        batch.graph = fingerprint(batch.losses)
 
     def _check(self, verify: bool | Literal["always"]) -> Check:
         """Decide how far to trust what earlier batches told about layouts."""
@@ -157,7 +174,7 @@ class Session:
             return False
         if torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled():
             return False  # modes and the profiler are to see operators
-        batch.graph = fingerprint(batch.losses)
+        assert batch.graph is not None
         steady = self.interception.cache.here.steady.get((len(batch.losses), batch.graph))
         if steady is None:
             return False
@@ -185,7 +202,8 @@ class Session:
         self._reorders = self._reorders or reorders_rows(batch.losses)
         if self._reorders and not first:
             check = Check.REMEASURE
-        graph = batch.graph or fingerprint(batch.losses)
+        assert batch.graph is not None
+        graph = batch.graph
         structure = self._number(graph.structure)
         trust = Check.TRUST if first else check
         inference.start_batch(len(batch.losses), structure, trust, self._reorders, batch.verify)
@@ -273,7 +291,8 @@ class Session:
         if self._unseen or self._in_backward or self._reorders or self.interception.is_patchwork:
             return
         taps, asleep = self.interception.taps, self._inference.asleep
-        known = key[0] == 1 or not self._inference.is_new(tapped for tapped in taps if tapped.index not in asleep)
+        reached = [tapped for tapped in taps if tapped.index in layouts]
+        known = key[0] == 1 or not self._inference.is_new(t for t in reached if t.index not in asleep)
         if known and SteadyBatch.is_possible(taps, layouts, asleep):
             batch = SteadyBatch(taps, layouts, asleep, self.accumulators, self.names)
             self.interception.cache.keep_steady(key, batch)
@@ -368,6 +387,8 @@ class Session:
             round_.last |= self._in_backward
         listener = CollectPass(self._inference, round_, self.names, self._in_backward, wanted)
         self.run(batch.losses, None, listener, batch.keep)
+        if wanted is None and not dry:
+            self._inference.leave_out(tapped for tapped in self.interception.taps if tapped not in listener.reported)
         if round_ is not None:
             round_.finish()
             batch.one_by_one |= self._find_unseen(round_.squared)

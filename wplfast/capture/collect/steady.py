@@ -36,7 +36,7 @@ class SteadyBatch:
 
     Args:
         taps: the calls of such a batch.
-        layouts: their outputs' layouts, by index.
+        layouts: their outputs' layouts, by index; none of calls that are not in the graph behind the losses.
         asleep: indices of calls whose gradients counted for nothing.
         accumulators: what squares are added to.
         names: of the parameters.
@@ -53,7 +53,8 @@ class SteadyBatch:
         self._accumulators, self._names = accumulators, names
         self._asleep = {index: taps[index].parameters for index in asleep}
         self._sizes: list[tuple[int, Tensor, float]] = []  # of their gradients, and up to which these are negligible
-        self._layouts = [layouts[tapped.index] for tapped in taps]
+        self._layouts = [layouts.get(tapped.index, ()) for tapped in taps]
+        self._reached = set(layouts)
         self._recipes: list[Recipe | None] = [None] * len(taps)
         self._stack = GradientStack()
         self._steps: list[Steps | None] = [None] * len(taps)
@@ -62,17 +63,18 @@ class SteadyBatch:
         self._others = [
             index
             for index in range(len(taps))
-            if index not in asleep and self._recipes[index] is None and self._steps[index] is None
+            if index in layouts and index not in asleep and self._recipes[index] is None and self._steps[index] is None
         ]
         self._round: Round | None = None
 
     def _bind(self, taps: Sequence[TappedCall], asleep: set[int]) -> None:
         """Find the recipes of calls, and of loops, that alone use their parameters."""
         uses: dict[int, list[int]] = defaultdict(list)
-        for index, tapped in enumerate(taps):
+        reached = [(index, tapped) for index, tapped in enumerate(taps) if index in self._reached]
+        for index, tapped in reached:
             for parameter in tapped.parameters:
                 uses[parameter].append(index)
-        for index, tapped in enumerate(taps):
+        for index, tapped in reached:
             same = uses[min(tapped.parameters)]  # who else uses one of its parameters uses all of them, and no others
             if index != same[0] or not asleep.isdisjoint(same):
                 continue
@@ -92,15 +94,16 @@ class SteadyBatch:
     @staticmethod
     def is_possible(taps: Sequence[TappedCall], layouts: Mapping[int, Layouts], asleep: set[int]) -> bool:
         """Tell whether all outputs of all calls have layouts that hold for every such batch, or are asleep alone."""
-        if len(layouts) != len(taps):
-            return False
         for tapped in taps:
+            if tapped.index not in layouts:
+                continue
             if tapped.index in asleep:
                 if len(tapped.shapes) > 1:
                     return False
             elif not all(isinstance(layout, (AxisLayout, OneSample)) for layout in layouts[tapped.index]):
                 return False
-        uses = Counter(index for tapped in taps for index in tapped.parameters) if asleep else {}
+        reached = [tapped for tapped in taps if tapped.index in layouts]
+        uses = Counter(index for tapped in reached for index in tapped.parameters) if asleep else {}
         return all(uses[parameter] == 1 for index in asleep for parameter in taps[index].parameters)
 
     @property

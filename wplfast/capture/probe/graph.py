@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+
+if TYPE_CHECKING:
+    from ..call_site import TappedCall
 
 #: Backward nodes of operations that put rows where the data say: their order may differ from batch to batch.
 _REORDERING = (
@@ -29,14 +32,16 @@ _REORDERING = (
 #: What nodes keep about the dimensions that an operation is along, and how far it turns them.
 _DIMENSIONS = frozenset(
     """
-    _saved_dim _saved_dim0 _saved_dim1 _saved_dim2 _saved_dimension _saved_dims _saved_shifts
+    _saved_dim _saved_dim0 _saved_dim1 _saved_dim2 _saved_dimension _saved_dims _saved_shifts _saved_step
     """.split()  # noqa: SIM905
 )
+#: Nodes of tapped calls -> what they keep: the call, or a tuple that begins with it.
+_TAPS = {"_TapBackward": "tapped", "_TappedSumBackward": "tapped", "_TappedProductBackward": "known"}
 #: What they keep about sizes and places, as far as it is no tensor.
 _SIZES = frozenset(
     """
     _saved_end _saved_index _saved_offset _saved_repeats _saved_self_sym_sizes _saved_size
-    _saved_split_size _saved_split_sizes _saved_start _saved_step _saved_storage_offset _saved_stride
+    _saved_split_size _saved_split_sizes _saved_start _saved_storage_offset _saved_stride
     """.split()  # noqa: SIM905
 )
 
@@ -48,6 +53,9 @@ _ELEMENTWISE |= {"_TappedProductBackward", "_TappedSumBackward"}
 _LEAF = type(torch.zeros((), device="cpu", requires_grad=True).expand(1).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 
+_Attributes: TypeAlias = tuple[tuple[str, ...], tuple[str, ...], bool, str | None]
+
+
 class Fingerprint(NamedTuple):
     """The graph behind losses, as far as two batches that went through the same operations agree."""
 
@@ -55,12 +63,15 @@ class Fingerprint(NamedTuple):
     sizes: tuple[Any, ...]
 
 
-def fingerprint(losses: Tensor) -> Fingerprint:
-    """Describe the graph behind losses."""
+def fingerprint(losses: Tensor, tapped: list[TappedCall] | None = None) -> Fingerprint:
+    """Describe the graph behind losses; add the tapped calls in it to a list, the last ones first.
+
+    Which call a node belongs to is part of the structure: two whose results have one shape may exchange their roles.
+    """
     structure: list[Any] = []
     sizes: list[Any] = []
     numbers: dict[Node, int] = {}
-    attributes: dict[type, tuple[tuple[str, ...], tuple[str, ...], bool]] = {}
+    attributes: dict[type, _Attributes] = {}
     stack = [] if losses.grad_fn is None else [losses.grad_fn]
     while stack:
         node = stack.pop()
@@ -74,7 +85,13 @@ def fingerprint(losses: Tensor) -> Fingerprint:
         known = attributes.get(kind)
         if known is None:
             known = attributes[kind] = _attributes_of(kind)
-        along, of_sizes, is_elementwise = known
+        along, of_sizes, is_elementwise, holder = known
+        if holder is not None:
+            held = getattr(node, holder)
+            call: TappedCall = held[0] if type(held) is tuple else held
+            structure.append(call.index)
+            if tapped is not None:
+                tapped.append(call)
         for name in along:
             structure.append(getattr(node, name))
         for name in of_sizes:
@@ -98,15 +115,15 @@ def fingerprint(losses: Tensor) -> Fingerprint:
 
 
 @lru_cache(maxsize=1024)
-def _attributes_of(kind: type) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    """Return the attributes of a kind of node that are about dimensions, those about sizes, and if it is elementwise.
+def _attributes_of(kind: type) -> _Attributes:
+    """Return what a kind of node keeps about dimensions, about sizes, if it is elementwise, and what keeps a call.
 
     Tensors are left alone: to look at one that a checkpoint holds back would run the checkpoint's forward pass again.
     """
     names = set(dir(kind))
     plain = sorted(n for n in names if f"_raw{n}" not in names)
     about = tuple(n for n in plain if n in _DIMENSIONS), tuple(n for n in plain if n in _SIZES)
-    return *about, kind.__name__ in _ELEMENTWISE
+    return *about, kind.__name__ in _ELEMENTWISE, _TAPS.get(kind.__name__)
 
 
 def structure_behind(tensors: Sequence[Tensor], ends: Container[type]) -> tuple[Any, ...]:

@@ -133,6 +133,14 @@ class LayoutInference:
                 projection = Projection.of(gradient, self.probe_weights.n_samples)
                 self._projections[tapped.site, index].append(projection)
 
+    def leave_out(self, taps: Iterable[TappedCall]) -> None:
+        """Note calls that no gradient reached: no batch of this graph is measured for their sake."""
+        for tapped in taps:
+            for index, shape in enumerate(tapped.shapes):
+                known = tapped.site.output(self._structure, index)
+                if self._known_layout(known, shape) is None and not known.is_routed:
+                    self._set_dormant(known, True)
+
     def layouts(self, tapped: TappedCall, grads: Sequence[Tensor | None]) -> list[SampleLayout | None] | Verdict:
         """Return the sample layout of each output, given its gradients of the collecting pass.
 

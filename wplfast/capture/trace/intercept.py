@@ -105,6 +105,16 @@ class Interception:
         self.taps += [tapped for found in taps if (tapped := found()) is not None]
         self.derived.clear()
         self.derived += [tensor for found in derived if (tensor := found()) is not None]
+        self._number()
+
+    def adopt(self, taps: Iterable[TappedCall], derived: Iterable[Derived]) -> None:
+        """Take the calls behind losses that come after a newer forward pass began for those of this one."""
+        self.is_patchwork = True
+        self.taps, self.derived = [tapped for tapped in taps if not tapped.in_backward], list(derived)
+        self._number()
+
+    def _number(self) -> None:
+        """Number the calls, and let each have a site of its own."""
         sites: set[CallSite] = set()
         for index, tapped in enumerate(self.taps):
             tapped.index = tapped.index if tapped.in_backward else index
