@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.accumulators import SLOW_RULES, Accumulators
-from ..capture.collect.batch import SingleSample
+from ..capture.collect.batch import Independence, SingleSample
 from ..capture.collect.mixed import TAKEN_FOR_POSITIONS
 from ..capture.collect.session import Session
 from ..capture.probe.graph import leaves
@@ -240,7 +240,7 @@ class FisherAccumulator:
         retain_graph: bool = False,
         replay: Callable[[], Tensor] | None = None,
         count: int | None = None,
-        independent: bool | None = None,
+        independent: bool | Independence | None = None,
         single_sample: SingleSample | None = None,
     ) -> None:
         """Accumulate one batch, for callers that can run its forward pass again.
@@ -251,7 +251,7 @@ class FisherAccumulator:
             retain_graph: as in :meth:`backward`.
             replay: runs the same forward pass again, on the same random numbers, and returns its losses.
             count: how many samples these losses stand for (0 for further terms of the same samples).
-            independent: whether the caller found that a sample's loss is the same in a batch of its own.
+            independent: whether the caller found that a sample's loss is the same in a batch of its own, or how to.
             single_sample: the gradients of that sample, to compare with.
         """
         session = self._usable()

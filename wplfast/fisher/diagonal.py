@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..capture.call import random_state, set_random_state
+from ..capture.collect.batch import Independence
 from ..distributed.engines import check_engine
 from ..distributed.padding import padding_of
 from ..distributed.shared_pass import open_pass
@@ -244,6 +245,7 @@ class Run:
         terms = list(self.terms(batch, outputs))
         count, weights = 0, None
         findings = Findings()
+        known: bool | Independence | None = self._independent
         skipped = self.accumulator.n_skipped
 
         def replay() -> Tensor:
@@ -266,6 +268,9 @@ class Run:
             first = index == 0
             if first:
                 findings = self._examine(batch, terms[0].targets, losses, state)
+                known = self._independent
+                if known and not self.declared and findings.independent is None:  # found in an earlier batch
+                    known = partial(self._ask, batch, terms[0].targets, losses.detach(), state)
                 count, weights = self._limit(batch.weights, losses)
             self.accumulator.accumulate(
                 losses,
@@ -273,7 +278,7 @@ class Run:
                 retain_graph=index + 1 < len(terms),
                 replay=replay if first else None,
                 count=count if first else 0,
-                independent=self._independent,
+                independent=known,
                 single_sample=findings.single_sample if first else None,
             )
             if findings.coupled:  # only now, since an operation in the graph that couples them has a better message
@@ -300,6 +305,10 @@ class Run:
         if findings.independent is not None:
             self._independent = findings.independent
         return findings
+
+    def _ask(self, batch: Batch, targets: Any, losses: Tensor, state: Tensor) -> bool | None:
+        """Find out whether samples are independent in a later batch too, whose calls mix samples."""
+        return self._examination.examine(batch, targets, losses, self.before, state).independent
 
     def terms(self, batch: Batch, outputs: Any) -> Iterator[Term]:
         """Yield targets, and what their losses' squared gradients count."""

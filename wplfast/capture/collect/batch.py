@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -19,6 +20,10 @@ class SingleSample:
     gradients: Mapping[int, Tensor]
 
 
+#: Finds out whether the samples of a batch are independent.
+Independence: TypeAlias = Callable[[], bool | None]
+
+
 @dataclass
 class Batch:
     """One batch: what the caller gave, and what is compared in the end.
@@ -27,7 +32,8 @@ class Batch:
         losses: one for each sample, [N], with a graph.
         verify: compare captured with ordinary gradients.
         retain_graph: the caller needs the graph again.
-        independent: whether a sample's loss is the same in a batch of its own; None: unknown.
+        independent: whether a sample's loss is the same in a batch of its own; None: unknown. A function finds out:
+            that it was so in an earlier batch does not tell of one with another graph.
         single_sample: the gradients of one sample in such a batch.
         ordinary: gradients of the losses times the first probe weights c, by plain autograd: by parameter, projected.
         captured: ``sum_n c_n g_n`` from grad samples, likewise.
@@ -41,7 +47,7 @@ class Batch:
     losses: Tensor
     verify: bool
     retain_graph: bool
-    independent: bool | None
+    independent: bool | Independence | None
     single_sample: SingleSample | None
     ordinary: dict[int, Tensor] = field(default_factory=dict)
     captured: dict[int, Tensor] = field(default_factory=dict)

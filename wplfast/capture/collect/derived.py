@@ -194,6 +194,8 @@ def _through(use: GradSample, call: Call) -> list[GradSample] | None:
         return _through_product(use, call)
     if _keeps_order(call) and isinstance(use, SummedGradSample):
         (below,) = call.operands
+        if use.grads.dtype != flat_dtype(value.dtype):  # which the graph rounds
+            return None
         return [SummedGradSample(below, use.rule, use.grads.reshape(-1, *below.value.shape))]
     if call.name in _MATRIX_PRODUCTS and len(call.args) == 2:
         return _through_matrix_product(use, call)

@@ -31,7 +31,7 @@ from ..rules.projection import Directions
 from ..trace.intercept import Interception
 from ..trace.nested import current_task
 from ..watched import Derived
-from .batch import Batch, SingleSample
+from .batch import Batch, Independence, SingleSample
 from .identity import verify_batch, watching
 from .leaf_grads import LeafGrads
 from .linearity import Linearity
@@ -101,7 +101,7 @@ class Session:
         verify: bool | Literal["always"] = False,
         retain_graph: bool = False,
         replay: Callable[[], Tensor] | None = None,
-        independent: bool | None = None,
+        independent: bool | Independence | None = None,
         single_sample: SingleSample | None = None,
     ) -> None:
         """Collect one batch.
@@ -114,7 +114,8 @@ class Session:
             replay: runs the same forward pass again, on the same random numbers, and returns its losses. Some calls can
                 only be captured once it is known what they are; without it their parameters take one backward pass for
                 each sample.
-            independent: whether the caller found a sample's loss to be the same in a batch of its own; None: unknown.
+            independent: whether the caller found a sample's loss to be the same in a batch of its own (None: unknown),
+                or a function that finds out, called where calls mix samples.
             single_sample: gradients of that sample, to compare with.
 
         Raises:
@@ -155,7 +156,8 @@ class Session:
         found: list[TappedCall] = []
         batch.graph = fingerprint(batch.losses, found)
         taps = self.interception.taps
-        if all(tapped.in_backward or taps[tapped.index : tapped.index + 1] == [tapped] for tapped in found):
+        n_taps = len(taps)
+        if all(t.index < 0 or (t.index < n_taps and taps[t.index] is t) for t in found):
             return
         ours = [leaf for leaf in leaves(batch.losses) if isinstance(leaf, Derived) and leaf._pass is self.interception]
         self.interception.adopt(reversed(found), ours)
@@ -420,6 +422,8 @@ class Session:
         came from such calls.
         """
         batch.mixed.update(collected.mixed)
+        if callable(batch.independent):
+            batch.independent = batch.independent()
         bare = [tapped for tapped in collected.mixed if not tapped.call.differentiable_inputs]
         coupled = [tapped for tapped in collected.mixed if tapped.call.differentiable_inputs]
         n_samples = None if self._by_losses else len(batch.losses)
