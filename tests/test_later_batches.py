@@ -1,4 +1,4 @@
-"""Later batches that look like an earlier one and are not: losses of an older forward pass, roles that are exchanged."""
+"""Later batches that look like an earlier one and are not: losses of an older forward pass, exchanged roles."""
 
 from __future__ import annotations
 
