@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -94,6 +95,29 @@ def test_parameters_that_an_optimizer_gets_later():
             by_hand_wpl.add_grad_(active=None if epoch else head)
             optimizer.step()
     assert_equal(module, expected)
+
+
+class Thawing(TwoOptimizers):
+    """The trunk is frozen in the first epoch, in which both optimizers are asked already what they hold."""
+
+    def on_train_epoch_start(self):
+        self.trunk.requires_grad_(self.current_epoch > 0)
+
+
+def test_what_is_thawed_is_added_once():
+    module = Thawing()
+    wpl = penalty(module)
+    seen = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append([call.kwargs["active"] for call in add.call_args_list])
+            add.reset_mock()
+
+    with mock.patch.object(wpl, "add_grad_", wraps=wpl.add_grad_) as add:
+        fit(module, wpl, callbacks=[WPLCallback(wpl), Spy()])
+    both = [("trunk.weight", "trunk.bias"), ("head.weight", "head.bias")]
+    assert seen[0] == seen[-1] == both
 
 
 def test_two_optimizers_by_hand():
