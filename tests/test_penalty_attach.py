@@ -197,9 +197,8 @@ def test_optimizers_that_take_turns_while_the_other_part_is_frozen():
     model = nn.ModuleDict({"generator": nn.Linear(3, 3), "critic": nn.Linear(3, 2)})
     wpl = wplfast.WeightPlasticityLoss(model, alpha=3.0)
     anchor = enter(wpl, model, by=0.5)
-    wanted = dict(
-        zip(model.parameters(), torch.autograd.grad(expected(model, [anchor], 3.0), list(model.parameters())))
-    )
+    gradients = torch.autograd.grad(expected(model, [anchor], 3.0), list(model.parameters()))
+    wanted = dict(zip(model.parameters(), gradients, strict=True))
     optimizers = {}
     for _ in range(2):
         for part, module in model.items():
