@@ -198,6 +198,46 @@ def test_another_loss_of_the_trainer_is_asked_for_its_samples(tmp_path, caplog):
     assert_close(given, own_loss_loop(model, data, one))
 
 
+def divided(outputs, labels, num_items_in_batch):
+    """As transformers documents it: a sum, divided by what the Trainer counted in all of a step's batches."""
+    shifted = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return F.cross_entropy(*shifted, ignore_index=-100, reduction="sum") / num_items_in_batch
+
+
+class _DividingTrainer(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return 3 * divided(model(**inputs), labels, num_items_in_batch)
+
+
+def test_a_loss_that_is_divided_by_the_number_of_items(tmp_path, caplog):
+    """It is the model's own mean, so F is that of -log p; three times that is another loss, of one sample at a time."""
+    model, data = llama(), rows(*LENGTHS)
+    run = trainer(model, data, tmp_path, compute_loss_func=divided)
+    averages = run.args.average_tokens_across_devices
+    assert_close(trainer_fisher(run), own_loss_loop(model, data, predicted))
+    assert "one sample at a time" not in caplog.text
+    run.compute_loss_func = lambda *of, num_items_in_batch=None: divided(*of, num_items_in_batch or run.n_predicted)
+    run.n_predicted = sum(n - 1 for n in LENGTHS[:4])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_get_num_items_in_batch", lambda batches, _: (batches[0]["labels"] != -100).sum())
+        assert_close(trainer_fisher(run), own_loss_loop(model, data, predicted))  # first tokens are counted, too
+    assert "one sample at a time" not in caplog.text
+    run = _DividingTrainer(model, run.args, data_collator=padded, train_dataset=data)
+    assert_close(trainer_fisher(run), own_loss_loop(model, data, lambda batch: 3))
+    assert "one sample at a time" in caplog.text
+    assert run.args.average_tokens_across_devices == averages
+
+
+def test_a_number_that_is_not_known_is_an_error_that_says_what_to_pass(tmp_path, monkeypatch):
+    run = trainer(
+        llama(), rows(5, 3), tmp_path, compute_loss_func=lambda *_, num_items_in_batch: 1 / num_items_in_batch
+    )
+    monkeypatch.setattr(run, "_get_num_items_in_batch", lambda *_: None)
+    with pytest.raises(TypeError, match=r"takes num_items_in_batch, which is not known .*: pass loss_fn"):
+        trainer_fisher(run)
+
+
 class _Losing(torch.nn.Module):
     """A model with another loss."""
 
