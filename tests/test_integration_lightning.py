@@ -230,6 +230,35 @@ def test_checkpoints_replace_anchors_only_where_training_resumes(tmp_path, caplo
     assert "holds 1 anchors, the penalty 2" in caplog.text
 
 
+@pytest.mark.parametrize("made", [(pl, Module), (pytorch_lightning, OtherModule)], ids=["lightning", "the other"])
+def test_two_penalties_each_with_a_name(made, tmp_path):
+    package, kind = made
+    module, expected = kind(), kind()
+    whole, first, second = penalty(expected), penalty(module), penalty(module)
+    whole.alpha, first.alpha, second.alpha = 3.0, 1.0, 2.0  # the same F and anchors
+    by_hand(expected, whole.add_grad_)
+    callbacks = [WPLCallback(first), WPLCallback(second, name="second")]
+    trainer = package.Trainer(**QUIET, max_epochs=2, callbacks=callbacks)
+    trainer.fit(module, data())
+    for p, q in zip(module.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    logged = trainer.callback_metrics
+    assert 2 * logged["wpl"].item() == pytest.approx(logged["second"].item(), rel=1e-5)
+    second.consolidate({name: torch.ones_like(p) for name, p in module.named_parameters()})
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    saved = torch.load(tmp_path / "two.ckpt")["callbacks"]
+    assert {key: int(state["n_anchors"]) for key, state in saved.items()} == {
+        "WPLCallback": 1,
+        "WPLCallback[second]": 2,
+    }
+    again = [wplfast.WeightPlasticityLoss(module) for _ in range(2)]
+    resumed = [WPLCallback(again[1], name="second"), WPLCallback(again[0])]  # names count, not places
+    package.Trainer(**QUIET, max_epochs=2, callbacks=resumed).fit(module, data(), ckpt_path=tmp_path / "two.ckpt")
+    assert [wpl.n_anchors for wpl in again] == [1, 2]
+    with pytest.raises(TypeError, match="name must be a string, got bool"):
+        WPLCallback(first, True, True)
+
+
 @pytest.mark.parametrize("ends", ["at its end", "in an error"])
 def test_detaches(ends):
     module = Module()

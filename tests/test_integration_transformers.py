@@ -275,6 +275,22 @@ def test_penalties_that_nothing_would_come_of_are_refused(tmp_path):
         attached.train()
 
 
+@pytest.mark.parametrize("before_clipping", [False, True])
+@pytest.mark.parametrize("same", [False, True], ids=["two callbacks", "one callback twice"])
+def test_a_penalty_that_would_be_added_twice_is_refused(same, before_clipping, tmp_path):
+    model = llama()
+    wpl = penalty_of(model)[0]
+    callback = WPLCallback(wpl, before_clipping=before_clipping)
+    other = callback if same else WPLCallback(wpl, before_clipping=before_clipping)
+    run = trainer(model, DATA, tmp_path, max_steps=1, callbacks=[callback, other])
+    with pytest.raises(
+        ValueError, match=r"2 of the Trainer's callbacks .* would be added 2 times; give the Trainer one"
+    ):
+        run.train()
+    run.pop_callback(other)
+    run.train()
+
+
 def test_an_optimizer_that_steps_elsewhere_is_refused(tmp_path):
     model = llama()
     callback = WPLCallback(penalty_of(model)[0])

@@ -49,7 +49,7 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
     Raises:
         TypeError: if wpl is no penalty.
         ValueError: (as training starts) if the penalty has none of the model's parameters, or only frozen ones; if
-            anchors or alpha differ between ranks.
+            it is in two callbacks; if anchors or alpha differ between ranks.
         FileNotFoundError: (as training resumes) if neither the checkpoint nor the penalty has anchors.
         RankFailedError: (as training starts) if another rank raised; with its error.
         NotImplementedError: (as training starts) under DeepSpeed.
@@ -91,6 +91,8 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
                 self.wpl._follow()  # FSDP2 puts shards in the place of the parameters as training starts
             if state.global_step:
                 self._restore(checkpoint)
+            if trainer is not None:
+                self._check_alone(trainer.callback_handler)
             self._check_model(kwargs["model"])
             self._optimizer = kwargs["optimizer"]
             self._added = _Added(self.wpl)
@@ -129,6 +131,19 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
         if self._handle is not None:
             self._handle.remove()
         self._handle = self._optimizer = None
+
+    def _check_alone(self, handler: CallbackHandler) -> None:
+        """Refuse a penalty that two callbacks add.
+
+        Raises:
+            ValueError: if there is another one, or the same one twice.
+        """
+        with_it = [c for c in handler.callbacks if isinstance(c, WPLCallback) and c.wpl is self.wpl]
+        if len(with_it) > 1:
+            raise ValueError(
+                f"{len(with_it)} of the Trainer's callbacks are WPLCallbacks of this penalty: its gradient would be "
+                f"added {len(with_it)} times; give the Trainer one"
+            )
 
     def _check_model(self, model: Any) -> None:
         """Refuse a penalty that nothing would come of.
