@@ -133,6 +133,26 @@ def test_packed_documents_are_samples(column, tmp_path):
     assert_close(fisher, own_loss_loop(model, plain, predicted))
 
 
+def padded_before(items):
+    """A collator that pads on the left, and gives positions, as a generation's tokenizer does."""
+    batch = padded(items)
+    for name, by in (("input_ids", 0), ("labels", -100)):
+        batch[name] = torch.stack([row.roll(int((row == by).sum())) for row in batch[name]])
+    batch["attention_mask"] = batch["attention_mask"].flip(1)
+    return {**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)}
+
+
+def test_rows_that_are_padded_before_and_have_positions(tmp_path):
+    """Each is one document, whose first token the model predicts after padding."""
+    model, data = llama(), rows(*LENGTHS)
+    fisher = trainer_fisher(trainer(model, data, tmp_path, padded_before))
+    assert fisher.n_samples == len(data)
+    batches = [padded_before(data[i : i + 2]) for i in range(0, len(data), 2)]
+    # the rows as their batches pad them, one at a time
+    loose = [{k: v[i : i + 1] for k, v in batch.items()} for batch in batches for i in range(len(batch["labels"]))]
+    assert_close(fisher, own_loss_loop(model, loose, predicted, lambda items: dict(items[0])))
+
+
 @pytest.mark.parametrize("fisher_type", ["mc", "exact"])
 def test_labels_may_be_drawn(fisher_type, tmp_path):
     make, data, _ = CASES["classes"]
