@@ -93,7 +93,7 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
                 self._restore(checkpoint)
             if trainer is not None:
                 self._check_alone(trainer.callback_handler)
-            self._check_model(kwargs["model"])
+            self._check_model(kwargs["model"], getattr(trainer, "model_init", None) is not None)
             self._optimizer = kwargs["optimizer"]
             self._added = _Added(self.wpl)
             if not self._before_clipping:
@@ -145,8 +145,12 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
                 f"added {len(with_it)} times; give the Trainer one"
             )
 
-    def _check_model(self, model: Any) -> None:
+    def _check_model(self, model: Any, is_made_anew: bool) -> None:
         """Refuse a penalty that nothing would come of.
+
+        Args:
+            model: that is trained.
+            is_made_anew: the Trainer has made it as training started.
 
         Raises:
             ValueError: if it has none of the model's parameters, or only frozen ones.
@@ -156,9 +160,12 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
         held = {id(p) for p in model.parameters()}
         own = [p for p in references.tensors() if id(p) in held]
         if not own:
+            cure = "make it of this model, WeightPlasticityLoss(trainer.model)"
+            if is_made_anew:
+                cure = "model_init makes it anew as training starts: call wpl.rebind(model) at the end of model_init"
             raise ValueError(
                 f"none of the penalty's {len(references)} parameters {some(references.names)} is one of the Trainer's "
-                f"model, a {type(model).__name__}: make it of this model, WeightPlasticityLoss(trainer.model)"
+                f"model, a {type(model).__name__}: {cure}"
             )
         if not any(p.requires_grad for p in own):
             raise ValueError(
