@@ -348,6 +348,32 @@ def test_data_that_cannot_be_iterated_over(data, got):
         wplfast.fisher_diagonal(nn.Linear(2, 2), data, wplfast.losses.cross_entropy)
 
 
+def test_arguments_that_were_taken_for_others():
+    model, (x, y) = nn.Linear(2, 3), (torch.ones(4, 2), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(
+        TypeError, match=r"got list, and data are one, a Linear: the order is fisher_diagonal\(model, data"
+    ):
+        wplfast.fisher_diagonal([(x, y)], model, ce)
+    for given in ("mse", None, x):
+        with pytest.raises(TypeError, match=f"loss_fn must be a function .* got {type(given).__name__}"):
+            wplfast.fisher_diagonal(model, [(x, y)], given)
+    for one, name in (((x, y), "x, y"), ([x, y, torch.ones(4)], "x, y, weights")):
+        with pytest.raises(TypeError, match=rf"got {len(one)} tensors, which are one batch: pass \[\({name}\)\]"):
+            wplfast.fisher_diagonal(model, one, ce)
+    inputs_alone = wplfast.fisher_diagonal(model, [x, x], wplfast.losses.mse, unpack=lambda b: (b, torch.zeros(4, 3)))
+    assert inputs_alone.n_samples == 8
+    with pytest.raises(TypeError, match="max_samples must be a number, or None for all, got 'all'"):
+        wplfast.fisher_diagonal(model, [(x, y)], ce, max_samples="all")
+    with pytest.raises(ValueError, match="verify must be True, False or 'always', got 'never'"):
+        wplfast.fisher_diagonal(model, [(x, y)], ce, verify="never")
+    with pytest.raises(ValueError, match="verify must be True, False or 'always', got 'first'"):
+        wplfast.FisherAccumulator(model, verify="first")
+    fisher = wplfast.fisher_diagonal(model, [(x, y)], ce, verify="always")
+    for given in (fisher, dict(fisher)):
+        with pytest.raises(TypeError, match=r"alpha must be a number, .* pass the Fisher to its consolidate\(fisher\)"):
+            wplfast.WeightPlasticityLoss(model, given)
+
+
 @pytest.mark.parametrize(
     ("layer", "what"),
     [(nn.LazyLinear(3), "parameter '0.weight'"), (nn.LazyBatchNorm1d(affine=False), "buffer '0.running_mean'")],

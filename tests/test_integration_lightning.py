@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -94,6 +95,29 @@ def test_parameters_that_an_optimizer_gets_later():
             by_hand_wpl.add_grad_(active=None if epoch else head)
             optimizer.step()
     assert_equal(module, expected)
+
+
+class Thawing(TwoOptimizers):
+    """The trunk is frozen in the first epoch, in which both optimizers are asked already what they hold."""
+
+    def on_train_epoch_start(self):
+        self.trunk.requires_grad_(self.current_epoch > 0)
+
+
+def test_what_is_thawed_is_added_once():
+    module = Thawing()
+    wpl = penalty(module)
+    seen = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append([call.kwargs["active"] for call in add.call_args_list])
+            add.reset_mock()
+
+    with mock.patch.object(wpl, "add_grad_", wraps=wpl.add_grad_) as add:
+        fit(module, wpl, callbacks=[WPLCallback(wpl), Spy()])
+    both = [("trunk.weight", "trunk.bias"), ("head.weight", "head.bias")]
+    assert seen[0] == seen[-1] == both
 
 
 def test_two_optimizers_by_hand():
@@ -204,6 +228,35 @@ def test_checkpoints_replace_anchors_only_where_training_resumes(tmp_path, caplo
     pl.Trainer(**QUIET, max_epochs=2, callbacks=[callback]).fit(module, data(), ckpt_path=tmp_path / "one.ckpt")
     assert wpl.n_anchors == 1
     assert "holds 1 anchors, the penalty 2" in caplog.text
+
+
+@pytest.mark.parametrize("made", [(pl, Module), (pytorch_lightning, OtherModule)], ids=["lightning", "the other"])
+def test_two_penalties_each_with_a_name(made, tmp_path):
+    package, kind = made
+    module, expected = kind(), kind()
+    whole, first, second = penalty(expected), penalty(module), penalty(module)
+    whole.alpha, first.alpha, second.alpha = 3.0, 1.0, 2.0  # the same F and anchors
+    by_hand(expected, whole.add_grad_)
+    callbacks = [WPLCallback(first), WPLCallback(second, name="second")]
+    trainer = package.Trainer(**QUIET, max_epochs=2, callbacks=callbacks)
+    trainer.fit(module, data())
+    for p, q in zip(module.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    logged = trainer.callback_metrics
+    assert 2 * logged["wpl"].item() == pytest.approx(logged["second"].item(), rel=1e-5)
+    second.consolidate({name: torch.ones_like(p) for name, p in module.named_parameters()})
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    saved = torch.load(tmp_path / "two.ckpt")["callbacks"]
+    assert {key: int(state["n_anchors"]) for key, state in saved.items()} == {
+        "WPLCallback": 1,
+        "WPLCallback[second]": 2,
+    }
+    again = [wplfast.WeightPlasticityLoss(module) for _ in range(2)]
+    resumed = [WPLCallback(again[1], name="second"), WPLCallback(again[0])]  # names count, not places
+    package.Trainer(**QUIET, max_epochs=2, callbacks=resumed).fit(module, data(), ckpt_path=tmp_path / "two.ckpt")
+    assert [wpl.n_anchors for wpl in again] == [1, 2]
+    with pytest.raises(TypeError, match="name must be a string, got bool"):
+        WPLCallback(first, True, True)
 
 
 @pytest.mark.parametrize("ends", ["at its end", "in an error"])

@@ -18,7 +18,7 @@ import peft
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from trainer_cases import bert, descend, llama, padded, rows, trainer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import wplfast
 from wplfast.integrations.transformers import WPLCallback, trainer_fisher
@@ -273,6 +273,41 @@ def test_penalties_that_nothing_would_come_of_are_refused(tmp_path):
     attached = trainer(model, DATA, tmp_path, max_steps=1, callbacks=[WPLCallback(everything)])
     with pytest.raises(ValueError, match="make it of this model"):
         attached.train()
+
+
+def test_a_model_that_is_made_anew(tmp_path):
+    wpl = penalty_of(llama())[0]
+    arguments = trainer(llama(), DATA, tmp_path, max_steps=1, logging_steps=1).args
+    options = {"args": arguments, "train_dataset": DATA, "data_collator": padded, "callbacks": [WPLCallback(wpl)]}
+    with pytest.raises(
+        ValueError, match=r"model_init makes it anew .*: call wpl.rebind\(model\) at the end of model_init"
+    ):
+        Trainer(model_init=lambda: llama(), **options).train()
+
+    def model_init():
+        model = llama()
+        wpl.rebind(model)
+        return model
+
+    run = Trainer(model_init=model_init, **options)
+    run.train()
+    assert run.state.log_history[0]["wpl"] > 0
+
+
+@pytest.mark.parametrize("before_clipping", [False, True])
+@pytest.mark.parametrize("same", [False, True], ids=["two callbacks", "one callback twice"])
+def test_a_penalty_that_would_be_added_twice_is_refused(same, before_clipping, tmp_path):
+    model = llama()
+    wpl = penalty_of(model)[0]
+    callback = WPLCallback(wpl, before_clipping=before_clipping)
+    other = callback if same else WPLCallback(wpl, before_clipping=before_clipping)
+    run = trainer(model, DATA, tmp_path, max_steps=1, callbacks=[callback, other])
+    with pytest.raises(
+        ValueError, match=r"2 of the Trainer's callbacks .* would be added 2 times; give the Trainer one"
+    ):
+        run.train()
+    run.pop_callback(other)
+    run.train()
 
 
 def test_an_optimizer_that_steps_elsewhere_is_refused(tmp_path):

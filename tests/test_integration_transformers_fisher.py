@@ -133,6 +133,26 @@ def test_packed_documents_are_samples(column, tmp_path):
     assert_close(fisher, own_loss_loop(model, plain, predicted))
 
 
+def padded_before(items):
+    """A collator that pads on the left, and gives positions, as a generation's tokenizer does."""
+    batch = padded(items)
+    for name, by in (("input_ids", 0), ("labels", -100)):
+        batch[name] = torch.stack([row.roll(int((row == by).sum())) for row in batch[name]])
+    batch["attention_mask"] = batch["attention_mask"].flip(1)
+    return {**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)}
+
+
+def test_rows_that_are_padded_before_and_have_positions(tmp_path):
+    """Each is one document, whose first token the model predicts after padding."""
+    model, data = llama(), rows(*LENGTHS)
+    fisher = trainer_fisher(trainer(model, data, tmp_path, padded_before))
+    assert fisher.n_samples == len(data)
+    batches = [padded_before(data[i : i + 2]) for i in range(0, len(data), 2)]
+    # the rows as their batches pad them, one at a time
+    loose = [{k: v[i : i + 1] for k, v in batch.items()} for batch in batches for i in range(len(batch["labels"]))]
+    assert_close(fisher, own_loss_loop(model, loose, predicted, lambda items: dict(items[0])))
+
+
 @pytest.mark.parametrize("fisher_type", ["mc", "exact"])
 def test_labels_may_be_drawn(fisher_type, tmp_path):
     make, data, _ = CASES["classes"]
@@ -196,6 +216,46 @@ def test_another_loss_of_the_trainer_is_asked_for_its_samples(tmp_path, caplog):
         trainer_fisher(run)
     given = trainer_fisher(run, loss_fn=wplfast.losses.cross_entropy)
     assert_close(given, own_loss_loop(model, data, one))
+
+
+def divided(outputs, labels, num_items_in_batch):
+    """As transformers documents it: a sum, divided by what the Trainer counted in all of a step's batches."""
+    shifted = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return F.cross_entropy(*shifted, ignore_index=-100, reduction="sum") / num_items_in_batch
+
+
+class _DividingTrainer(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return 3 * divided(model(**inputs), labels, num_items_in_batch)
+
+
+def test_a_loss_that_is_divided_by_the_number_of_items(tmp_path, caplog):
+    """It is the model's own mean, so F is that of -log p; three times that is another loss, of one sample at a time."""
+    model, data = llama(), rows(*LENGTHS)
+    run = trainer(model, data, tmp_path, compute_loss_func=divided)
+    averages = run.args.average_tokens_across_devices
+    assert_close(trainer_fisher(run), own_loss_loop(model, data, predicted))
+    assert "one sample at a time" not in caplog.text
+    run.compute_loss_func = lambda *of, num_items_in_batch=None: divided(*of, num_items_in_batch or run.n_predicted)
+    run.n_predicted = sum(n - 1 for n in LENGTHS[:4])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_get_num_items_in_batch", lambda batches, _: (batches[0]["labels"] != -100).sum())
+        assert_close(trainer_fisher(run), own_loss_loop(model, data, predicted))  # first tokens are counted, too
+    assert "one sample at a time" not in caplog.text
+    run = _DividingTrainer(model, run.args, data_collator=padded, train_dataset=data)
+    assert_close(trainer_fisher(run), own_loss_loop(model, data, lambda batch: 3))
+    assert "one sample at a time" in caplog.text
+    assert run.args.average_tokens_across_devices == averages
+
+
+def test_a_number_that_is_not_known_is_an_error_that_says_what_to_pass(tmp_path, monkeypatch):
+    run = trainer(
+        llama(), rows(5, 3), tmp_path, compute_loss_func=lambda *_, num_items_in_batch: 1 / num_items_in_batch
+    )
+    monkeypatch.setattr(run, "_get_num_items_in_batch", lambda *_: None)
+    with pytest.raises(TypeError, match=r"takes num_items_in_batch, which is not known .*: pass loss_fn"):
+        trainer_fisher(run)
 
 
 class _Losing(torch.nn.Module):

@@ -170,6 +170,51 @@ def test_frozen_parameters_that_the_optimizer_leaves_out_are_no_fault(caplog):
     assert data.model["trunk"].weight.grad is not None
 
 
+def test_what_is_thawed_after_attaching_is_of_the_optimizer_that_holds_it(caplog):
+    """The head's optimizer was attached while the trunk was frozen: it must not add the trunk's gradient later."""
+    model = nn.ModuleDict({"trunk": nn.Linear(3, 3), "head": nn.Linear(3, 2)})
+    wpl = wplfast.WeightPlasticityLoss(model, alpha=3.0)
+    anchor = enter(wpl, model, by=0.5)
+    parts = list(model["trunk"].parameters()), list(model["head"].parameters())
+    model["trunk"].requires_grad_(False)
+    first = torch.optim.SGD(parts[1], 0.0)
+    wpl.attach(first)
+    first.step()
+    assert not caplog.messages
+    model["trunk"].requires_grad_(True)
+    second = torch.optim.SGD(parts[0], 0.0)
+    wpl.attach(second)
+    first.zero_grad()
+    first.step()
+    second.step()
+    wanted = torch.autograd.grad(expected(model, [anchor], 3.0), list(model.parameters()))
+    for p, gradient in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, gradient.to(p.dtype), rtol=1e-5, atol=1e-7)
+
+
+def test_optimizers_that_take_turns_while_the_other_part_is_frozen():
+    """As adversarial training does: each step adds the gradient of its own part, once."""
+    model = nn.ModuleDict({"generator": nn.Linear(3, 3), "critic": nn.Linear(3, 2)})
+    wpl = wplfast.WeightPlasticityLoss(model, alpha=3.0)
+    anchor = enter(wpl, model, by=0.5)
+    gradients = torch.autograd.grad(expected(model, [anchor], 3.0), list(model.parameters()))
+    wanted = dict(zip(model.parameters(), gradients, strict=True))
+    optimizers = {}
+    for _ in range(2):
+        for part, module in model.items():
+            for other in model.values():
+                other.requires_grad_(other is module)
+            if part not in optimizers:  # attached while the other part is frozen
+                optimizers[part] = torch.optim.SGD(module.parameters(), 0.0)
+                wpl.attach(optimizers[part])
+            model.requires_grad_(True)  # for the step: a penalty of all would reach the other part
+            model.zero_grad()
+            optimizers[part].step()
+            for p in module.parameters():
+                torch.testing.assert_close(p.grad, wanted[p].to(p.dtype), rtol=1e-5, atol=1e-7)
+            assert all(p.grad is None for other in model.values() if other is not module for p in other.parameters())
+
+
 class Wrapper(torch.optim.Optimizer):
     """As some libraries wrap optimizers: it forwards step() and calls no hooks."""
 

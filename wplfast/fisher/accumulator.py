@@ -99,6 +99,8 @@ class FisherAccumulator:
             raise ValueError(f"samples must be 'batch' or 'losses', got {samples!r}")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
+        if isinstance(verify, str) and verify != "always":
+            raise ValueError(f"verify must be True, False or 'always', got {verify!r}")
         self._check_model(model)
         self._replicas = replicas_in(model)
         self.model = model = inner_module(model)

@@ -36,15 +36,32 @@ def check_batch_statistics(modules: Mapping[str, nn.modules.batchnorm._BatchNorm
             )
 
 
-def check_data(data: Any) -> None:
-    """Check that there is something to iterate over.
+def check_arguments(model: Any, data: Any, loss_fn: Any, unpack: Any) -> None:
+    """Check what a pass is given, as far as that is told without running anything.
 
     Raises:
-        TypeError: if there is not.
+        TypeError: if model and data were swapped, data cannot be iterated over or are one batch, or loss_fn
+            cannot be called.
     """
+    if isinstance(data, nn.Module) and not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a module, got {type(model).__name__}, and data are one, a {type(data).__name__}: the order "
+            "is fisher_diagonal(model, data, loss_fn)"
+        )
     if not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         got = "None" if data is None else type(data).__name__
         raise TypeError(f"data must be an iterable of batches, such as a DataLoader or [(inputs, targets)], got {got}")
+    is_one = isinstance(data, (tuple, list)) and len(data) in (2, 3) and all(isinstance(x, Tensor) for x in data)
+    if is_one and unpack is None:
+        raise TypeError(
+            f"data must be an iterable of batches, got {len(data)} tensors, which are one batch: pass "
+            f"[({', '.join(('x', 'y', 'weights')[: len(data)])})]"
+        )
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be a function loss_fn(outputs, targets) that returns one loss for each sample, such as "
+            f"wplfast.losses.cross_entropy, got {type(loss_fn).__name__}"
+        )
 
 
 def check_losses(losses: Tensor) -> None:

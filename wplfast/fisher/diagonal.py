@@ -24,7 +24,7 @@ from ..errors import CoupledSamplesError
 from ..params import Params
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
-from .checks import check_data, check_losses, check_outputs
+from .checks import check_arguments, check_losses, check_outputs
 from .drawn import DrawnTargets, Term
 from .independence import Examination, Findings
 from .limit import Limit
@@ -142,7 +142,7 @@ def fisher_diagonal(
     """
     check_engine(model)
     with open_pass(model, reduce) as ranks:
-        check_data(data)
+        check_arguments(model, data, loss_fn, unpack)
         _check_options(fisher_type, mc_samples, max_samples)
         accumulator = ranks.accumulator(
             FisherAccumulator,
@@ -355,6 +355,8 @@ def _check_options(fisher_type: str, mc_samples: int, max_samples: int | None) -
         raise ValueError(f"fisher_type must be 'empirical', 'mc' or 'exact', got {fisher_type!r}")
     if mc_samples < 1:
         raise ValueError(f"mc_samples must be at least 1, got {mc_samples}")
+    if isinstance(max_samples, str):
+        raise TypeError(f"max_samples must be a number, or None for all, got {max_samples!r}")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples must be at least 1, got {max_samples}")
 

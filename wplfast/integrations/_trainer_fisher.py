@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from inspect import signature
 from typing import Any
 
 import torch
@@ -116,7 +117,12 @@ def _losses(trainer: Any, batch: Mapping[str, Any]) -> tuple[Task | None, Tensor
         return None, torch.tensor(torch.nan), torch.tensor(torch.nan)
     inputs, targets = _split(model, task, batch)
     outputs = _AsEvaluated(model, trainer.accelerator.autocast)(**inputs)
-    return task, task.model_loss(outputs, targets), _own_loss(trainer, batch)
+    here, own = task.model_loss(outputs, targets), _own_loss(trainer, batch)
+    if _takes_number(trainer) and not _is_same(trainer, here, own):  # some versions count labels that none predicts
+        with suppress(TypeError):
+            mean = _own_loss(trainer, batch, numbered=False)
+            own = mean if _is_same(trainer, here, mean) else own
+    return task, here, own
 
 
 def _is_same(trainer: Any, here: Tensor, own: Tensor) -> bool:
@@ -131,11 +137,46 @@ def _say(trainer: Any, why: str) -> None:
     logger.warning("%s.compute_loss is asked for one sample at a time: %s", type(trainer).__name__, why)
 
 
-def _own_loss(trainer: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Return what a Trainer minimises for a batch."""
-    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-        loss: Tensor = trainer.compute_loss(trainer.model, dict(batch))
+def _own_loss(trainer: Any, batch: Mapping[str, Any], numbered: bool = True) -> Tensor:
+    """Return what a Trainer minimises for a batch, were it all of a step's: on one process, without accumulation.
+
+    Args:
+        trainer: the Trainer.
+        batch: with its labels.
+        numbered: give a loss that takes it the number of labels.
+
+    Raises:
+        TypeError: if its loss is to be divided by a number that is not known.
+    """
+    batch, given = dict(batch), {}
+    averages = getattr(trainer.args, "average_tokens_across_devices", False)
+    trainer.args.average_tokens_across_devices = False  # ranks may have unequal parts, and each asks for its own
+    try:
+        if numbered and _takes_number(trainer):
+            number = trainer._get_num_items_in_batch([batch], trainer.args.device)
+            given = {} if number is None else {"num_items_in_batch": number}
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+            loss: Tensor = trainer.compute_loss(trainer.model, batch, **given)
+    except TypeError as error:
+        if given or "None" not in str(error):
+            raise
+        raise TypeError(
+            f"the loss of {type(trainer).__name__} takes num_items_in_batch, which is not known for one batch: pass "
+            f"loss_fn(outputs, labels), one loss for each sample ({error})"
+        ) from error
+    finally:
+        trainer.args.average_tokens_across_devices = averages
     return loss
+
+
+def _takes_number(trainer: Any) -> bool:
+    """Tell whether a loss of the user's is given the number of labels to divide by; the models' own are means."""
+    if not hasattr(trainer, "_get_num_items_in_batch"):
+        return False
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        return True
+    own = type(trainer).compute_loss
+    return own.__module__ != "transformers.trainer" and "num_items_in_batch" in signature(own).parameters
 
 
 def _call(

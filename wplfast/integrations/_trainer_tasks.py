@@ -79,7 +79,7 @@ def task_of(model: Any, batch: Mapping[str, Any]) -> Task | None:
         task = Task(partial(_next_token, n_virtual=n_virtual), lambda labels: _counted(labels[:, not n_virtual :]))
         return (
             replace(task, total=_of_documents, divisor=_counted_by_documents, by_documents=True)
-            if ({"position_ids", "seq_idx", "cu_seq_lens_q"} & set(batch))
+            if {"position_ids", "seq_idx", "cu_seq_lens_q"} & set(batch) and not _is_padded_before(batch)
             else task
         )
     return Task(losses.seq2seq, _counted)
@@ -119,6 +119,20 @@ def _of_documents(outputs: Any, targets: Mapping[str, Tensor]) -> Tensor:
     """Return the losses of documents."""
     labels = targets["labels"]
     return losses.cross_entropy(outputs, labels, IGNORED, shift=True, sample_ids=targets["ids"])
+
+
+def _is_padded_before(batch: Mapping[str, Any]) -> bool:
+    """Tell whether rows of one document each are padded before it: the model predicts its first token, too.
+
+    Rows into which documents are packed are not; where later ones are packed, the pass refuses them.
+    """
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if not (isinstance(mask, Tensor) and mask.dim() == 2 and isinstance(positions, Tensor)):
+        return False
+    if {"seq_idx", "cu_seq_lens_q"} & set(batch) or bool((mask[:, 0] != 0).all()):
+        return False
+    ids = document_ids(batch)
+    return all(len(row[row >= 0].unique()) <= 1 for row in ids)
 
 
 def _counted(labels: Tensor) -> Tensor:

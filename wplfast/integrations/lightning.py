@@ -43,14 +43,16 @@ class WPLCallback(_Callback):  # type: ignore[misc]
     (``training_step`` returned None, gradients overflowed) adds nothing. Do not add ``wpl()`` to the loss as well.
 
     The anchors are part of Lightning's checkpoints, and ``trainer.fit(ckpt_path=...)`` restores them. A checkpoint from
-    before the first ``consolidate`` forgets no anchors.
+    before the first ``consolidate`` forgets no anchors. Several penalties, each with its own callback and name, may act
+    at once.
 
     Args:
         wpl: the penalty over parameters of the module.
-        log: whether the penalty is logged as ``wpl``, at the batches that end with a step.
+        log: whether the penalty is logged, at the batches that end with a step.
+        name: what it is logged as; it also tells the callbacks of several penalties apart in a checkpoint.
 
     Raises:
-        TypeError: if wpl is no penalty.
+        TypeError: if wpl is no penalty, or name no string.
         ValueError: (as training starts) if no optimizer holds a parameter of the penalty, or ranks differ in theirs.
         RankFailedError: (as training starts) if another rank raised; with its error.
 
@@ -62,14 +64,22 @@ class WPLCallback(_Callback):  # type: ignore[misc]
         >>> # Trainer(callbacks=[callback], gradient_clip_val=1.0).fit(module, second_task)
     """
 
-    def __init__(self, wpl: WeightPlasticityLoss, log: bool = True) -> None:
+    def __init__(self, wpl: WeightPlasticityLoss, log: bool = True, name: str = "wpl") -> None:
         """See the class."""
         super().__init__()
         check_penalty(wpl)
-        self.wpl, self._log = wpl, log
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {type(name).__name__}")
+        self.wpl, self._log, self._name = wpl, log, name
         self._steps: list[_Step] = []
         self._handles: list[RemovableHandle] = []
         self._stage: str | None = None
+
+    @property
+    def state_key(self) -> str:
+        """What a checkpoint has the anchors under: by the class alone, as ever, unless there is a name."""
+        kind = type(self).__qualname__
+        return kind if self._name == "wpl" else f"{kind}[{self._name}]"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Remember what the Trainer is about to do: a checkpoint that is tested does not replace the anchors."""
@@ -104,7 +114,7 @@ class WPLCallback(_Callback):  # type: ignore[misc]
         """Log the penalty if an optimizer stepped: the sum of what each one holds."""
         values = [step.value for step in self._steps if step.value is not None]
         if values and self._log:
-            pl_module.log("wpl", sum(values[1:], values[0]))
+            pl_module.log(self._name, sum(values[1:], values[0]))
         for step in self._steps:
             step.value = None
 

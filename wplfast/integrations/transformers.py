@@ -49,7 +49,7 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
     Raises:
         TypeError: if wpl is no penalty.
         ValueError: (as training starts) if the penalty has none of the model's parameters, or only frozen ones; if
-            anchors or alpha differ between ranks.
+            it is in two callbacks; if anchors or alpha differ between ranks.
         FileNotFoundError: (as training resumes) if neither the checkpoint nor the penalty has anchors.
         RankFailedError: (as training starts) if another rank raised; with its error.
         NotImplementedError: (as training starts) under DeepSpeed.
@@ -91,7 +91,9 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
                 self.wpl._follow()  # FSDP2 puts shards in the place of the parameters as training starts
             if state.global_step:
                 self._restore(checkpoint)
-            self._check_model(kwargs["model"])
+            if trainer is not None:
+                self._check_alone(trainer.callback_handler)
+            self._check_model(kwargs["model"], getattr(trainer, "model_init", None) is not None)
             self._optimizer = kwargs["optimizer"]
             self._added = _Added(self.wpl)
             if not self._before_clipping:
@@ -130,8 +132,25 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
             self._handle.remove()
         self._handle = self._optimizer = None
 
-    def _check_model(self, model: Any) -> None:
+    def _check_alone(self, handler: CallbackHandler) -> None:
+        """Refuse a penalty that two callbacks add.
+
+        Raises:
+            ValueError: if there is another one, or the same one twice.
+        """
+        with_it = [c for c in handler.callbacks if isinstance(c, WPLCallback) and c.wpl is self.wpl]
+        if len(with_it) > 1:
+            raise ValueError(
+                f"{len(with_it)} of the Trainer's callbacks are WPLCallbacks of this penalty: its gradient would be "
+                f"added {len(with_it)} times; give the Trainer one"
+            )
+
+    def _check_model(self, model: Any, is_made_anew: bool) -> None:
         """Refuse a penalty that nothing would come of.
+
+        Args:
+            model: that is trained.
+            is_made_anew: the Trainer has made it as training started.
 
         Raises:
             ValueError: if it has none of the model's parameters, or only frozen ones.
@@ -141,9 +160,12 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
         held = {id(p) for p in model.parameters()}
         own = [p for p in references.tensors() if id(p) in held]
         if not own:
+            cure = "make it of this model, WeightPlasticityLoss(trainer.model)"
+            if is_made_anew:
+                cure = "model_init makes it anew as training starts: call wpl.rebind(model) at the end of model_init"
             raise ValueError(
                 f"none of the penalty's {len(references)} parameters {some(references.names)} is one of the Trainer's "
-                f"model, a {type(model).__name__}: make it of this model, WeightPlasticityLoss(trainer.model)"
+                f"model, a {type(model).__name__}: {cure}"
             )
         if not any(p.requires_grad for p in own):
             raise ValueError(

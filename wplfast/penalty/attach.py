@@ -68,7 +68,9 @@ class Attachment:
         return self.penalty.add_grad_(1.0 if scale is None else scale, active=self.held(optimizer))
 
     def held(self, optimizer: torch.optim.Optimizer) -> tuple[str, ...] | None:
-        """Return the names of those of the penalty's parameters that an optimizer holds; None for all.
+        """Return the names of those of the penalty's parameters that an optimizer holds, frozen or not; None for all.
+
+        What another optimizer holds is its affair, also if it is frozen now: it may be thawed later.
 
         Raises:
             ValueError: if there are none.
@@ -81,7 +83,7 @@ class Attachment:
         names = [name for name, p in pairs if id(p) in ids]
         left = [name for name, p in pairs if id(p) not in ids and p.requires_grad]
         self.judge(names, left, len(pairs))
-        self._of, self._names = (references, held), tuple(names) if left or not names else None
+        self._of, self._names = (references, held), None if len(names) == len(pairs) else tuple(names)
         return self._names
 
     def judge(self, names: list[str], left: list[str], n_parameters: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,8 +50,15 @@ def alpha_tensor(alpha: Alpha, names: Sequence[str], device: torch.device) -> Te
     """Return alpha as a tensor of its own: 0-d, or one entry per name if it is given by prefix.
 
     Raises:
+        TypeError: if it is a Fisher.
         ValueError: if it is negative, not finite or complex, or a name matches no prefix.
     """
+    given: list[Any] = list(alpha.values()) if isinstance(alpha, Mapping) else []
+    if any(isinstance(value, Tensor) and value.dim() for value in given):
+        raise TypeError(
+            "alpha must be a number, or {prefix: number}, got tensors by name, as a Fisher holds them: make the "
+            "penalty with WeightPlasticityLoss(model, alpha=...), and pass the Fisher to its consolidate(fisher)"
+        )
     with torch.inference_mode(False):  # an inference tensor could not be changed later
         if isinstance(alpha, Tensor):
             strength = scalar(alpha, device).clone()
