@@ -101,6 +101,22 @@ def test_losses_that_come_after_another_forward_pass_began(kind, order, sizes):
     assert_close(accumulator.result(), expected, 1e-10, 1e-11)
 
 
+def test_two_passes_over_one_graph():
+    """The calls of another pass's model stand in the graph too, under numbers of their own."""
+    torch.manual_seed(0)
+    first, second = (nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, D)).double() for _ in range(2))
+    both = nn.Sequential(first, second)
+    data = [(torch.randn(n, D).double(), torch.zeros(n)) for n in (3, 3, 5, 3)]
+    expected = fisher_loop(both, data, lambda outputs, _: outputs.square().sum(1))
+    with wplfast.FisherAccumulator(first) as one, wplfast.FisherAccumulator(second) as other:
+        for x, _ in data:
+            losses = second(first(x)).square().sum(1)
+            one.backward(losses, retain_graph=True)
+            other.backward(losses)
+    found = {f"0.{k}": f for k, f in one.result().items()} | {f"1.{k}": f for k, f in other.result().items()}
+    assert_close(found, expected, 1e-10, 1e-11)
+
+
 def rows(x):
     return x.reshape(-1, D), x.transpose(0, 1).reshape(-1, D)
 

@@ -155,12 +155,12 @@ class Session:
         """
         found: list[TappedCall] = []
         batch.graph = fingerprint(batch.losses, found)
-        taps = self.interception.taps
+        taps, relay = self.interception.taps, self.interception.relay
         n_taps = len(taps)
-        if all(t.index < 0 or (t.index < n_taps and taps[t.index] is t) for t in found):
+        if all(t.index < 0 or (t.index < n_taps and taps[t.index] is t) for t in found if t.relay is relay):
             return
         ours = [leaf for leaf in leaves(batch.losses) if isinstance(leaf, Derived) and leaf._pass is self.interception]
-        self.interception.adopt(reversed(found), ours)
+        self.interception.adopt((t for t in reversed(found) if t.relay is relay), ours)
         batch.graph = fingerprint(batch.losses)
 
     def _check(self, verify: bool | Literal["always"]) -> Check:
