@@ -376,11 +376,15 @@ def test_arguments_that_were_taken_for_others():
 
 @pytest.mark.parametrize(
     ("layer", "what"),
-    [(nn.LazyLinear(3), "parameter '0.weight'"), (nn.LazyBatchNorm1d(affine=False), "buffer '0.running_mean'")],
+    [
+        (lambda: nn.LazyLinear(3), "parameter '0.weight'"),
+        (lambda: nn.LazyBatchNorm1d(affine=False), "buffer '0.running_mean'"),
+    ],
+    ids=["parameter", "buffer"],
 )
 def test_a_lazy_module_that_has_not_run(layer, what):
     data = [(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))]
-    model = nn.Sequential(layer, nn.Linear(3, 3))
+    model = nn.Sequential(layer(), nn.Linear(3, 3))
     with pytest.raises(ValueError, match=f"the {what} has no shape yet.* run one batch through the model first"):
         wplfast.fisher_diagonal(model, data, wplfast.losses.cross_entropy)
     model(data[0][0])
