@@ -144,9 +144,7 @@ def _in_order(operands: Sequence[Operand]) -> list[int] | None:
         seen.add(key)
         stack.append((operand, True))
         call = _made_by(operand)
-        if len(operand.parameters) > 1 and (
-            call is None or not (call.name in _KNOWN or _keeps_order(call) or _is_transpose(call))
-        ):
+        if len(operand.parameters) > 1 and not (call is not None and _is_known(call)):
             return None
         if call is not None:
             stack += [(below, False) for below in call.operands]
@@ -347,7 +345,6 @@ _KNOWN = (
     | _MATRIX_PRODUCTS
     | _ELEMENTWISE
     | _REDUCTIONS.keys()
-    | _SHAPES
     | _STEPS.keys()
 )
 
@@ -438,6 +435,11 @@ def _value(call: Call, argument: Any) -> Any:
     if not isinstance(argument, Slot):
         return argument
     return call.operands[argument.index].value if argument.kind == "operand" else call.constants[argument.index]
+
+
+def _is_known(call: Call) -> bool:
+    """Tell, by its name, whether there may be a step through a call."""
+    return call.name in _KNOWN or _keeps_order(call) or _is_transpose(call)
 
 
 def _keeps_order(call: Call) -> bool:

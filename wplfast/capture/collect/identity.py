@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import VerificationError
 from ..accumulators import Accumulators
-from ..probe.weights import negligible
+from ..probe.weights import smallest
 from ..rules.projection import N_DIRECTIONS, Directions
 from .batch import Batch
 from .squares import Uses, project
@@ -179,7 +179,7 @@ def check_single_sample(
 def _least(dtypes: Sequence[torch.dtype], numels: Sequence[int], chosen: Sequence[int]) -> Tensor:
     """Return the norms [P] below which all is rounding, or not collected since squares are lost in an accumulator."""
     wide = (torch.float64 if dtypes[i] == torch.float64 else torch.float32 for i in chosen)
-    least = [max(negligible(w), torch.finfo(dtypes[i]).tiny) for w, i in zip(wide, chosen, strict=True)]
+    least = [max(smallest(w), torch.finfo(dtypes[i]).tiny) for w, i in zip(wide, chosen, strict=True)]
     elements = torch.tensor([numels[i] for i in chosen], dtype=torch.float64, device="cpu")
     return torch.tensor(least, dtype=torch.float64, device="cpu") * elements.sqrt()
 

@@ -69,14 +69,20 @@ def is_about_positions(tapped: TappedCall, n_samples: int | None) -> bool:
         return size == own.get(place) or (n_samples is not None and size % n_samples != 0)
 
     return all(
-        (is_range and not dtype.is_floating_point) or all(is_free(place, size) for place, size in _axes(shape))
-        for shape, dtype, is_range in tapped.call.input_kinds
+        _is_of_indices(kind) or all(is_free(place, size) for place, size in _axes(kind[0]))
+        for kind in tapped.call.input_kinds
     )
 
 
 def is_of_indices(tapped: TappedCall) -> bool:
     """Tell whether the data of a call are ranges of indices, which cannot have been computed from samples."""
-    return all(is_range and not dtype.is_floating_point for _, dtype, is_range in tapped.call.input_kinds)
+    return all(map(_is_of_indices, tapped.call.input_kinds))
+
+
+def _is_of_indices(kind: tuple[torch.Size, torch.dtype, bool]) -> bool:
+    """Tell whether data of a kind are a range of integers: numbers that count up may be samples."""
+    _, dtype, is_range = kind
+    return is_range and not dtype.is_floating_point
 
 
 def _axes(shape: torch.Size) -> list[tuple[int, int]]:

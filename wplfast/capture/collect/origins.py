@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ..call_site import TappedCall
-from ..trace.affine import tapped_at
+from ..probe.graph import tapped_at
 from ..trace.tap import TAP_NODE
 from .batch import Batch
 from .mixed import is_about_positions

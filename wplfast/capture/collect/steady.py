@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import WplfastError
 from ..accumulators import Accumulators
 from ..call_site import TappedCall
-from ..probe.weights import negligible
+from ..probe.weights import smallest
 from ..rules.recipe import Recipe
 from ..sample_layout import AxisLayout, OneSample, SampleLayout
 from .round import OutputGrads, Round
@@ -153,7 +153,7 @@ class SteadyBatch:
             gradient = grads[0]
             if gradient is not None and gradient.numel():
                 size = torch.linalg.vector_norm(gradient, torch.inf)
-                self._sizes.append((index, size, negligible(gradient.dtype)))
+                self._sizes.append((index, size, smallest(gradient.dtype)))
         elif self._round is not None:
             self._round.take(OutputGrads(tapped, inputs, grads, self._layouts[index]))
             self._round.reported(tapped)

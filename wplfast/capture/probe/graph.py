@@ -87,8 +87,7 @@ def fingerprint(losses: Tensor, tapped: list[TappedCall] | None = None) -> Finge
             known = attributes[kind] = _attributes_of(kind)
         along, of_sizes, is_elementwise, holder = known
         if holder is not None:
-            held = getattr(node, holder)
-            call: TappedCall = held[0] if type(held) is tuple else held
+            call = _held(node, holder)
             structure.append(call.index)
             if tapped is not None:
                 tapped.append(call)
@@ -124,6 +123,19 @@ def _attributes_of(kind: type) -> _Attributes:
     plain = sorted(n for n in names if f"_raw{n}" not in names)
     about = tuple(n for n in plain if n in _DIMENSIONS), tuple(n for n in plain if n in _SIZES)
     return *about, kind.__name__ in _ELEMENTWISE, _TAPS.get(kind.__name__)
+
+
+def tapped_at(node: Node) -> TappedCall | None:
+    """Return the call whose tap a node is."""
+    holder = _attributes_of(type(node))[-1]
+    return None if holder is None else _held(node, holder)
+
+
+def _held(node: Node, holder: str) -> TappedCall:
+    """Return the call that a node keeps, or that a tuple which it keeps begins with."""
+    held = getattr(node, holder)
+    call: TappedCall = held[0] if type(held) is tuple else held
+    return call
 
 
 def structure_behind(tensors: Sequence[Tensor], ends: Container[type]) -> tuple[Any, ...]:

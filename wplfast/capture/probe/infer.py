@@ -21,8 +21,8 @@ from .weights import (
     decode,
     is_mixed,
     matches,
-    negligible,
     shows_samples,
+    smallest,
 )
 
 #: A call site and the index of one of its outputs.
@@ -165,7 +165,7 @@ class LayoutInference:
         if self.probe_weights.n_samples == 1 or not gradient.numel():
             return False
         known = self._known_layout(tapped.site.output(self._structure, index), at_least_1d(gradient).shape)
-        return known is None and bool(gradient.abs().amax() <= negligible(gradient.dtype))
+        return known is None and bool(gradient.abs().amax() <= smallest(gradient.dtype))
 
     def _layout(self, tapped: TappedCall, index: int, gradient: Tensor) -> SampleLayout | Verdict:
         """Return one output's layout, from what is known or from the probing passes."""

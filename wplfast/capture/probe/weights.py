@@ -152,13 +152,12 @@ def candidates(shape: torch.Size, n_samples: int) -> tuple[AxisTemplate, ...]:
 
 
 def smallest(dtype: torch.dtype) -> float:
-    """Return the size below which rounding to subnormal numbers exceeds the tolerance; float16 is never scaled down."""
+    """Return the size below which rounding to subnormal numbers exceeds the tolerance; float16 is never scaled down.
+
+    A gradient of that size counts for nothing: its square is lost in an accumulator.
+    """
+    dtype = dtype.to_real()
     return 0.0 if dtype == torch.float16 else torch.finfo(dtype).tiny * 2.0 ** (WIDE_RADIX // 2) / TOLERANCE[dtype]
-
-
-def negligible(dtype: torch.dtype) -> float:
-    """Return the size below which a gradient counts for nothing: its square is lost in an accumulator."""
-    return smallest(dtype.to_real())
 
 
 def matches(

@@ -7,14 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from ..call import Call
 from ..call_site import TappedCall
 from ..rules import Rule
 from .nested import current_task, listener_of
 from .product import is_faster, multiply
-from .tap import TAP_NODE
 
 mm, addmm = torch.mm, torch.addmm  # looked up once
 
@@ -124,14 +122,6 @@ _add: Callable[..., Tensor] = super(torch.autograd.Function, _TappedSum).apply
 
 #: The types of their nodes in a graph.
 NODES: tuple[type, ...] = (_TappedProduct._backward_cls, _TappedSum._backward_cls)
-
-
-def tapped_at(node: Node) -> TappedCall | None:
-    """Return the call whose tap a node of a graph is."""
-    kind = type(node)
-    if kind is NODES[0]:
-        return node.known[0]  # type: ignore[attr-defined, no-any-return]
-    return node.tapped if kind is NODES[1] or kind is TAP_NODE else None  # type: ignore[attr-defined]
 
 
 def folded(args: tuple[Any, ...], is_constant: Callable[[Tensor], bool]) -> tuple[Any, ...]:
