@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +13,7 @@ from ..probe.infer import LayoutInference, Verdict, measurable
 from ..probe.weights import Projection
 from ..sample_layout import SampleLayout
 from ..trace.nested import SECOND_DERIVATIVE
+from .ordinary import OrdinaryGrads
 from .round import OutputGrads, Round
 
 
@@ -34,23 +33,13 @@ class ProbePass:
     """A backward pass with probe weights: projections of all gradients are kept.
 
     Args:
-        taps: the calls of the batch.
         inference: what keeps them.
         in_backward: takes the parameters with uses in calls that the pass itself makes (checkpoints).
-        ordinary: takes the ordinary gradients of the parameters, which are computed too; None: they are not.
+        ordinary: takes the ordinary gradients of the parameters; None: they are not wanted.
     """
 
-    def __init__(
-        self,
-        taps: Sequence[TappedCall],
-        inference: LayoutInference,
-        in_backward: set[int],
-        ordinary: Callable[[int, Tensor], None] | None,
-    ) -> None:
+    def __init__(self, inference: LayoutInference, in_backward: set[int], ordinary: OrdinaryGrads | None) -> None:
         self._inference, self._in_backward, self._ordinary = inference, in_backward, ordinary
-        self._n_steps = Counter(tapped.call.step_key for tapped in (() if ordinary is None else taps))
-        self._steps: dict[Any, list[OutputGrads]] = {}
-        self.dtypes: set[torch.dtype] = set()  # of the gradients
 
     def receive(
         self, tapped: TappedCall, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -59,43 +48,7 @@ class ProbePass:
         if tapped.in_backward:
             self._in_backward |= tapped.parameters
         self._inference.probe(tapped, grads)
-        if self._ordinary is None:
-            return tapped.nothing
-        self.dtypes |= {g.dtype.to_real() for g in grads if g is not None}
-        if self._n_steps[tapped.call.step_key] > 1 and not tapped.in_backward:
-            step = OutputGrads(tapped, inputs, grads, ())
-            if step.is_row_of_a_loop and all(operand.is_parameter for operand in tapped.call.operands):
-                same = self._steps.setdefault(tapped.call.step_key, [])
-                if not same or same[0].stacks_with(step):
-                    same.append(step)
-                    return tapped.nothing
-        return self._compute(self._ordinary, tapped, inputs, grads)
-
-    def finish(self) -> None:
-        """Compute the ordinary gradients of steps of loops, of all steps at once."""
-        steps, self._steps = list(self._steps.values()), {}
-        if self._ordinary is None:
-            return
-        for same in steps:
-            inputs = [torch.cat(tensors) for tensors in zip(*(step.inputs for step in same), strict=True)]
-            gradient = torch.cat([step.grads[0] for step in same if step.grads[0] is not None])
-            self._compute(self._ordinary, same[0].tapped, inputs, [gradient])
-
-    @staticmethod
-    def _compute(
-        take: Callable[[int, Tensor], None],
-        tapped: TappedCall,
-        inputs: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-    ) -> list[Tensor | None]:
-        """Hand on the ordinary gradients of a call's parameters; return those of its other operands."""
-        found = list(tapped.rule.ordinary(tapped.call, inputs, grads))
-        for position, operand in enumerate(tapped.call.operands):
-            gradient = found[position]
-            if gradient is not None and operand.is_parameter:  # others go down their graphs
-                take(operand.parameters[0], gradient)
-                found[position] = None
-        return found
+        return tapped.nothing if self._ordinary is None else self._ordinary.take(tapped, inputs, grads)
 
 
 class ProjectionPass:

@@ -37,6 +37,7 @@ from .leaf_grads import LeafGrads
 from .linearity import Linearity
 from .mixed import ACROSS_LOSSES, advice, describe, is_about_positions, is_of_indices
 from .one_by_one import one_by_one
+from .ordinary import OrdinaryGrads
 from .origins import Origins, origins_of
 from .passes import CollectPass, Idle, ProbePass
 from .round import Round
@@ -360,23 +361,20 @@ class Session:
 
     def _probe_once(self, batch: Batch, weights: Tensor | None, ordinary: set[int] | None) -> None:
         """Run one probing pass; keep projections of the ordinary gradients of some parameters (None: all)."""
-        verifies, kept = ordinary != set(), ordinary if batch.ordinary else None
-        for index in list(batch.ordinary) if verifies and kept is None else kept or ():
-            batch.ordinary.pop(index, None)
-
-        def keep(index: int, gradient: Tensor) -> None:
-            if kept is None or index in kept:
-                self.directions.add(batch.ordinary, index, gradient)
-
-        taps = self.interception.taps
-        listener = ProbePass(taps, self._inference, self._in_backward, keep if verifies else None)
-        self.run(batch.losses, weights, listener, keep=True)
-        listener.finish()
-        if verifies:
-            for index, gradient in enumerate(self.leaf_grads.take()):
-                if gradient is not None:
-                    keep(index, gradient)
-            self._dtypes |= listener.dtypes
+        grads: OrdinaryGrads | None = None
+        if ordinary != set():
+            kept = ordinary if batch.ordinary else None
+            for index in list(batch.ordinary) if kept is None else kept:
+                batch.ordinary.pop(index, None)
+            grads = OrdinaryGrads(self.interception.taps, self.directions, batch.ordinary, kept)
+        self.run(batch.losses, weights, ProbePass(self._inference, self._in_backward, grads), keep=True)
+        if grads is None:
+            return
+        grads.finish()
+        for index, gradient in enumerate(self.leaf_grads.take()):
+            if gradient is not None:
+                grads.add(index, gradient)
+        self._dtypes |= grads.dtypes
 
     def _collect_round(self, batch: Batch, wanted: set[int] | None, dry: bool) -> CollectPass:
         """Run the collecting pass and accumulate all that can be; a dry one only measures."""

@@ -260,7 +260,8 @@ class LayoutInference:
     def _structures(self, shape: torch.Size, probed: list[Projection], plain: Projection) -> list[AxisTemplate]:
         """Return the first two templates that the measurement admits, or one that leaves no room for another."""
         found: list[AxisTemplate] = []
-        dense = 2 * int(plain.rows.count_nonzero()) > plain.rows.numel()  # two templates by rows agree on few of them
+        # Two templates by rows agree on few of them.
+        dense = plain.is_zero_nowhere or 2 * int(plain.rows.count_nonzero()) > plain.rows.numel()
         for template in candidates(shape, self.probe_weights.n_samples):
             layout = template.fit(shape, self.probe_weights.n_samples)
             if layout is not None and self._matches(layout, shape, probed, plain):

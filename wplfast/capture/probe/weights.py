@@ -58,7 +58,7 @@ class ProbeWeights:
         signs = torch.randint(0, 2, (n_samples,), generator=generator, dtype=torch.int64, device="cpu")
         self.signs = signs * 2 - 1
         self._weights: dict[int, Tensor] = {}
-        self._by_rows: dict[tuple[int, AxisLayout, torch.Size, torch.dtype, torch.device], Tensor] = {}
+        self._by_rows: dict[tuple[int, AxisLayout, torch.Size, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def weights(self, digit: int) -> Tensor:
         """Return the loss weights of one probing pass, float64 [N] on the CPU; those of digit 0 carry random signs."""
@@ -79,12 +79,26 @@ class ProbeWeights:
             return torch.ones(self.n_samples, dtype=torch.float64, device="cpu")
         return self.weights(0)
 
-    def by_rows(self, digit: int, layout: AxisLayout, shape: torch.Size, like: Tensor) -> Tensor:
-        """Return the weight of every row's sample, once for all outputs of one shape: recurrent cells have many."""
-        key = digit, layout, shape, like.dtype, like.device
-        if key not in self._by_rows:
-            self._by_rows[key] = self.weights(digit).to(like)[layout.segment_ids(shape, like.device)]
-        return self._by_rows[key]
+    def by_rows(
+        self, digit: int, layout: AxisLayout, shape: torch.Size, like: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weight of every row's sample, and how far off a row may be, relative to its level.
+
+        They are made once for all outputs of one shape: recurrent cells have many.
+
+        Args:
+            digit: of the probing pass.
+            layout: who owns the rows.
+            shape: of the output.
+            like: the rows' projections.
+            dtype: of the output's gradient.
+        """
+        key = digit, layout, shape, dtype, like.device
+        found = self._by_rows.get(key)
+        if found is None:
+            weight = self.weights(digit).to(like)[layout.segment_ids(shape, like.device)]
+            found = self._by_rows[key] = weight, TOLERANCE[dtype] * weight.abs()
+        return found
 
 
 @lru_cache(maxsize=64)
@@ -96,7 +110,10 @@ def _direction(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @dataclass
 class Projection:
-    """Projections of one gradient, of N + T numbers instead of N * T * D: per row and per position in a row."""
+    """Projections of one gradient, of N + T numbers instead of N * T * D: per row and per position in a row.
+
+    They are float64 for gradients of that type, and float32 for all others.
+    """
 
     rows: Tensor
     columns: Tensor | None
@@ -108,16 +125,32 @@ class Projection:
         flat = gradient.reshape(-1, 1) if gradient.dim() == 1 else gradient.flatten(0, -2)
         if gradient.dtype == torch.float16:  # which overflows
             flat = flat.float()
-        rows = flat @ _direction(flat.shape[1], flat.dtype, flat.device)
+        wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        rows = (flat @ _direction(flat.shape[1], flat.dtype, flat.device)).to(wide)
         columns = None
         if gradient.dim() > 1 and gradient.shape[-1] % n_samples == 0:
-            columns = _direction(flat.shape[0], flat.dtype, flat.device) @ flat
+            columns = (_direction(flat.shape[0], flat.dtype, flat.device) @ flat).to(wide)
         return Projection(rows, columns, gradient.dtype)
+
+    @cached_property
+    def _sizes(self) -> Tensor:
+        """The sizes of the rows' projections."""
+        return self.rows.abs()
 
     @cached_property
     def largest(self) -> float:
         """The largest size of a row's projection; NaN if one is NaN."""
-        return float(self.rows.abs().amax()) if self.rows.numel() else 0.0
+        return float(self._sizes.amax()) if self.rows.numel() else 0.0
+
+    @cached_property
+    def levels(self) -> Tensor:
+        """What differences of rows are compared with."""
+        return _levels(self._sizes, self.dtype)
+
+    @cached_property
+    def is_zero_nowhere(self) -> bool:
+        """Whether no row's projection is zero, or so small that it counts for nothing."""
+        return bool(self.rows.numel()) and float(self._sizes.amin()) > smallest(self.dtype)
 
     @property
     def is_zero(self) -> bool:
@@ -151,6 +184,7 @@ def candidates(shape: torch.Size, n_samples: int) -> tuple[AxisTemplate, ...]:
     return (*found, *between)
 
 
+@lru_cache(maxsize=16)
 def smallest(dtype: torch.dtype) -> float:
     """Return the size below which rounding to subnormal numbers exceeds the tolerance; float16 is never scaled down.
 
@@ -176,10 +210,11 @@ def matches(
     after, before = (probed.rows, plain.rows) if by_rows else (probed.columns, plain.columns)
     if after is None or before is None:
         return False
-    weight = probe_weights.by_rows(digit, layout, shape, before)
+    weight, tolerance = probe_weights.by_rows(digit, layout, shape, before, plain.dtype)
     if probe_weights.in_pairs:
         return bool((_agree(after, before, torch.ones_like(weight), plain.dtype) | (weight != 1)).all())
-    return bool(_agree(after, before, weight, plain.dtype).all())
+    levels = plain.levels if by_rows else _levels(before.abs(), plain.dtype)
+    return bool(_is_close(after, before, weight, tolerance * levels).all())
 
 
 def shows_samples(layout: AxisLayout, shape: torch.Size, plain: Projection) -> bool:
@@ -188,9 +223,9 @@ def shows_samples(layout: AxisLayout, shape: torch.Size, plain: Projection) -> b
     before = plain.rows if by_rows else plain.columns
     if before is None:
         return False
-    nonzero = before.abs() > smallest(plain.dtype)
-    if bool(nonzero.all()):
+    if by_rows and plain.is_zero_nowhere:
         return layout.n_samples > 1
+    nonzero = before.abs() > smallest(plain.dtype)
     if by_rows:
         own = layout.split(nonzero.view(shape[:-1] if len(shape) > 1 else shape))
     else:
@@ -200,11 +235,17 @@ def shows_samples(layout: AxisLayout, shape: torch.Size, plain: Projection) -> b
 
 def _agree(after: Tensor, before: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Compare projections elementwise: |after - weight * before| small against the row and against the tensor."""
-    wide = torch.float64 if before.dtype == torch.float64 else torch.float32
-    tolerance, floor = TOLERANCE[dtype], smallest(dtype)
-    after, before, weight = after.to(wide), before.to(wide), weight.to(wide)
-    level = before.abs() + before.abs().mean() + floor
-    return (after - weight * before).abs() <= tolerance * weight.abs() * level
+    return _is_close(after, before, weight, TOLERANCE[dtype] * weight.abs() * _levels(before.abs(), dtype))
+
+
+def _is_close(after: Tensor, before: Tensor, weight: Tensor, allowed: Tensor) -> Tensor:
+    """Tell where |after - weight * before| is no more than what is allowed."""
+    return torch.addcmul(after, before, weight, value=-1).abs_() <= allowed
+
+
+def _levels(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what differences of projections of such sizes are compared with."""
+    return sizes + (sizes.mean() + smallest(dtype))
 
 
 def is_mixed(probed: Projection, plain: Projection, radix: int) -> bool:

@@ -16,6 +16,7 @@ from ..sample_layout import AxisLayout, OneSample, SampleLayout, is_summable, su
 from .complex import real_gradient
 from .grad_sample import GradSample, MaskedGradSample, SummedGradSample
 from .local import LocalBackward
+from .projection import Direction
 from .recipe import Recipe
 
 #: Elements of sparse data that may be made dense in any case.
@@ -98,6 +99,19 @@ class Rule(ABC):
     def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the ordinary gradients of the operands, as autograd computes them: what ``verify`` compares with."""
         return LocalBackward(call, inputs)(grads)
+
+    def projected(
+        self,
+        call: Call,
+        inputs: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        directions: Sequence[Direction],
+    ) -> list[Tensor] | None:
+        """Return projections [k] of the ordinary gradients, one a direction, without computing these.
+
+        Asked of calls alone all of whose operands are whole parameters. None: :meth:`ordinary` is to be asked.
+        """
+        return None
 
 
 class OneOutputRule(Rule):

@@ -118,11 +118,7 @@ class FactoredGradSample(GradSample):
 
     def projected(self, direction: Direction) -> Tensor | None:
         """Project both factors, where they are about the rows and columns that the direction is about."""
-        rows, columns = direction
-        g, a = self.grad_outputs.to(rows.dtype), self.activations.to(rows.dtype)
-        if (g.shape[2], a.shape[2]) != (len(rows), len(columns)):
-            return None
-        return ((g @ rows) * (a @ columns)).sum(1)
+        return direction.of_products(self.grad_outputs, self.activations)
 
     def contracted(self, factor: Tensor, shape: torch.Size) -> Tensor | None:
         """Contract one of the factors with the matrix first, if that is one."""
