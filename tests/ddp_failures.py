@@ -247,6 +247,32 @@ def one_rank_alone(rank, n):
         replicas._gave_up.clear()
 
 
+def together_after_one_alone(rank, n):
+    """A rank that was alone once is ahead; the others find it, and differ from it only if they do."""
+    replicas.WAIT = 0.5
+    wrapper = ddp()
+    fisher = fisher_diagonal(wrapper, data(rank), ce)
+    double = Fisher({name: 2 * f for name, f in fisher.items()}, fisher.n_samples, reduced=True)
+    found = []
+    try:
+        if rank == 0:
+            for factor in (2, 3):
+                alone = Fisher({name: factor * f for name, f in fisher.items()}, fisher.n_samples, reduced=True)
+                consolidated(wrapper, alone)
+        gathered(None)
+        replicas.WAIT = 10.0
+        for mine in (fisher, fisher, double if rank else fisher):
+            try:
+                found.append(consolidated(wrapper, mine).n_anchors)
+            except wplfast.errors.WplfastError as error:
+                found.append(str(error))
+            gathered(None)
+        return found
+    finally:
+        replicas.WAIT = 10.0
+        replicas._gave_up.clear()
+
+
 # ---- other engines ---------------------------------------------------------------------------------------------------
 
 
@@ -298,5 +324,6 @@ def pipeline(rank, n):
 ENGINES = {fsdp1: "FSDP1", tensor_parallel: "tensor parallelism", pipeline: "pipeline"}
 
 SITUATIONS = [
-    *ONE_FAILS, *ALL_FAIL, *DIFFER, goes_on, meant_to_differ, other_models_altogether, one_rank_alone, *ENGINES
+    *ONE_FAILS, *ALL_FAIL, *DIFFER, goes_on, meant_to_differ, other_models_altogether, one_rank_alone,
+    together_after_one_alone, *ENGINES
 ]  # fmt: skip

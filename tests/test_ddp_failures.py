@@ -71,6 +71,12 @@ def test_penalties_of_one_rank(ranks):
     assert "the F of this penalty differs" in second.get()[1]
 
 
+def test_penalties_of_all_after_one_rank_was_alone(ranks):
+    first, second = (outcomes["together_after_one_alone"].get() for outcomes in ranks)
+    assert first[:2] == second[:2] == [1, 1]
+    assert "the F of this penalty differs" in second[2]
+
+
 @pytest.mark.parametrize("situation", cases.ENGINES, ids=name)
 def test_engines_that_are_not_served(ranks, situation):
     for outcomes in ranks:

@@ -98,6 +98,9 @@ def check_replicas(
 class _Meeting:
     """One consolidation of the same parameters on all ranks: the n-th on each.
 
+    A rank that consolidated alone is ahead of the others. Where these differ from what it left behind, they follow it
+    to its next consolidation, if there is one.
+
     Args:
         what: is consolidated.
     """
@@ -105,36 +108,60 @@ class _Meeting:
     def __init__(self, what: str) -> None:
         """See the class."""
         self._store, self._rank = store_of(), dist.get_rank()
-        self._prefix = f"{what}/{self._store.add(f'{what}/{self._rank}', 1)}"
+        self._what, self._number = what, 0
 
     def compare(self, told: Mapping[str, str]) -> tuple[str, str]:
         """Return what differs from another rank, and whose that is; nothing if nothing does."""
-        key = {name: f"{self._prefix}/{name}" for name in ("first", "differing", "arrived", "all")}
         own = " ".join(told.values())
-        first, rank = self._store.compare_set(key["first"], "", f"{own}/{self._rank}").decode().rsplit("/", 1)
-        differing = [name for name, one, other in zip(told, told.values(), first.split(), strict=True) if one != other]
+        self._go_on()
+        while True:
+            entry = self._store.compare_set(self._key("first"), "", f"{own}/{self._rank}").decode()
+            first, rank = entry.rsplit("/", 1)
+            pairs = zip(told, told.values(), first.split(), strict=True)
+            differing = [name for name, one, other in pairs if one != other]
+            if not differing or not self._store.check([self._key("left")]) or not self._is_followed():
+                break
+            self._go_on()
         if differing:
-            self._store.set(key["differing"], f"{differing[0]}/{self._rank}")
-        if self._store.add(key["arrived"], 1) == dist.get_world_size():
-            self._store.set(key["all"], "")
-        self._wait(key["all"], key["arrived"])
+            self._store.set(self._key("differing"), f"{differing[0]}/{self._rank}")
+        if self._store.add(self._key("arrived"), 1) == dist.get_world_size():
+            self._store.set(self._key("all"), "")
+        self._wait()
         if differing:
             return differing[0], f"rank {rank}'s"
-        if self._store.check([key["differing"]]):
-            what, rank = self._store.get(key["differing"]).decode().split("/")
+        if self._store.check([self._key("differing")]):
+            what, rank = self._store.get(self._key("differing")).decode().split("/")
             return what, f"rank {rank}'s"
         return "", ""
 
-    def _wait(self, every: str, arrived: str) -> None:
+    def _go_on(self) -> None:
+        """Go to this rank's next meeting."""
+        self._number = self._store.add(f"{self._what}/{self._rank}", 1)
+
+    def _key(self, name: str, ahead: int = 0) -> str:
+        """Name an entry of this meeting, or of one that follows."""
+        return f"{self._what}/{self._number + ahead}/{name}"
+
+    def _is_followed(self) -> bool:
+        """Tell whether another rank comes to the next meeting."""
+        try:
+            self._store.wait([self._key("first", ahead=1)], timedelta(seconds=WAIT))
+        except RuntimeError:
+            return False
+        return True
+
+    def _wait(self) -> None:
         """Wait for the other ranks; once in vain, and then no more."""
         group = dist.group.WORLD
         if group in _gave_up:
+            self._store.set(self._key("left"), "")
             return
         try:
-            self._store.wait([every], timedelta(seconds=WAIT))
+            self._store.wait([self._key("all")], timedelta(seconds=WAIT))
         except RuntimeError:
             _gave_up.add(group)
-            here = self._store.add(arrived, 0)
+            self._store.set(self._key("left"), "")
+            here = self._store.add(self._key("arrived"), 0)
             logger.warning(
                 "F and anchors were compared on %d of %d ranks, as the others did not consolidate within %g seconds: "
                 "they find out for themselves if theirs differ, and are not waited for again. If a rank has a penalty "
