@@ -300,7 +300,7 @@ class FisherAccumulator:
             self._invalid = f"an earlier batch failed: {error}"
             raise
         self._seconds += time.perf_counter() - started
-        if session.has_guessed and replay is None:
+        if session.lessons.has_guessed and replay is None:
             self.note_unchecked(TAKEN_FOR_POSITIONS)
         if session.n_batches == 1:
             self._log_slow()

@@ -34,11 +34,10 @@ from ..watched import Derived
 from .batch import Batch, Independence, SingleSample
 from .identity import verify_batch, watching
 from .leaf_grads import LeafGrads
+from .lessons import Lessons
 from .linearity import Linearity
-from .mixed import ACROSS_LOSSES, advice, describe, is_about_positions, is_of_indices
 from .one_by_one import one_by_one
 from .ordinary import OrdinaryGrads
-from .origins import Origins, origins_of
 from .passes import CollectPass, Idle, ProbePass
 from .round import Round
 from .steady import Layouts, SteadyBatch
@@ -87,10 +86,9 @@ class Session:
         self._in_backward: set[int] = set()  # parameters that are used in calls made by backward passes
         self._dtypes: set[torch.dtype] = set()  # of the gradients in verified batches
         self._is_verified = False
-        self.has_guessed = False  # data were taken for positions by their sizes alone
-        self._by_losses = by_losses
         self._reorders = by_losses  # rows may lie in another order in every batch
         self._linearity = Linearity(self.run, self.leaf_grads)
+        self.lessons = Lessons(names, self.interception, self._inference, self._linearity, by_losses)
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
@@ -413,56 +411,15 @@ class Session:
             self.accumulators.clear(index)
 
     def _learn_from(self, collected: CollectPass, batch: Batch, may_replay: bool, dry: bool) -> bool:
-        """Learn from calls that mix samples; tell whether the batch can go on without another forward pass.
-
-        A call without differentiable inputs may simply have no sample axis (a position embedding): from now on its
-        result counts as derived from parameters. With such inputs the samples are coupled, unless the inputs themselves
-        came from such calls.
-        """
-        batch.mixed.update(collected.mixed)
-        if callable(batch.independent):
-            batch.independent = batch.independent()
-        bare = [tapped for tapped in collected.mixed if not tapped.call.differentiable_inputs]
-        coupled = [tapped for tapped in collected.mixed if tapped.call.differentiable_inputs]
-        n_samples = None if self._by_losses else len(batch.losses)
-        positions = [tapped for tapped in bare if is_about_positions(tapped, n_samples)]
-        if self._linearity.is_bent and not positions:
-            raise CoupledSamplesError(describe(collected.mixed[0], self.names) + self._linearity.names(batch))
-        known = batch.independent
-        if known is None:
-            known = not self.interception.has_asked and positions == bare
-        can_replay = may_replay and (dry or self.n_batches == 0)
-        left, roots = coupled, []
-        if bare and (can_replay or batch.independent):
-            left = []
-        elif coupled:
-            origins = self._origins(batch, is_sure=not batch.independent)
-            left, roots = [tapped for tapped in coupled if tapped not in origins.explained], origins.roots
-        if left or not known:
-            unsure = not coupled or self._origins(batch, is_sure=False).explained.issuperset(coupled)
-            hint = self._advice(batch, unsure, may_replay)
-            named = (left or coupled or bare)[0]
-            raise CoupledSamplesError(describe(named, self.names) + hint + self._linearity.names(batch))
-        self.interception.mark_parameter_only([*roots, *(positions if can_replay and positions else bare)])
-        if can_replay:
-            if self.n_batches == 0:
-                self._clear()
-            self.interception.start_batch()
-            return False
-        has_guessed = batch.independent is None and not (coupled == [] and all(map(is_of_indices, bare)))
-        self.has_guessed = self.has_guessed or has_guessed
-        return True
-
-    def _origins(self, batch: Batch, is_sure: bool) -> Origins:
-        """Look for what the calls of a batch descend from; sizes tell of positions, or else the caller's word."""
-        n_samples = None if self._by_losses else len(batch.losses)
-        return origins_of(batch, n_samples, self._inference.asleep, self._reorders, is_sure)
-
-    def _advice(self, batch: Batch, may_be_positions: bool, may_replay: bool) -> str:
-        """Say what to do about calls that mix samples; nothing where a sample was run alone."""
-        if batch.independent is None:
-            return advice(may_be_positions, self._by_losses, may_replay, self._reorders)
-        return ACROSS_LOSSES if self._by_losses else ""
+        """Learn from calls that mix samples; tell whether the batch can go on without another forward pass."""
+        first = self.n_batches == 0
+        replays_now = may_replay and (dry or first)
+        if self.lessons.learn(collected.mixed, batch, may_replay, replays_now, self._reorders):
+            return True
+        if first:
+            self._clear()
+        self.interception.start_batch()
+        return False
 
     def thaw(self, may_replay: bool) -> bool:
         """Let the parameters that are frozen for the pass require grad, if others lost their gradients by that.

@@ -1,0 +1,74 @@
+"""Random projections of gradients, and of the products that gradients are, without these being formed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import wplfast
+from wplfast.capture.rules.linear import LinearRule
+from wplfast.capture.rules.matmul import MatmulRule
+from wplfast.capture.rules.projection import Directions
+from wplfast.losses import cross_entropy
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7])
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (1, 5), (4, 2), (3, 2, 3), (), (1,)])
+def test_a_gradient_is_projected_as_a_matrix_between_vectors(shape: tuple[int, ...], n: int) -> None:
+    parameter = torch.zeros(shape, dtype=torch.float64)
+    direction, gradients = Directions([parameter])[0], torch.randn(n, *shape, dtype=torch.float64)
+    matrices = gradients.reshape(n, len(direction.rows), len(direction.columns))
+    expected = torch.einsum("nrc,rk,ck->nk", matrices, *direction)
+    torch.testing.assert_close(direction.of(gradients), expected)
+
+
+def test_a_product_is_projected_without_being_formed() -> None:
+    direction = Directions([torch.zeros(4, 3, dtype=torch.float64)])[0]
+    left, right = torch.randn(2, 6, 4, dtype=torch.float64), torch.randn(2, 6, 3, dtype=torch.float64)
+    torch.testing.assert_close(direction.of_products(left, right), direction.of(left.transpose(1, 2) @ right))
+    assert direction.of_products(right, left) is None  # its transpose
+
+
+class Products(nn.Module):
+    """A layer, products from the right with and without a sum, and a layer in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.cell = nn.Linear(6, 5), nn.Linear(5, 5, bias=False)
+        self.w = nn.Parameter(torch.randn(5, 5))
+        self.bias, self.last = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        for _ in range(3):
+            h = self.cell(h).tanh()
+        return torch.addmm(self.bias, h @ self.w, self.last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_ordinary_gradients_of_products_are_projected(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[str] = []
+
+    def compared(rule_class):
+        projected = rule_class.projected
+
+        def both(self, call, inputs, grads, directions):
+            found = projected(self, call, inputs, grads, directions)
+            if found is not None:
+                ordinary = self.ordinary(call, inputs, grads)
+                expected = [d.of(g.unsqueeze(0))[0] for d, g in zip(directions, ordinary, strict=True)]
+                rtol, atol = (1e-9, 1e-12) if dtype == torch.float64 else (0.05, 0.05)
+                torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+                served.append(call.name)
+            return found
+
+        monkeypatch.setattr(rule_class, "projected", both)
+
+    compared(LinearRule)
+    compared(MatmulRule)
+    model = Products().to(dtype)
+    batch = torch.randn(8, 6).to(dtype), torch.randint(3, (8,))
+    report = wplfast.fisher_diagonal(model, [batch], cross_entropy).report
+    assert sorted(served) == ["addmm", "linear", "linear", "matmul"]  # the loop's three steps are one
+    assert report.verified
