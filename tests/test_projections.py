@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import wplfast
+from wplfast.capture.rules.conv import ConvRule
 from wplfast.capture.rules.linear import LinearRule
 from wplfast.capture.rules.matmul import MatmulRule
 from wplfast.capture.rules.projection import Directions
@@ -31,16 +32,21 @@ def test_a_product_is_projected_without_being_formed() -> None:
 
 
 class Products(nn.Module):
-    """A layer, products from the right with and without a sum, and a layer in a loop."""
+    """Convolutions, a layer, products from both sides, with and without a sum, and a layer in a loop."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.cell = nn.Linear(6, 5), nn.Linear(5, 5, bias=False)
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.Tanh(), nn.ConvTranspose2d(4, 3, 2, bias=False)
+        )
+        self.left = nn.Parameter(torch.randn(2, 3))
+        self.first, self.cell = nn.Linear(18, 5), nn.Linear(5, 5, bias=False)
         self.w = nn.Parameter(torch.randn(5, 5))
         self.bias, self.last = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(5, 3))
 
     def forward(self, x):
-        h = self.first(x).tanh()
+        h = self.left @ self.convolutions(x).flatten(2)
+        h = self.first(h.flatten(1)).tanh()
         for _ in range(3):
             h = self.cell(h).tanh()
         return torch.addmm(self.bias, h @ self.w, self.last)
@@ -65,9 +71,13 @@ def test_ordinary_gradients_of_products_are_projected(dtype: torch.dtype, monkey
 
         monkeypatch.setattr(rule_class, "projected", both)
 
-    compared(LinearRule)
-    compared(MatmulRule)
+    for rule_class in (ConvRule, LinearRule, MatmulRule):
+        compared(rule_class)
     model = Products().to(dtype)
-    batch = torch.randn(8, 6).to(dtype), torch.randint(3, (8,))
+    batch = torch.randn(8, 2, 4, 4).to(dtype), torch.randint(3, (8,))
     wplfast.fisher_diagonal(model, [batch], cross_entropy)
-    assert sorted(served) == ["addmm", "linear", "linear", "matmul"]  # the loop's three steps are one
+    assert sorted(served) == [
+        *("addmm", "conv2d", "conv_transpose2d"),
+        *("linear", "linear"),
+        *("matmul", "matmul"),
+    ]  # the loop's three steps are one

@@ -167,6 +167,7 @@ class ConvRule(OneOutputRule):
     """The weight's gradient correlates input and G; the bias's is G summed over positions."""
 
     name = "conv"
+    is_factored = True
 
     def matches(self, call: Call) -> bool:
         """Match convolutions of batched data."""
