@@ -140,7 +140,11 @@ class CollectPass:
         if self._wanted is None or parameters & self._wanted:
             layouts = self._inference.layouts(tapped, grads)
             if layouts is Verdict.NONFINITE:
-                raise NonFiniteError(f"a gradient of {self._names[min(parameters)]!r} is NaN or infinite")
+                if not _is_finite(tapped.rule.ordinary(tapped.call, inputs, grads)):
+                    raise NonFiniteError(f"a gradient of {self._names[min(parameters)]!r} is NaN or infinite")
+                # What is not finite does not reach the parameters (padding that a look-up leaves out).
+                grads = [None if g is None else g.nan_to_num(0.0, 0.0, 0.0) for g in grads]
+                layouts = self._inference.layouts(tapped, grads, by_finite=True)
             if layouts is Verdict.FOREIGN and self._inference.in_pairs:
                 raise WplfastError(
                     f"{self._names[min(parameters)]!r} gets a gradient ({tapped.call.name}) from a backward() that a "
@@ -165,3 +169,8 @@ class CollectPass:
         if self._round is not None and not tapped.in_backward:
             self._round.reported(tapped)
         return tapped.nothing
+
+
+def _is_finite(grads: Sequence[Tensor | None]) -> bool:
+    """Tell whether gradients are free of NaN and inf."""
+    return all(bool(g.to_dense().isfinite().all()) for g in grads if g is not None)

@@ -141,8 +141,15 @@ class LayoutInference:
                 if self._known_layout(known, shape) is None and not known.is_routed:
                     self._set_dormant(known, True)
 
-    def layouts(self, tapped: TappedCall, grads: Sequence[Tensor | None]) -> list[SampleLayout | None] | Verdict:
+    def layouts(
+        self, tapped: TappedCall, grads: Sequence[Tensor | None], by_finite: bool = False
+    ) -> list[SampleLayout | None] | Verdict:
         """Return the sample layout of each output, given its gradients of the collecting pass.
+
+        Args:
+            tapped: the call.
+            grads: the gradients.
+            by_finite: entries of probing passes that are not finite count for nothing, as they do in ``grads``.
 
         Returns:
             A layout for each output, None where its gradient is zero; or the reason why one has none.
@@ -152,7 +159,7 @@ class LayoutInference:
             if gradient is None:
                 found.append(None)
                 continue
-            layout = self._layout(tapped, index, measurable(gradient))
+            layout = self._layout(tapped, index, measurable(gradient), by_finite)
             if layout is not Verdict.ZERO and isinstance(layout, Verdict):
                 return layout
             if layout is Verdict.ZERO or self._is_negligible(tapped, index, gradient):
@@ -167,16 +174,19 @@ class LayoutInference:
         known = self._known_layout(tapped.site.output(self._structure, index), at_least_1d(gradient).shape)
         return known is None and bool(gradient.abs().amax() <= smallest(gradient.dtype))
 
-    def _layout(self, tapped: TappedCall, index: int, gradient: Tensor) -> SampleLayout | Verdict:
+    def _layout(self, tapped: TappedCall, index: int, gradient: Tensor, by_finite: bool) -> SampleLayout | Verdict:
         """Return one output's layout, from what is known or from the probing passes."""
         if self.probe_weights.n_samples == 1 and not tapped.in_backward:
-            return OneSample()
+            return OneSample() if bool(gradient.isfinite().all()) else Verdict.NONFINITE
         known = tapped.site.output(self._structure, index)
         layout = self._known_layout(known, gradient.shape)
         probed = self._projections.get((tapped.site, index))
         if layout is not None and (not probed or (self._check is Check.TRUST and not tapped.in_backward)):
             return layout
         plain = Projection.of(gradient, self.probe_weights.n_samples)
+        if by_finite and probed:
+            left_out = ~torch.stack([one.rows for one in probed]).isfinite().all(0)
+            plain, *probed = (one.without(left_out) for one in (plain, *probed))
         if not plain.is_finite:
             return Verdict.NONFINITE
         if plain.is_zero:

@@ -152,6 +152,10 @@ class Projection:
         """Whether no row's projection is zero, or so small that it counts for nothing."""
         return bool(self.rows.numel()) and float(self._sizes.amin()) > smallest(self.dtype)
 
+    def without(self, rows: Tensor) -> Projection:
+        """Return the projection with some rows (bool) set to zero, and without columns."""
+        return Projection(self.rows.masked_fill(rows, 0.0), None, self.dtype)
+
     @property
     def is_zero(self) -> bool:
         """Tell whether the gradient was zero, or so small that weights would be lost in subnormal numbers."""
