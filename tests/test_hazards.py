@@ -67,3 +67,24 @@ def test_what_one_batch_cannot_tell_is_an_error(name):
 def hash_of(name):
     """A seed that does not change between runs."""
     return sum(map(ord, name))
+
+
+def test_batch_norm_of_one_sample_with_gradients_of_other_strides():
+    """PyTorch's own gradient of its weight and bias is wrong there (2.13, CPU): it must not be what decides."""
+
+    class Places(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = torch.nn.BatchNorm2d(16), torch.nn.Linear(16, 3)
+
+        def forward(self, x):
+            return torch.tanh(self.head(self.norm(x).flatten(2).transpose(1, 2).tanh())).sum(1)
+
+    model = Places().double().eval()
+    model.norm.running_mean.normal_()
+    data = [(torch.randn(1, 16, 8, 8).double(), torch.tensor([2]))]
+    twice = [(x.repeat(2, 1, 1, 1), y.repeat(2)) for x, y in data]
+    loss = wplfast.losses.cross_entropy
+    found, expected = (wplfast.fisher_diagonal(model, given, loss) for given in (data, twice))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)

@@ -73,6 +73,11 @@ class Parts:
             return dim < part.dim() and part.shape[dim] == self.n_samples
         return part is not None and dim == 0
 
+    def numbers_of_samples(self) -> set[int]:
+        """Return the targets that number the samples of their batch: 0, 1, ..., N - 1."""
+        places = enumerate(self._found[self._n_inputs + 1 :], self._n_inputs + 1)
+        return {i for i, part in places if isinstance(part, Tensor) and part.tolist() == [*range(self.n_samples)]}
+
     def are_plain(self, cut: Cut) -> bool:
         """Tell whether a cut goes through every part, along the same dimension of each."""
         parts = [(part, dim) for part, dim in zip(self._found, cut, strict=True) if part is not None]

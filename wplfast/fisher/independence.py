@@ -47,6 +47,13 @@ TAKEN_FOR_A_TABLE = (
 )
 
 
+#: What a table is that labels choose a row of for each sample, by its number in the batch.
+IN_BATCH = (
+    "the labels number the samples of their batch, and each loss depends on the others' inputs (in-batch negatives): no "
+    "sample has a loss of its own"
+)
+
+
 @dataclass(frozen=True)
 class Findings:
     """What one batch told.
@@ -150,6 +157,8 @@ class Examination:
                     sample = None if others is None else trial.differing(others, part)
             if sample is None and ran:
                 self._tables, self._n_then = _spared(cut, likeliest), n_samples
+                if self._tables and refusing and trial.are_labels_places(likeliest):
+                    return Findings(False, coupled=IN_BATCH)
                 note = TAKEN_FOR_A_TABLE if self._tables else ""
                 return Findings(True, self._gradients(trial, single), unchecked=note)
             if sample is None:  # a table that all samples share may have been cut: another cut may do for all parts
@@ -334,6 +343,14 @@ class _Trial:
             return "unchanged"
         spread, level = (losses.amax() - losses.amin()).abs(), losses.abs().mean() + self.expected.abs().mean()
         return "equal" if bool(spread <= self._tolerance * level) else "unequal"
+
+    def are_labels_places(self, whole: Cut) -> bool:
+        """Tell whether labels number the samples, and losses move with them where labels stay."""
+        numbers, turned = self.parts.numbers_of_samples(), [*range(1, len(self.expected)), 0]
+        if not numbers:
+            return False
+        losses = self.run(Parts.sparing(whole, numbers), turned)
+        return losses is not None and self.differing(losses, turned) is None
 
     def shared(self, whole: Cut) -> Cut | None:
         """Return a cut that spares all parts that other samples' losses depend on; None if fewer than two do.

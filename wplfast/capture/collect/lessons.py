@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ...errors import CoupledSamplesError
 from ..call_site import TappedCall
 from ..probe.infer import LayoutInference
@@ -17,6 +19,7 @@ class Lessons:
 
     Args:
         names: of the parameters.
+        parameters: these.
         interception: is told which calls count as derived from parameters.
         inference: tells whose gradients count for nothing.
         linearity: tells where gradients do not scale with the losses.
@@ -29,6 +32,7 @@ class Lessons:
     def __init__(
         self,
         names: list[str],
+        parameters: list[Tensor],
         interception: Interception,
         inference: LayoutInference,
         linearity: Linearity,
@@ -36,6 +40,7 @@ class Lessons:
     ) -> None:
         self._names, self._interception, self._inference = names, interception, inference
         self._linearity, self._by_losses = linearity, by_losses
+        self._parameters = {id(tensor) for tensor in (*parameters, *interception.leaves)}
         self.has_guessed = False
 
     def learn(self, mixed: list[TappedCall], batch: Batch, may_replay: bool, replays_now: bool, reorders: bool) -> bool:
@@ -78,16 +83,17 @@ class Lessons:
             hint = self._advice(batch, unsure, may_replay, reorders)
             named = (left or coupled or bare)[0]
             raise CoupledSamplesError(describe(named, self._names) + hint + self._linearity.names(batch))
+        goes_on = not replays_now or not (roots or bare)  # what Functions make of parameters stays unseen
         self._interception.mark_parameter_only([*roots, *(positions if replays_now and positions else bare)])
-        if not replays_now:
+        if goes_on:
             is_certain = batch.independent is not None or (not coupled and all(map(is_of_indices, bare)))
             self.has_guessed = self.has_guessed or not is_certain
-        return not replays_now
+        return goes_on
 
     def _origins(self, batch: Batch, reorders: bool, is_sure: bool) -> Origins:
         """Look for what the calls of a batch descend from; sizes tell of positions, or else the caller's word."""
         n_samples = None if self._by_losses else len(batch.losses)
-        return origins_of(batch, n_samples, self._inference.asleep, reorders, is_sure)
+        return origins_of(batch, n_samples, self._inference.asleep, reorders, is_sure, self._parameters)
 
     def _advice(self, batch: Batch, may_be_positions: bool, may_replay: bool, reorders: bool) -> str:
         """Say what to do about calls that mix samples; nothing where a sample was run alone."""

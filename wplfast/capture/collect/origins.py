@@ -16,6 +16,7 @@ from torch.autograd.graph import Node
 from ..call_site import TappedCall
 from ..probe.graph import tapped_at
 from ..trace.tap import TAP_NODE
+from ..watched import Derived
 from .batch import Batch
 from .mixed import is_about_positions
 
@@ -37,6 +38,7 @@ class Origins:
         n_samples: size of the batch axis; None: no size tells of one.
         is_root: tells of a call without differentiable data whether these are positions.
         is_link: tells of a call with such data whether its own rows belong to no single sample.
+        parameters: the watched ones, by id: what a Function makes of them is none of the batch's data.
 
     Attributes:
         roots: the calls on positions.
@@ -49,11 +51,13 @@ class Origins:
         n_samples: int | None,
         is_root: Callable[[TappedCall], bool],
         is_link: Callable[[TappedCall], bool],
+        parameters: Container[int],
     ) -> None:
-        self._n_samples, self._is_root, self._is_link = n_samples, is_root, is_link
+        self._n_samples, self._is_root, self._is_link, self._parameters = n_samples, is_root, is_link, parameters
         self.roots: list[TappedCall] = []
         self.explained: set[TappedCall] = set()
         self._axes: dict[Node, int | None] = {}  # how many a batch may lie along; None where other things are behind
+        self._made: set[Node] = set()  # of parameters, by Functions that cannot be seen
         self._own: set[Node] = set()  # tapped calls' operations, to whose results parameters may add axes
         stack = [] if losses.grad_fn is None else [losses.grad_fn]
         while stack:
@@ -87,11 +91,22 @@ class Origins:
         """Count the axes of a node's results that a batch may lie along; None if others than positions are behind."""
         found = [self._axes[other] for other in below]
         counts = [axes for axes in found if axes is not None]
-        if len(counts) < len(found) or hasattr(node, "variable") or node.name().startswith(_HIDDEN):
+        if hasattr(node, "variable"):
+            leaf = node.variable
+            if id(leaf) not in self._parameters and not isinstance(leaf, Derived):
+                return None
+            self._made.add(node)
+            return 0
+        if len(counts) < len(found) or node.name().startswith(_HIDDEN):
             return None
         tapped = tapped_at(node)
         if tapped is not None:
             return self._judge_call(tapped)
+        if not self._made.isdisjoint(below):
+            self._made.add(node)
+            is_joined = len(below) < len(node.next_functions) and node not in self._own
+            if self._n_samples is not None and is_joined:
+                return None  # something else came in, perhaps statistics of the batch
         try:
             axes = max((self._fitting(about.shape) for about in node._input_metadata), default=0)
         except RuntimeError:  # of a nested tensor
@@ -116,7 +131,14 @@ class Origins:
         return 0 if self._n_samples is None else sum(not size % self._n_samples for size in shape)
 
 
-def origins_of(batch: Batch, n_samples: int | None, asleep: Container[int], moves_rows: bool, is_sure: bool) -> Origins:
+def origins_of(
+    batch: Batch,
+    n_samples: int | None,
+    asleep: Container[int],
+    moves_rows: bool,
+    is_sure: bool,
+    parameters: Container[int],
+) -> Origins:
     """Look for what the calls of a batch descend from.
 
     Args:
@@ -125,6 +147,7 @@ def origins_of(batch: Batch, n_samples: int | None, asleep: Container[int], move
         asleep: indices of calls that no gradient came to, as behind a layer of zeros.
         moves_rows: rows are gathered or scattered somewhere, and a sample may own any number of them.
         is_sure: sizes are to tell that positions are none of the batch's data; else the caller's word does.
+        parameters: the watched ones, by id.
     """
 
     def is_link(tapped: TappedCall) -> bool:
@@ -134,4 +157,4 @@ def origins_of(batch: Batch, n_samples: int | None, asleep: Container[int], move
         is_shared = tapped in batch.mixed if moves_rows else is_link(tapped)
         return is_shared and (not is_sure or is_about_positions(tapped, n_samples))
 
-    return Origins(batch.losses, (n_samples or 1) if is_sure else None, is_root, is_link)
+    return Origins(batch.losses, (n_samples or 1) if is_sure else None, is_root, is_link, parameters)

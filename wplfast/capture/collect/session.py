@@ -88,7 +88,7 @@ class Session:
         self._is_verified = False
         self._reorders = by_losses  # rows may lie in another order in every batch
         self._linearity = Linearity(self.run, self.leaf_grads)
-        self.lessons = Lessons(names, self.interception, self._inference, self._linearity, by_losses)
+        self.lessons = Lessons(names, parameters, self.interception, self._inference, self._linearity, by_losses)
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 

@@ -82,10 +82,13 @@ class NormRule(OneOutputRule):
         return found
 
     def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Sum the gradient where the bias is all that is asked for, and the data were not kept."""
+        """Sum the gradient where the bias is all that is asked for, and the data were not kept.
+
+        Gradients are made contiguous: PyTorch errs in ``batch_norm`` of one sample for those of some strides (2.13, CPU).
+        """
         gradient, form = grads[0], _FORMS[call.func]
         if self.needs_inputs(call) or gradient is None:
-            return super().ordinary(call, inputs, grads)
+            return super().ordinary(call, inputs, [None if g is None else g.contiguous() for g in grads])
         last = gradient.movedim(1, -1) if form.by_channel else gradient
         return [last.sum_to_size(operand.value.shape) for operand in call.operands]
 
