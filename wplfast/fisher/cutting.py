@@ -73,6 +73,23 @@ class Parts:
             return dim < part.dim() and part.shape[dim] == self.n_samples
         return part is not None and dim == 0
 
+    def are_inputs_cut(self, cut: Cut) -> bool:
+        """Tell whether a cut goes through an input."""
+        return any(dim is not None for dim in cut[: self._n_inputs])
+
+    def faintest(self, cut: Cut) -> list[int]:
+        """Return two samples before the last, those with the least sums of absolute values.
+
+        Statistics of the batch are mostly set by others: the brightest image, the longest sentence.
+        """
+        inputs = [(part, dim) for part, dim in zip(self._found[: self._n_inputs], cut, strict=False) if dim is not None]
+        tensors = [(part, dim) for part, dim in inputs if isinstance(part, Tensor) and not part.is_sparse]
+        for part, dim in sorted(tensors, key=lambda pair: not pair[0].is_floating_point()):
+            values = part.detach().movedim(dim, 0).reshape(self.n_samples, -1)[:-1]
+            values = values if values.is_floating_point() or values.is_complex() else values.double()
+            return sorted(values.abs().sum(1, dtype=torch.float64).argsort()[:2].tolist())
+        return list(range(min(2, self.n_samples - 1)))
+
     def numbers_of_samples(self) -> set[int]:
         """Return the targets that number the samples of their batch: 0, 1, ..., N - 1."""
         places = enumerate(self._found[self._n_inputs + 1 :], self._n_inputs + 1)

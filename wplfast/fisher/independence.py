@@ -34,8 +34,9 @@ from .batches import Batch
 from .cutting import Cut, Parts
 from .preserve import Rewound, Snapshot
 
-#: Largest relative difference that rounding may make between batches of other sizes.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+#: Largest relative difference that rounding may make between batches of other sizes: in float64; in float32, in which
+#: GPUs, or CPUs that are told to, multiply with fewer bits; in half precision.
+DOUBLE, SINGLE, SHORT, HALF = 1e-6, 1e-4, 1e-3, 5e-2
 
 #: Losses below this are rounding noise, with which nothing can be compared.
 SMALLEST = 1e-6
@@ -49,8 +50,8 @@ TAKEN_FOR_A_TABLE = (
 
 #: What a table is that labels choose a row of for each sample, by its number in the batch.
 IN_BATCH = (
-    "the labels number the samples of their batch, and each loss depends on the others' inputs (in-batch negatives): no "
-    "sample has a loss of its own"
+    "the labels number the samples of their batch, and each loss depends on the inputs of the others (in-batch "
+    "negatives): no sample has a loss of its own"
 )
 
 
@@ -139,8 +140,8 @@ class Examination:
     def _examine(self, trial: _Trial, refusing: bool) -> Findings:
         """Run the parts, and look closer where a loss differs."""
         n_samples = len(trial.expected)
-        last = _last(n_samples)
-        parts = [part for part in self._parts(n_samples) if part != last]  # which would be the same run again
+        last = _alone(n_samples - 1, n_samples)
+        parts = [part for part in self._parts(trial) if part != last]  # which would be the same run again
         differing: int | None = None  # a sample whose loss differed in the likeliest of the cuts that ran
         unsure: Cut | None = None  # the likeliest cut whose losses are the same as far as it ran
         likeliest: Cut | None = None
@@ -176,14 +177,15 @@ class Examination:
         cuts = list(trial.parts.cuts(self._own))
         if not cuts:
             return Findings(unchecked="no tensor of a batch has its size along dimension 0 or 1")
-        last, whole = _last(len(trial.expected)), [cut for cut in cuts if None not in _used(cut, cuts[0])]
+        n_samples = len(trial.expected)
+        last, whole = _alone(n_samples - 1, n_samples), [cut for cut in cuts if None not in _used(cut, cuts[0])]
         for cut in whole:
             spared = trial.shared(cut)
             single = None if spared is None else trial.run(spared, last)
             if single is not None and trial.differing(single, last) is None:
                 return Findings(True, self._gradients(trial, single))
         draws = _Draws()  # type: ignore[no-untyped-call]
-        everything = list(range(len(trial.expected)))
+        everything = list(range(n_samples))
         with draws:
             again = trial.run(None, everything)
         if again is None or trial.differing(again, everything) is not None:
@@ -194,6 +196,11 @@ class Examination:
         sample = everything[-1] if differing is None else differing
         verdicts = {trial.exchange(cut, sample) for cut in whole}
         if "unchanged" in verdicts:
+            # What enters all losses leaves its own as it is.
+            verdicts = {trial.exchange(cut, everything[-1] if sample == 0 else 0) for cut in whole}
+        if "unchanged" in verdicts:
+            if not any(map(trial.parts.are_inputs_cut, whole)):
+                return Findings(unchecked="the model does not run on a part of a batch")
             return self._of_another_size(trial, sample, draws.found)
         if differing is None:
             is_proven = "equal" in verdicts and all(trial.exchange(cut, sample) != "unchanged" for cut in cuts)
@@ -213,11 +220,13 @@ class Examination:
         """Tell why a sample that does not depend on the others has another loss in a part of the batch."""
         if drew:
             return Findings(True, unchecked="random numbers are drawn: samples alone get others")
-        start = list(range(max(2, len(trial.expected) // 2)))
+        n_samples = len(trial.expected)
+        start = list(range(n_samples // 2)) if n_samples > 3 else list(reversed(range(n_samples)))
         runs = [run for cut in trial.parts.cuts() if (run := trial.run(cut, start)) is not None]
         if not runs:
             return Findings(True, unchecked="the model does not run on a part of a batch")
-        if any(trial.differing(run, start) is None for run in runs):
+        is_same = any(trial.differing(run, start) is None for run in runs)
+        if is_same == (n_samples > 3):  # at the same places in a smaller batch, or else at others in as large a one
             return Findings(True, unchecked="a sample's loss depends on its place in the batch")
         return Findings(
             False,
@@ -225,19 +234,22 @@ class Examination:
             "samples are others: give each sample's own loss (is it divided by the size of the batch?)",
         )
 
-    def _parts(self, n_samples: int) -> list[list[int]]:
-        """Choose two parts without a sample in common: what one sample does to all others shows in one of them.
+    def _parts(self, trial: _Trial) -> list[list[int]]:
+        """Choose parts to run beside the last sample alone: two others, and half of a small batch or an eighth.
 
-        They are the halves of a small batch, and an eighth each of a large one.
+        What one sample does to all others shows where the last one runs alone, or in those two. What several do to the
+        rest, such as those that reach a maximum, shows in the two that are least likely to be among them.
         """
-        count = max(1, min(n_samples // 2, max(8, n_samples // 8)))
+        n_samples = len(trial.expected)
+        if n_samples == 2:
+            return [_alone(0, 2)]
+        cut = next(iter(trial.parts.cuts(self._own)), None)
+        faintest = [0, 1] if cut is None else trial.parts.faintest(cut)
         generator = torch.Generator().manual_seed(self._n_batches)
         order = torch.randperm(n_samples, generator=generator, device="cpu").tolist()
-        rest = order[count : 2 * count] if 2 * count < n_samples - 1 else order[count:]
-        found = []
-        for chosen in (sorted(order[:count]), sorted(rest)):
-            found.append(chosen if len(chosen) > 1 else chosen * (2 if n_samples > 2 else 3))
-        return found
+        count = min(n_samples // 2, max(8, n_samples // 8))
+        some = sorted([sample for sample in order if sample not in faintest][:count])
+        return [faintest, some if len(some) > 1 else _alone(some[0], n_samples)]
 
     def _gradients(self, trial: _Trial, losses: Tensor) -> SingleSample:
         """Run the backward pass of the last sample, which is all that a batch holds; keep projections alone."""
@@ -300,7 +312,9 @@ class _Trial:
         tensors = (expected, *examination._model.parameters())
         half = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
         half = half or examination.half or torch.is_autocast_enabled(expected.device.type)
-        self._tolerance = 5e-2 if half else TOLERANCE.get(expected.dtype, 1e-3)
+        full = expected.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        single = SINGLE if full else SHORT
+        self._tolerance = HALF if half else DOUBLE if expected.dtype == torch.float64 else single
 
     def run(self, cut: Cut | None, samples: Sequence[int]) -> Tensor | None:
         """Return the losses of some samples, in a batch of their own; None if the model does not run on them.
@@ -382,9 +396,9 @@ class _Draws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _last(n_samples: int) -> list[int]:
-    """Return the last sample several times, though not so many as the batch has samples."""
-    return [n_samples - 1] * (2 if n_samples > 2 else 3)
+def _alone(sample: int, n_samples: int) -> list[int]:
+    """Return a sample several times, though not so many as the batch has samples."""
+    return [sample] * (2 if n_samples > 2 else 3)
 
 
 def _spared(cut: Cut, whole: Cut) -> dict[int, int]:

@@ -84,7 +84,8 @@ class NormRule(OneOutputRule):
     def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Sum the gradient where the bias is all that is asked for, and the data were not kept.
 
-        Gradients are made contiguous: PyTorch errs in ``batch_norm`` of one sample for those of some strides (2.13, CPU).
+        Gradients are made contiguous: PyTorch errs in ``batch_norm`` of one sample whose
+        gradient has some strides (2.13, CPU).
         """
         gradient, form = grads[0], _FORMS[call.func]
         if self.needs_inputs(call) or gradient is None:
