@@ -232,6 +232,7 @@ PENALTY_FAULTS = {
     "complex": lambda t, m: t.update({"fisher.w": torch.ones(3, dtype=torch.complex64)}),
     "integer anchors": lambda t, m: t.update({"theta_hat.w": torch.ones(3, dtype=torch.int32)}),
     "inf in an anchor": lambda t, m: t["theta_hat.w"][0].fill_(float("inf")),
+    "negative constant": lambda t, m: t["constant.w"].fill_(-1.0),
     "negative n_anchors": lambda t, m: t["n_anchors"].fill_(-3),
     "half an anchor": lambda t, m: t.update({"n_anchors": torch.tensor(1.5)}),
     "two n_anchors": lambda t, m: t.update({"n_anchors": torch.tensor([1, 1])}),

@@ -189,3 +189,9 @@ def test_options_and_forms_are_checked():
         losses.question_answering((torch.randn(2, 4),) * 2, {"start_positions": torch.zeros(2).long()})
     with pytest.raises(ValueError, match=r"positions must be \[N, 2\]"):
         losses.question_answering((torch.randn(2, 4),) * 2, torch.zeros(2, 3).long())
+
+
+@pytest.mark.parametrize("targets", [1, [0, 1], "01"])
+def test_targets_that_are_no_tensor(targets):
+    with pytest.raises(TypeError, match="targets must be a tensor of class indices, got"):
+        losses.cross_entropy(torch.randn(2, 3), targets)

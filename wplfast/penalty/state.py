@@ -135,8 +135,10 @@ def _bad_values(
         tensor = state[key]
         if not tensor.is_floating_point():
             errors.append(f"{kind}[{name!r}] must be of a floating point type, got {describe(tensor)}")
-        elif not bool(tensor.to(dtypes[kind]).isfinite().all()) or (kind == "fisher" and bool((tensor < 0).any())):
-            not_negative = " and not negative" if kind == "fisher" else ""
+            continue
+        is_sum = kind in ("fisher", "constant")  # of squares
+        if not bool(tensor.to(dtypes[kind]).isfinite().all()) or (is_sum and bool((tensor < 0).any())):
+            not_negative = " and not negative" if is_sum else ""
             errors.append(f"{kind}[{name!r}] must be finite{not_negative} in {dtypes[kind]}")
     return errors
 
