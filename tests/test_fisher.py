@@ -289,7 +289,7 @@ def test_report_says_what_served_whom():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_it_was(fails):
+def test_the_model_is_left_as_it_was(fails, caplog):
     model = nn.Sequential(nn.Linear(6, 9), nn.Dropout(), nn.Linear(9, 9), nn.Linear(9, 4))
     model[1].eval()
     model[0].bias.requires_grad_(False)
@@ -315,6 +315,9 @@ def test_the_model_is_left_as_it_was(fails):
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), rng)
     assert steps == []
+    said = [record.getMessage() for record in caplog.records if "register_hook" in record.getMessage()]
+    assert len(said) == 1
+    assert "hooks on '2.weight' (register_hook) are not called" in said[0]
     assert model(torch.randn(2, 6)).sum().backward() is None
     assert steps == ["hook", "accumulated"]
 

@@ -177,6 +177,11 @@ class FisherAccumulator:
         self._session.frozen += frozen
         self._session.interception.has_frozen = bool(frozen)
         undo.then(self._session.release)
+        hooked = [name for name, p in self.parameters.items() if p._backward_hooks]
+        if hooked:
+            logger.warning(
+                "hooks on %s (register_hook) are not called: F is of the gradients without them", some(hooked)
+            )
         grads, flags = [p.grad for p in parameters + frozen], [p.requires_grad for p in parameters]
         watch(self.parameters, self._session.interception, undo)
         undo.by(setattr, parameters + frozen, repeat("requires_grad"), flags + [True] * len(frozen))

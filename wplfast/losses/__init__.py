@@ -303,7 +303,9 @@ def _check_classes(logits: Tensor, targets: Tensor) -> None:
         TypeError: if they are not int64 (PyTorch takes uint8, too).
     """
     if not isinstance(targets, Tensor):
-        raise TypeError(f"targets must be a tensor of class indices, got {type(targets).__name__}: use torch.tensor(...)")
+        raise TypeError(
+            f"targets must be a tensor of class indices, got {type(targets).__name__}: use torch.tensor(...)"
+        )
     if targets.is_floating_point():
         other = "soft_cross_entropy for probabilities of the classes" if targets.shape == logits.shape else "bernoulli"
         raise TypeError(
