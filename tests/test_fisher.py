@@ -317,7 +317,7 @@ def test_the_model_is_left_as_it_was(fails, caplog):
     assert steps == []
     said = [record.getMessage() for record in caplog.records if "register_hook" in record.getMessage()]
     assert len(said) == 1
-    assert "hooks on '2.weight' (register_hook) are not called" in said[0]
+    assert "hooks on ['2.weight'] (register_hook) are not called" in said[0]
     assert model(torch.randn(2, 6)).sum().backward() is None
     assert steps == ["hook", "accumulated"]
 
