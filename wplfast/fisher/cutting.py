@@ -92,8 +92,9 @@ class Parts:
 
     def numbers_of_samples(self) -> set[int]:
         """Return the targets that number the samples of their batch: 0, 1, ..., N - 1."""
-        places = enumerate(self._found[self._n_inputs + 1 :], self._n_inputs + 1)
-        return {i for i, part in places if isinstance(part, Tensor) and part.tolist() == [*range(self.n_samples)]}
+        targets = enumerate(self._found[self._n_inputs + 1 :], self._n_inputs + 1)
+        lists = {i: part for i, part in targets if isinstance(part, Tensor) and part.shape == (self.n_samples,)}
+        return {i for i, part in lists.items() if part.tolist() == [*range(self.n_samples)]}
 
     def are_plain(self, cut: Cut) -> bool:
         """Tell whether a cut goes through every part, along the same dimension of each."""
