@@ -152,7 +152,7 @@ def main() -> None:
     )
     right.set_xticks(SIZES, [f"{size}" for size in SIZES])
     right.minorticks_off()
-    words = "all parameters\ndots: measured; lines: (F − μ²) / B + μ²"
+    words = "all parameters\ndots: measured; lines: (F - μ²) / B + μ²"
     right.set_title(words, fontsize=10.5, loc="left")
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
