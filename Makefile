@@ -1,6 +1,6 @@
 # Everything runs in a virtual environment of its own, $(VENV), which the first target that needs it makes.
 #
-#   make demo    a row of tasks, and two models that share weights: forgetting and its cure (a minute or two on 2 cores)
+#   make demo    a row of tasks, and two models that share weights: forgetting and its cure (two to four minutes on 2 cores)
 #   make test    all tests but those that need heavy packages; files that take long are begun first (tests/conftest.py)
 #   make test-integrations    those: TRL, Avalanche, the interface of the reference repository
 #   make docs    the documentation site, into $(OUT)/site

@@ -28,6 +28,8 @@ PASSES = {
     "unit": {"color": plots.VERMILLION, "label": "ordinary forward and backward pass"},
 }
 
+MEMORY = "peak MB"
+
 Lines = dict[str, tuple[Sequence[float], Sequence[float]]]  # name of a look -> sizes and values
 Panel = tuple[str, str, str, Lines]  # title, label of the sizes, label of the values, lines
 
@@ -51,15 +53,35 @@ def draw(record: dict[str, Any]) -> bytes:
             for key, (sizes, values) in lines.items():
                 look = {"marker": "o", "markersize": 2.5, "linewidth": 1.2} | looks[key]
                 legend[looks[key]["label"]] = axis.plot(sizes, values, **look)[0]
-            axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+            axis.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+            _ticks(axis.xaxis)
+            if ylabel == MEMORY:  # what is to be seen is that it does not grow
+                axis.set_ylim(0, 1.25 * max(value for _, values in lines.values() for value in values))
+            else:
+                axis.set_yscale("log")
+                _ticks(axis.yaxis)
             axis.set_title(name, fontsize=8)
         for axis in axes.flat[len(found) :]:
             axis.set_axis_off()
-        figure.legend(legend.values(), legend, loc="outside lower center", ncols=min(4, len(legend)), frameon=False)
+        if len(found) < axes.size:  # an empty place at the end is the legend's
+            axes.flat[-1].legend(legend.values(), legend, loc="center", frameon=False)
+        else:
+            figure.legend(legend.values(), legend, loc="outside lower center", ncols=min(4, len(legend)), frameon=False)
         place = f"{record['hardware'].get('gpu') or record['hardware']['cpu']}, torch {record['versions']['torch']}"
         figure.suptitle(f"{title}\n{place}", fontsize=10)
         return plots.png(figure)
     raise ValueError(f"expected a record of {' or '.join(DRAWN)}, found {', '.join(record)}")
+
+
+def _ticks(axis: Any) -> None:
+    """Label an axis of less than three decades at 1, 2 and 5 in each, in plain numbers; a longer one is left alone."""
+    from matplotlib import ticker
+
+    low, high = axis.get_view_interval()
+    if high < 1000 * low:
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, place: f"{value:,g}"))
+        axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def scaling(runs: Sequence[dict[str, Any]]) -> Iterator[Panel]:
@@ -70,8 +92,9 @@ def scaling(runs: Sequence[dict[str, Any]]) -> Iterator[Panel]:
             lines = {way: (sizes, [p["milliseconds"][way]["median"] for p in points]) for way in PASSES}
         else:
             lines = {way: (sizes, [p["peak_bytes"][way] / 1e6 for p in points]) for way in PASSES}
-        powers = ", ".join(f"{r['name']}^{r['slopes'][way]:.2f}" for way in PASSES)
-        yield f"{r['shown']}\n{powers}", r["name"], "ms per batch" if timed else "peak MB", lines
+        fisher, unit = (round(r["slopes"][way], 2) + 0.0 for way in PASSES)  # 0.0: no -0
+        powers = f"power of {r['name']}: Fisher pass {fisher:.2f}, ordinary {unit:.2f}"
+        yield f"{r['shown']}\n{powers}", r["name"], "ms per batch" if timed else MEMORY, lines
 
 
 def sweep(runs: Sequence[dict[str, Any]]) -> Iterator[Panel]:
@@ -88,7 +111,12 @@ def sweep(runs: Sequence[dict[str, Any]]) -> Iterator[Panel]:
 
 
 DRAWN: dict[str, tuple[str, int, dict[str, Any], Callable[..., Iterator[Panel]]]] = {
-    "scaling": ("How a Fisher pass grows; powers of both, fitted to the last three points", 3, PASSES, scaling),
+    "scaling": (
+        "How a Fisher pass grows, and an ordinary one; powers are fitted to the last three points",
+        3,
+        PASSES,
+        scaling,
+    ),
     "sweep": ("The penalty's value and gradient, added to .grad", 4, WAYS, sweep),
 }
 

@@ -76,14 +76,15 @@ def draw_samples(axes: Axes, values: Tensor) -> None:
             label="mean of a batch" * (index == 0),
         )
     axes.axhline(0, color="black", linewidth=0.8)
-    said = f"mean of squares: {right:.2g};  of the batches' squared means: {wrong:.2g}, {right / wrong:.1f} times less"
+    said = f"""mean of squared sample gradients: {right:.2g}
+mean of squared batch gradients: {wrong:.2g}, {right / wrong:.1f} times less"""
     axes.set(
         xticks=range(SHOWN),
-        xticklabels=[],
-        xlabel=f"{SHOWN} samples in batches of {BATCH}",
+        xticklabels=[f"{n + 1}" for n in range(SHOWN)],
+        xlabel=f"sample; {SHOWN} in batches of {BATCH}",
     )
     axes.set_ylabel("gradient of one parameter")
-    axes.set_title(said, fontsize=9, loc="left")
+    axes.set_title(said, fontsize=10.5, loc="left")
     axes.legend(frameon=False, fontsize=8, loc="center", bbox_to_anchor=(0.34, 0.3))
 
 
@@ -149,7 +150,10 @@ def main() -> None:
         xlabel="batch size",
         ylabel="batch-squared F over the right one",
     )
-    right.set_title("dots: measured; lines: (F - μ²) / B + μ²", fontsize=9, loc="left")
+    right.set_xticks(SIZES, [f"{size}" for size in SIZES])
+    right.minorticks_off()
+    words = "all parameters\ndots: measured; lines: (F - μ²) / B + μ²"
+    right.set_title(words, fontsize=10.5, loc="left")
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 N, T, D = 3, 2, 4
 WEIGHTS = torch.tensor([0.5, 4.0, 2.0])
 COLOURS = ["#4477aa", "#cc6677", "#ddaa33"]
+TEXT = ["#2f5d8a", "#a8344a", "#7a5a00"]  # the same, dark enough to be read on white
 
 
 def gradients(time_first: bool) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ def draw(axes: Axes, time_first: bool) -> None:
             f"{ratios[row, 0]:g}",
             va="center",
             fontsize=10,
-            color=COLOURS[owner],
+            color=TEXT[owner],
             weight="bold",
         )
         axes.text(
@@ -89,7 +90,7 @@ def draw(axes: Axes, time_first: bool) -> None:
             f"sample {owner}",
             va="center",
             fontsize=9,
-            color=COLOURS[owner],
+            color=TEXT[owner],
         )
 
 

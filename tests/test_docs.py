@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,31 @@ def test_examples_run(path, tmp_path, monkeypatch):
             pytest.importorskip(package)
     with torch.random.fork_rng(devices=[]):
         exec(compile(code, str(path), "exec"), {"__name__": "example"})
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_path_of_the_command_line_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    page = ROOT / "docs" / "cli.md"
+    (tmp_path / "mine.py").write_text("\n".join(blocks_of(page)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    path = page.read_text().partition("\n## A path to follow\n")[2]
+    commands = re.findall(r"^\$ wplfast (.*)\n((?:(?!\$|```).*\n)*)", path.partition("\n## ")[0], re.MULTILINE)
+    assert len(commands) > 5
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for command, said in commands:
+                assert cli.main(shlex.split(command)) == 0, command
+                assert words_of(capsys.readouterr().out) == words_of(said), command
+    finally:
+        sys.modules.pop("mine", None)
+
+
+def words_of(text: str) -> list[str]:
+    """Return what does not change from run to run: all but numbers, dates and times."""
+    return [word for word in re.split(r"[\s,:()]+", text) if word and not re.match(r"\d+[-.]|\d+Z|\d+$", word)]
 
 
 def test_readme_is_short_and_its_example_too():

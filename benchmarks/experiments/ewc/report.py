@@ -28,7 +28,7 @@ _STRENGTH_COLUMNS += ("curve moves by", "per decade of batch size", "an alpha fr
 
 #: of the sorted batch sizes: colour, line width and marker; narrower lines lie on wider ones, so that all can be seen
 _SIZES = ((plots.ORANGE, 7.0, "o"), (plots.SKY, 4.6, "s"), (plots.BLUE, 2.4, "D"), (plots.BLACK, 1.0, "v"))
-_COLUMNS = {"empirical": "right F", "squared": "batch-squared F"}
+_COLUMNS = {"empirical": "right, empirical F", "squared": "batch-squared F"}
 _OTHERS = {"exact": ("exact over classes", (0, (5, 2))), "mc": ("labels drawn from the model", (0, (1.2, 1.6)))}
 ARM_LOOKS = {
     "none": (plots.VERMILLION, "o", "-"),
