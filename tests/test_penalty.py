@@ -331,6 +331,12 @@ def test_bad_parameters():
     w = zeros.clone().requires_grad_()
     bad = [
         (zeros, TypeError, "must be a Module, a mapping or"),
+        ("0.*", TypeError, r"pairs, got '0\.\*': names choose nothing, pass the part of the model itself, such as"),
+        (["a", "b"], TypeError, r"an entry of str, 'a': .*\{n: p for n, p in model\.named_parameters\(\) if"),
+        (trunk().parameters(), TypeError, r"Parameter, without a name: .* or model\.named_parameters\(\)"),
+        ([zeros], TypeError, "an entry of Tensor, without a name"),
+        ([trunk()], TypeError, "an entry of Sequential, a module: pass a module as it is, not in a list"),
+        ([1], TypeError, "got an entry of int$"),
         ({}, ValueError, "empty"),
         ([("a", w), ("b", w)], ValueError, "same tensor"),
         ([("a", zeros), ("a", torch.zeros(3))], ValueError, "occurs twice"),
