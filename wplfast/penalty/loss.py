@@ -16,7 +16,7 @@ from ..params import Params, device_of
 from .anchors import Anchors
 from .attach import attach
 from .autograd import total
-from .coefficients import Alpha, alpha_tensor
+from .coefficients import Alpha, alpha_tensor, check_order
 from .consolidate import AnchorRule, Extra, Normalization, Options, check_extra, check_mapping, newer_anchor
 from .param_groups import ActiveSet, ParamGroup, ParamGroups
 from .references import References, listed
@@ -46,7 +46,7 @@ class WeightPlasticityLoss(Saved):
             every entry by up to 2^-8 = 0.4%, once for each :meth:`consolidate`. F of float64 parameters is float64.
 
     Raises:
-        TypeError: if params is of no known form.
+        TypeError: if params is of no known form, or alpha no number.
         ValueError: if params is empty, alpha or l2 is negative, not finite or complex, a parameter matches no prefix,
             or fisher_dtype is another one.
 
@@ -72,6 +72,7 @@ class WeightPlasticityLoss(Saved):
         super().__init__()
         if fisher_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"fisher_dtype must be torch.float32 or torch.bfloat16, got {fisher_dtype}")
+        check_order(params, alpha)
         references = References(params)
         if not 0 <= l2 < float("inf"):
             raise ValueError(f"l2 must be finite and not negative, got {l2}")
@@ -79,6 +80,8 @@ class WeightPlasticityLoss(Saved):
         strength = alpha_tensor(alpha, references.names, device_of(references.tensors()))
         self._alpha, self._said = _kept(alpha), Said()
         self._groups = ParamGroups(references, self._blank(references, l2), strength, float(l2))
+        if hasattr(params, "_metadata") and not any(p.requires_grad for p in references.tensors()):
+            self._said.warn(FROZEN)  # a state_dict
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
