@@ -20,7 +20,7 @@ from .coefficients import Alpha, alpha_tensor, check_order
 from .consolidate import AnchorRule, Extra, Normalization, Options, check_extra, check_mapping, newer_anchor
 from .param_groups import ActiveSet, ParamGroup, ParamGroups
 from .references import References, listed
-from .said import FROZEN, UNANCHORED, ZERO_FISHER, Said
+from .said import FROZEN, IN_LOSS, TWICE, UNANCHORED, ZERO_FISHER, Said
 from .saved import Saved
 from .subset import Subset
 
@@ -105,7 +105,8 @@ class WeightPlasticityLoss(Saved):
             return self._nothing(key)
         groups = self._active_groups(key)
         self._say_what_is_not_there(groups, torch.is_grad_enabled())
-        return total([group.value() for group in groups])
+        value = total([group.value() for group in groups])
+        return value if self._attached is None else self._watched(value, key)
 
     def add_grad_(self, scale: float | Tensor = 1.0, active: Sequence[str] | None = None) -> Tensor:
         """Add ``scale`` times the penalty's gradient to the parameters' ``.grad`` in one pass, without a graph.
@@ -134,6 +135,8 @@ class WeightPlasticityLoss(Saved):
                 return self._nothing(key)
             groups = self._active_groups(key)
             self._say_what_is_not_there(groups, True)
+            if self._attached is not None and not self._attached.is_adding and self._is_added_too(TWICE, key):
+                self._said.warn(TWICE)
             if len(groups) > 1:  # or an error in a later one would leave the earlier ones added
                 for group in groups:
                     group.check_parameter_grads()
@@ -440,6 +443,19 @@ class WeightPlasticityLoss(Saved):
             self._said.warn(UNANCHORED)
         if grad and not groups[0].theta[0].requires_grad:  # the first one mostly does, and that is all it costs
             self._say_if_frozen(groups)
+
+    def _is_added_too(self, message: str, key: ActiveSet) -> bool:
+        """Tell whether an optimizer adds an active set's gradient, and that is to be said."""
+        if self._attached is None or message in self._said or torch.compiler.is_compiling():
+            return False
+        return self._attached.holds_any(self._groups.references, key)
+
+    def _watched(self, value: Tensor, key: ActiveSet) -> Tensor:
+        """Return a value that says so, once, if it is differentiated though an optimizer adds the gradient."""
+        if value.requires_grad and self._is_added_too(IN_LOSS, key) and not torch._C._are_functorch_transforms_active():
+            said = self._said
+            value.register_hook(lambda _: said.warn(IN_LOSS))
+        return value
 
     def _say_if_frozen(self, groups: Sequence[ParamGroup]) -> None:
         """Say so, once, if no parameter takes a gradient."""
