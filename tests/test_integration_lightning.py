@@ -458,9 +458,7 @@ def copy_with(module: nn.Module, forward) -> nn.Module:
 def test_module_fisher_says_what_it_needs():
     with pytest.raises(TypeError, match="must be a LightningModule, got Linear"):
         module_fisher(nn.Linear(5, 3), data())
-    with pytest.raises(
-        TypeError, match=r"got DataLoader, and dataloader is one: the order is module_fisher\(mod"
-    ):
+    with pytest.raises(TypeError, match=r"got DataLoader, and dataloader is one: the order is module_fisher\(mod"):
         module_fisher(data(), Module())
     with pytest.raises(TypeError, match=r"must be a LightningModule, got DataLoader$"):
         module_fisher(data(), data())
