@@ -168,7 +168,7 @@ def copies(fisher: Fisher) -> dict[str, Fisher]:
         "to": fisher.to(torch.float32),
         "select": fisher.select(list(fisher)[:1]),
         "rename": fisher.rename(lambda n: f"x.{n}"),
-        "sum": fisher + fisher,
+        "sum": fisher + fisher.to(torch.float32),
         "sum with a part": constant(1.0, 1) + fisher,
         "copy": copy.copy(fisher),
         "deepcopy": copy.deepcopy(fisher),

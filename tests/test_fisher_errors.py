@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,33 @@ from wplfast.fisher.sampling import draw
 def test_losses_that_are_not_per_sample(loss, match):
     with pytest.raises((ValueError, TypeError), match=match):
         wplfast.fisher_diagonal(mlp(), batches((5,)), loss)
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss])
+@pytest.mark.parametrize(
+    ("layers", "y", "options", "match"),
+    [
+        ([], (5,), {}, r"outputs \[5, 1\] and targets \[5\] were broadcast, .* give the loss outputs\.squeeze\(1\)"),
+        (
+            [nn.Flatten(0)],
+            (5, 1),
+            {},
+            r"outputs \[5\] and targets \[5, 1\] were .* the loss targets\.squeeze\(1\)",
+        ),
+        ([], (5,), {"fisher_type": "mc", "likelihood": lambda o, g: o.detach()[:, 0]}, r"outputs\.squeeze\(1\)"),
+    ],
+    ids=["outputs", "targets", "drawn"],
+)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_outputs_and_targets_that_broadcast_are_named(loss, layers, y, options, match):
+    model = nn.Sequential(nn.Linear(6, 1), *layers)
+    with pytest.raises(ValueError, match=rf"got float32\[5, 5\], to which .*{match}"):
+        wplfast.fisher_diagonal(model, [(torch.ones(5, 6), torch.zeros(y))], loss(reduction="none"), **options)
+
+
+def test_several_outputs_of_as_many_samples_are_not_taken_for_broadcast():
+    with pytest.raises(ValueError, match=r"got float32\[4, 4\], one value per token or output: sum"):
+        wplfast.fisher_diagonal(nn.Linear(6, 4), [(torch.ones(4, 6), torch.ones(4, 4))], nn.MSELoss(reduction="none"))
 
 
 def test_losses_per_token_are_named():
@@ -372,6 +402,61 @@ def test_arguments_that_were_taken_for_others():
     for given in (fisher, dict(fisher)):
         with pytest.raises(TypeError, match=r"alpha must be a number, .* pass the Fisher to its consolidate\(fisher\)"):
             wplfast.WeightPlasticityLoss(model, given)
+
+
+def test_a_loss_that_is_a_class_is_told_of():
+    with pytest.raises(TypeError, match=r"make an instance of it, CrossEntropyLoss\(reduction='none'\)$"):
+        wplfast.fisher_diagonal(mlp(), batches(), nn.CrossEntropyLoss)
+    with pytest.raises(TypeError, match=r"loss_fn is a class: make an instance of it, Centre\(\.\.\.\)$"):
+        wplfast.fisher_diagonal(mlp(), batches(), type("Centre", (nn.Module,), {}))
+
+
+def test_data_and_loss_that_were_swapped_are_told_of():
+    for loss in (ce, nn.CrossEntropyLoss(reduction="none")):
+        with pytest.raises(TypeError, match=r"got \w+, and loss_fn is one, a list: the order is .*\(model, data, loss"):
+            wplfast.fisher_diagonal(mlp(), loss, batches())
+
+
+def blog_loss(model, x, y):
+    return ce(model(x), y)
+
+
+@pytest.mark.parametrize("loss", [blog_loss, lambda o: o.sum(1)])
+def test_a_loss_of_other_arguments_is_told_of(loss):
+    with pytest.raises(
+        TypeError, match=r"called with two .*\(outputs, targets\), and takes \((model, x, y|o)\)"
+    ) as found:
+        wplfast.fisher_diagonal(mlp(), batches(), loss)
+    assert isinstance(found.value.__cause__, TypeError)
+
+
+def test_a_loss_that_is_wrapped_may_show_another_signature():
+    model = mlp()
+
+    @functools.wraps(blog_loss)
+    def wrapped(outputs, targets):
+        return blog_loss(nn.Identity(), outputs, targets)
+
+    assert wplfast.fisher_diagonal(model, batches((3,)), wrapped).n_samples == 3
+
+
+@pytest.mark.cpu_only("labels out of range, which end the process on a GPU")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+@pytest.mark.parametrize(
+    ("loss", "error"),
+    [
+        (lambda o, y: F.cross_entropy(y, o, reduction="none"), Exception),
+        (lambda o, y: ce(o, y + 3), Exception),
+        (lambda o, y: 1 / 0, ZeroDivisionError),
+        (lambda o, y: o + None, TypeError),
+    ],
+)
+def test_an_error_of_a_loss_says_what_it_was_given(loss, error):
+    data = [(torch.randn(5, 6), torch.tensor([0, 3, 1, 1, 2]))]
+    with pytest.raises(error) as found:
+        wplfast.fisher_diagonal(mlp(), data, loss)
+    (note,) = found.value.__notes__
+    assert note.endswith("loss_fn(outputs, targets): outputs are float32[5, 4], targets are int64[5] from 0 to 3")
 
 
 @pytest.mark.parametrize(

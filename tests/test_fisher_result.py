@@ -24,6 +24,27 @@ def test_merging_by_sample_counts():
         parts[0] + parts[1].rename(lambda n: "x." + n)
 
 
+def test_a_fisher_and_itself_do_not_add_up():
+    fisher = wplfast.fisher_diagonal(mlp(), batches(), ce)
+    with pytest.raises(ValueError, match="they hold the same samples, which would count twice"):
+        fisher + fisher
+    with pytest.raises(ValueError, match="count twice"):
+        fisher += fisher
+    assert sum([fisher]).n_samples == fisher.n_samples
+
+
+def test_a_name_that_is_misspelt():
+    fisher = wplfast.fisher_diagonal(mlp(), batches(), ce)
+    with pytest.raises(KeyError, match=r"lacks 1 of 1 names: \['0.wieght'\]; .*did you mean '0.weight'\?"):
+        fisher["0.wieght"]
+    with pytest.raises(KeyError, match=r"^0$"):
+        fisher[0]
+    assert "0.wieght" not in fisher
+    assert "0.weight" in fisher
+    assert (fisher.get("0.wieght"), fisher.get("0.wieght", 3)) == (None, 3)
+    assert fisher.get("0.weight") is fisher["0.weight"]
+
+
 def test_select_rename_to_flat():
     fisher = wplfast.fisher_diagonal(mlp(), batches(), ce)
     assert list(fisher.select(["2.bias"])) == ["2.bias"]

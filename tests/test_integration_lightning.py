@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -456,6 +458,12 @@ def copy_with(module: nn.Module, forward) -> nn.Module:
 def test_module_fisher_says_what_it_needs():
     with pytest.raises(TypeError, match="must be a LightningModule, got Linear"):
         module_fisher(nn.Linear(5, 3), data())
+    with pytest.raises(TypeError, match=r"got DataLoader, and dataloader is one: the order is module_fisher\(mod"):
+        module_fisher(data(), Module())
+    with pytest.raises(TypeError, match=r"must be a LightningModule, got DataLoader$"):
+        module_fisher(data(), data())
+    with pytest.raises(TypeError, match=r"^module_fisher\(\) got an .* 'max_sample'; did you mean 'max_samples'\?"):
+        module_fisher(Module(), data(), max_sample=3)
     module = Module()
     module.criterion = None
     with pytest.raises(TypeError, match="per_sample_losses"):
@@ -471,3 +479,14 @@ def test_module_fisher_says_what_it_needs():
 def test_what_is_no_penalty_is_refused_at_once():
     with pytest.raises(TypeError, match=r"wpl must be a wplfast.WeightPlasticityLoss, got Module: make one"):
         WPLCallback(Module())
+
+
+def test_the_callback_of_transformers_is_told_from_this_one():
+    transformers = pytest.importorskip("wplfast.integrations.transformers")
+    wpl = penalty(module := Module())
+    with pytest.raises(AttributeError, match=r"Lightning's Trainer takes that of wplfast\.integrations\.lightning"):
+        pl.Trainer(**{**QUIET, "callbacks": [transformers.WPLCallback(wpl)]}).fit(module, data())
+    for callback in (transformers.WPLCallback(wpl), WPLCallback(wpl)):
+        assert not hasattr(callback, "wpll")
+        assert copy.copy(callback).wpl is wpl
+        assert type(pickle.loads(pickle.dumps(callback))) is type(callback)

@@ -328,6 +328,18 @@ def test_what_is_no_penalty_is_refused_at_once(given):
         WPLCallback(given)
 
 
-def test_what_is_no_trainer_is_refused():
+def test_what_is_no_trainer_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"must be a transformers.Trainer, got Linear: use wplfast.fisher_diagonal"):
         trainer_fisher(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"got list, and dataset is one: the order is trainer_fisher\(trainer, dataset"):
+        trainer_fisher(DATA, trainer(llama(), DATA, tmp_path))
+    with pytest.raises(TypeError, match=r"^trainer_fisher\(\) got an .* 'max_sample'; did you mean 'max_samples'\?"):
+        trainer_fisher(trainer(llama(), DATA, tmp_path), max_sample=3)
+
+
+def test_the_callback_of_lightning_is_told_from_this_one(tmp_path):
+    lightning = pytest.importorskip("wplfast.integrations.lightning")
+    model = llama()
+    callback = lightning.WPLCallback(penalty_of(model)[0])
+    with pytest.raises(AttributeError, match=r"'on_\w+': .* takes that of wplfast\.integrations\.transformers"):
+        trainer(model, DATA, tmp_path, max_steps=1, callbacks=[callback]).train()

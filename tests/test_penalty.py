@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from penalty_cases import (
@@ -331,6 +333,12 @@ def test_bad_parameters():
     w = zeros.clone().requires_grad_()
     bad = [
         (zeros, TypeError, "must be a Module, a mapping or"),
+        ("0.*", TypeError, r"pairs, got '0\.\*': names choose nothing, pass the part of the model itself, such as"),
+        (["a", "b"], TypeError, r"an entry of str, 'a': .*\{n: p for n, p in model\.named_parameters\(\) if"),
+        (trunk().parameters(), TypeError, r"Parameter, without a name: .* or model\.named_parameters\(\)"),
+        ([zeros], TypeError, "an entry of Tensor, without a name"),
+        ([trunk()], TypeError, "an entry of Sequential, a module: pass a module as it is, not in a list"),
+        ([1], TypeError, "got an entry of int$"),
         ({}, ValueError, "empty"),
         ([("a", w), ("b", w)], ValueError, "same tensor"),
         ([("a", zeros), ("a", torch.zeros(3))], ValueError, "occurs twice"),
@@ -345,6 +353,31 @@ def test_bad_parameters():
         wplfast.WeightPlasticityLoss({"a": zeros}, l2=-1.0)
     with pytest.raises(ValueError, match=r"fisher_dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
         wplfast.WeightPlasticityLoss({"a": zeros}, fisher_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("alpha", ["1", b"1", None, [1.0], {"": "1"}], ids=repr)
+def test_an_alpha_that_is_no_number(alpha):
+    kind = "str" if isinstance(alpha, dict) else type(alpha).__name__
+    with pytest.raises(TypeError, match=rf"alpha must be a number, or \{{prefix: number\}}, got {kind}: "):
+        wplfast.WeightPlasticityLoss(trunk(), alpha=alpha)
+    wpl = wplfast.WeightPlasticityLoss(trunk(), alpha=2)
+    with pytest.raises(TypeError, match=f"got {kind}: "):
+        wpl.alpha = alpha
+    assert wpl.alpha == 2
+
+
+@pytest.mark.parametrize("alpha", [np.float32(2), np.array(2), Fraction(2), True + 1, {"": np.int64(2)}], ids=repr)
+def test_an_alpha_that_is_a_number_of_another_kind(alpha):
+    assert bool((wplfast.WeightPlasticityLoss(trunk(), alpha=alpha).alpha == 2).all())
+
+
+def test_swapped_arguments():
+    module = trunk()
+    order = r"alpha must be a number, .* got a module, Sequential: the order is WeightPlasticityLoss\(model, alpha\)"
+    with pytest.raises(TypeError, match=f"{order}$"):
+        wplfast.WeightPlasticityLoss(1000.0, module)
+    with pytest.raises(TypeError, match=rf"{order}, and pass the Fisher to its consolidate\(fisher\)$"):
+        wplfast.WeightPlasticityLoss(wplfast.Fisher.zeros(module), module)
 
 
 def test_functional_checks_its_arguments(device):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import pickle
 
 import pytest
 import torch
@@ -282,3 +284,85 @@ def test_parameters_that_take_the_places_of_others_in_an_optimizer():
     before = model[1].weight.clone()
     optimizer.step()
     torch.testing.assert_close(before - model[1].weight, torch.full_like(before, 0.1))
+
+
+# ---- the same gradient by another way, too ---------------------------------------------------------------------------
+
+
+def said(caplog):
+    return [what for what in ("add_grad_() was called", "was differentiated") for _ in range(caplog.text.count(what))]
+
+
+@pytest.fixture
+def attached():
+    """A model whose penalty an optimizer of its first layer adds, the optimizer, and the handle."""
+    module = trunk()
+    wpl = anchored(module)
+    optimizer = torch.optim.SGD(module[0].parameters(), 0.1)
+    return module, wpl, optimizer, wpl.attach(optimizer)
+
+
+def test_a_gradient_that_is_added_twice_is_warned_of_once(caplog, attached):
+    module, wpl, optimizer, _ = attached
+    optimizer.step()
+    assert said(caplog) == []
+    for _ in range(2):
+        module.zero_grad()
+        wpl.add_grad_()
+        wpl.subset(["0.weight"]).add_grad_()
+        assert said(caplog) == ["add_grad_() was called"]
+
+
+def test_a_value_in_the_loss_of_an_attached_penalty_is_warned_of_once(caplog, attached):
+    module, wpl, optimizer, _ = attached
+    for _ in range(2):
+        (module(torch.ones(2, 7, 5)).sum() + wpl()).backward()
+        assert said(caplog) == ["was differentiated"]
+        optimizer.step()
+
+
+def test_what_is_right_is_not_warned_of(caplog, attached):
+    module, wpl, optimizer, handle = attached
+    rest = [name for name, _ in module.named_parameters() if not name.startswith("0.")]
+    for _ in range(2):
+        assert float(wpl().detach()) == wpl().item()
+        with torch.no_grad():
+            wpl()
+        wpl(active=rest).backward()
+        wpl.add_grad_(active=rest)  # what the optimizer does not hold
+        optimizer.step(lambda: module[0].weight.sum().detach())
+    torch.func.grad(lambda scale: scale * wpl())(torch.ones(()))
+    for twin in (copy.copy(wpl), copy.deepcopy(wpl), pickle.loads(pickle.dumps(wpl))):
+        twin.rebind(module)
+        twin.add_grad_()
+        twin().backward()
+    assert said(caplog) == []
+    handle.remove()
+    wpl.add_grad_()
+    wpl().backward()
+    assert said(caplog) == []
+
+
+def test_an_optimizer_that_is_gone_adds_nothing(caplog):
+    module = trunk()
+    wpl = anchored(module)
+    wpl.attach(torch.optim.SGD(module.parameters(), 0.1))
+    gc.collect()
+    wpl.add_grad_()
+    assert said(caplog) == []
+
+
+def test_parameters_that_an_optimizer_holds_by_now(caplog):
+    module = trunk()
+    wpl = anchored(module)
+    first = nn.Parameter(module[0].weight.detach().clone())
+    old = torch.optim.SGD(module.parameters(), 0.1)
+    wpl.attach(old)
+    module[0].weight = first
+    wpl.rebind(module)
+    wpl.add_grad_(active=["0.weight"])
+    assert said(caplog) == []
+    new = torch.optim.SGD([first], 0.1)
+    wpl.attach(new)
+    wpl.add_grad_(active=["0.weight"])
+    assert said(caplog) == ["add_grad_() was called"]

@@ -388,3 +388,19 @@ def test_a_penalty_inside_of_a_model_in_get_model_state_dict():
     with pytest.raises(wplfast.errors.WplfastError, match=r"get_model_state_dict takes .* Save model.state_dict\(\)"):
         distributed.get_model_state_dict(model)
     assert distributed.set_model_state_dict(model, model.state_dict()).missing_keys == []
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_files_of_others_are_told_from_damaged_ones(tmp_path, archive):
+    fisher = wplfast.Fisher({"a": torch.ones(2)}, 1)
+    wpl = wplfast.WeightPlasticityLoss({"a": torch.ones(2, requires_grad=True)})
+    torch.save(dict(fisher), tmp_path / "pt", _use_new_zipfile_serialization=archive)
+    for load, name in ((wplfast.Fisher.load, "Fisher"), (wpl.load, "WeightPlasticityLoss")):
+        with pytest.raises(ValueError, match=rf"one of torch\.save, which torch\.load reads; {name}\.save writes"):
+            load(tmp_path / "pt")
+    fisher.save(tmp_path / "f")
+    wpl.save(tmp_path / "w")
+    with pytest.raises(ValueError, match=r"got kind 'penalty', version '1'; load it with WeightPlasticityLoss\.load"):
+        wplfast.Fisher.load(tmp_path / "w")
+    with pytest.raises(ValueError, match=r"got kind 'fisher', version '1'; load it with wplfast\.Fisher\.load"):
+        wpl.load(tmp_path / "f")

@@ -319,7 +319,11 @@ def test_a_penalty_whose_parameters_are_all_frozen_says_so_once(caplog, use):
 
 def test_a_penalty_over_a_state_dict_says_that_nothing_is_trained(caplog):
     module = trunk()
+    wplfast.WeightPlasticityLoss({name: p.detach() for name, p in module.named_parameters()})
+    wplfast.WeightPlasticityLoss(module.state_dict(keep_vars=True))
+    assert not said(caplog, FROZEN)
     wpl = wplfast.WeightPlasticityLoss(module.state_dict())
+    assert said(caplog, "a state_dict() holds tensors without grad") == 1
     wpl.consolidate(random_fisher(module))
     wpl.add_grad_()
     assert said(caplog, "a state_dict() holds tensors without grad") == 1

@@ -53,7 +53,7 @@ def named(
         pairs = []
         for entry in params:
             if not (isinstance(entry, tuple) and len(entry) == 2):
-                raise TypeError(f"{what} must hold (name, tensor) pairs, got an entry of {type(entry).__name__}")
+                raise TypeError(f"{what} must hold (name, tensor) pairs, got {_no_pair(params, entry)}")
             pairs.append(entry)
     found: dict[str, Tensor] = {}
     names: dict[int, str] = {}
@@ -80,6 +80,27 @@ def named(
     if not found:
         raise ValueError(f"{what} is empty")
     return found
+
+
+#: What to pass in the place of names or patterns.
+_BY_NAME = (
+    "names choose nothing, pass the part of the model itself, such as model.head, or {n: p for n, p in "
+    "model.named_parameters() if n.startswith('head.')}"
+)
+
+
+def _no_pair(params: Any, entry: Any) -> str:
+    """Describe an entry of params that is no pair, and say what to pass in its place."""
+    if isinstance(params, str):
+        return f"{params!r}: {_BY_NAME}"
+    described = f"an entry of {type(entry).__name__}"
+    if isinstance(entry, str):
+        return f"{described}, {entry!r}: {_BY_NAME}"
+    if isinstance(entry, Tensor):
+        return f"{described}, without a name: pass the model itself, or model.named_parameters()"
+    if isinstance(entry, nn.Module):
+        return f"{described}, a module: pass a module as it is, not in a list; several as one, nn.ModuleList([...])"
+    return described
 
 
 def check_has_shape(what: str, tensor: Tensor) -> None:

@@ -24,7 +24,7 @@ from ..errors import CoupledSamplesError
 from ..params import Params
 from .accumulator import FisherAccumulator
 from .batches import Batch, Unpack
-from .checks import check_arguments, check_losses, check_outputs
+from .checks import check_arguments, check_losses, check_outputs, losses_of
 from .drawn import DrawnTargets, Term
 from .independence import Examination, Findings
 from .limit import Limit
@@ -258,8 +258,8 @@ class Run:
             return self.loss_fn(outputs, terms[0].targets)
 
         for index, term in enumerate(terms):
-            losses = self.loss_fn(outputs, term.targets)
-            check_losses(losses)
+            losses = losses_of(self.loss_fn, outputs, term.targets)
+            check_losses(losses, outputs, term.targets)
             check_outputs(outputs, losses)
             if self.samples == "batch":
                 batch.check_n_losses(losses)

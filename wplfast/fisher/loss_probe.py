@@ -176,7 +176,7 @@ class Probe:
             )
             losses = self.loss_fn(own, targets)
             if not (isinstance(losses, Tensor) and losses.dim() == 1 and not losses.requires_grad):
-                check_losses(losses)
+                check_losses(losses, own, targets)
 
         def gradient(weights: Tensor) -> Tensor:
             if not losses.requires_grad:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +95,25 @@ class Fisher(Mapping[str, Tensor]):
         return cls(zeros, 0, mean_grad=gradient[0] if gradient else None, parameters=parameters)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return one parameter's diagonal, in the parameter's shape."""
-        return self._tensors[name]
+        """Return one parameter's diagonal, in the parameter's shape.
+
+        Raises:
+            NameMismatchError: (a KeyError) if there is none of this name.
+        """
+        try:
+            return self._tensors[name]
+        except KeyError:
+            if isinstance(name, str):
+                check_names(self, [name], "the Fisher")
+            raise
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is a diagonal of this name."""
+        return name in self._tensors
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return one parameter's diagonal, or default if there is none of this name."""
+        return self._tensors.get(name, default)
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names."""
@@ -140,11 +157,13 @@ class Fisher(Mapping[str, Tensor]):
         Raises:
             TypeError: if other is no Fisher.
             NameMismatchError: if the names differ.
-            ValueError: if shapes or fisher types differ, a mean gradient is complex in one alone, or both have
-                theta_hat and they differ.
+            ValueError: if both are the same object, shapes or fisher types differ, a mean gradient is complex in one
+                alone, or both have theta_hat and they differ.
         """
         if not isinstance(other, Fisher):
             return NotImplemented
+        if other is self:
+            raise ValueError("a Fisher and itself do not add up: they hold the same samples, which would count twice")
         check_names(other, self, "the second Fisher")
         check_names(self, other, "the first Fisher")
         metadata = joined(self.metadata, other.metadata)

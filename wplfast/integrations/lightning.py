@@ -23,7 +23,8 @@ from ..penalty.attach import Attachment, attach
 from ..penalty.loss import WeightPlasticityLoss
 from ._criterion import per_sample
 from ._lightning_module import AsTrained, classes, data_of, datamodule_of
-from ._penalty import check_penalty
+from ._options import check_options
+from ._penalty import check_penalty, not_there
 from ._ranks import agreed
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,10 @@ class WPLCallback(_Callback):  # type: ignore[misc]
         self._steps: list[_Step] = []
         self._handles: list[RemovableHandle] = []
         self._stage: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Say which callback another Trainer takes, where it asks for what this one has not."""
+        raise not_there(self, name, "the Trainer of transformers takes that of wplfast.integrations.transformers")
 
     @property
     def state_key(self) -> str:
@@ -178,7 +183,8 @@ def module_fisher(module: nn.Module, dataloader: Any, loss_fn: LossFn | None = N
         F by the names of the module's parameters that require grad.
 
     Raises:
-        TypeError: if it is no LightningModule, there is no loss function, or the data are of no known form.
+        TypeError: if it is no LightningModule, there is no loss function, the data are of no known form, or an option
+            is unknown.
         ValueError: as fisher_diagonal raises it; if a Trainer has no data yet; or if labels are to be drawn (``"mc"``,
             ``"exact"``) for losses that the module computes itself.
 
@@ -195,8 +201,12 @@ def module_fisher(module: nn.Module, dataloader: Any, loss_fn: LossFn | None = N
         >>> module_fisher(Module(), [(torch.randn(8, 4), torch.randint(0, 3, (8,)))])
         Fisher(2 parameters, 15 elements, 8 samples)
     """
+    check_options(module_fisher, options)
     if not isinstance(module, classes("LightningModule")):
-        raise TypeError(f"module must be a LightningModule, got {type(module).__name__}: use wplfast.fisher_diagonal")
+        hint = ": use wplfast.fisher_diagonal" if isinstance(module, nn.Module) else ""
+        if isinstance(dataloader, classes("LightningModule")):
+            hint = ", and dataloader is one: the order is module_fisher(module, dataloader)"
+        raise TypeError(f"module must be a LightningModule, got {type(module).__name__}{hint}")
     own = getattr(module, "per_sample_losses", None) if loss_fn is None else None
     model = AsTrained(module, datamodule_of(dataloader), module if own is None else own)
     device, unpack = device_of(module.parameters()), options.pop("unpack", None)

@@ -21,7 +21,8 @@ from ..params import Params, device_of, is_fully_sharded, some
 from ..penalty.attach import Attachment, attach
 from ..penalty.loss import WeightPlasticityLoss
 from . import _trainer_fisher
-from ._penalty import check_penalty
+from ._options import check_options
+from ._penalty import check_penalty, not_there
 from ._ranks import agreed
 from ._trainer_tasks import TokenReduction
 
@@ -72,6 +73,10 @@ class WPLCallback(TrainerCallback):  # type: ignore[misc]
         self._handle: RemovableHandle | None = None
         self._added = _Added(wpl)
         self._optimizer: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Say which callback another Trainer takes, where it asks for what this one has not."""
+        raise not_there(self, name, "PyTorch Lightning's Trainer takes that of wplfast.integrations.lightning")
 
     # ---- the gradient ----------------------------------------------------------------------------------------------
 
@@ -317,7 +322,7 @@ def trainer_fisher(
         The Fisher; its names are those of ``trainer.model``, or of ``params``.
 
     Raises:
-        TypeError: if it is no Trainer.
+        TypeError: if it is no Trainer, or an option is unknown.
         ValueError: if there is no data; if the Trainer's loss of several samples is not the mean of theirs (class
             weights), or labels are to be drawn for a loss of its own: pass loss_fn; on all processes, if their data
             or models differ; and what ``fisher_diagonal`` finds.
@@ -329,10 +334,12 @@ def trainer_fisher(
 
     Source: arXiv:1612.00796, arXiv:1902.08232; see :func:`wplfast.fisher_diagonal`.
     """
+    check_options(trainer_fisher, options)
     if not isinstance(trainer, Trainer):
-        raise TypeError(
-            f"trainer must be a transformers.Trainer, got {type(trainer).__name__}: use wplfast.fisher_diagonal"
-        )
+        hint = ": use wplfast.fisher_diagonal"
+        if isinstance(dataset, Trainer):
+            hint = ", and dataset is one: the order is trainer_fisher(trainer, dataset)"
+        raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}{hint}")
     return _trainer_fisher.estimate(trainer, dataset, max_samples, params, token_reduction, loss_fn, options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,13 @@ from ..params import some
 
 if TYPE_CHECKING:
     from .loss import WeightPlasticityLoss
+    from .param_groups import ActiveSet
     from .references import References
 
 logger = logging.getLogger(__name__)
+
+#: Active sets of which it is kept whether an optimizer holds some.
+_MAX_KNOWN = 32
 
 
 def attach(
@@ -32,7 +37,48 @@ def attach(
     if attachment is None:
         attachment = Attachment(penalty)
         attachment.held(optimizer)
-    return optimizer.register_step_pre_hook(attachment)
+    handle = optimizer.register_step_pre_hook(attachment)
+    if penalty._attached is None:
+        penalty._attached = Attached()
+    penalty._attached.add(optimizer, handle)
+    return handle
+
+
+class Attached:
+    """The optimizers that add a penalty's gradient: is what somebody else adds of it added twice?
+
+    Copies, also pickled ones, know of none, as an optimizer's hooks are the original's.
+    """
+
+    def __init__(self) -> None:
+        """Know of none."""
+        self.is_adding = False  # an optimizer is, just now
+        self._handles: list[tuple[weakref.ref[torch.optim.Optimizer], RemovableHandle]] = []
+        self._of: References | None = None  # what is known of active sets
+        self._known: dict[ActiveSet, bool] = {}
+
+    def __reduce__(self) -> tuple[type[Attached], tuple[()]]:
+        """Copy nothing."""
+        return Attached, ()
+
+    def add(self, optimizer: torch.optim.Optimizer, handle: RemovableHandle) -> None:
+        """Know of one more."""
+        self._handles, self._of = [(weakref.ref(optimizer), handle), *self._alive()], None
+
+    def holds_any(self, references: References, key: ActiveSet) -> bool:
+        """Tell whether an optimizer adds the gradient of an active set, or of a part of it."""
+        alive = self._alive()
+        if self._of is not references or len(alive) < len(self._handles) or len(self._known) > _MAX_KNOWN:
+            self._handles, self._of, self._known = alive, references, {}
+        if key not in self._known:
+            held = {id(p) for ref, _ in alive if (o := ref()) for group in o.param_groups for p in group["params"]}
+            tensors, names = references.by_name(), references.names if key is None else key
+            self._known[key] = any(id(tensors[name]) in held for name in names)
+        return self._known[key]
+
+    def _alive(self) -> list[tuple[weakref.ref[torch.optim.Optimizer], RemovableHandle]]:
+        """Return those that were not removed."""
+        return [pair for pair in self._handles if pair[1].id in (pair[1].hooks_dict_ref() or ())]
 
 
 class Attachment:
@@ -65,7 +111,12 @@ class Attachment:
     def _add_grad_(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """Add the gradient; times the loss scale where the optimizer is to divide by it."""
         scale = getattr(optimizer, "grad_scale", None)  # set by a GradScaler around a fused step
-        return self.penalty.add_grad_(1.0 if scale is None else scale, active=self.held(optimizer))
+        attached, active = self.penalty._attached or Attached(), self.held(optimizer)
+        attached.is_adding = True
+        try:
+            return self.penalty.add_grad_(1.0 if scale is None else scale, active=active)
+        finally:
+            attached.is_adding = False
 
     def held(self, optimizer: torch.optim.Optimizer) -> tuple[str, ...] | None:
         """Return the names of those of the penalty's parameters that an optimizer holds, frozen or not; None for all.

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: One strength for all parameters, or {prefix: strength}.
 Alpha: TypeAlias = float | Tensor | Mapping[str, float]
@@ -50,7 +50,7 @@ def alpha_tensor(alpha: Alpha, names: Sequence[str], device: torch.device) -> Te
     """Return alpha as a tensor of its own: 0-d, or one entry per name if it is given by prefix.
 
     Raises:
-        TypeError: if it is a Fisher.
+        TypeError: if it is no number, such as a Fisher, or a string.
         ValueError: if it is negative, not finite or complex, or a name matches no prefix.
     """
     given: list[Any] = list(alpha.values()) if isinstance(alpha, Mapping) else []
@@ -76,13 +76,30 @@ def alpha_tensor(alpha: Alpha, names: Sequence[str], device: torch.device) -> Te
         return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def _checked(value: float | Tensor) -> float:
+def check_order(params: Any, alpha: Any) -> None:
+    """Refuse a module in alpha's place, whatever stands in its own: a strength, or a Fisher.
+
+    Raises:
+        TypeError: if it does.
+    """
+    if isinstance(alpha, nn.Module):
+        of_fisher = ", and pass the Fisher to its consolidate(fisher)" if isinstance(params, Mapping) else ""
+        raise TypeError(
+            f"alpha must be a number, or {{prefix: number}}, got a module, {type(alpha).__name__}: the order is "
+            f"WeightPlasticityLoss(model, alpha){of_fisher}"
+        )
+
+
+def _checked(value: Any) -> float:
     """Return a strength that is finite and not negative.
 
     Raises:
-        ValueError: if it is not.
+        TypeError: if it is no number.
+        ValueError: if it is another one.
     """
-    value = float(scalar(value, value.device) if isinstance(value, Tensor) else value)
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"alpha must be finite and not negative, got {value}")
-    return value
+    if isinstance(value, (str, bytes)) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        raise TypeError(f"alpha must be a number, or {{prefix: number}}, got {type(value).__name__}: {value!r:.40}")
+    strength = float(scalar(value, value.device) if isinstance(value, Tensor) else value)
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"alpha must be finite and not negative, got {strength}")
+    return strength

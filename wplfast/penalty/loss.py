@@ -16,11 +16,11 @@ from ..params import Params, device_of
 from .anchors import Anchors
 from .attach import attach
 from .autograd import total
-from .coefficients import Alpha, alpha_tensor
+from .coefficients import Alpha, alpha_tensor, check_order
 from .consolidate import AnchorRule, Extra, Normalization, Options, check_extra, check_mapping, newer_anchor
 from .param_groups import ActiveSet, ParamGroup, ParamGroups
 from .references import References, listed
-from .said import FROZEN, UNANCHORED, ZERO_FISHER, Said
+from .said import FROZEN, IN_LOSS, TWICE, UNANCHORED, ZERO_FISHER, Said
 from .saved import Saved
 from .subset import Subset
 
@@ -46,7 +46,7 @@ class WeightPlasticityLoss(Saved):
             every entry by up to 2^-8 = 0.4%, once for each :meth:`consolidate`. F of float64 parameters is float64.
 
     Raises:
-        TypeError: if params is of no known form.
+        TypeError: if params is of no known form, or alpha no number.
         ValueError: if params is empty, alpha or l2 is negative, not finite or complex, a parameter matches no prefix,
             or fisher_dtype is another one.
 
@@ -72,6 +72,7 @@ class WeightPlasticityLoss(Saved):
         super().__init__()
         if fisher_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"fisher_dtype must be torch.float32 or torch.bfloat16, got {fisher_dtype}")
+        check_order(params, alpha)
         references = References(params)
         if not 0 <= l2 < float("inf"):
             raise ValueError(f"l2 must be finite and not negative, got {l2}")
@@ -79,6 +80,8 @@ class WeightPlasticityLoss(Saved):
         strength = alpha_tensor(alpha, references.names, device_of(references.tensors()))
         self._alpha, self._said = _kept(alpha), Said()
         self._groups = ParamGroups(references, self._blank(references, l2), strength, float(l2))
+        if hasattr(params, "_metadata") and not any(p.requires_grad for p in references.tensors()):
+            self._said.warn(FROZEN)  # a state_dict
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -102,7 +105,8 @@ class WeightPlasticityLoss(Saved):
             return self._nothing(key)
         groups = self._active_groups(key)
         self._say_what_is_not_there(groups, torch.is_grad_enabled())
-        return total([group.value() for group in groups])
+        value = total([group.value() for group in groups])
+        return value if self._attached is None else self._watched(value, key)
 
     def add_grad_(self, scale: float | Tensor = 1.0, active: Sequence[str] | None = None) -> Tensor:
         """Add ``scale`` times the penalty's gradient to the parameters' ``.grad`` in one pass, without a graph.
@@ -131,6 +135,8 @@ class WeightPlasticityLoss(Saved):
                 return self._nothing(key)
             groups = self._active_groups(key)
             self._say_what_is_not_there(groups, True)
+            if self._attached is not None and not self._attached.is_adding and self._is_added_too(TWICE, key):
+                self._said.warn(TWICE)
             if len(groups) > 1:  # or an error in a later one would leave the earlier ones added
                 for group in groups:
                     group.check_parameter_grads()
@@ -437,6 +443,19 @@ class WeightPlasticityLoss(Saved):
             self._said.warn(UNANCHORED)
         if grad and not groups[0].theta[0].requires_grad:  # the first one mostly does, and that is all it costs
             self._say_if_frozen(groups)
+
+    def _is_added_too(self, message: str, key: ActiveSet) -> bool:
+        """Tell whether an optimizer adds an active set's gradient, and that is to be said."""
+        if self._attached is None or message in self._said or torch.compiler.is_compiling():
+            return False
+        return self._attached.holds_any(self._groups.references, key)
+
+    def _watched(self, value: Tensor, key: ActiveSet) -> Tensor:
+        """Return a value that says so, once, if it is differentiated though an optimizer adds the gradient."""
+        if value.requires_grad and self._is_added_too(IN_LOSS, key) and not torch._C._are_functorch_transforms_active():
+            said = self._said
+            value.register_hook(lambda _: said.warn(IN_LOSS))
+        return value
 
     def _say_if_frozen(self, groups: Sequence[ParamGroup]) -> None:
         """Say so, once, if no parameter takes a gradient."""

@@ -21,6 +21,14 @@ ZERO_FISHER = (
     "the Fisher of all parameters that were consolidated is zero: it anchors nothing. Does the loss reach them "
     "(fisher.report.unreached), were they frozen or detached during the pass, or is it of another model?"
 )
+TWICE = (
+    "add_grad_() was called for a penalty that is attached to an optimizer, whose step() adds the same gradient: it "
+    "counts twice. Do without one of them, or name parameters that the optimizer does not hold: add_grad_(active=...)"
+)
+IN_LOSS = (
+    "the value of a penalty that is attached to an optimizer was differentiated, and step() adds the same gradient: if "
+    "wpl() is a part of the loss, it counts twice. Leave it out of the loss, or do not attach the penalty"
+)
 
 
 class Said:

@@ -19,6 +19,7 @@ from .. import storage
 from ..errors import NameMismatchError, WplfastError
 from ..ops.consolidation import Consolidation
 from .anchors import Anchors
+from .attach import Attached
 from .param_groups import ParamGroups
 from .references import References
 from .said import UNANCHORED, Said
@@ -36,6 +37,7 @@ class Saved(nn.Module):
 
     _groups: ParamGroups
     _said: Said
+    _attached: Attached | None = None  # to optimizers, if it ever was
     _fisher_dtype: torch.dtype | None
 
     @property
@@ -190,7 +192,12 @@ class Saved(nn.Module):
     def __copy__(self) -> Self:
         """Return a penalty over the same parameters with anchors of its own: two that shared some would spoil them."""
         twin = self.__class__.__new__(self.__class__)
-        twin.__dict__ = {**self.__dict__, "_groups": deepcopy(self._groups), "_said": deepcopy(self._said)}
+        twin.__dict__ = {
+            **self.__dict__,
+            "_groups": deepcopy(self._groups),
+            "_said": deepcopy(self._said),
+            "_attached": None,
+        }
         return twin
 
     def _commit(self, groups: ParamGroups, change: Consolidation | None = None) -> None:

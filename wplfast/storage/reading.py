@@ -22,6 +22,12 @@ FORMAT_VERSION = "1"
 #: Metadata that every file has, but for the checksum, which those of older releases lack.
 VERSION, KIND, CHECKSUM = "wplfast.version", "wplfast.kind", "wplfast.crc32"
 
+#: How files of each kind are read.
+_READERS = {"fisher": "wplfast.Fisher.load(path)", "penalty": "WeightPlasticityLoss.load(path)"}
+
+#: What files of ``torch.save`` begin with: an archive, or the pickle that older releases wrote.
+_TORCH_SAVE = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+
 #: Types that files hold, by their names there.
 DTYPES = {
     "F64": torch.float64,
@@ -81,9 +87,10 @@ class OpenFile:
         metadata = dict(file.metadata() or {})
         found, version = metadata.get(KIND), metadata.get(VERSION)
         if found != kind or version != FORMAT_VERSION:
+            other = f"; load it with {_READERS[found]}" if found != kind and found in _READERS else ""
             raise ValueError(
                 f"{path} must be a wplfast {kind} file of version {FORMAT_VERSION}, "
-                f"got kind {found!r}, version {version!r}"
+                f"got kind {found!r}, version {version!r}{other}"
             )
         self.stored_checksum: str | None = metadata.pop(CHECKSUM, None)
         self.metadata: dict[str, str] = metadata
@@ -145,7 +152,16 @@ def opened(path: FilePath, kind: str) -> Iterator[OpenFile]:
         with safe_open(path, framework="pt") as file:
             yield OpenFile(path, file, kind)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a whole safetensors file: {_what_it_is(path, kind) or error}") from error
+
+
+def _what_it_is(path: str, kind: str) -> str:
+    """Say so if a file is one of ``torch.save``; "" if not."""
+    with open(path, "rb") as file:
+        if not file.read(4).startswith(_TORCH_SAVE):
+            return ""
+    writer = {"fisher": "Fisher", "penalty": "WeightPlasticityLoss"}.get(kind, kind)
+    return f"it is one of torch.save, which torch.load reads; {writer}.save writes what is read here"
 
 
 def in_order(entries: Mapping[str, Entry]) -> list[str]:
