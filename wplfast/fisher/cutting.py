@@ -83,11 +83,11 @@ class Parts:
         Statistics of the batch are mostly set by others: the brightest image, the longest sentence.
         """
         inputs = [(part, dim) for part, dim in zip(self._found[: self._n_inputs], cut, strict=False) if dim is not None]
-        tensors = [(part, dim) for part, dim in inputs if isinstance(part, Tensor) and not part.is_sparse]
+        tensors = [pair for pair in inputs if isinstance(pair[0], Tensor) and _has_numbers(pair[0])]
         for part, dim in sorted(tensors, key=lambda pair: not pair[0].is_floating_point()):
             values = part.detach().movedim(dim, 0).reshape(self.n_samples, -1)[:-1]
-            values = values if values.is_floating_point() or values.is_complex() else values.double()
-            return sorted(values.abs().sum(1, dtype=torch.float64).argsort()[:2].tolist())
+            sizes = values.abs() if values.is_complex() else values.float().abs()
+            return sorted(sizes.sum(1).argsort()[:2].tolist())
         return list(range(min(2, self.n_samples - 1)))
 
     def numbers_of_samples(self) -> set[int]:
@@ -145,3 +145,8 @@ class Parts:
             return None
         dims = (d for d in (first, 1 - first) if d < part.dim() and part.shape[d] == self.n_samples)
         return next(dims, None)
+
+
+def _has_numbers(part: Tensor) -> bool:
+    """Tell whether a tensor is an array of numbers, which can be summed."""
+    return part.layout == torch.strided and not part.is_quantized
