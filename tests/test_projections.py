@@ -11,6 +11,7 @@ from wplfast.capture.rules.conv import ConvRule
 from wplfast.capture.rules.linear import LinearRule
 from wplfast.capture.rules.matmul import MatmulRule
 from wplfast.capture.rules.projection import Directions
+from wplfast.errors import VerificationError
 from wplfast.losses import cross_entropy
 
 
@@ -79,5 +80,33 @@ def test_ordinary_gradients_of_products_are_projected(dtype: torch.dtype, monkey
     assert sorted(served) == [
         *("addmm", "conv2d", "conv_transpose2d"),
         *("linear", "linear"),
-        *("matmul", "matmul"),
+        "matmul",
     ]  # the loop's three steps are one
+
+
+FAULTS = {
+    "a factor": lambda g: 1.05 * g,
+    "another column": lambda g: g.roll(1, -1),
+    "the first sample's": lambda g: torch.cat([1.5 * g[:1], g[1:]]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("rule_class", [ConvRule, LinearRule, MatmulRule])
+def test_what_is_compared_does_not_come_from_the_rule_itself(rule_class, fault, monkeypatch) -> None:
+    serve = rule_class.serve
+
+    def faulty(self, call, inputs, gradient, layout):
+        uses = serve(self, call, inputs, gradient, layout)
+        for use in uses or ():
+            if hasattr(use, "grad_outputs"):
+                use.grad_outputs = FAULTS[fault](use.grad_outputs)
+        return uses
+
+    model, batch = Products(), (torch.randn(6, 2, 4, 4), torch.randint(3, (6,)))
+    monkeypatch.setattr(rule_class, "serve", faulty)
+    for options in ({}, {"samples": "losses"}):
+        with pytest.raises(VerificationError, match="this is a bug in wplfast"):
+            wplfast.fisher_diagonal(model, [batch], cross_entropy, **options)
+    with wplfast.FisherAccumulator(model) as accumulator, pytest.raises(VerificationError):
+        accumulator.backward(cross_entropy(model(batch[0]), batch[1]))

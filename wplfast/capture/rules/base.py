@@ -109,19 +109,15 @@ class Rule(ABC):
     ) -> list[Tensor] | None:
         """Return projections [k] of the ordinary gradients, one a direction, without computing these.
 
-        Asked of calls alone all of whose operands are whole parameters. None: :meth:`ordinary` is to be asked.
+        They are what ``verify`` compares with: they follow from ``inputs`` and ``grads`` by a formula of their own, and
+        not from what :meth:`grad_samples` makes of these. Asked of calls alone all of whose operands are whole
+        parameters. None: :meth:`ordinary` is to be asked.
         """
         return None
 
 
 class OneOutputRule(Rule):
-    """A rule for calls with one floating point output.
-
-    Attributes:
-        is_factored: gradients are sums of products of factors, which are cheaper to project than to form.
-    """
-
-    is_factored = False
+    """A rule for calls with one floating point output."""
 
     @abstractmethod
     def serve(
@@ -146,26 +142,6 @@ class OneOutputRule(Rule):
         """Serve the output, if it took part in the loss."""
         gradient, layout = grads[0], layouts[0]
         return [] if gradient is None or layout is None else self.serve(call, inputs, gradient, layout)
-
-    def projected(
-        self,
-        call: Call,
-        inputs: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        directions: Sequence[Direction],
-    ) -> list[Tensor] | None:
-        """Project what the gradients would be if all elements were one sample's, in factors."""
-        gradient = grads[0]
-        if not self.is_factored or gradient is None or call.is_complex or not call.has_plain_inputs:
-            return None
-        uses = self.serve(call, inputs, gradient, OneSample()) or []
-        by_operand = {id(use.operand): use for use in uses}
-        if not len(by_operand) == len(uses) == len(call.operands):
-            return None
-        pairs = zip(call.operands, directions, strict=True)
-        found = [by_operand[id(operand)].projected(direction) for operand, direction in pairs]
-        known = [part[0] for part in found if part is not None]
-        return known if len(known) == len(found) else None
 
 
 def summed(operand: Operand, rule: str, layout: SampleLayout, gradient: Tensor) -> GradSample:

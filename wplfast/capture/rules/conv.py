@@ -167,7 +167,6 @@ class ConvRule(OneOutputRule):
     """The weight's gradient correlates input and G; the bias's is G summed over positions."""
 
     name = "conv"
-    is_factored = True
 
     def matches(self, call: Call) -> bool:
         """Match convolutions of batched data."""
@@ -229,6 +228,30 @@ class ConvRule(OneOutputRule):
                 found.append(geometry.weight_gradient(geometry.padded(x), gradient, value))
             else:
                 found.append(gradient.movedim(1, -1).flatten(0, -2).sum(0))
+        return found
+
+    def projected(
+        self,
+        call: Call,
+        inputs: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        directions: Sequence[Direction],
+    ) -> list[Tensor] | None:
+        """Project the weight's gradient as if all images were one sample's, and the sum of G for the bias."""
+        gradient, weight = grads[0], call.operand_at(1, "weight")
+        if gradient is None or weight is None or not call.has_plain_inputs or call.is_complex:
+            return None
+        geometry = _geometry(call, weight.value)
+        x = geometry.padded(inputs[call.argument(0, "input").index].to(gradient.dtype))
+        found: list[Tensor] = []
+        for operand, direction in zip(call.operands, directions, strict=True):
+            if operand is weight:
+                part = ConvUse(weight, self.name, OneSample(), x, gradient, geometry).projected(direction)
+                if part is None:
+                    return None
+            else:
+                part = direction.of(gradient.movedim(1, -1).flatten(0, -2).sum(0, keepdim=True))
+            found.append(part[0])
         return found
 
 

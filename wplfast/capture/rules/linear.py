@@ -14,6 +14,7 @@ from ..sample_layout import SampleLayout
 from .base import OneOutputRule, dense, row_sums, summed
 from .contraction import contraction
 from .grad_sample import FactoredGradSample, GradSample, SummedGradSample
+from .projection import Direction, projected_product
 from .recipe import ProductRecipe, Recipe
 
 
@@ -21,7 +22,6 @@ class LinearRule(OneOutputRule):
     """y = x W^T + b: row r of y belongs to the sample that owns row r of x."""
 
     name = "linear"
-    is_factored = True
 
     def matches(self, call: Call) -> bool:
         """Match F.linear with data as its input, and with the bias as its only operand beside a weight that is data."""
@@ -112,6 +112,20 @@ class LinearRule(OneOutputRule):
             else:
                 found.append(rows.sum(0))
         return found
+
+    def projected(
+        self,
+        call: Call,
+        inputs: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        directions: Sequence[Direction],
+    ) -> list[Tensor] | None:
+        """Project the factors of the weight's gradient, and the sum of G for the bias."""
+        gradient, weight = grads[0], call.operand_at(1, "weight")
+        if gradient is None or weight is None or not call.has_plain_inputs or call.is_complex:
+            return None
+        pair = gradient, inputs[call.argument(0, "input").index].to(gradient.dtype)
+        return projected_product(directions, [operand is weight for operand in call.operands], gradient, pair)
 
 
 LINEAR = LinearRule()

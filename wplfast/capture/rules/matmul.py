@@ -13,6 +13,7 @@ from ..call import Call
 from ..sample_layout import AxisLayout, OneSample, SampleLayout
 from .base import OneOutputRule, dense, summed
 from .grad_sample import FactoredGradSample, GradSample
+from .projection import Direction, projected_product
 from .recipe import ProductRecipe, Recipe
 
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "mm", "spmm", "_sparse_mm"})
@@ -23,7 +24,6 @@ class MatmulRule(OneOutputRule):
     """y = x W with W [D_in, D_out]: the per-sample gradient is A^T G, that of a linear layer transposed."""
 
     name = "matmul"
-    is_factored = True
 
     def matches(self, call: Call) -> bool:
         """Match products of a matrix among the operands with data of two or more dimensions."""
@@ -95,13 +95,27 @@ class MatmulRule(OneOutputRule):
     def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return A^T G, and for what addmm adds the sum of G over all rows, without running the call again."""
         gradient = grads[0]
-        plain = call.has_plain_inputs and not (call.is_complex or call.in_place) and _affine(call) is not None
-        if gradient is None or not plain:
+        if gradient is None or not _is_plain(call):
             return super().ordinary(call, inputs, grads)
         rows = gradient.reshape(-1, gradient.shape[-1])
         x = inputs[0].to(gradient.dtype)
         bias = call.operand_at(0, "input") if call.name in _SUMS else None
         return [rows.sum(0) if operand is bias else x.reshape(-1, x.shape[-1]).t() @ rows for operand in call.operands]
+
+    def projected(
+        self,
+        call: Call,
+        inputs: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        directions: Sequence[Direction],
+    ) -> list[Tensor] | None:
+        """Project the factors of the matrix's gradient, and the sum of G for what addmm adds."""
+        gradient = grads[0]
+        if gradient is None or not _is_plain(call):
+            return None
+        bias = call.operand_at(0, "input") if call.name in _SUMS else None
+        pair = inputs[0].to(gradient.dtype), gradient
+        return projected_product(directions, [operand is not bias for operand in call.operands], gradient, pair)
 
     def _product(
         self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout
@@ -137,6 +151,11 @@ def _affine(call: Call) -> tuple[Tensor, Tensor | None] | None:
         return None if matrix is None or bias is None or bias.shape != matrix.shape[1:] else (matrix, bias)
     found = call.pair
     return None if found is None or _is_left(call, found[1]) else (found[0].value, None)
+
+
+def _is_plain(call: Call) -> bool:
+    """Tell whether the call is a product of real dense data with a matrix on their right."""
+    return call.has_plain_inputs and not (call.is_complex or call.in_place) and _affine(call) is not None
 
 
 def _is_left(call: Call, position: int) -> bool:

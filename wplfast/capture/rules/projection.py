@@ -86,3 +86,30 @@ class Directions:
 def add(found: dict[int, Tensor], index: int, projection: Tensor) -> None:
     """Add a projection to what is known of a parameter, if anything is."""
     found[index] = found[index] + projection if index in found else projection
+
+
+def projected_product(
+    directions: Sequence[Direction], are_matrices: Sequence[bool], gradient: Tensor, pair: tuple[Tensor, Tensor]
+) -> list[Tensor] | None:
+    """Project the gradients of operands of a product with a matrix, to which a vector may be added.
+
+    Args:
+        directions: of the operands, which are whole parameters.
+        are_matrices: which are the matrix; others are added.
+        gradient: of the product, [..., D].
+        pair: the factors of the matrix's gradient, [..., R] and [..., C].
+
+    Returns:
+        [k] for each operand; None where the factors have not the direction's shape.
+    """
+    left, right = (factor.reshape(-1, factor.shape[-1]) for factor in pair)
+    found: list[Tensor] = []
+    for direction, is_matrix in zip(directions, are_matrices, strict=True):
+        if not is_matrix:
+            found.append(direction.of(gradient.reshape(-1, gradient.shape[-1]).sum(0, keepdim=True))[0])
+            continue
+        of_matrix = direction.of_products(left, right)
+        if of_matrix is None:
+            return None
+        found.append(of_matrix)
+    return found
