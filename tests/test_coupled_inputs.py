@@ -120,3 +120,37 @@ def test_labels_that_happen_to_number_the_samples() -> None:
 
     batch = (torch.randint(9, (4, 4)), torch.tensor([2, 0, 3, 1])), torch.arange(4)
     wplfast.fisher_diagonal(Positions().double(), [batch], cross_entropy)
+
+
+def regression(n):
+    """Outputs about 2000, of which hardly anything is left in the loss: rounding is large there."""
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    with torch.no_grad():
+        model[-1].weight.fill_(60.0)
+        x = torch.randn(n, 20)
+        return model, (x, model(x) + 0.2 * torch.randn(n, 1))
+
+
+def sines(n):
+    """A network of sines whose weights are too large: it amplifies rounding."""
+
+    class Sine(nn.Module):
+        def forward(self, x):
+            return torch.sin(x)
+
+    layers = [nn.Linear(2 if k == 0 else 32, 32) for k in range(6)]
+    with torch.no_grad():
+        for k, layer in enumerate(layers):
+            layer.weight.uniform_(-1, 1).mul_(60.0 if k == 0 else 4 * (6 / 32) ** 0.5)
+    model = nn.Sequential(*(part for layer in layers for part in (layer, Sine())), nn.Linear(32, 1))
+    return model, (torch.rand(n, 2) * 2 - 1, torch.rand(n, 1))
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 13])
+@pytest.mark.parametrize("make", [regression, sines])
+def test_rounding_that_is_amplified_couples_nobody(make, n: int) -> None:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, batch = make(n)
+        fisher = wplfast.fisher_diagonal(model, [batch], lambda o, y: (o - y).square().sum(1))
+        assert fisher.report.unchecked == ()

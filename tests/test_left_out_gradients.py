@@ -56,6 +56,17 @@ class MaskToken(nn.Module):
         return self.head(with_norms(torch.where(masked, self.token, torch.zeros(4).to(self.token)), masked).sum(1))
 
 
+class Made(nn.Module):
+    """A table that is made of a parameter, with a row of zeros for padding."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        self.form, self.table, self.head = form, nn.Parameter(torch.randn(10, 4)), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        return self.head(with_norms(self.form(self.table)[ids], ids.unsqueeze(-1) != 0).sum(1))
+
+
 def batches(sizes, padded_from=0):
     found = []
     for number, n in enumerate(sizes):
@@ -75,10 +86,13 @@ MODELS = {
     "tied": lambda: Words(tied=True),
     "bags": Bags,
     "token": MaskToken,
+    "joined": lambda: Made(lambda table: torch.cat([torch.zeros(1, 4).to(table), table])),
+    "padded": lambda: Made(lambda table: nn.functional.pad(table, (0, 0, 1, 0))),
+    "filled": lambda: Made(lambda table: table.masked_fill(torch.arange(10).unsqueeze(1) == 0, 0.0)),
 }
 
 
-@pytest.mark.parametrize("sizes", [[4, 4, 4, 4], [5, 3], [1, 1], [32, 20]], ids=str)
+@pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [5, 3], [1, 1], [32, 20]], ids=str)
 @pytest.mark.parametrize("padded_from", [0, 1])
 @pytest.mark.parametrize("model", MODELS)
 def test_what_reaches_no_parameter_counts_for_nothing(model: str, padded_from: int, sizes: list[int]) -> None:

@@ -171,8 +171,8 @@ def check_single_sample(
         raise VerificationError(
             f"the gradient of {names[chosen[position]]!r} for one sample is not that of a batch of its own "
             f"(|difference| about {float(errors[position]):.3g}, |g| {float(sizes[position]):.3g}): either the "
-            "batch enters it (a detached batch statistic?), or wplfast misread an operation of the model; please "
-            "report it then"
+            "batch enters it (a detached batch statistic?), or the model amplifies rounding (is it so in float64? are "
+            "inputs scaled?), or wplfast misread an operation of the model; please report it then"
         )
 
 

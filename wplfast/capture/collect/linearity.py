@@ -59,8 +59,10 @@ class Linearity:
         """
         plain = self._projections(batch, 1.0)
         for factor in (_LARGE, _SMALL):
-            pairs = zip(self._projections(batch, factor), plain, strict=False)
-            self.is_bent = self.is_bent or not all(scaled.is_scaled(one, factor) for scaled, one in pairs)
+            for scaled, one in zip(self._projections(batch, factor), plain, strict=False):
+                left_out = ~one.rows.isfinite()  # rows that no parameter sees, or an error of their own
+                if not scaled.without(left_out).is_scaled(one.without(left_out), factor):
+                    self.is_bent = True
         return self.is_bent
 
     def names(self, batch: Batch) -> str:

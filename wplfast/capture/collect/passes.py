@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import NonFiniteError, WplfastError
+from ...ops.layout import as_real
 from ..call_site import TappedCall
 from ..probe.infer import LayoutInference, Verdict, measurable
 from ..probe.weights import Projection
@@ -15,6 +16,7 @@ from ..sample_layout import SampleLayout
 from ..trace.nested import SECOND_DERIVATIVE
 from .ordinary import OrdinaryGrads
 from .round import OutputGrads, Round
+from .squares import pushed
 
 
 class Idle:
@@ -140,7 +142,7 @@ class CollectPass:
         if self._wanted is None or parameters & self._wanted:
             layouts = self._inference.layouts(tapped, grads)
             if layouts is Verdict.NONFINITE:
-                if not _is_finite(tapped.rule.ordinary(tapped.call, inputs, grads)):
+                if not _is_finite(tapped, inputs, grads):
                     raise NonFiniteError(f"a gradient of {self._names[min(parameters)]!r} is NaN or infinite")
                 # What is not finite does not reach the parameters (padding that a look-up leaves out).
                 grads = [None if g is None else g.nan_to_num(0.0, 0.0, 0.0) for g in grads]
@@ -171,6 +173,13 @@ class CollectPass:
         return tapped.nothing
 
 
-def _is_finite(grads: Sequence[Tensor | None]) -> bool:
-    """Tell whether gradients are free of NaN and inf."""
-    return all(bool(g.to_dense().isfinite().all()) for g in grads if g is not None)
+def _is_finite(tapped: TappedCall, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
+    """Tell whether the gradients that a call's parameters get of it are free of NaN and inf."""
+    ordinary = zip(tapped.call.operands, tapped.rule.ordinary(tapped.call, inputs, grads), strict=True)
+    for operand, gradient in ordinary:
+        found = [] if gradient is None else [gradient.to_dense()]
+        if operand.graph is not None and not all(bool(g.isfinite().all()) for g in found):
+            found = [*pushed(operand, as_real(found[0]).unsqueeze(0)).values()]  # which may drop what is not
+        if not all(bool(g.isfinite().all()) for g in found):
+            return False
+    return True

@@ -94,7 +94,7 @@ def project(
             dense.append((alone, _summed(same, chosen)[0]))
         for found, gradient in dense:
             assert isinstance(gradient, Tensor)
-            for index, part in _push(operand, gradient.unsqueeze(0)).items():
+            for index, part in pushed(operand, gradient.unsqueeze(0)).items():
                 if index in uses:
                     add(found, index, directions[index].of(part)[0])
     return sums, alone
@@ -163,7 +163,7 @@ def _materialised(
         total = fisher.new_zeros((len(samples), *fisher.shape))
         for same in _by_operand({parameter: group}):
             grads = _summed(same, samples)
-            total += grads if direct else _push(same[0].operand, grads)[parameter]
+            total += grads if direct else pushed(same[0].operand, grads)[parameter]
         add_squares(total, total_fisher, gradient, weights_of(weights, samples))
     if total_fisher is not fisher:
         fisher += total_fisher
@@ -177,7 +177,7 @@ def _together(uses: Uses, accumulators: Accumulators) -> None:
     for samples in chunks(groups[0][0].n_samples, sum(fisher.numel() for fisher in fishers), cached):
         totals = {i: f.new_zeros((len(samples), *f.shape)) for i in uses for f in [accumulators.fisher[i]]}
         for same in groups:
-            for index, grads in _push(same[0].operand, _summed(same, samples)).items():
+            for index, grads in pushed(same[0].operand, _summed(same, samples)).items():
                 if index in totals:
                     totals[index] += grads
         chosen = weights_of(accumulators.weights, samples)
@@ -193,7 +193,7 @@ def _summed(same: Sequence[GradSample], samples: range) -> Tensor:
     return grads
 
 
-def _push(operand: Operand, grads: Tensor) -> dict[int, Tensor]:
+def pushed(operand: Operand, grads: Tensor) -> dict[int, Tensor]:
     """Send gradients [n, *operand.shape] down the parameter-only graph; return those of its parameters, by index."""
     if operand.graph is None:
         return {operand.parameters[0]: grads}
