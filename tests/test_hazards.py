@@ -88,3 +88,40 @@ def test_batch_norm_of_one_sample_with_gradients_of_other_strides():
     found, expected = (wplfast.fisher_diagonal(model, given, loss) for given in (data, twice))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [3, 1]], ids=str)
+def test_what_lies_below_batch_norm_of_one_sample(sizes, is_frozen):
+    """PyTorch errs at the strides of tokens made of an image, if these are not as in an ordinary backward pass."""
+
+    class Tokens(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.norm, self.tokens = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Linear(8, 3)
+
+        def forward(self, x):
+            return torch.tanh(self.tokens(self.norm(self.stem(x)).flatten(2).transpose(1, 2))).mean(1)
+
+    model, loss = Tokens().double().eval(), wplfast.losses.cross_entropy
+    model.norm.requires_grad_(not is_frozen)
+    x, y = torch.randn(sum(sizes), 3, 8, 8).double(), torch.randint(3, (sum(sizes),))
+    found = wplfast.fisher_diagonal(model, list(zip(x.split(sizes), y.split(sizes), strict=True)), loss)
+    whole = wplfast.fisher_diagonal(model, [(x, y)], loss)
+    assert_close(found, fisher_loop(model, [(x, y)], loss), rtol=1e-10, model_rtol=1e-10)
+    assert_close(whole, {name: f.double() for name, f in found.items()}, rtol=1e-10, model_rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["all", "no bias", "frozen bias"])
+def test_group_norm_of_channels_last(kind):
+    """PyTorch's backward pass dies there if the input's gradient is not asked for (2.13, CPU)."""
+
+    class Norm(torch.nn.GroupNorm):
+        def forward(self, x):
+            return torch.nn.functional.group_norm(x, 4, self.weight, None if kind == "no bias" else self.bias)
+
+    parts = [torch.nn.Conv2d(3, 8, 3), Norm(4, 8), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 3)]
+    model, loss = torch.nn.Sequential(*parts).double(), wplfast.losses.cross_entropy
+    model[1].bias.requires_grad_(kind == "all")
+    x, y = torch.randn(4, 3, 8, 8).double().to(memory_format=torch.channels_last), torch.randint(3, (4,))
+    assert_close(wplfast.fisher_diagonal(model, [(x, y)], loss), fisher_loop(model, [(x, y)], loss), 1e-10, 1e-10)

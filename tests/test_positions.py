@@ -112,3 +112,36 @@ def test_an_accumulator_is_not_told_the_size_of_the_batch(name, sizes):
     assert_close(found, expected, 1e-11, 1e-12)
     if name in ("learnt", "in_one_row") and sizes[0] == (N, T):
         assert "one by one" not in found.report.rules["table.weight"]
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [1, 0], [0, 1, 2], [0, 2, 1], [2, 0, 1, 1]], ids=str)
+def test_labels_that_count_up_are_no_positions(labels):
+    """The samples of trees enter as indices one by one, so that no data tell the size of the batch."""
+
+    class Trees(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.leaf, self.both, self.head = nn.Embedding(10, 6), nn.Linear(12, 6), nn.Linear(6, 3)
+
+        def node(self, tree):
+            if isinstance(tree, int):
+                return self.leaf(torch.tensor(tree))
+            return torch.tanh(self.both(torch.cat([self.node(part) for part in tree])))
+
+        def forward(self, trees):
+            return self.head(torch.stack([self.node(tree) for tree in trees]))
+
+    model, trees = Trees().double(), [((1, 2), 3), (4, (5, 1)), (3, 3), (8, 9)][: len(labels)]
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for tree, label in zip(trees, labels, strict=True):
+        loss = wplfast.losses.cross_entropy(model([tree]), torch.tensor([label]))
+        for total, gradient in zip(
+            expected.values(), torch.autograd.grad(loss.sum(), [*model.parameters()]), strict=True
+        ):
+            total += gradient.square() / len(labels)
+    batch = trees, torch.tensor(labels)
+    found = wplfast.fisher_diagonal(
+        model, [batch], wplfast.losses.cross_entropy, unpack=lambda batch: ((batch[0],), batch[1])
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-14)

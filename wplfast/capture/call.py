@@ -259,3 +259,8 @@ def is_in_place(name: str, args: tuple[Any, ...]) -> bool:
     if name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"):
         return True
     return name.endswith("_") and not name.endswith("__") and bool(args) and isinstance(args[0], Tensor)
+
+
+def in_order(gradient: Tensor | None) -> Tensor | None:
+    """Return a gradient of ``batch_norm`` as PyTorch takes it rightly: of one sample, it errs at some strides."""
+    return gradient if gradient is None or gradient.shape[0] != 1 else gradient.contiguous()

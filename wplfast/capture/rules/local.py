@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, in_order
 from ..sample_layout import AxisLayout, SampleLayout
 from . import vectorised
 
@@ -20,12 +20,17 @@ class LocalBackward:
 
     def __init__(self, call: Call, inputs: Sequence[Tensor]) -> None:
         """Run the call."""
+        self._name = call.name
+        if call.name == "group_norm":  # of channels last, without the input's gradient: a segmentation fault (2.13)
+            inputs = [tensor.contiguous() for tensor in inputs]
         with torch.enable_grad():
             self.operands = [operand.value.detach().requires_grad_() for operand in call.operands]
             self.outputs = call.run(self.operands, [tensor.detach() for tensor in inputs])
 
     def __call__(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the gradients of the operands for gradients of the outputs."""
+        if self._name == "batch_norm":
+            grads = [in_order(gradient) for gradient in grads]
         pairs = [(o, g) for o, g in zip(self.outputs, grads, strict=True) if g is not None and o.requires_grad]
         if not pairs:
             return [None] * len(self.operands)

@@ -82,14 +82,10 @@ class NormRule(OneOutputRule):
         return found
 
     def ordinary(self, call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Sum the gradient where the bias is all that is asked for, and the data were not kept.
-
-        Gradients are made contiguous: PyTorch errs in ``batch_norm`` of one sample whose
-        gradient has some strides (2.13, CPU).
-        """
+        """Sum the gradient where the bias is all that is asked for, and the data were not kept."""
         gradient, form = grads[0], _FORMS[call.func]
         if self.needs_inputs(call) or gradient is None:
-            return super().ordinary(call, inputs, [None if g is None else g.contiguous() for g in grads])
+            return super().ordinary(call, inputs, grads)
         last = gradient.movedim(1, -1) if form.by_channel else gradient
         return [last.sum_to_size(operand.value.shape) for operand in call.operands]
 

@@ -63,6 +63,14 @@ def _multiply_rows(x: Tensor, right: Tensor, bias: Tensor | None, by_onednn: boo
     return found
 
 
+def _is_turned(x: Tensor) -> bool:
+    """Tell whether data are one matrix by columns. PyTorch returns their gradient by columns too.
+
+    That matters where they are tokens of one image out of ``batch_norm``, which errs for gradients of other strides.
+    """
+    return x.stride(-2) == 1 and x.shape[:-2].numel() == 1
+
+
 class _TappedProduct(torch.autograd.Function):
     """A product with a matrix of parameters, and the tap behind it."""
 
@@ -93,6 +101,8 @@ class _TappedProduct(torch.autograd.Function):
         if gradient is not None and ctx.needs_input_grad[1]:
             plain = gradient.dim() == 2 and not by_onednn
             of_input = mm(gradient, weight) if plain else _multiply_rows(gradient, weight, None, by_onednn)
+            if inputs and inputs[0].stride(-1) != 1 and _is_turned(inputs[0]):
+                of_input = of_input.mT.contiguous().mT
         return (None, of_input, None, *of_operands)
 
 
@@ -128,9 +138,9 @@ def folded(args: tuple[Any, ...], is_constant: Callable[[Tensor], bool]) -> tupl
     """Copy the input of ``F.linear`` where PyTorch does so for a weight that requires grad.
 
     For one that does not, as ours when the call runs, it would keep the strides and run a slower batched product. A
-    constant is left alone: it is known by its memory.
+    constant is left alone: it is known by its memory. So is one matrix by columns, which PyTorch multiplies as it is.
     """
     x = args[0] if args else None
     if type(x) is Tensor and x.dim() > 2 and x.layout == torch.strided and not x.is_contiguous() and not is_constant(x):
-        return (x.contiguous(), *args[1:])
+        return args if _is_turned(x) else (x.contiguous(), *args[1:])
     return args

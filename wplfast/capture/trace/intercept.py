@@ -31,6 +31,9 @@ LINEAR: Callable[..., Any] = torch.nn.functional.linear
 NATIVELY: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
 is_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
+#: Losses, whose integers are labels and no positions, whatever they are.
+_OF_LABELS = frozenset({"cross_entropy", "cross_entropy_loss", "nll_loss", "multi_margin_loss"})
+
 
 class Interception:
     """The forward half of a pass: it turns calls into derived tensors and tapped calls.
@@ -252,7 +255,7 @@ class Interception:
         if self._is_backward and is_recomputing():  # what the forward pass did: it saved tensors in the same order
             site.is_parameter_only = call_key(call, inputs) in self._without_samples
         # Either way is exact; but it takes a pass to find out that samples share a result, and the batch runs again.
-        elif call.is_of_ranges and self._are_positions(call):
+        elif call.is_of_ranges and call.name not in _OF_LABELS and self._are_positions(call):
             site.is_parameter_only = True
         if not site.is_parameter_only:
             return self._tap(call, inputs, site, args, kwargs)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call import in_order
 from ..call_site import TappedCall
 from .nested import current_task, listener_of
 
@@ -46,6 +47,8 @@ class _Tap(torch.autograd.Function):
         relay = tapped.relay
         listener = relay.listener if current_task() == relay.task else listener_of(ctx, tapped)
         of_operands = listener.receive(tapped, ctx.saved_tensors, grads)
+        if tapped.call.name == "batch_norm":
+            grads = tuple(map(in_order, grads))
         return (None, None, None, *grads, *of_operands)
 
 
