@@ -84,11 +84,12 @@ class Parts:
         """
         inputs = [(part, dim) for part, dim in zip(self._found[: self._n_inputs], cut, strict=False) if dim is not None]
         tensors = [pair for pair in inputs if isinstance(pair[0], Tensor) and _has_numbers(pair[0])]
-        for part, dim in sorted(tensors, key=lambda pair: not pair[0].is_floating_point()):
-            values = part.detach().movedim(dim, 0).reshape(self.n_samples, -1)[:-1]
-            sizes = values.abs() if values.is_complex() else values.float().abs()
-            return sorted(sizes.sum(1).argsort()[:2].tolist())
-        return list(range(min(2, self.n_samples - 1)))
+        if not tensors:
+            return list(range(min(2, self.n_samples - 1)))
+        part, dim = next((pair for pair in tensors if pair[0].is_floating_point()), tensors[0])
+        values = part.detach().movedim(dim, 0).reshape(self.n_samples, -1)[:-1]
+        sizes = values.abs() if values.is_complex() else values.float().abs()
+        return sorted(sizes.sum(1).argsort()[:2].tolist())
 
     def numbers_of_samples(self) -> set[int]:
         """Return the targets that number the samples of their batch: 0, 1, ..., N - 1."""

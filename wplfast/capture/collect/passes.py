@@ -175,11 +175,13 @@ class CollectPass:
 
 def _is_finite(tapped: TappedCall, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
     """Tell whether the gradients that a call's parameters get of it are free of NaN and inf."""
-    ordinary = zip(tapped.call.operands, tapped.rule.ordinary(tapped.call, inputs, grads), strict=True)
-    for operand, gradient in ordinary:
-        found = [] if gradient is None else [gradient.to_dense()]
-        if operand.graph is not None and not all(bool(g.isfinite().all()) for g in found):
-            found = [*pushed(operand, as_real(found[0]).unsqueeze(0)).values()]  # which may drop what is not
-        if not all(bool(g.isfinite().all()) for g in found):
+    ordinary = tapped.rule.ordinary(tapped.call, inputs, grads)
+    for operand, gradient in zip(tapped.call.operands, ordinary, strict=True):
+        if gradient is None or bool(gradient.to_dense().isfinite().all()):
+            continue
+        # What was computed from parameters may drop on the way down what is not.
+        if operand.graph is None or not all(
+            bool(g.isfinite().all()) for g in pushed(operand, as_real(gradient.to_dense()).unsqueeze(0)).values()
+        ):
             return False
     return True

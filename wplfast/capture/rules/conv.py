@@ -18,7 +18,7 @@ from ..call import Call, Operand
 from ..sample_layout import AxisLayout, OneSample, SampleLayout
 from .base import OneOutputRule, by_batch, channel_rows, channels_of, row_sums
 from .grad_sample import GradSample, SummedGradSample, add_squares, padded, widened
-from .projection import Direction
+from .projection import Direction, projected_affine
 from .recipe import Recipe
 
 #: function -> (spatial dimensions, transposed)
@@ -243,16 +243,14 @@ class ConvRule(OneOutputRule):
             return None
         geometry = _geometry(call, weight.value)
         x = geometry.padded(inputs[call.argument(0, "input").index].to(gradient.dtype))
-        found: list[Tensor] = []
-        for operand, direction in zip(call.operands, directions, strict=True):
-            if operand is weight:
-                part = ConvUse(weight, self.name, OneSample(), x, gradient, geometry).projected(direction)
-                if part is None:
-                    return None
-            else:
-                part = direction.of(gradient.movedim(1, -1).flatten(0, -2).sum(0, keepdim=True))
-            found.append(part[0])
-        return found
+        use = ConvUse(weight, self.name, OneSample(), x, gradient, geometry)
+
+        def of_weight(direction: Direction) -> Tensor | None:
+            part = use.projected(direction)
+            return None if part is None else part[0]
+
+        are_weights = [operand is weight for operand in call.operands]
+        return projected_affine(directions, are_weights, gradient.movedim(1, -1), of_weight)
 
 
 class ConvRecipe:

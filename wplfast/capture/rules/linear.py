@@ -14,7 +14,7 @@ from ..sample_layout import SampleLayout
 from .base import OneOutputRule, dense, row_sums, summed
 from .contraction import contraction
 from .grad_sample import FactoredGradSample, GradSample, SummedGradSample
-from .projection import Direction, projected_product
+from .projection import Direction, projected_affine, rows_of
 from .recipe import ProductRecipe, Recipe
 
 
@@ -100,7 +100,7 @@ class LinearRule(OneOutputRule):
         gradient = grads[0]
         if gradient is None:
             return [None] * len(call.operands)
-        rows = gradient.reshape(-1, gradient.shape[-1])
+        rows = rows_of(gradient)
         weight = call.operand_at(1, "weight")
         found: list[Tensor | None] = []
         for operand in call.operands:
@@ -108,7 +108,7 @@ class LinearRule(OneOutputRule):
                 x = inputs[call.argument(0, "input").index].to(gradient.dtype)
                 x = x.conj() if x.is_complex() else x
                 plain = x.layout == torch.strided
-                found.append(rows.t() @ x.reshape(-1, x.shape[-1]) if plain else (x.t() @ rows).t())
+                found.append(rows.t() @ rows_of(x) if plain else (x.t() @ rows).t())
             else:
                 found.append(rows.sum(0))
         return found
@@ -124,8 +124,9 @@ class LinearRule(OneOutputRule):
         gradient, weight = grads[0], call.operand_at(1, "weight")
         if gradient is None or weight is None or not call.has_plain_inputs or call.is_complex:
             return None
-        pair = gradient, inputs[call.argument(0, "input").index].to(gradient.dtype)
-        return projected_product(directions, [operand is weight for operand in call.operands], gradient, pair)
+        rows, x = rows_of(gradient), rows_of(inputs[call.argument(0, "input").index].to(gradient.dtype))
+        are_weights = [operand is weight for operand in call.operands]
+        return projected_affine(directions, are_weights, rows, lambda direction: direction.of_products(rows, x))
 
 
 LINEAR = LinearRule()

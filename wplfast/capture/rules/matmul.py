@@ -13,7 +13,7 @@ from ..call import Call
 from ..sample_layout import AxisLayout, OneSample, SampleLayout
 from .base import OneOutputRule, dense, summed
 from .grad_sample import FactoredGradSample, GradSample
-from .projection import Direction, projected_product
+from .projection import Direction, projected_affine, rows_of
 from .recipe import ProductRecipe, Recipe
 
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "mm", "spmm", "_sparse_mm"})
@@ -97,10 +97,10 @@ class MatmulRule(OneOutputRule):
         gradient = grads[0]
         if gradient is None or not _is_plain(call):
             return super().ordinary(call, inputs, grads)
-        rows = gradient.reshape(-1, gradient.shape[-1])
+        rows = rows_of(gradient)
         x = inputs[0].to(gradient.dtype)
         bias = call.operand_at(0, "input") if call.name in _SUMS else None
-        return [rows.sum(0) if operand is bias else x.reshape(-1, x.shape[-1]).t() @ rows for operand in call.operands]
+        return [rows.sum(0) if operand is bias else rows_of(x).t() @ rows for operand in call.operands]
 
     def projected(
         self,
@@ -114,8 +114,9 @@ class MatmulRule(OneOutputRule):
         if gradient is None or not _is_plain(call):
             return None
         bias = call.operand_at(0, "input") if call.name in _SUMS else None
-        pair = inputs[0].to(gradient.dtype), gradient
-        return projected_product(directions, [operand is not bias for operand in call.operands], gradient, pair)
+        rows, x = rows_of(gradient), rows_of(inputs[0].to(gradient.dtype))
+        are_weights = [operand is not bias for operand in call.operands]
+        return projected_affine(directions, are_weights, rows, lambda direction: direction.of_products(x, rows))
 
     def _product(
         self, call: Call, inputs: Sequence[Tensor], gradient: Tensor, layout: SampleLayout

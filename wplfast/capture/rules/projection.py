@@ -7,7 +7,7 @@ of factors is projected without being formed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,28 +88,32 @@ def add(found: dict[int, Tensor], index: int, projection: Tensor) -> None:
     found[index] = found[index] + projection if index in found else projection
 
 
-def projected_product(
-    directions: Sequence[Direction], are_matrices: Sequence[bool], gradient: Tensor, pair: tuple[Tensor, Tensor]
+def projected_affine(
+    directions: Sequence[Direction],
+    are_weights: Sequence[bool],
+    gradient: Tensor,
+    of_weight: Callable[[Direction], Tensor | None],
 ) -> list[Tensor] | None:
-    """Project the gradients of operands of a product with a matrix, to which a vector may be added.
+    """Project the gradients of operands of a product or convolution with a weight, to which a vector may be added.
 
     Args:
         directions: of the operands, which are whole parameters.
-        are_matrices: which are the matrix; others are added.
-        gradient: of the product, [..., D].
-        pair: the factors of the matrix's gradient, [..., R] and [..., C].
+        are_weights: which are the weight; others are added.
+        gradient: of the result, the vector's entries along its last dimension.
+        of_weight: projects the gradient of the weight, [k]; None if it cannot.
 
     Returns:
-        [k] for each operand; None where the factors have not the direction's shape.
+        [k] for each operand; None if the weight's cannot be projected.
     """
-    left, right = (factor.reshape(-1, factor.shape[-1]) for factor in pair)
     found: list[Tensor] = []
-    for direction, is_matrix in zip(directions, are_matrices, strict=True):
-        if not is_matrix:
-            found.append(direction.of(gradient.reshape(-1, gradient.shape[-1]).sum(0, keepdim=True))[0])
-            continue
-        of_matrix = direction.of_products(left, right)
-        if of_matrix is None:
+    for direction, is_weight in zip(directions, are_weights, strict=True):
+        part = of_weight(direction) if is_weight else direction.of(rows_of(gradient).sum(0, keepdim=True))[0]
+        if part is None:
             return None
-        found.append(of_matrix)
+        found.append(part)
     return found
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """View a tensor [..., D] as rows [n, D]."""
+    return tensor.reshape(-1, tensor.shape[-1])
